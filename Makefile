@@ -1,0 +1,78 @@
+# Everything runs in $(VENV), which make sets up on first use, with what the target needs and no more.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+
+CAPTURES = $(sort $(wildcard tests/data/captures/*/*.npz))
+
+.PHONY: help
+help: ## say what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@echo "  PYTHON=python3.12 chooses the Python (3.11 or newer) that a new $(VENV) is made with."
+
+# Linux keeps its tables without DBM: there, a writable leaf is a dirty one.
+.PHONY: harvest
+harvest: $(VENV)/.user ## harvest the captures in tests/data, into build/harvest
+	@test -n "$(CAPTURES)" || { echo "there are no captures in tests/data/captures" >&2; exit 1; }
+	@set -e; for capture in $(CAPTURES); do \
+	  case $$capture in */kvm-*) policy=writable;; *) policy=dbm;; esac; \
+	  out=build/harvest/$${capture#tests/data/captures/}; \
+	  echo "== $$capture"; \
+	  $(BIN)/hwdbm harvest $$capture --policy $$policy --output $${out%.npz}; \
+	done
+
+.PHONY: test
+test: $(VENV)/.dev ## run the tests, and report what they cover
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: docs
+docs: $(VENV)/.dev ## build the documentation and run its examples; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs build/doctest
+	@echo "build/docs/index.html"
+
+.PHONY: bench
+bench: $(VENV)/.user ## measure the kernels here and now
+	$(BIN)/hwdbm bench
+
+.PHONY: asv
+asv: $(VENV)/.dev ## run each asv benchmark once, so that none can rot
+	cd asv_bench && $(abspath $(BIN))/asv machine --yes >/dev/null
+	cd asv_bench && $(abspath $(BIN))/asv run --quick --show-stderr --python=same
+
+.PHONY: clean
+clean: ## remove what was built, and the caches; the environment stays
+	rm -rf build dist docs/_build docs/api asv_bench/env asv_bench/results asv_bench/html
+	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find dbm tests docs asv_bench -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps lie inside of the environment, so that they go when it goes. The install is editable: only a change
+# of pyproject.toml, never one of the sources, calls for another.
+$(VENV)/.user: pyproject.toml | $(BIN)/pip
+	$(PIP) install --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(PIP) install --editable '.[dev]'
+	@touch $@ $(VENV)/.user
+
+# pip is the last thing that venv puts there, so an interrupted attempt is made again.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "there is no '$(PYTHON)'; set PYTHON to a Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hwdbm needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1);" \
+	         "set PYTHON to another" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' can't make virtual environments (no ensurepip): install your system's" \
+	         "python3-venv package, or set PYTHON to another Python 3.11 or newer" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
