@@ -1,0 +1,403 @@
+"""One bit a page, laid out as KVM lays it out.
+
+Little-endian 64-bit words; bit 0 of word 0 is the slot's first page; ``ceil(npages / 64)`` words; the bits at and
+beyond `npages` are zero (``KVM_GET_DIRTY_LOG``, Documentation/virt/kvm/api.rst 4.8).
+"""
+
+from collections.abc import Iterable
+from typing import Self
+
+import numpy as np
+from bitarray import bitarray
+from numpy.typing import ArrayLike, NDArray
+
+from hwdbm.errors import BitmapError
+
+__all__ = ["DirtyBitmap", "word_count"]
+
+Words = NDArray[np.uint64]
+
+_ALL = (1 << 64) - 1
+_CHUNK = 1 << 15  # words looked at together where a listing needs temporaries: 256 KiB
+
+
+def word_count(npages: int) -> int:
+    """Return the 64-bit words of a bitmap of `npages` pages.
+
+    Raises
+    ------
+    BitmapError
+        If `npages` is negative.
+
+    Examples
+    --------
+    >>> [word_count(n) for n in (0, 1, 64, 65)]
+    [0, 1, 1, 2]
+    """
+    if npages < 0:
+        raise BitmapError(f"a bitmap has 0 pages or more, not {npages}")
+    return (npages + 63) // 64
+
+
+class DirtyBitmap:
+    """The dirty pages of a memslot, or of a part of one.
+
+    Parameters
+    ----------
+    npages : int
+        Pages that the bitmap stands for; 0 or more. All start clean.
+
+    Examples
+    --------
+    >>> b = DirtyBitmap(130)
+    >>> b.set_range(62, 4)
+    >>> b.weight(), b.ranges().tolist(), [hex(w) for w in b.words]
+    (4, [[62, 4]], ['0xc000000000000000', '0x3', '0x0'])
+    >>> b.bits[63], b.to_bytes().hex()
+    (1, '00000000000000c003000000000000000000000000000000')
+    """
+
+    __slots__ = ("_bits", "npages", "words")
+
+    npages: int
+    words: Words
+
+    def __init__(self, npages: int) -> None:
+        self.npages = npages
+        self.words = np.zeros(word_count(npages), dtype=np.uint64)
+        self._bits: bitarray | None = None
+
+    # --- other forms ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_words(cls, words: Words, npages: int) -> Self:
+        """Return a bitmap over `words`, which it shares and doesn't copy.
+
+        Parameters
+        ----------
+        words : (ceil(npages / 64),) uint64 array
+            C-contiguous, in the machine's byte order, which is little-endian.
+        npages : int
+            Pages that the bitmap stands for.
+
+        Raises
+        ------
+        BitmapError
+            If the size or type differs, or a bit at or beyond `npages` is set.
+        """
+        if words.dtype != np.uint64 or words.ndim != 1 or not words.flags.c_contiguous:
+            raise BitmapError(f"words are a contiguous 1-d uint64 array, not {words.dtype} of shape {words.shape}")
+        if words.size != word_count(npages):
+            raise BitmapError(f"a bitmap of {npages} pages has {word_count(npages)} words, got {words.size}")
+        self = cls.__new__(cls)
+        self.npages, self.words, self._bits = npages, words, None
+        self.verify()
+        return self
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | bytearray | memoryview, npages: int) -> Self:
+        """Return the bitmap that `raw`, in KVM's layout, holds. `raw` is copied.
+
+        Parameters
+        ----------
+        raw : bytes-like
+            Exactly ``8 * ceil(npages / 64)`` bytes, the bits at and beyond `npages` zero.
+        npages : int
+            Pages that the bitmap stands for.
+
+        Raises
+        ------
+        BitmapError
+            If the size differs or a tail bit is set.
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_bytes(bytes([5, 0, 0, 0, 0, 0, 0, 0]), 3).pages()
+        array([0, 2])
+        """
+        size = 8 * word_count(npages)
+        if memoryview(raw).nbytes != size:
+            raise BitmapError(f"a bitmap of {npages} pages has {size} bytes, got {memoryview(raw).nbytes}")
+        return cls.from_words(np.frombuffer(raw, dtype="<u8").astype(np.uint64), npages)
+
+    @classmethod
+    def from_pages(cls, pages: Iterable[int] | NDArray[np.integer], npages: int) -> Self:
+        """Return the bitmap in which just `pages` are dirty; they may repeat and come in any order.
+
+        Raises
+        ------
+        BitmapError
+            If a page is negative, or at or beyond `npages`.
+        """
+        index = np.asarray(pages if isinstance(pages, np.ndarray) else list(pages), dtype=np.int64)
+        if index.size and not (0 <= index.min() and index.max() < npages):
+            raise BitmapError(f"pages {index.min()}..{index.max()} are not all inside of 0..{npages - 1}")
+        self = cls(npages)
+        octets = self.words.view(np.uint8)
+        np.bitwise_or.at(octets, index >> 3, np.left_shift(1, index & 7).astype(np.uint8))
+        return self
+
+    @classmethod
+    def from_ranges(cls, ranges: ArrayLike, npages: int) -> Self:
+        """Return the bitmap in which just the rows (first page, pages) of `ranges` are dirty.
+
+        The inverse of `ranges` with its default base and unit.
+        """
+        self = cls(npages)
+        for first, count in np.asarray(ranges, dtype=np.int64).reshape(-1, 2).tolist():
+            self.set_range(first, count)
+        return self
+
+    def to_bytes(self) -> bytes:
+        """Return the words in KVM's layout: ``8 * ceil(npages / 64)`` bytes."""
+        return self.words.astype("<u8", copy=False).tobytes()
+
+    @property
+    def bits(self) -> bitarray:
+        """The words as a little-endian `bitarray.bitarray` that shares their memory; the tail is in it too."""
+        if self._bits is None:
+            self._bits = bitarray(buffer=self.words, endian="little")
+        return self._bits
+
+    def copy(self) -> Self:
+        """Return a bitmap of its own with the same pages dirty."""
+        return self.from_words(self.words.copy(), self.npages)
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.npages
+
+    def __bool__(self) -> bool:
+        raise TypeError("a bitmap's truth is ambiguous: use any(), weight() or len()")
+
+    def __contains__(self, page: int) -> bool:
+        return 0 <= page < self.npages and bool(self.words[page >> 6] >> np.uint64(page & 63) & np.uint64(1))
+
+    def __repr__(self) -> str:
+        return f"<DirtyBitmap: {self.weight()} of {self.npages} pages dirty>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DirtyBitmap):
+            return NotImplemented
+        return self.npages == other.npages and bool(np.array_equal(self.words, other.words))
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def any(self) -> bool:
+        """Return whether any page is dirty."""
+        return bool(self.words.any())
+
+    def weight(self) -> int:
+        """Return how many pages are dirty. Equal to ``sum(page in self for page in range(len(self)))``."""
+        return sum(
+            int(np.bitwise_count(self.words[i : i + _CHUNK]).sum(dtype=np.int64))
+            for i in range(0, self.words.size, _CHUNK)
+        )
+
+    def pages(self) -> NDArray[np.int64]:
+        """Return the dirty pages in order, as an int64 array: 8 bytes a dirty page, so ask when there are few."""
+        return _positions(self.words)
+
+    def ranges(self, base: int = 0, unit: int = 1) -> NDArray[np.uint64]:
+        """Return the runs of dirty pages, sorted and merged.
+
+        Parameters
+        ----------
+        base, unit : int
+            A row is ``(base + first * unit, count * unit)``. By default it is in pages of this bitmap; with the
+            slot's address and the page size in bytes, ``ranges(...).tobytes()`` is Cloud Hypervisor's table of
+            memory ranges.
+
+        Returns
+        -------
+        (n, 2) uint64 array
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_pages([0, 1, 2, 63, 64], 65).ranges(base=0x8000, unit=0x1000).tolist()
+        [[32768, 12288], [290816, 8192]]
+        """
+        edges = _positions(_edges(self.words))
+        if edges.size % 2:  # the run that ends with the last word has no falling edge
+            edges = np.append(edges, self.words.size * 64)
+        runs = edges.reshape(-1, 2).astype(np.uint64)
+        runs[:, 1] -= runs[:, 0]
+        runs *= np.uint64(unit)
+        runs[:, 0] += np.uint64(base)
+        return runs
+
+    def verify(self) -> None:
+        """Raise `BitmapError` if a bit at or beyond `npages` is set."""
+        tail = self.npages & 63
+        if tail and int(self.words[-1]) >> tail:
+            raise BitmapError(f"bits at or beyond page {self.npages} are set: last word {int(self.words[-1]):#018x}")
+
+    # --- writing -------------------------------------------------------------------------------------------
+
+    def set_range(self, first: int, npages: int, value: bool = True) -> None:
+        """Mark `npages` pages from `first` dirty, or clean where `value` is False.
+
+        Raises
+        ------
+        BitmapError
+            If the range isn't inside of the bitmap; nothing is changed then.
+        """
+        stop = first + npages
+        if first < 0 or npages < 0 or stop > self.npages:
+            raise BitmapError(f"pages {first}..{stop - 1} are not inside of 0..{self.npages - 1}")
+        if npages == 0:
+            return
+        head, last = first >> 6, stop - 1 >> 6
+        head_mask, last_mask = _ALL << (first & 63) & _ALL, _ALL >> (63 - (stop - 1 & 63))
+        if head == last:
+            self._write(head, head_mask & last_mask, value)
+        else:
+            self._write(head, head_mask, value)
+            self.words[head + 1 : last] = _ALL if value else 0
+            self._write(last, last_mask, value)
+
+    def fill(self) -> None:
+        """Mark every page dirty; the tail stays zero."""
+        self.set_range(0, self.npages)
+
+    def clear(self) -> None:
+        """Mark every page clean."""
+        self.words[:] = 0
+
+    def _write(self, word: int, mask: int, value: bool) -> None:
+        if value:
+            self.words[word] |= np.uint64(mask)
+        else:
+            self.words[word] &= np.uint64(~mask & _ALL)
+
+    # --- set algebra ---------------------------------------------------------------------------------------
+
+    def _same(self, other: "DirtyBitmap") -> Words:
+        if not isinstance(other, DirtyBitmap):
+            raise TypeError(f"a bitmap combines with a bitmap, not {type(other).__name__}")
+        if self.npages != other.npages:
+            raise BitmapError(f"bitmaps of {self.npages} and {other.npages} pages don't combine")
+        return other.words
+
+    def __or__(self, other: "DirtyBitmap") -> Self:
+        return self.from_words(self.words | self._same(other), self.npages)
+
+    def __and__(self, other: "DirtyBitmap") -> Self:
+        return self.from_words(self.words & self._same(other), self.npages)
+
+    def __xor__(self, other: "DirtyBitmap") -> Self:
+        return self.from_words(self.words ^ self._same(other), self.npages)
+
+    def __sub__(self, other: "DirtyBitmap") -> Self:
+        return self.from_words(self.words & ~self._same(other), self.npages)
+
+    def __invert__(self) -> Self:
+        full = type(self)(self.npages)
+        full.fill()
+        return full - self
+
+    def __ior__(self, other: "DirtyBitmap") -> Self:
+        self.words |= self._same(other)
+        return self
+
+    def __iand__(self, other: "DirtyBitmap") -> Self:
+        self.words &= self._same(other)
+        return self
+
+    def __ixor__(self, other: "DirtyBitmap") -> Self:
+        self.words ^= self._same(other)
+        return self
+
+    def __isub__(self, other: "DirtyBitmap") -> Self:
+        self.words &= ~self._same(other)
+        return self
+
+    def issubset(self, other: "DirtyBitmap") -> bool:
+        """Return whether every page dirty here is dirty in `other`."""
+        return not (self.words & ~self._same(other)).any()
+
+    # --- other sizes ---------------------------------------------------------------------------------------
+
+    def part(self, first: int, npages: int) -> Self:
+        """Return a bitmap of its own for `npages` pages from `first`, bit 0 being `first`.
+
+        Raises
+        ------
+        BitmapError
+            If the range isn't inside of the bitmap.
+        """
+        if first < 0 or npages < 0 or first + npages > self.npages:
+            raise BitmapError(f"pages {first}..{first + npages - 1} are not inside of 0..{self.npages - 1}")
+        cut = type(self)(npages)
+        word, shift, n = first >> 6, np.uint64(first & 63), cut.words.size
+        source = self.words[word : word + n + 1]
+        cut.words[:] = source[:n] >> shift
+        if shift:
+            rest = source[1 : n + 1]
+            cut.words[: rest.size] |= rest << (np.uint64(64) - shift)
+        if npages & 63:
+            cut.words[-1] &= np.uint64((1 << (npages & 63)) - 1)
+        return cut
+
+    def refine(self, factor: int) -> Self:
+        """Return the bitmap of pages `factor` times smaller: each dirty page dirties all of its parts.
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_pages([1], 3).refine(4).ranges().tolist()
+        [[4, 4]]
+        """
+        if factor < 1:
+            raise BitmapError(f"a page is divided into 1 part or more, not {factor}")
+        fine = type(self)(self.npages * factor)
+        step = max(1, _CHUNK // factor)
+        for start in range(0, self.words.size, step):
+            octets = np.unpackbits(self.words[start : start + step].view(np.uint8), bitorder="little")
+            words = np.packbits(np.repeat(octets, factor), bitorder="little").view(np.uint64)
+            target = fine.words[start * factor : (start + step) * factor]
+            target[:] = words[: target.size]  # what is cut off lies in the tail
+        return fine
+
+    def coarsen(self, factor: int) -> Self:
+        """Return the bitmap of pages `factor` times larger: one is dirty if any of its parts is.
+
+        The last page may be a part of one.
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_pages([1, 9], 10).coarsen(4).pages()
+        array([0, 2])
+        """
+        if factor < 1:
+            raise BitmapError(f"a page is made of 1 part or more, not {factor}")
+        coarse = type(self)((self.npages + factor - 1) // factor)
+        step = max(1, _CHUNK // factor)
+        for start in range(0, coarse.words.size, step):
+            source = self.words[start * factor : (start + step) * factor]
+            octets = np.unpackbits(source.view(np.uint8), bitorder="little")
+            octets.resize(-(-octets.size // (64 * factor)) * 64 * factor)
+            target = coarse.words[start : start + step]
+            target[:] = np.packbits(octets.reshape(-1, factor).any(axis=1), bitorder="little").view(np.uint64)
+        return coarse
+
+
+def _edges(words: Words) -> Words:
+    """Return the words whose bits are set where a bit of `words` differs from the one below it."""
+    edges = words << np.uint64(1)
+    edges[1:] |= words[:-1] >> np.uint64(63)
+    edges ^= words
+    return edges
+
+
+def _positions(words: Words) -> NDArray[np.int64]:
+    """Return the positions of the set bits, in order. Only words that aren't zero are unpacked."""
+    found = []
+    for start in range(0, words.size, _CHUNK):
+        chunk = words[start : start + _CHUNK]
+        (index,) = chunk.nonzero()
+        if index.size:
+            bits = np.unpackbits(chunk[index].view(np.uint8), bitorder="little").reshape(-1, 64)
+            row, bit = bits.nonzero()
+            found.append((index[row] + start) * 64 + bit)
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)

@@ -1,0 +1,161 @@
+"""Where the entries of a memslot's levels lie: which entry maps which pages of the slot.
+
+Pages are counted from the slot's first, as a bitmap's bits are. An entry is aligned in the guest's address space and
+not in the slot's, so where the base isn't aligned the first entry of a level begins before page 0.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.errors import GfnError
+from hwdbm.granule import Granule
+
+__all__ = ["Layout", "any_in", "merged", "pieces", "runs_of"]
+
+Ranges = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a memslot's leaf arrays.
+
+    Parameters
+    ----------
+    npages : int
+        Pages of one granule; 1 or more.
+    base_gfn : int
+        The guest frame of page 0, in granules.
+    granule : Granule
+        The size of a page.
+
+    Examples
+    --------
+    >>> Layout(1000, 0x1F0, Granule.K4).count(2), Layout(1000, 0x1F0, Granule.K4).span(2, 0)
+    (3, (-496, 16))
+    """
+
+    npages: int
+    base_gfn: int
+    granule: Granule
+
+    def __post_init__(self) -> None:
+        if self.npages < 1:
+            raise GfnError(f"a slot has 1 page or more, not {self.npages}")
+        top = 1 << (52 - self.granule.page_shift)
+        if self.base_gfn < 0 or self.base_gfn + self.npages > top:
+            raise GfnError(
+                f"gfn {self.base_gfn:#x} and {self.npages} pages of {self.granule} don't fit into 52 address bits"
+            )
+
+    def index(self, level: int, page: int) -> int:
+        """Return the entry of `level` that maps `page`."""
+        size = self.granule.pages_per_entry(level)
+        return (self.base_gfn + page) // size - self.base_gfn // size
+
+    def count(self, level: int) -> int:
+        """Return the entries of `level`, parts of one at either end among them."""
+        return self.index(level, self.npages - 1) + 1
+
+    def entries(self, level: int, lo: int, hi: int) -> slice:
+        """Return the entries of `level` that map any of the pages [lo, hi)."""
+        return slice(self.index(level, lo), self.index(level, hi - 1) + 1) if lo < hi else slice(0, 0)
+
+    def span(self, level: int, index: int) -> tuple[int, int]:
+        """Return the pages [start, stop) of an entry, which may begin before the slot and end after it."""
+        size = self.granule.pages_per_entry(level)
+        start = index * size - self.base_gfn % size
+        return start, start + size
+
+    def spans(self, level: int, index: NDArray[np.intp]) -> Ranges:
+        """Return `span` of each of `index`, as rows of an (n, 2) int64 array."""
+        size = self.granule.pages_per_entry(level)
+        start = index.astype(np.int64) * size - self.base_gfn % size
+        return np.stack([start, start + size], axis=1)
+
+    def whole(self, level: int, lo: int, hi: int) -> slice:
+        """Return the entries of `level` of which all pages are in [lo, hi)."""
+        size = self.granule.pages_per_entry(level)
+        offset = self.base_gfn % size
+        first, stop = -(-(lo + offset) // size), (hi + offset) // size
+        return slice(first, max(first, stop))
+
+    @overload
+    def first_child(self, level: int, index: int) -> int: ...
+    @overload
+    def first_child(self, level: int, index: NDArray[np.intp]) -> NDArray[np.intp]: ...
+    def first_child(self, level: int, index: int | NDArray[np.intp]) -> int | NDArray[np.intp]:
+        """Return the first entry of ``level + 1`` under an entry; negative if it lies before the slot."""
+        size, child = self.granule.pages_per_entry(level), self.granule.pages_per_entry(level + 1)
+        return (self.base_gfn // size + index) * self.granule.entries - self.base_gfn // child
+
+
+def merged(ranges: Ranges) -> Ranges:
+    """Return sorted `ranges` with those that touch joined.
+
+    Examples
+    --------
+    >>> merged(np.array([[0, 4], [4, 8], [9, 10]])).tolist()
+    [[0, 8], [9, 10]]
+    """
+    if not len(ranges):
+        return ranges
+    apart = ranges[1:, 0] != ranges[:-1, 1]
+    starts, stops = ranges[np.append(True, apart), 0], ranges[np.append(apart, True), 1]
+    return np.stack([starts, stops], axis=1)
+
+
+def any_in(words: NDArray[np.uint64], ranges: Ranges) -> NDArray[np.bool_]:
+    """Return for each row [start, stop) of `ranges`, none empty, whether any of its bits is set in `words`.
+
+    Examples
+    --------
+    >>> any_in(np.array([0b100, 0], dtype=np.uint64), np.array([[0, 2], [2, 3], [3, 128]])).tolist()
+    [False, True, False]
+    """
+    full = np.uint64((1 << 64) - 1)
+    head, last = ranges[:, 0] >> 6, ranges[:, 1] - 1 >> 6
+    head_mask = full << (ranges[:, 0] & 63).astype(np.uint64)
+    last_mask = full >> (63 - (ranges[:, 1] - 1 & 63)).astype(np.uint64)
+    # In one word both masks hold; in two, each holds for its own, and the words between are counted.
+    inner, outer = np.where(head == last, last_mask, full), np.where(head == last, head_mask, full)
+    before = np.concatenate(([0], np.cumsum(words != 0)))
+    ends = words[head] & head_mask & inner | words[last] & last_mask & outer
+    found: NDArray[np.bool_] = (ends != 0) | (before[last] > before[np.minimum(head + 1, last)])
+    return found
+
+
+def runs_of(flags: NDArray[np.bool_]) -> Ranges:
+    """Return the runs of true elements as rows [start, stop).
+
+    Examples
+    --------
+    >>> runs_of(np.array([True, True, False, True])).tolist()
+    [[0, 2], [3, 4]]
+    """
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    return edges.astype(np.int64).reshape(-1, 2)
+
+
+def pieces(lo: int, hi: int, npages: int) -> Iterator[tuple[int, int, int | None]]:
+    """Yield the pages [lo, hi) as word-aligned [start, stop) with the mask of a part word, None for whole words.
+
+    Examples
+    --------
+    >>> [(start, stop, mask) for start, stop, mask in pieces(1, 131, 200)]
+    [(0, 64, 18446744073709551614), (64, 128, None), (128, 192, 7)]
+    """
+    if lo >= hi:
+        return
+    start, stop = lo + 63 & ~63, hi if hi == npages else hi & ~63
+    if lo & 63:
+        last = min(hi, start)
+        mask = (1 << (last - (start - 64))) - (1 << (lo & 63))
+        yield start - 64, min(start, npages), mask
+    if start < stop:
+        yield start, stop, None
+    if start <= stop < hi:
+        yield stop, min(stop + 64, npages), (1 << (hi - stop)) - 1
