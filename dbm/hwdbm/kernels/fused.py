@@ -1,0 +1,194 @@
+"""Kernels in one pass over the descriptors, compiled by numba and cached on disk.
+
+The inner loops take slices, never an index range: with indices numba checks for wrap-around, and LLVM no longer
+vectorises (six times slower, measured). A group of 64 descriptors makes one bitmap word, so a group is read once
+to make the word and, only if the word isn't zero, gone over again while it is still in the first-level cache.
+"""
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from hwdbm.kernels import Tally
+from hwdbm.pte import Match, Update
+
+__all__ = ["fill", "rewrite", "rewrite_within", "scan"]
+
+Array = NDArray[np.uint64]
+Runs = NDArray[np.int64]
+
+_ALL = (1 << 64) - 1
+
+
+def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
+    """Set in `out` the bit of each descriptor that matches."""
+    _scan(pte, runs, np.uint64(match.mask), np.uint64(match.value), out)
+
+
+def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> Tally:
+    """Apply `update`, and set in `out` and `also` the bit of each descriptor that it changed."""
+    return Tally(*_rewrite(pte, runs, *_masks(update), out, also))
+
+
+def rewrite_within(pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array) -> Tally:
+    """Apply `update` where the bit in `within` is set; otherwise as `rewrite`."""
+    return Tally(*_rewrite_within(pte, runs, *_masks(update), within, out, also))
+
+
+def fill(words: Array, ranges: Runs) -> None:
+    """Set the bits of each row [start, stop) of `ranges`."""
+    _fill(words, ranges)
+
+
+def _masks(update: Update) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    where = update.where
+    return (
+        np.uint64(where.mask),
+        np.uint64(where.value),
+        np.uint64(~update.clears & _ALL),
+        np.uint64(update.sets),
+    )
+
+
+@njit(inline="always")
+def _hit(d, mask, value):  # type: ignore[no-untyped-def]
+    return (d & mask) == value
+
+
+@njit(inline="always")
+def _changed(d, mask, value, keep, sets):  # type: ignore[no-untyped-def]
+    return (d & keep) | sets if (d & mask) == value else d
+
+
+@njit(inline="always")
+def _popcount(word):  # type: ignore[no-untyped-def]
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    pairs = np.uint64(0x3333333333333333)
+    word = (word & pairs) + ((word >> np.uint64(2)) & pairs)
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@njit(nogil=True, cache=True)
+def _word_at(pte, start, stop, mask, value):  # type: ignore[no-untyped-def]
+    """Return the word of a last group that has fewer than 64 descriptors."""
+    word = np.uint64(0)
+    for j in range(stop - start):
+        word |= np.uint64(_hit(pte[start + j], mask, value)) << np.uint64(j)
+    return word
+
+
+@njit(nogil=True, cache=True)
+def _scan_run(pte, mask, value, out):  # type: ignore[no-untyped-def]
+    full = pte.size // 64
+    for w in range(full):
+        word = np.uint64(0)
+        for j in range(64):
+            word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
+        if word:
+            out[w] |= word
+    if full * 64 < pte.size:
+        out[full] |= _word_at(pte, full * 64, pte.size, mask, value)
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_run(pte, mask, value, keep, sets, out, also):  # type: ignore[no-untyped-def]
+    changed, words, full = np.uint64(0), 0, pte.size // 64
+    for w in range(full):
+        word = np.uint64(0)
+        for j in range(64):
+            word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
+        if word:
+            out[w] |= word
+            also[w] |= word
+            changed += _popcount(word)
+            words += 1
+            for j in range(64):
+                pte[w * 64 + j] = _changed(pte[w * 64 + j], mask, value, keep, sets)
+    start = full * 64
+    if start < pte.size:
+        word = _word_at(pte, start, pte.size, mask, value)
+        if word:
+            out[full] |= word
+            also[full] |= word
+            changed += _popcount(word)
+            words += 1
+            for i in range(start, pte.size):
+                pte[i] = _changed(pte[i], mask, value, keep, sets)
+    return changed, words
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+    changed, words, read = np.uint64(0), 0, 0
+    one, full = np.uint64(1), pte.size // 64
+    for w in range(within.size):
+        if not within[w]:
+            continue
+        start = w * 64
+        stop = min(start + 64, pte.size)
+        read += stop - start
+        word = np.uint64(0)
+        if w < full:
+            for j in range(64):
+                word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
+        else:
+            word = _word_at(pte, start, stop, mask, value)
+        word &= within[w]
+        if word:
+            out[w] |= word
+            also[w] |= word
+            changed += _popcount(word)
+            words += 1
+            for i in range(start, stop):
+                chosen = np.uint64(0) - ((word >> np.uint64(i - start)) & one)
+                pte[i] = (pte[i] & (keep | ~chosen)) | (sets & chosen)
+    return read, changed, words
+
+
+@njit(nogil=True, cache=True)
+def _scan(pte, runs, mask, value, out):  # type: ignore[no-untyped-def]
+    for r in range(runs.shape[0]):
+        lo, hi = runs[r, 0], runs[r, 1]
+        _scan_run(pte[lo:hi], mask, value, out[lo // 64 : (hi + 63) // 64])
+
+
+@njit(nogil=True, cache=True)
+def _rewrite(pte, runs, mask, value, keep, sets, out, also):  # type: ignore[no-untyped-def]
+    read, changed, words = np.int64(0), np.int64(0), 0
+    for r in range(runs.shape[0]):
+        lo, hi = runs[r, 0], runs[r, 1]
+        first, last = lo // 64, (hi + 63) // 64
+        n, w = _rewrite_run(pte[lo:hi], mask, value, keep, sets, out[first:last], also[first:last])
+        read, changed, words = read + hi - lo, changed + np.int64(n), words + w
+    return read, changed, words
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_within(pte, runs, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+    read, changed, words = 0, np.int64(0), 0
+    for r in range(runs.shape[0]):
+        lo, hi = runs[r, 0], runs[r, 1]
+        first, last = lo // 64, (hi + 63) // 64
+        d, n, w = _rewrite_run_within(
+            pte[lo:hi], mask, value, keep, sets, within[first:last], out[first:last], also[first:last]
+        )
+        read, changed, words = read + d, changed + np.int64(n), words + w
+    return read, changed, words
+
+
+@njit(nogil=True, cache=True)
+def _fill(words, ranges):  # type: ignore[no-untyped-def]
+    full = ~np.uint64(0)
+    for r in range(ranges.shape[0]):
+        lo, hi = ranges[r, 0], ranges[r, 1]
+        if lo >= hi:
+            continue
+        head, last = lo // 64, (hi - 1) // 64
+        head_mask, last_mask = full << np.uint64(lo % 64), full >> np.uint64(63 - (hi - 1) % 64)
+        if head == last:
+            words[head] |= head_mask & last_mask
+        else:
+            words[head] |= head_mask
+            words[head + 1 : last] = full
+            words[last] |= last_mask
