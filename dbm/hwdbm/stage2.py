@@ -1,0 +1,535 @@
+"""Stage2: the leaf descriptors of one memslot in flat arrays, and the verbs over them.
+
+One uint64 array a level. ``level(3)`` has an entry a page, indexed by ``gfn - base_gfn``; ``level(2)`` one a stripe
+(the pages under one block-sized entry), ``level(1)`` one for each 1 GiB (4 KiB granule). A leaf lives at exactly one
+level: a level-2 entry is invalid, a block, or a table, and only under a table does level 3 hold anything.
+
+Whatever replaces a leaf (map, unmap, split, collapse, wrprotect, clear_dbm, disable_dbm) first saves its dirty state
+for both consumers: in `Stage2.saved`, which the next harvest takes, and in `Stage2.host_dirty`, the host pages'
+dirty flags. So at any time the pages dirtied since they were last cleaned are those of the dirty leaves and those in
+`saved`, and no verb but `harvest` and `clean` changes that set.
+
+A Stage2 has one owner at a time. The exception is `harvest`: calls on disjoint ranges of whole words may run in
+parallel threads.
+"""
+
+from collections.abc import Callable
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import kernels, pte
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.errors import BitmapError, GfnError
+from hwdbm.granule import Granule
+from hwdbm.kernels import Tally
+from hwdbm.layout import Layout, merged
+from hwdbm.leaves import Leaves
+from hwdbm.saved import Saved
+
+__all__ = ["Stage2"]
+
+Array = NDArray[np.uint64]
+ByLevel = Callable[[int], pte.Update]
+
+
+class Stage2:
+    """The stage-2 leaves of one memslot.
+
+    Parameters
+    ----------
+    npages : int
+        Pages of one granule; 1 or more.
+    base_gfn : int
+        The guest frame of the first page, in granules. Any alignment.
+    granule : Granule
+        The size of a page.
+
+    Attributes
+    ----------
+    layout : Layout
+        Which entry of a level maps which pages.
+    saved : Saved
+        Dirty state of leaves that were replaced, until a harvest takes it.
+    host_dirty : DirtyBitmap
+        The dirty flags of the host's pages: every harvest, clean and replacement sets bits, the host clears them
+        (`take_host_dirty`). A leaf that lets the guest write untracked counts as dirty here when it goes.
+
+    Examples
+    --------
+    >>> s2 = Stage2(1000, base_gfn=0x100)
+    >>> s2.map(0x100, 1000, pfn=0x8_0000)
+    >>> s2.enable_dbm()
+    1000
+    >>> s2.level(3)[7] |= pte.S2AP_W  # what the MMU does when the guest writes
+    >>> s2.harvest().ranges().tolist()
+    [[7, 1]]
+    >>> s2.harvest().any()
+    False
+    """
+
+    def __init__(self, npages: int, base_gfn: int = 0, granule: Granule = Granule.K4) -> None:
+        self.layout = Layout(npages, base_gfn, granule)
+        self._leaves = Leaves(self.layout)
+        self.saved = Saved(npages)
+        self.host_dirty = DirtyBitmap(npages)
+        self._lock = Lock()  # what parallel harvests share: the entries above level 3, and `saved`
+
+    @property
+    def npages(self) -> int:
+        """Pages in the slot."""
+        return self.layout.npages
+
+    @property
+    def base_gfn(self) -> int:
+        """The guest frame of the slot's first page."""
+        return self.layout.base_gfn
+
+    @property
+    def granule(self) -> Granule:
+        """The size of a page."""
+        return self.layout.granule
+
+    def __repr__(self) -> str:
+        last = self.base_gfn + self.npages - 1
+        return f"<Stage2: gfn {self.base_gfn:#x}..{last:#x}, {self.npages} pages of {self.granule}>"
+
+    def level(self, level: int) -> Array:
+        """Return the entries of `level` (1, 2 or 3): the buffer itself, not a copy.
+
+        Raises
+        ------
+        ValueError
+            For another level.
+        """
+        if level not in self._leaves.level:
+            raise ValueError(f"leaves are at levels 1, 2 and 3, not {level}")
+        return self._leaves.level[level]
+
+    def copy(self) -> "Stage2":
+        """Return a Stage2 of its own with the same leaves, saved pages and host flags."""
+        twin = Stage2(self.npages, self.base_gfn, self.granule)
+        for level, entries in self._leaves.level.items():
+            twin.level(level)[:] = entries
+        twin.saved.mark(self.saved.bitmap.ranges().astype(np.int64).cumsum(axis=1))
+        twin.host_dirty |= self.host_dirty
+        return twin
+
+    # --- mapping -------------------------------------------------------------------------------------------
+
+    def map(
+        self,
+        gfn: int,
+        npages: int,
+        pfn: int | NDArray[np.integer],
+        level: int = 3,
+        writable: bool = True,
+        *,
+        dbm: bool = False,
+    ) -> None:
+        """Map guest frames to physical ones, in place of whatever was there.
+
+        Parameters
+        ----------
+        gfn, npages : int
+            The range, inside of the slot; for blocks a multiple of the block's pages.
+        pfn : int or (n,) integer array
+            The first physical frame of a run, or the frame of each leaf: one a page, or one a block.
+        level : int
+            3 maps pages, 2 and 1 blocks.
+        writable : bool
+            Whether the guest may write.
+        dbm : bool
+            Whether hardware is to record the writes: the leaves are then writable-clean, otherwise untracked.
+
+        Raises
+        ------
+        GfnError
+            If the range or a frame is outside of its space or misaligned. Nothing is changed then.
+
+        Notes
+        -----
+        The dirty state of the leaves that were there is saved first. No TLB is invalidated.
+        """
+        lo, hi = self._range(gfn, npages)
+        if level != 3 and level not in self._block_levels:
+            raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
+        size = self.granule.pages_per_entry(level)
+        if gfn % size or npages % size:
+            raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
+        leaves = pte.make_leaf(self._frames(pfn, npages // size, size), level, writable=writable, dbm=dbm)
+        if lo < hi:
+            self._remove(lo, hi)
+            self._leaves.put(level, lo, hi, leaves)
+
+    @property
+    def _block_levels(self) -> tuple[int, ...]:
+        return tuple(level for level in self.granule.block_levels(large=True) if level in (1, 2))
+
+    def _frames(self, pfn: int | NDArray[np.integer], count: int, size: int) -> Array:
+        """Return the physical addresses of `count` leaves of `size` pages, checked."""
+        shift = self.granule.page_shift
+        frames = np.asarray(pfn)
+        if frames.ndim == 0:
+            frames = int(frames) + np.arange(count, dtype=np.int64) * size
+        elif frames.shape != (count,):
+            raise GfnError(f"{count} leaves need {count} frames, got an array of shape {frames.shape}")
+        if frames.size and not (0 <= int(frames.min()) and int(frames.max()) <= (1 << (48 - shift)) - size):
+            raise GfnError(f"pfn {int(frames.min()):#x}..{int(frames.max()):#x} isn't inside of 48 address bits")
+        if (frames % size).any():
+            wrong = int(frames[frames % size != 0][0])
+            raise GfnError(f"pfn {wrong:#x} isn't a multiple of the leaf's {size:#x} pages")
+        return frames.astype(np.uint64) << np.uint64(shift)
+
+    def unmap(self, gfn: int, npages: int) -> None:
+        """Remove the leaves of a range, saving their dirty state. A block that is only partly in it is split.
+
+        Raises
+        ------
+        GfnError
+            If the range isn't inside of the slot.
+        """
+        lo, hi = self._range(gfn, npages)
+        if lo < hi:
+            self._remove(lo, hi)
+
+    def _remove(self, lo: int, hi: int) -> None:
+        self._isolate(lo, hi)
+        self._save(lo, hi, untracked=True)
+        self._leaves.remove(lo, hi)
+
+    def split(self, gfn: int, npages: int, level: int = 3) -> int:
+        """Replace the blocks that touch a range by tables of leaves of `level`, and return how many were split.
+
+        A child keeps its block's attributes and is clean; what a dirty block recorded is saved for all of its
+        pages. The contiguous bit, and bit 16 (nT), which means something else below, are dropped.
+
+        Parameters
+        ----------
+        gfn, npages : int
+            The range, inside of the slot.
+        level : int
+            3 splits everything into pages; 2 only 1 GiB blocks into 2 MiB blocks (4 KiB granule).
+
+        Raises
+        ------
+        GfnError
+            If the range isn't inside of the slot, or `level` isn't 2 or 3.
+        """
+        lo, hi = self._range(gfn, npages)
+        if level not in (2, 3):
+            raise GfnError(f"blocks are split into leaves of level 2 or 3, not {level}")
+        return sum(self._split(above, self._leaves.blocks(above, lo, hi)) for above in range(1, level))
+
+    def _split(self, level: int, index: NDArray[np.intp]) -> int:
+        for lo, hi in np.clip(merged(self.layout.spans(level, index)), 0, self.npages).tolist():
+            self._save(lo, hi)
+        self._leaves.split(level, index)
+        return int(index.size)
+
+    def _isolate(self, lo: int, hi: int) -> None:
+        """Split the blocks that are partly in [lo, hi) and partly not, so that a verb is exact."""
+        for page in (lo, hi) if lo < hi else ():
+            for level in (1, 2):  # the pieces of a level-1 block may straddle in turn
+                if self._leaves.straddles(level, page):
+                    self._split(level, np.array([self.layout.index(level, page)]))
+
+    def collapse(self, gfn: int, npages: int, level: int = 2) -> int:
+        """Replace the tables whose leaves make up a block by that block, and return how many were.
+
+        They do where all are there, physically contiguous from an aligned frame, and alike in every bit but AF,
+        the dirty state and the contiguous hint. The block is young if any of them was, and clean: what they
+        recorded is saved page by page.
+
+        Parameters
+        ----------
+        gfn, npages : int
+            Only tables of which all pages are in the range, and so in the slot, are looked at.
+        level : int
+            Of the block: 2 collapses pages, 1 collapses level-2 blocks.
+
+        Raises
+        ------
+        GfnError
+            If the range isn't inside of the slot, or the granule has no blocks at `level`.
+        """
+        lo, hi = self._range(gfn, npages)
+        if level not in self._block_levels:
+            raise GfnError(f"level {level} of a {self.granule} granule has no blocks")
+        index = self._leaves.collapsible(level, lo, hi)
+        for a, b in merged(self.layout.spans(level, index)).tolist():
+            self._save(a, b)
+        self._leaves.collapse(level, index)
+        return int(index.size)
+
+    # --- dirty state ---------------------------------------------------------------------------------------
+
+    def harvest(self, out: DirtyBitmap | None = None, first: int = 0, npages: int | None = None) -> DirtyBitmap:
+        """Collect the dirty pages and re-protect them: dirty leaves become writable-clean.
+
+        Parameters
+        ----------
+        out : DirtyBitmap, optional
+            A bitmap of the slot's pages; bits are set in it, none is cleared. By default a new one.
+        first, npages : int
+            The pages to look at, counted from the slot's first; by default all.
+
+        Returns
+        -------
+        DirtyBitmap
+            `out`. A dirty block sets the bits of all of its pages.
+
+        Raises
+        ------
+        GfnError
+            If the range isn't inside of the slot.
+        BitmapError
+            If `out` has another size.
+
+        Notes
+        -----
+        No page may be copied before the TLB was flushed for what this re-protected (see `hwdbm.DirtyLog`).
+        A block that is only partly in the range is re-protected too; its other pages are kept in `saved`, so that
+        harvests of disjoint ranges give together what one of their union gives.
+
+        Examples
+        --------
+        >>> s2 = Stage2(1024)
+        >>> s2.map(0, 1024, pfn=0, level=2, dbm=True)
+        >>> s2.level(2)[1] |= pte.S2AP_W
+        >>> s2.harvest().ranges().tolist()
+        [[512, 512]]
+        """
+        out = DirtyBitmap(self.npages) if out is None else out
+        self.harvest_into(out, first, npages)
+        return out
+
+    def harvest_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
+        """Do as `harvest`, and return what it read, changed and wrote."""
+        lo, hi = self._pages(first, npages)
+        self._check(out)
+        with self._lock:
+            tally = self._harvest_blocks(lo, hi, out)
+            tally += Tally(words=self.saved.take(lo, hi, out, self.host_dirty))
+        return tally + self._leaves.rewrite_pages(pte.clean(3), lo, hi, out, self.host_dirty)
+
+    def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
+        tally = Tally()
+        for level in (1, 2):
+            read, spans = self._leaves.rewrite_blocks(level, pte.clean(level), lo, hi)
+            inside = np.clip(spans, lo, hi)
+            kernels.active().fill(out.words, inside)
+            kernels.active().fill(self.host_dirty.words, inside)
+            # Words outside of the range may be another thread's: whoever harvests them takes it from `saved`.
+            self.saved.mark(np.clip(spans, 0, lo))
+            self.saved.mark(np.clip(spans, hi, self.npages))
+            tally += Tally(read, len(spans), int((np.diff(inside) + 63 >> 6).sum()))
+        return tally
+
+    def dirty(self) -> DirtyBitmap:
+        """Return what `harvest` would, and change nothing."""
+        return self.scan(pte.dirty) | self.saved.bitmap
+
+    def writable(self) -> DirtyBitmap:
+        """Return the pages whose leaf has S2AP[1] set: in a table kept without DBM, what was written."""
+        return self.scan(pte.writable)
+
+    def young(self) -> DirtyBitmap:
+        """Return the pages whose leaf has AF set."""
+        return self.scan(pte.young)
+
+    def scan(self, match: Callable[[int], pte.Match]) -> DirtyBitmap:
+        """Return the pages whose leaf matches, and change nothing.
+
+        Parameters
+        ----------
+        match : callable
+            From a level to the predicate for its leaves: `pte.dirty`, `pte.untracked` and the like.
+        """
+        out = DirtyBitmap(self.npages)
+        self._leaves.scan(match, 0, self.npages, out)
+        return out
+
+    def clean(self, mask: DirtyBitmap) -> int:
+        """Re-protect the dirty leaves of the pages in `mask`, exactly, and return how many they were.
+
+        What the pages in the mask recorded is dropped from the log's side: the caller copies them after the TLB
+        flush. `host_dirty` gets it.
+
+        Parameters
+        ----------
+        mask : DirtyBitmap
+            A bitmap of the slot's pages.
+
+        Raises
+        ------
+        BitmapError
+            If it has another size.
+
+        Notes
+        -----
+        A dirty block of which only some pages are in the mask is re-protected, and the dirty state of the others
+        is kept in `saved`: no page outside of the mask is forgotten (RFC patch 4).
+        """
+        self._check(mask)
+        self.saved.drop(mask)
+        changed = self._rewrite_masked(pte.clean, mask, keep=True)
+        self.saved.drop(mask)
+        return changed
+
+    def take_host_dirty(self) -> DirtyBitmap:
+        """Return the host pages' dirty flags and clear them, as the host does before it writes pages back."""
+        taken = self.host_dirty | self.saved.bitmap  # a harvest of a part may have left some in `saved` alone
+        self.host_dirty.clear()
+        return taken
+
+    # --- tracking and protection ---------------------------------------------------------------------------
+
+    def enable_dbm(self, mask: DirtyBitmap | None = None) -> int:
+        """Let hardware record writes: untracked leaves become writable-clean. Return how many they were.
+
+        Only a leaf that was writable gets DBM: on a read-only one it would grant the write. What is tracked
+        already stays as it is. Since an untracked leaf may have been written, its pages are dirty for the host.
+
+        Parameters
+        ----------
+        mask : DirtyBitmap, optional
+            Only leaves of at least one page in it.
+
+        Examples
+        --------
+        >>> s2 = Stage2(3)
+        >>> s2.map(0, 2, pfn=16)
+        >>> s2.map(2, 1, pfn=99, writable=False)
+        >>> s2.enable_dbm(), [pte.state(int(d), 3).label for d in s2.level(3)]
+        (2, ['writable-clean', 'writable-clean', 'read-only'])
+        """
+        if mask is not None:
+            self._check(mask)
+            return self._rewrite_masked(pte.arm, mask)
+        return self._rewrite(pte.arm, 0, self.npages, self.host_dirty)
+
+    def disable_dbm(self) -> int:
+        """Stop recording: tracked leaves become untracked, their dirty state saved. Return how many they were."""
+        self._save(0, self.npages)
+        return self._rewrite(pte.disarm, 0, self.npages, self.host_dirty)
+
+    def set_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
+        """Set DBM alone on untracked leaves, which become writable-dirty. Return how many they were.
+
+        Parameters
+        ----------
+        gfn, npages : int, optional
+            The range; by default the whole slot. Blocks that are only partly in it are split.
+        """
+        return self._change(pte.set_dbm, gfn, npages)
+
+    def clear_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
+        """Clear DBM alone: writable-clean becomes read-only, writable-dirty untracked. Return how many they were.
+
+        The dirty state is saved first. Parameters are `set_dbm`'s.
+        """
+        return self._change(pte.clear_dbm, gfn, npages, save=True)
+
+    def wrprotect(self, gfn: int | None = None, npages: int | None = None) -> int:
+        """Make leaves read-only: DBM and S2AP[1] go together. Return how many weren't.
+
+        The dirty state is saved first, and an untracked leaf is reported to the host. Parameters are `set_dbm`'s.
+        """
+        lo, hi = self._range(gfn, npages)
+        self._isolate(lo, hi)
+        self._save(lo, hi, untracked=True)
+        # After the save tracked leaves are writable-clean: one update takes their DBM, one the others' S2AP[1].
+        return self._rewrite(pte.clear_dbm, lo, hi) + self._rewrite(pte.wrprotect, lo, hi)
+
+    def mkold(self, gfn: int | None = None, npages: int | None = None) -> int:
+        """Clear the access flag of leaves, and nothing else. Return how many were young.
+
+        A block that is only partly in the range is aged as a whole. Parameters are `set_dbm`'s.
+        """
+        return self._rewrite(pte.mkold, *self._range(gfn, npages))
+
+    def mkyoung(self, gfn: int | None = None, npages: int | None = None) -> int:
+        """Set the access flag of leaves, and nothing else. Return how many were old. As `mkold` otherwise."""
+        return self._rewrite(pte.mkyoung, *self._range(gfn, npages))
+
+    def test_clear_young(self, gfn: int | None = None, npages: int | None = None) -> DirtyBitmap:
+        """Clear the access flag of leaves, and return the pages of the range that were young, as `mkold` counts."""
+        out = DirtyBitmap(self.npages)
+        self._rewrite(pte.mkold, *self._range(gfn, npages), out)
+        return out
+
+    def _change(self, update: ByLevel, gfn: int | None, npages: int | None, *, save: bool = False) -> int:
+        lo, hi = self._range(gfn, npages)
+        self._isolate(lo, hi)
+        if save:
+            self._save(lo, hi)
+        return self._rewrite(update, lo, hi)
+
+    def _rewrite(self, update: ByLevel, lo: int, hi: int, out: DirtyBitmap | None = None) -> int:
+        """Apply `update` to the leaves of [lo, hi), set their bits in `out`, and return how many they were."""
+        out = DirtyBitmap(self.npages) if out is None else out
+        return self._leaves.rewrite(update, lo, hi, out, out).changed
+
+    def _rewrite_masked(self, update: ByLevel, mask: DirtyBitmap, *, keep: bool = False) -> int:
+        """Apply `update` to the leaves of at least one page in `mask`, for the host, and return how many they were.
+
+        With `keep` the whole blocks among them are saved, pages in the mask and others.
+        """
+        changed = 0
+        for level in (1, 2):
+            _, spans = self._leaves.rewrite_blocks(level, update(level), 0, self.npages, mask)
+            spans = np.clip(spans, 0, self.npages)
+            kernels.active().fill(self.host_dirty.words, spans)
+            if keep:
+                self.saved.mark(spans)
+            changed += len(spans)
+        return changed + self._leaves.rewrite_masked(update(3), mask, self.host_dirty).changed
+
+    def _save(self, lo: int, hi: int, *, untracked: bool = False) -> None:
+        """Clean the leaves of [lo, hi) and keep what they recorded, for both consumers.
+
+        With `untracked` the host is also told of the leaves that are, since they may have been written. No block
+        may be only partly in the range.
+        """
+        if self._leaves.rewrite(pte.clean, lo, hi, self.saved.bitmap, self.host_dirty).changed:
+            self.saved.widen(lo, hi)
+        if untracked:
+            self._rewrite(lambda level: pte.Update(pte.untracked(level)), lo, hi, self.host_dirty)
+
+    # --- checking ------------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Raise `InvariantError` if the arrays can't be what a Stage2's verbs leave behind.
+
+        A leaf lives at one level: under a level-1 or level-2 entry that isn't a table everything is zero. No entry
+        has the reserved encoding, at level 3 or at a level without blocks. The tails of the bitmaps are clean.
+        """
+        self._leaves.verify()
+        self.saved.verify()
+        self.host_dirty.verify()
+
+    # --- arguments -----------------------------------------------------------------------------------------
+
+    def _range(self, gfn: int | None, npages: int | None) -> tuple[int, int]:
+        """Return a range of guest frames as pages [lo, hi) of the slot."""
+        gfn = self.base_gfn if gfn is None else gfn
+        npages = self.base_gfn + self.npages - gfn if npages is None else npages
+        lo = gfn - self.base_gfn
+        if lo < 0 or npages < 0 or lo + npages > self.npages:
+            last = self.base_gfn + self.npages - 1
+            raise GfnError(
+                f"gfn {gfn:#x}..{gfn + npages - 1:#x} is not inside the slot's {self.base_gfn:#x}..{last:#x}"
+            )
+        return lo, lo + npages
+
+    def _pages(self, first: int, npages: int | None) -> tuple[int, int]:
+        npages = self.npages - first if npages is None else npages
+        if first < 0 or npages < 0 or first + npages > self.npages:
+            raise GfnError(f"pages {first}..{first + npages - 1} are not inside of the slot's {self.npages}")
+        return first, first + npages
+
+    def _check(self, bitmap: DirtyBitmap) -> None:
+        if bitmap.npages != self.npages:
+            raise BitmapError(f"the slot has {self.npages} pages, the bitmap {bitmap.npages}")

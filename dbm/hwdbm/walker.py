@@ -1,0 +1,492 @@
+"""The reference: what every verb of `hwdbm.Stage2` must do, one descriptor at a time, with Python ints.
+
+It is slow on purpose. It walks from level 1 down as the MMU does, decides on one descriptor that it read once, and
+knows nothing of kernels, words, runs or spans: of the package it uses only the state table in `hwdbm.pte`. Each
+function here is the specification of the method of the same name, has the same arguments after the Stage2, returns
+the same, and leaves the same descriptors, saved pages and host flags behind.
+
+`guest_write` and `guest_read` are what the hardware does to a descriptor (Arm ARM DDI0487, D8.5).
+"""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import pte
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.pte import State
+from hwdbm.stage2 import Stage2
+
+__all__ = [
+    "Access",
+    "clean",
+    "clear_dbm",
+    "collapse",
+    "dirty",
+    "disable_dbm",
+    "enable_dbm",
+    "guest_read",
+    "guest_write",
+    "harvest",
+    "map",
+    "mkold",
+    "mkyoung",
+    "set_dbm",
+    "split",
+    "test_clear_young",
+    "unmap",
+    "writable",
+    "wrprotect",
+    "young",
+]
+
+
+class Leaf(NamedTuple):
+    """A leaf as a walk found it: its place, the descriptor as it was read, its state and its pages in the slot."""
+
+    level: int
+    entry: int
+    desc: int
+    state: State
+    pages: range
+
+
+TRACKED = (State.WRITABLE_CLEAN, State.WRITABLE_DIRTY)
+LEAVES = (State.READ_ONLY, State.UNTRACKED, *TRACKED)
+
+
+# --- walking --------------------------------------------------------------------------------------------------
+
+
+def _index(s2: Stage2, level: int, page: int) -> int:
+    size = s2.granule.pages_per_entry(level)
+    return (s2.base_gfn + page) // size - s2.base_gfn // size
+
+
+def _pages(s2: Stage2, level: int, index: int) -> range:
+    """Return the pages under an entry, those outside of the slot among them."""
+    size = s2.granule.pages_per_entry(level)
+    start = (s2.base_gfn // size + index) * size - s2.base_gfn
+    return range(start, start + size)
+
+
+def _inside(s2: Stage2, pages: range) -> range:
+    return range(max(pages.start, 0), min(pages.stop, s2.npages))
+
+
+def _read(s2: Stage2, level: int, index: int) -> int:
+    return int(s2.level(level)[index])
+
+
+def _write(s2: Stage2, level: int, index: int, desc: int) -> None:
+    s2.level(level)[index] = desc
+
+
+def _walk(s2: Stage2, page: int) -> Leaf | None:
+    """Return the leaf that maps `page`, or None."""
+    for level in (1, 2, 3):
+        index = _index(s2, level, page)
+        desc = _read(s2, level, index)
+        state = pte.state(desc, level)
+        if state in LEAVES:
+            return Leaf(level, index, desc, state, _inside(s2, _pages(s2, level, index)))
+        if state is not State.TABLE:
+            return None
+    return None
+
+
+def _leaves(s2: Stage2, lo: int, hi: int) -> Iterator[Leaf]:
+    """Yield each leaf that maps a page of [lo, hi), once. The leaf yielded may be changed, but not its table."""
+    page = lo
+    while page < hi:
+        leaf = _walk(s2, page)
+        if leaf:
+            yield leaf
+        page = leaf.pages.stop if leaf else page + 1
+
+
+def _range(s2: Stage2, gfn: int | None, npages: int | None) -> tuple[int, int]:
+    lo = 0 if gfn is None else gfn - s2.base_gfn
+    return lo, s2.npages if npages is None else lo + npages
+
+
+# --- consumers ------------------------------------------------------------------------------------------------
+
+
+def _tell_host(s2: Stage2, page: int) -> None:
+    s2.host_dirty.set_range(page, 1)
+
+
+def _keep(s2: Stage2, page: int) -> None:
+    s2.saved.bitmap.set_range(page, 1)
+    s2.saved.widen(page, page + 1)
+
+
+def _save(s2: Stage2, leaf: Leaf) -> int:
+    """Return the descriptor of a leaf about to be replaced, cleaned, after both consumers heard what it recorded."""
+    if leaf.state is not State.WRITABLE_DIRTY:
+        return leaf.desc
+    for page in leaf.pages:
+        _keep(s2, page)
+        _tell_host(s2, page)
+    return leaf.desc & ~pte.S2AP_W
+
+
+# --- dirty state ----------------------------------------------------------------------------------------------
+
+
+def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: int | None = None) -> DirtyBitmap:
+    """Collect the dirty pages of [first, first + npages) and make their leaves writable-clean.
+
+    Examples
+    --------
+    >>> s2 = Stage2(3)
+    >>> s2.map(0, 3, pfn=8, dbm=True)
+    >>> guest_write(s2, 1)
+    <Access.DONE: 'done'>
+    >>> harvest(s2).pages()
+    array([1])
+    """
+    out = DirtyBitmap(s2.npages) if out is None else out
+    lo, hi = first, s2.npages if npages is None else first + npages
+    for leaf in _leaves(s2, lo, hi):
+        if leaf.state is State.WRITABLE_DIRTY:
+            _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W)
+            for page in leaf.pages:
+                if lo <= page < hi:
+                    out.set_range(page, 1)
+                    _tell_host(s2, page)
+                else:
+                    _keep(s2, page)
+    for page in range(lo, hi):
+        if page in s2.saved.bitmap:
+            s2.saved.bitmap.set_range(page, 1, False)
+            out.set_range(page, 1)
+            _tell_host(s2, page)
+    return out
+
+
+def dirty(s2: Stage2) -> DirtyBitmap:
+    """Return the pages that `harvest` would, and change nothing."""
+    out = _scan(s2, State.WRITABLE_DIRTY)
+    for page in range(s2.npages):
+        if page in s2.saved.bitmap:
+            out.set_range(page, 1)
+    return out
+
+
+def writable(s2: Stage2) -> DirtyBitmap:
+    """Return the pages whose leaf has S2AP[1] set."""
+    return _scan(s2, State.UNTRACKED, State.WRITABLE_DIRTY)
+
+
+def young(s2: Stage2) -> DirtyBitmap:
+    """Return the pages whose leaf has AF set."""
+    out = DirtyBitmap(s2.npages)
+    for leaf in _leaves(s2, 0, s2.npages):
+        if leaf.desc & pte.AF:
+            for page in leaf.pages:
+                out.set_range(page, 1)
+    return out
+
+
+def _scan(s2: Stage2, *states: State) -> DirtyBitmap:
+    out = DirtyBitmap(s2.npages)
+    for leaf in _leaves(s2, 0, s2.npages):
+        if leaf.state in states:
+            for page in leaf.pages:
+                out.set_range(page, 1)
+    return out
+
+
+def clean(s2: Stage2, mask: DirtyBitmap) -> int:
+    """Re-protect the dirty leaves of the pages in `mask`, keeping what blocks recorded for other pages."""
+    count = 0
+    for leaf in _leaves(s2, 0, s2.npages):
+        if leaf.state is State.WRITABLE_DIRTY and any(page in mask for page in leaf.pages):
+            _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W)
+            count += 1
+            for page in leaf.pages:
+                _tell_host(s2, page)
+                if page not in mask:
+                    _keep(s2, page)
+    for page in range(s2.npages):
+        if page in mask and page in s2.saved.bitmap:
+            s2.saved.bitmap.set_range(page, 1, False)
+    return count
+
+
+# --- tracking and protection ----------------------------------------------------------------------------------
+
+
+def enable_dbm(s2: Stage2, mask: DirtyBitmap | None = None) -> int:
+    """Make untracked leaves writable-clean; the host is told of them."""
+    count = 0
+    for leaf in _leaves(s2, 0, s2.npages):
+        if leaf.state is not State.UNTRACKED:
+            continue
+        if mask is None or any(page in mask for page in leaf.pages):
+            _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W | pte.DBM)
+            count += 1
+            for page in leaf.pages:
+                _tell_host(s2, page)
+    return count
+
+
+def disable_dbm(s2: Stage2) -> int:
+    """Make tracked leaves untracked, saving what they recorded; the host is told of them all."""
+    count = 0
+    for leaf in _leaves(s2, 0, s2.npages):
+        if leaf.state in TRACKED:
+            _write(s2, leaf.level, leaf.entry, _save(s2, leaf) & ~pte.DBM | pte.S2AP_W)
+            count += 1
+            for page in leaf.pages:
+                _tell_host(s2, page)
+    return count
+
+
+def set_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
+    """Set DBM on untracked leaves, which become writable-dirty."""
+    lo, hi = _range(s2, gfn, npages)
+    _isolate(s2, lo, hi)
+    count = 0
+    for leaf in _leaves(s2, lo, hi):
+        if leaf.state is State.UNTRACKED:
+            _write(s2, leaf.level, leaf.entry, leaf.desc | pte.DBM)
+            count += 1
+    return count
+
+
+def clear_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
+    """Clear DBM, saving what was recorded: tracked leaves become read-only."""
+    lo, hi = _range(s2, gfn, npages)
+    _isolate(s2, lo, hi)
+    count = 0
+    for leaf in _leaves(s2, lo, hi):
+        if leaf.state in TRACKED:
+            _write(s2, leaf.level, leaf.entry, _save(s2, leaf) & ~pte.DBM)
+            count += 1
+    return count
+
+
+def wrprotect(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
+    """Make leaves read-only, saving what they recorded; the host is told of untracked ones."""
+    lo, hi = _range(s2, gfn, npages)
+    _isolate(s2, lo, hi)
+    count = 0
+    for leaf in _leaves(s2, lo, hi):
+        if leaf.state is State.READ_ONLY:
+            continue
+        _write(s2, leaf.level, leaf.entry, _save(s2, leaf) & ~(pte.DBM | pte.S2AP_W))
+        count += 1
+        if leaf.state is State.UNTRACKED:
+            for page in leaf.pages:
+                _tell_host(s2, page)
+    return count
+
+
+def mkold(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
+    """Clear the access flag."""
+    return _age(s2, *_range(s2, gfn, npages))[0]
+
+
+def test_clear_young(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> DirtyBitmap:
+    """Clear the access flag and return the pages of the range that had it."""
+    return _age(s2, *_range(s2, gfn, npages))[1]
+
+
+def _age(s2: Stage2, lo: int, hi: int) -> tuple[int, DirtyBitmap]:
+    count, out = 0, DirtyBitmap(s2.npages)
+    for leaf in _leaves(s2, lo, hi):
+        if leaf.desc & pte.AF:
+            _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.AF)
+            count += 1
+            for page in leaf.pages:
+                if lo <= page < hi:
+                    out.set_range(page, 1)
+    return count, out
+
+
+def mkyoung(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
+    """Set the access flag."""
+    count = 0
+    for leaf in _leaves(s2, *_range(s2, gfn, npages)):
+        if not leaf.desc & pte.AF:
+            _write(s2, leaf.level, leaf.entry, leaf.desc | pte.AF)
+            count += 1
+    return count
+
+
+# --- mapping --------------------------------------------------------------------------------------------------
+
+
+def map(  # noqa: A001 - the verb's name
+    s2: Stage2,
+    gfn: int,
+    npages: int,
+    pfn: int | NDArray[np.integer],
+    level: int = 3,
+    writable: bool = True,
+    *,
+    dbm: bool = False,
+) -> None:
+    """Map guest frames to physical ones, in place of whatever was there."""
+    unmap(s2, gfn, npages)
+    size = s2.granule.pages_per_entry(level)
+    for i, page in enumerate(range(gfn - s2.base_gfn, gfn - s2.base_gfn + npages, size)):
+        for above in range(1, level):
+            if not _read(s2, above, _index(s2, above, page)):
+                _write(s2, above, _index(s2, above, page), pte.TABLE)
+        frame = pfn + i * size if isinstance(pfn, int) else int(pfn[i])
+        desc = pte.make_leaf(frame << s2.granule.page_shift, level, writable=writable, dbm=dbm)
+        _write(s2, level, _index(s2, level, page), desc)
+
+
+def unmap(s2: Stage2, gfn: int, npages: int) -> None:
+    """Remove the leaves of a range, saving what they recorded; the host is told of untracked ones."""
+    lo, hi = _range(s2, gfn, npages)
+    _isolate(s2, lo, hi)
+    for leaf in _leaves(s2, lo, hi):
+        _save(s2, leaf)
+        if leaf.state is State.UNTRACKED:
+            for page in leaf.pages:
+                _tell_host(s2, page)
+        _write(s2, leaf.level, leaf.entry, 0)
+    for level in (3, 2, 1):  # invalid entries may hold something, and tables are left over
+        for page in range(lo, hi):
+            index = _index(s2, level, page)
+            pages = _inside(s2, _pages(s2, level, index))
+            if lo <= pages.start and pages.stop <= hi:
+                _write(s2, level, index, 0)
+
+
+def split(s2: Stage2, gfn: int, npages: int, level: int = 3) -> int:
+    """Replace the blocks that touch a range by tables of leaves of `level`."""
+    lo, hi = _range(s2, gfn, npages)
+    count = 0
+    for _ in range(1, level):  # the pieces of a level-1 block are split in the second pass
+        for leaf in list(_leaves(s2, lo, hi)):
+            if leaf.level < level:
+                _split(s2, leaf)
+                count += 1
+    return count
+
+
+def _split(s2: Stage2, leaf: Leaf) -> None:
+    desc = _save(s2, leaf)
+    granule, child = s2.granule, leaf.level + 1
+    for shift in range(granule.page_shift, granule.shift(leaf.level)):  # the child's address bits
+        desc &= ~(1 << shift)
+    desc = desc & ~(pte.CONTIGUOUS | pte.TABLE) | (0b11 if child == 3 else 0b01)
+    pages = _pages(s2, leaf.level, leaf.entry)
+    for i in range(granule.entries):
+        page = pages.start + i * granule.pages_per_entry(child)
+        if _inside(s2, range(page, page + granule.pages_per_entry(child))):
+            _write(s2, child, _index(s2, child, page), desc | i << granule.shift(child))
+    _write(s2, leaf.level, leaf.entry, pte.TABLE)
+
+
+def _isolate(s2: Stage2, lo: int, hi: int) -> None:
+    """Split the blocks that are partly in [lo, hi) and partly not."""
+    for page in (lo, hi) if lo < hi else ():
+        for _ in (1, 2):
+            leaf = _walk(s2, page) if 0 < page < s2.npages else None
+            if leaf and leaf.pages.start < page:
+                _split(s2, leaf)
+
+
+def collapse(s2: Stage2, gfn: int, npages: int, level: int = 2) -> int:
+    """Replace the tables whose leaves make up a block by that block."""
+    lo, hi = _range(s2, gfn, npages)
+    size = s2.granule.pages_per_entry(level)
+    start = lo + -(s2.base_gfn + lo) % size
+    return sum(_collapse(s2, level, page) for page in range(start, hi - size + 1, size))
+
+
+def _collapse(s2: Stage2, level: int, page: int) -> bool:
+    granule = s2.granule
+    index = _index(s2, level, page)
+    if pte.state(_read(s2, level, index), level) is not State.TABLE:
+        return False
+    step = granule.pages_per_entry(level + 1)
+    leaves = [_walk(s2, page + i * step) for i in range(granule.entries)]
+    first = leaves[0]
+    place = (1 << granule.shift(level)) - (1 << granule.shift(level + 1))  # address bits that tell children apart
+    if first is None or first.desc & place & pte.ADDRESS:
+        return False
+    for i, leaf in enumerate(leaves):
+        if leaf is None or leaf.level != level + 1:
+            return False
+        if (leaf.state in TRACKED) != (first.state in TRACKED):
+            return False
+        ignored = pte.AF | pte.CONTIGUOUS | (pte.S2AP_W if leaf.state in TRACKED else 0)
+        if (leaf.desc ^ (first.desc | i << granule.shift(level + 1))) & ~ignored:
+            return False
+    block = first.desc & ~(pte.TABLE | pte.CONTIGUOUS | pte.AF) | 0b01
+    if first.state in TRACKED:
+        block &= ~pte.S2AP_W
+    for leaf in (leaf for leaf in leaves if leaf):  # all are there
+        _save(s2, leaf)
+        block |= leaf.desc & pte.AF
+        _write(s2, leaf.level, leaf.entry, 0)
+    _write(s2, level, index, block)
+    return True
+
+
+# --- hardware -------------------------------------------------------------------------------------------------
+
+
+class Access(Enum):
+    """How a guest's access ended: done, or the stage-2 fault that it took."""
+
+    DONE = "done"
+    TRANSLATION = "translation fault"
+    ACCESS_FLAG = "access-flag fault"
+    PERMISSION = "permission fault"
+
+
+def guest_write(s2: Stage2, gfn: int, *, ha: bool = True, hd: bool = True) -> Access:
+    """Do to the leaf of `gfn` what the MMU does at a guest's write, with nothing cached in a TLB.
+
+    Parameters
+    ----------
+    s2 : Stage2
+        The tables.
+    gfn : int
+        The guest frame.
+    ha, hd : bool
+        VTCR_EL2.HA and HD; HD is without effect where HA is off.
+
+    Returns
+    -------
+    Access
+        What the guest saw. AF is never set without the dirty state where both are due (R_PRHKD, I_DSHLJ).
+    """
+    return _access(s2, gfn, write=True, ha=ha, hd=ha and hd)
+
+
+def guest_read(s2: Stage2, gfn: int, *, ha: bool = True) -> Access:
+    """Do to the leaf of `gfn` what the MMU does at a guest's read. As `guest_write`."""
+    return _access(s2, gfn, write=False, ha=ha, hd=False)
+
+
+def _access(s2: Stage2, gfn: int, *, write: bool, ha: bool, hd: bool) -> Access:
+    leaf = _walk(s2, gfn - s2.base_gfn)
+    if leaf is None:
+        return Access.TRANSLATION
+    new = leaf.desc
+    if not leaf.desc & pte.AF:
+        if not ha:
+            return Access.ACCESS_FLAG
+        new |= pte.AF
+    if write and not leaf.desc & pte.S2AP_W:
+        if not (hd and leaf.desc & pte.DBM):
+            return Access.PERMISSION
+        new |= pte.S2AP_W
+    if not write and not leaf.desc & pte.S2AP_R:
+        return Access.PERMISSION
+    _write(s2, leaf.level, leaf.entry, new)
+    return Access.DONE

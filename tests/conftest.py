@@ -1,0 +1,26 @@
+"""What all tests share: the implementations of the kernels, and how Hypothesis runs."""
+
+import os
+from types import ModuleType
+
+import hypothesis
+import pytest
+
+import hwdbm
+
+# A first call compiles, so no single example has a deadline. `kernels` stays the same for all examples of a test.
+hypothesis.settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("dev"), derandomize=True, print_blob=True, database=None
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(params=hwdbm.kernels.available())
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Run the test once with each implementation in use; the one that was in use comes back after it."""
+    monkeypatch.setattr(hwdbm.kernels, "_active", [])
+    hwdbm.kernels.use(request.param)
+    return hwdbm.kernels.active()

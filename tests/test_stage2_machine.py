@@ -1,0 +1,199 @@
+"""The state machine of `hwdbm.testing`, on both kernels and all granules, and the mutants that it must catch."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from hwdbm import DirtyBitmap, Granule, Stage2, kernels, pte
+from hwdbm.errors import BitmapError
+from hwdbm.testing import Stage2Machine
+
+LONG = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+HUNT = settings(LONG, max_examples=500, print_blob=False, database=None, phases=[Phase.generate], derandomize=True)
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("granule", Granule, ids=str)
+def test_machine(name, granule, monkeypatch):
+    class Machine(Stage2Machine):
+        pass
+
+    Machine.granule = granule
+    Machine.most = {Granule.K4: 1600, Granule.K16: 4200, Granule.K64: 9000}[granule]
+    monkeypatch.setattr(kernels, "_active", [])
+    kernels.use(name)
+    few = {Granule.K4: 60, Granule.K16: 15, Granule.K64: 6}[granule]
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few))
+
+
+# --- mutants: each breaks one invariant of the model, and the machine alone, without the walker, finds it ----------
+
+
+class ForgetsSaved(Stage2):
+    """No lost write: a harvest that doesn't take what replaced leaves had recorded."""
+
+    def harvest(self, out=None, first=0, npages=None):
+        kept = self.saved.bitmap.copy()
+        got = super().harvest(out, first, npages)
+        got -= kept
+        return got
+
+
+class ForgetsOnReplace(Stage2):
+    """Saved on replace: leaves go without a word."""
+
+    def _save(self, lo, hi, *, untracked=False):
+        return None
+
+
+class SnapshotsThenSplits(Stage2):
+    """Saved on replace: a split that installs clean children of a block that was dirty."""
+
+    def _split(self, level, index):
+        entries = self.level(level)
+        entries[index] = pte.clean(level)(entries[index])
+        return super()._split(level, index)
+
+
+class ArmsReadOnly(Stage2):
+    """Read-only stays: the RFC's patch 2, DBM on every leaf."""
+
+    def enable_dbm(self, mask=None):
+        return self._rewrite(
+            lambda level: pte.Update(pte.leaf(level).also(zeros=pte.DBM), pte.DBM, pte.S2AP_W), 0, self.npages
+        )
+
+
+class ProtectsByHalf(Stage2):
+    """Read-only stays: S2AP[1] cleared and DBM left, which lets the guest write."""
+
+    def wrprotect(self, gfn=None, npages=None):
+        lo, hi = self._range(gfn, npages)
+        self._isolate(lo, hi)
+        self._save(lo, hi, untracked=True)
+        return self._rewrite(lambda level: pte.Update(pte.writable(level), clears=pte.S2AP_W), lo, hi)
+
+
+class CleansTheRange(Stage2):
+    """Mask-exact: re-protects from the first bit of the mask to the last, as KVM did before the RFC's patch 4."""
+
+    def clean(self, mask):
+        wide = DirtyBitmap(self.npages)
+        pages = mask.pages()
+        if pages.size:
+            wide.set_range(int(pages[0]), int(pages[-1] - pages[0] + 1))
+        return super().clean(wide)
+
+
+class ForgetsTheBlock(Stage2):
+    """Mask-exact: a block with one page in the mask is cleaned, and its other pages are forgotten."""
+
+    def clean(self, mask):
+        self.saved.drop(mask)
+        return self._rewrite_masked(pte.clean, mask)
+
+
+class MarksTheHead(Stage2):
+    """Stripe = pages: a dirty block marks its first page only, as IOMMUFD once did."""
+
+    def harvest(self, out=None, first=0, npages=None):
+        heads = DirtyBitmap(self.npages)
+        for level in (1, 2):
+            index = np.flatnonzero(pte.dirty(level)(self.level(level)))
+            for start, stop in np.clip(self.layout.spans(level, index), 0, self.npages).tolist():
+                heads.set_range(start + 1, stop - start - 1)
+        got = super().harvest(out, first, npages)
+        got -= heads
+        return got
+
+
+class KeepsItFromTheHost(Stage2):
+    """Two consumers: the migration is told, the host isn't."""
+
+    def harvest_into(self, out, first=0, npages=None):
+        before = self.host_dirty.copy()
+        tally = super().harvest_into(out, first, npages)
+        self.host_dirty.words[:] = before.words
+        return tally
+
+
+class SetsTheTail(Stage2):
+    """Clean tail: whole words are written where the slot ends in the middle of one."""
+
+    def harvest_into(self, out, first=0, npages=None):
+        tally = super().harvest_into(out, first, npages)
+        if self.npages & 63 and out.words[-1]:
+            self.host_dirty.words[-1] = ~np.uint64(0)
+        return tally
+
+
+class AgesPlainly(Stage2):
+    """No lost write: aging that stores what it read without the dirty bit (the RFC's patch 5)."""
+
+    def mkold(self, gfn=None, npages=None):
+        return self._rewrite(
+            lambda level: pte.Update(pte.young(level), clears=pte.AF | pte.S2AP_W), *self._range(gfn, npages)
+        )
+
+
+class CopiesBeforeTheFlush(Stage2Machine):
+    """Flush before copy: pages are sent while a TLB may still hold a writable-dirty entry."""
+
+    def finish(self, pages, during, fails):
+        if not fails:
+            self.copy_out(pages)
+            self.log -= pages
+        super().finish(DirtyBitmap(self.s2.npages), during, fails=True)
+
+
+class DropsOnFailure(Stage2Machine):
+    """Consumer failure is safe: what a failed sending had taken isn't put back."""
+
+    def finish(self, pages, during, fails):
+        super().finish(pages, during, fails)
+        if fails:
+            self.log -= pages
+
+
+@pytest.mark.parametrize(
+    "stage2",
+    [
+        ForgetsSaved,
+        ForgetsOnReplace,
+        SnapshotsThenSplits,
+        ArmsReadOnly,
+        ProtectsByHalf,
+        CleansTheRange,
+        ForgetsTheBlock,
+        MarksTheHead,
+        KeepsItFromTheHost,
+        SetsTheTail,
+        AgesPlainly,
+    ],
+)
+def test_machine_catches_a_broken_stage2(stage2):
+    class Machine(Stage2Machine):
+        stage2_type = stage2
+        compare = False
+
+    with pytest.raises((AssertionError, BitmapError)):
+        hunt(Machine)
+
+
+@pytest.mark.parametrize("machine", [CopiesBeforeTheFlush, DropsOnFailure])
+def test_machine_catches_a_broken_consumer(machine):
+    with pytest.raises(AssertionError):
+        hunt(machine)
+
+
+def hunt(machine):
+    machine.compare = False
+    run_state_machine_as_test(machine, settings=HUNT)
+
+
+def test_machine_without_the_walker():
+    class Machine(Stage2Machine):
+        compare = False
+
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=150))
