@@ -1,6 +1,7 @@
-"""Every bulk verb against the walker, on tables in any state; then literals, errors, and what only arrays can get wrong."""
+"""Every bulk verb against the walker, on tables in any state; then literals, errors, and what arrays get wrong."""
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_harvest_of_parts_equals_the_walkers(kernels, granule):
         whole = s2.copy().harvest()
         cuts = [0, *sorted(data.draw(st.lists(st.integers(0, s2.npages), max_size=3))), s2.npages]
         parts = DirtyBitmap(s2.npages)
-        for first, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, stop in pairwise(cuts):
             got = compare(s2, "harvest", None, first, stop - first)
             inside = DirtyBitmap(s2.npages)
             inside.set_range(first, stop - first)
@@ -290,7 +291,7 @@ def test_dbm_only_where_writable():
         (lambda s: s.map(0x100, 0x401, 0), "gfn 0x100..0x500 is not inside"),
         (lambda s: s.map(0x101, 512, 0, level=2), "gfn 0x101 and 512 pages aren't multiples of a level-2 leaf's 0x200"),
         (lambda s: s.map(0x200, 512, 1, level=2), "pfn 0x1 isn't a multiple"),
-        (lambda s: s.map(0x200, 2, [1, 2, 3]), "2 leaves need 2 frames, got an array of shape \\(3,\\)"),
+        (lambda s: s.map(0x200, 2, [1, 2, 3]), r"2 leaves need 2 frames, got an array of shape \(3,\)"),
         (lambda s: s.map(0x200, 1, 1 << 36), "pfn 0x1000000000..0x1000000000 isn't inside of 48 address bits"),
         (lambda s: s.map(0x200, 1, -1), "pfn -0x1..-0x1 isn't inside"),
         (lambda s: s.map(0x200, 1, 0, level=0), "level 0 of a 4K granule has no leaves"),

@@ -76,6 +76,11 @@ class Layout:
         start = index.astype(np.int64) * size - self.base_gfn % size
         return np.stack([start, start + size], axis=1)
 
+    def bounds(self, level: int, runs: Ranges) -> Ranges:
+        """Return the pages [start, stop) of runs of entries, as `span` does of one."""
+        size = self.granule.pages_per_entry(level)
+        return runs * size - self.base_gfn % size
+
     def whole(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` of which all pages are in [lo, hi)."""
         size = self.granule.pages_per_entry(level)

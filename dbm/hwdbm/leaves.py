@@ -23,6 +23,7 @@ Spans = NDArray[np.int64]
 ByLevel = Callable[[int], pte.Update]
 
 _ALL = (1 << 64) - 1
+_BRIDGE = 2  # stripes
 _CHUNK = 1 << 17  # descriptors built or compared together in split and collapse: 1 MiB
 
 
@@ -54,11 +55,9 @@ class Leaves:
         """
         read = 0
         for level in (1, 2):
-            where = self.layout.entries(level, lo, hi)
-            index = where.start + np.flatnonzero(match(level)(self.level[level][where]))
-            spans = np.clip(self.layout.spans(level, index), lo, hi)
-            kernels.active().fill(out.words, spans)
-            read += where.stop - where.start
+            tally, spans = self.rewrite_blocks(level, pte.Update(match(level)), lo, hi)
+            kernels.active().fill(out.words, np.clip(spans, lo, hi))
+            read += tally.read
         runs = self.table_runs(lo, hi)
         kernels.active().scan(self.level[3], runs, match(3), out.words)
         return read + int((runs[:, 1] - runs[:, 0]).sum())
@@ -70,35 +69,38 @@ class Leaves:
         """
         tally = Tally()
         for level in (1, 2):
-            read, spans = self.rewrite_blocks(level, update(level), lo, hi)
+            counts, spans = self.rewrite_blocks(level, update(level), lo, hi)
+            tally += counts
             spans = np.clip(spans, lo, hi)
             kernels.active().fill(out.words, spans)
             kernels.active().fill(also.words, spans)
-            tally += Tally(read, len(spans), 0)
         return tally + self.rewrite_pages(update(3), lo, hi, out, also)
 
     def rewrite_blocks(
         self, level: int, update: pte.Update, lo: int, hi: int, mask: DirtyBitmap | None = None
-    ) -> tuple[int, Spans]:
-        """Apply `update` to the entries of `level` that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`.
+    ) -> tuple[Tally, Spans]:
+        """Apply `update` to the entries of `level` that touch [lo, hi), and a page of `mask`.
 
         Returns
         -------
-        read : int
-            Entries read.
+        tally : Tally
+            Entries read and changed.
         spans : (n, 2) int64 array
-            The pages [start, stop) of each that was changed, as they are: maybe beyond the range and the slot.
+            The runs of pages [start, stop) of those that were changed, as they are: maybe beyond the range and the
+            slot.
         """
         where = self.layout.entries(level, lo, hi)
         entries = self.level[level][where]
-        index = np.flatnonzero(update.where(entries))
-        spans = self.layout.spans(level, where.start + index)
-        if mask is not None and index.size:
-            touched = any_in(mask.words, np.clip(spans, lo, hi) - lo)
-            index, spans = index[touched], spans[touched]
-        if index.size:
+        if mask is None:
+            runs = kernels.active().rewrite_runs(entries, update)
+        else:
+            index = np.flatnonzero(update.where(entries))
+            spans = np.clip(self.layout.spans(level, where.start + index), 0, self.layout.npages)
+            index = index[any_in(mask.words, spans)]
             entries[index] = update(entries[index])
-        return entries.size, spans
+            runs = np.stack([index, index + 1], axis=1)
+        tally = Tally(entries.size, int((runs[:, 1] - runs[:, 0]).sum()))
+        return tally, self.layout.bounds(level, where.start + runs)
 
     def rewrite_pages(self, update: pte.Update, lo: int, hi: int, out: DirtyBitmap, also: DirtyBitmap) -> Tally:
         """Apply `update` to the level-3 entries of [lo, hi), setting their bits in `out` and `also`."""
@@ -126,9 +128,11 @@ class Leaves:
     def table_runs(self, lo: int, hi: int) -> Spans:
         """Return the runs of pages of [lo, hi) under level-2 tables, widened to whole words inside of it."""
         where = self.layout.entries(2, lo, hi)
-        runs = where.start + runs_of(pte.table(2)(self.level[2][where]))
-        pages = runs * self.layout.granule.pages_per_entry(2) + self.layout.span(2, 0)[0]
-        pages = np.clip(pages, lo, hi)
+        runs = kernels.active().rewrite_runs(self.level[2][where], pte.Update(pte.table(2)))
+        if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
+            apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
+            runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)
+        pages = np.clip(self.layout.bounds(2, where.start + runs), lo, hi)
         pages[:, 0] &= ~63
         pages[:, 1] = pages[:, 1] + 63 & ~63
         widened: Spans = np.clip(pages, lo, hi)
@@ -145,18 +149,16 @@ class Leaves:
 
     def remove(self, lo: int, hi: int) -> None:
         """Zero the leaves of [lo, hi), and the tables of which no page of the slot is left; no block may straddle."""
-        for a, b in self._exact_runs(lo, hi).tolist():
-            self.level[3][a:b] = 0
+        where = self.layout.entries(2, lo, hi)
+        tables = where.start + runs_of(pte.table(2)(self.level[2][where]))
+        for start, stop in self.layout.bounds(2, tables).tolist():
+            self.level[3][max(start, lo) : min(stop, hi)] = 0  # and no entry that nothing backs yet
         for level in (2, 1):
             touched = self.layout.entries(level, lo, hi)
             begins = max(self.layout.span(level, touched.start)[0], 0) >= lo
             ends = min(self.layout.span(level, touched.stop - 1)[1], self.layout.npages) <= hi
             first, stop = touched.start + (not begins), touched.stop - (not ends)
             self.level[level][first : max(first, stop)] = 0
-
-    def _exact_runs(self, lo: int, hi: int) -> Spans:
-        runs = self.table_runs(lo & ~63, min(hi + 63 & ~63, self.layout.npages))
-        return np.clip(runs, lo, hi)
 
     def blocks(self, level: int, lo: int, hi: int) -> Index:
         """Return the entries of `level` that touch [lo, hi) and are blocks."""

@@ -317,14 +317,16 @@ class Stage2:
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
         tally = Tally()
         for level in (1, 2):
-            read, spans = self._leaves.rewrite_blocks(level, pte.clean(level), lo, hi)
-            inside = np.clip(spans, lo, hi)
-            kernels.active().fill(out.words, inside)
-            kernels.active().fill(self.host_dirty.words, inside)
-            # Words outside of the range may be another thread's: whoever harvests them takes it from `saved`.
-            self.saved.mark(np.clip(spans, 0, lo))
-            self.saved.mark(np.clip(spans, hi, self.npages))
-            tally += Tally(read, len(spans), int((np.diff(inside) + 63 >> 6).sum()))
+            counts, spans = self._leaves.rewrite_blocks(level, pte.clean(level), lo, hi)
+            tally += counts
+            if len(spans):
+                inside = np.clip(spans, lo, hi)
+                kernels.active().fill(out.words, inside)
+                kernels.active().fill(self.host_dirty.words, inside)
+                # Words outside of the range may be another thread's: who harvests them takes it from `saved`.
+                self.saved.mark(np.clip(spans, 0, lo))
+                self.saved.mark(np.clip(spans, hi, self.npages))
+                tally += Tally(words=int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum()))
         return tally
 
     def dirty(self) -> DirtyBitmap:
@@ -479,12 +481,12 @@ class Stage2:
         """
         changed = 0
         for level in (1, 2):
-            _, spans = self._leaves.rewrite_blocks(level, update(level), 0, self.npages, mask)
+            counts, spans = self._leaves.rewrite_blocks(level, update(level), 0, self.npages, mask)
             spans = np.clip(spans, 0, self.npages)
             kernels.active().fill(self.host_dirty.words, spans)
             if keep:
                 self.saved.mark(spans)
-            changed += len(spans)
+            changed += counts.changed
         return changed + self._leaves.rewrite_masked(update(3), mask, self.host_dirty).changed
 
     def _save(self, lo: int, hi: int, *, untracked: bool = False) -> None:

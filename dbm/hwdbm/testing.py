@@ -344,7 +344,7 @@ class Stage2Machine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "s2"))
     @invariant()
     def no_lost_write(self) -> None:
-        """What the guest wrote and the copy hasn't got is dirty in the leaves, saved, or waiting to be sent."""
+        """Check that what the guest wrote and the copy hasn't got is dirty, saved, or waiting to be sent."""
         stale = DirtyBitmap.from_pages(np.flatnonzero(self.memory != self.copied), self.s2.npages)
         lost = stale - (self.log | self.s2.dirty())
         assert not lost.any(), f"lost writes to pages {lost.ranges().tolist()}"
@@ -359,7 +359,7 @@ class Stage2Machine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "s2"))
     @invariant()
     def two_consumers(self) -> None:
-        """A written page is flagged for the host, or its leaf still says that it may have been written."""
+        """Check that a written page is flagged for the host, or that its leaf still says so."""
         told = self.s2.host_dirty | self.s2.dirty() | self.s2.scan(pte.untracked)
         missed = self.host_written - told
         assert not missed.any(), f"the host doesn't know of pages {missed.ranges().tolist()}"
@@ -367,7 +367,7 @@ class Stage2Machine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "s2"))
     @invariant()
     def sound(self) -> None:
-        """The arrays are well-formed, tails clean, and the walker's twin is the same in every descriptor."""
+        """Check that the arrays are well-formed, tails clean, and the walker's twin the same in every descriptor."""
         self.s2.verify()
         if self.compare:
             found = differences(self.s2, self.twin)

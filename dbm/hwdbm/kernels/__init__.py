@@ -14,6 +14,7 @@ words: nobody else may write them meanwhile. Calls that own disjoint ranges may 
 ``rewrite``           change each descriptor that matches, set its bit
 ``rewrite_within``    the same, for descriptors whose bit is set in ``within`` only
 ``fill``              set all bits of the given ranges
+``rewrite_runs``      change each entry that matches, and return the runs of them: for blocks, which are few
 ====================  ==========================================================================
 """
 
@@ -70,6 +71,9 @@ class Kernels(Protocol):
 
     def fill(self, words: Array, ranges: Runs) -> None:
         """Set the bits of each row [start, stop) of `ranges`: disjoint, in any alignment."""
+
+    def rewrite_runs(self, entries: Array, update: Update) -> Runs:
+        """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
 
 
 _active: list[Kernels] = []  # one, once it is chosen

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hwdbm.kernels import Tally
 from hwdbm.pte import Match, Update
 
-__all__ = ["fill", "rewrite", "rewrite_within", "scan"]
+__all__ = ["fill", "rewrite", "rewrite_runs", "rewrite_within", "scan"]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
@@ -38,6 +38,12 @@ def rewrite_within(pte: Array, runs: Runs, update: Update, within: Array, out: A
 def fill(words: Array, ranges: Runs) -> None:
     """Set the bits of each row [start, stop) of `ranges`."""
     _fill(words, ranges)
+
+
+def rewrite_runs(entries: Array, update: Update) -> Runs:
+    """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
+    runs: Runs = _rewrite_runs(entries, *_masks(update))
+    return runs
 
 
 def _masks(update: Update) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
@@ -192,3 +198,22 @@ def _fill(words, ranges):  # type: ignore[no-untyped-def]
             words[head] |= head_mask
             words[head + 1 : last] = full
             words[last] |= last_mask
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_runs(entries, mask, value, keep, sets):  # type: ignore[no-untyped-def]
+    runs = np.empty((entries.size // 2 + 1, 2), np.int64)
+    found, inside, writes = 0, False, sets != 0 or ~keep != 0
+    for i in range(entries.size):
+        d = entries[i]
+        hit = _hit(d, mask, value)
+        if hit and writes:
+            entries[i] = (d & keep) | sets
+        if hit != inside:
+            runs[found, 1 if inside else 0] = i
+            found += inside
+            inside = hit
+    if inside:
+        runs[found, 1] = entries.size
+        found += 1
+    return runs[:found]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hwdbm.kernels import Tally
 from hwdbm.pte import Match, Update
 
-__all__ = ["HIT", "NEW", "fill", "rewrite", "rewrite_within", "scan"]
+__all__ = ["HIT", "NEW", "fill", "rewrite", "rewrite_runs", "rewrite_within", "scan"]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
@@ -67,6 +67,15 @@ def fill(words: Array, ranges: Runs) -> None:
     ranges = ranges[ranges[:, 0] < ranges[:, 1]]
     for start in range(0, len(ranges), _BLOCK // 8):
         _fill(words, ranges[start : start + _BLOCK // 8])
+
+
+def rewrite_runs(entries: Array, update: Update) -> Runs:
+    """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
+    hit = update.where(entries)
+    if update.sets | update.clears:
+        entries[hit] = update(entries[hit])
+    edges = np.flatnonzero(np.diff(hit, prepend=False, append=False))
+    return edges.astype(np.int64).reshape(-1, 2)
 
 
 def _blocks(pte: Array, runs: Runs) -> Iterator[tuple[slice, slice]]:
