@@ -5,7 +5,7 @@ not in the slot's, so where the base isn't aligned the first entry of a level be
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -41,10 +41,14 @@ class Layout:
     npages: int
     base_gfn: int
     granule: Granule
+    sizes: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
+    """Pages under an entry of each level, from 0: every operation on a slot asks for them."""
 
     def __post_init__(self) -> None:
         if self.npages < 1:
             raise GfnError(f"a slot has 1 page or more, not {self.npages}")
+        sizes = (*(self.granule.pages_per_entry(level) for level in range(3)), 1)
+        object.__setattr__(self, "sizes", sizes)
         top = 1 << (52 - self.granule.page_shift)
         if self.base_gfn < 0 or self.base_gfn + self.npages > top:
             raise GfnError(
@@ -53,7 +57,7 @@ class Layout:
 
     def index(self, level: int, page: int) -> int:
         """Return the entry of `level` that maps `page`."""
-        size = self.granule.pages_per_entry(level)
+        size = self.sizes[level]
         return (self.base_gfn + page) // size - self.base_gfn // size
 
     def count(self, level: int) -> int:
@@ -66,24 +70,24 @@ class Layout:
 
     def span(self, level: int, index: int) -> tuple[int, int]:
         """Return the pages [start, stop) of an entry, which may begin before the slot and end after it."""
-        size = self.granule.pages_per_entry(level)
+        size = self.sizes[level]
         start = index * size - self.base_gfn % size
         return start, start + size
 
     def spans(self, level: int, index: NDArray[np.intp]) -> Ranges:
         """Return `span` of each of `index`, as rows of an (n, 2) int64 array."""
-        size = self.granule.pages_per_entry(level)
+        size = self.sizes[level]
         start = index.astype(np.int64) * size - self.base_gfn % size
         return np.stack([start, start + size], axis=1)
 
     def bounds(self, level: int, runs: Ranges) -> Ranges:
         """Return the pages [start, stop) of runs of entries, as `span` does of one."""
-        size = self.granule.pages_per_entry(level)
+        size = self.sizes[level]
         return runs * size - self.base_gfn % size
 
     def whole(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` of which all pages are in [lo, hi)."""
-        size = self.granule.pages_per_entry(level)
+        size = self.sizes[level]
         offset = self.base_gfn % size
         first, stop = -(-(lo + offset) // size), (hi + offset) // size
         return slice(first, max(first, stop))
@@ -94,7 +98,7 @@ class Layout:
     def first_child(self, level: int, index: NDArray[np.intp]) -> NDArray[np.intp]: ...
     def first_child(self, level: int, index: int | NDArray[np.intp]) -> int | NDArray[np.intp]:
         """Return the first entry of ``level + 1`` under an entry; negative if it lies before the slot."""
-        size, child = self.granule.pages_per_entry(level), self.granule.pages_per_entry(level + 1)
+        size, child = self.sizes[level], self.sizes[level + 1]
         return (self.base_gfn // size + index) * self.granule.entries - self.base_gfn // child
 
 

@@ -155,7 +155,7 @@ class Stage2:
         lo, hi = self._range(gfn, npages)
         if level != 3 and level not in self._block_levels:
             raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
-        size = self.granule.pages_per_entry(level)
+        size = self.layout.sizes[level]
         if gfn % size or npages % size:
             raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
         leaves = pte.make_leaf(self._frames(pfn, npages // size, size), level, writable=writable, dbm=dbm)

@@ -58,7 +58,9 @@ class Tally(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What an implementation provides; the module docstring says what the arguments are."""
+    """What an implementation, a module, provides; the package's docstring says what the arguments are."""
+
+    __name__: str
 
     def scan(self, pte: Array, runs: Runs, match: Match, out: Array) -> None:
         """Set in `out` the bit of each descriptor that matches."""
@@ -115,6 +117,6 @@ def active() -> Kernels:
     return _active[0]
 
 
-def current() -> str:
+def current() -> Name:
     """Return the name of the implementation in use."""
-    return str(active().__name__).rpartition(".")[2]  # type: ignore[attr-defined]  # a module
+    return "fused" if active().__name__.endswith("fused") else "vector"

@@ -29,7 +29,7 @@ _ALL = (1 << 64) - 1
 
 def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
     """Set in `out` the bit of each descriptor that matches."""
-    for block, words in _blocks(pte, runs):
+    for block, words in _blocks(runs):
         if _possible(pte[block], match):
             out[words] |= _packed(_hit(pte[block], match))
 
@@ -37,7 +37,7 @@ def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
 def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> Tally:
     """Apply `update`, and set in `out` and `also` the bit of each descriptor that it changed."""
     tally = Tally()
-    for block, words in _blocks(pte, runs):
+    for block, words in _blocks(runs):
         entries = pte[block]
         tally += Tally(read=entries.size)
         if _possible(entries, update.where):
@@ -50,11 +50,11 @@ def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> 
 def rewrite_within(pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array) -> Tally:
     """Apply `update` where the bit in `within` is set; otherwise as `rewrite`."""
     tally = Tally()
-    for block, words in _blocks(pte, runs):
+    for block, words in _blocks(runs):
         entries = pte[block]
         (wanted,) = within[words].nonzero()
         if wanted.size:
-            tally += Tally(read=min(64 * wanted.size, entries.size))
+            tally += Tally(read=int(np.minimum(64, entries.size - 64 * wanted).sum()))  # the last may be a part
             hits = _packed(_hit(entries, update.where)) & within[words]
             tally += _publish(hits, out[words], also[words])
             chosen = np.unpackbits(hits.view(np.uint8), count=entries.size, bitorder="little")
@@ -78,7 +78,7 @@ def rewrite_runs(entries: Array, update: Update) -> Runs:
     return edges.astype(np.int64).reshape(-1, 2)
 
 
-def _blocks(pte: Array, runs: Runs) -> Iterator[tuple[slice, slice]]:
+def _blocks(runs: Runs) -> Iterator[tuple[slice, slice]]:
     """Yield the blocks of the runs as slices of descriptors and of words.
 
     Short gaps are read too: nothing matches there, and a block costs less than two calls do.

@@ -1,0 +1,1 @@
+"""What asv follows over commits; `hwdbm bench` prints the same figures once, beside their floors."""

@@ -1,0 +1,221 @@
+"""The benchmarks of the engine, each a function from a set-up to rows."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import kernels, pte
+from hwdbm.bench import visitor
+from hwdbm.bench.measure import Row, smallest
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.image import Slot, open_image
+from hwdbm.stage2 import Stage2
+
+__all__ = ["BENCHMARKS", "Setup", "dirtied", "mapped", "raw_image", "resident", "run"]
+
+FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
+LIMITS = {
+    ("fused", "clean"): 1.35,
+    ("fused", "1 % dirty"): 1.6,
+    ("fused", "50 % dirty"): 1.8,
+    ("fused", "100 % dirty"): 1.8,
+    ("vector", "clean"): 3.5,
+}
+
+
+Work = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the benchmarks run on.
+
+    Parameters
+    ----------
+    npages : int
+        Pages of 4 KiB in the slot; 16,777,216 are 64 GiB, and 128 MiB of descriptors.
+    repeat : int
+        How often each is measured; the smallest time counts.
+    """
+
+    npages: int = 1 << 24
+    repeat: int = 9
+
+
+@contextmanager
+def using(name: kernels.Name) -> Iterator[None]:
+    """Use a kernel implementation for a while."""
+    before = kernels.current()
+    kernels.use(name)
+    try:
+        yield
+    finally:
+        kernels.use(before)
+
+
+def mapped(npages: int, level: int = 3, *, dbm: bool = True) -> Stage2:
+    """Return a slot mapped whole, its descriptors and bitmaps written and so backed by memory."""
+    s2 = Stage2(npages)
+    s2.map(0, npages, pfn=0, level=level, dbm=dbm)
+    s2.host_dirty.fill()
+    return s2
+
+
+def dirtied(entries: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
+    """Return a copy of clean descriptors with a random fraction of them dirty."""
+    copy = entries.copy()
+    rng = np.random.default_rng(1)
+    for start in range(0, copy.size, 1 << 20):
+        part = copy[start : start + (1 << 20)]
+        part[rng.random(part.size) < fraction] |= np.uint64(pte.S2AP_W)
+    return copy
+
+
+def harvest(setup: Setup) -> Iterator[Row]:
+    """Harvest with re-protect, 4 KiB pages: each kernel, and a C loop with a call a descriptor, over one sum()."""
+    s2, out = mapped(setup.npages), backed(setup.npages)
+    entries, walk = s2.level(3), visitor.load()
+    clean = entries.copy()
+
+    def with_kernel(name: kernels.Name) -> Callable[[], object]:
+        def call() -> None:
+            with using(name):
+                s2.harvest(out)
+
+        return call
+
+    for label, fraction in FRACTIONS.items():
+        start = dirtied(clean, fraction)
+        work: Work = {"sum()": entries.sum}
+        work |= {name: with_kernel(name) for name in kernels.available()}
+        if walk:
+            work["C, a call a descriptor"] = lambda: walk(entries, out.words)
+        times = smallest(work, lambda start=start: np.copyto(entries, start), setup.repeat)  # type: ignore[misc]
+        floor = times.pop("sum()")
+        for name, seconds in times.items():
+            yield Row(f"harvest, {name}, {label}", seconds, "sum()", floor, LIMITS.get((name, label)))
+
+
+def enable(setup: Setup) -> Iterator[Row]:
+    """Enable DBM on every page, over one copy of the array."""
+    s2 = mapped(setup.npages, dbm=False)
+    entries = s2.level(3)
+    start, target = entries.copy(), entries.copy()
+    work: Work = {"copy": lambda: np.copyto(target, start), "enable_dbm": s2.enable_dbm}
+    times = smallest(work, lambda: np.copyto(entries, start), setup.repeat)
+    yield Row("enable_dbm", times["enable_dbm"], "copy of the array", times["copy"], 2.0)
+
+
+def blocks(setup: Setup) -> Iterator[Row]:
+    """Harvest the same memory as 2 MiB blocks, over its harvest as pages."""
+    pages, s2, out = mapped(setup.npages), mapped(setup.npages, level=2), backed(setup.npages)
+    for label, fraction in FRACTIONS.items():
+        seconds = []
+        for slot, level in ((pages, 3), (s2, 2)):
+            entries = slot.level(level)
+            start = dirtied(pte.clean(level)(entries), fraction)
+            times = smallest(
+                {"": lambda slot=slot: slot.harvest(out)},  # type: ignore[misc]
+                lambda entries=entries, start=start: np.copyto(entries, start),  # type: ignore[misc]
+                setup.repeat,
+            )
+            seconds.append(times[""])
+        yield Row(f"2 MiB blocks, {label}", seconds[1], "4 KiB pages", seconds[0], 0.02 if fraction == 0 else None)
+
+
+def sparse(setup: Setup) -> Iterator[Row]:
+    """Harvest a slot with one stripe in 64 mapped, over a full slot of as many stripes."""
+    few = max(512, setup.npages // 64 // 512 * 512)
+    thin, full = Stage2(setup.npages), mapped(few)
+    for first in range(0, setup.npages - 511, 512 * 64):
+        thin.map(first, 512, pfn=first, dbm=True)
+    out, small = backed(setup.npages), backed(few)
+    work = {"sparse": lambda: thin.harvest(out), "full": lambda: full.harvest(small)}
+    evict = np.ones(1 << 23, dtype=np.uint64)  # so that both are read from memory and not from a cache
+    times = smallest(work, evict.sum, setup.repeat)
+    yield Row("1 stripe in 64, the rest unmapped", times["sparse"], "as many stripes, full", times["full"])
+
+
+def tables(setup: Setup) -> Iterator[Row]:
+    """Read a raw image's tables into a slot's arrays, at 0.5 GB/s of table bytes or more."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, slot, vttbr, vtcr = raw_image(Path(folder), setup.npages)
+        image = open_image(path, ram_base=0, vttbr=vttbr, vtcr=vtcr, slots=[slot])
+        data = np.fromfile(path, dtype=np.uint64)
+        times = smallest({"read": lambda: image.stage2(slot.id)}, repeat=max(2, setup.repeat // 3))
+        speed = data.nbytes / times["read"] / 1e9
+        yield Row(f"read tables from an image ({speed:.2f} GB/s)", times["read"], "0.5 GB/s", data.nbytes / 0.5e9, 1.0)
+
+
+def unmapped(_: Setup) -> Iterator[Row]:
+    """Harvest a slot of 1 TiB that was never mapped: its resident bytes, in place of seconds, over 400 MiB."""
+    yield Row("1 TiB never mapped, harvested (MiB resident)", resident(1 << 28), "400 MiB", 400 << 20, 1.0)
+
+
+BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    "harvest": harvest,
+    "enable": enable,
+    "blocks": blocks,
+    "sparse": sparse,
+    "tables": tables,
+    "unmapped": unmapped,
+}
+
+
+def run(setup: Setup, names: list[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of the benchmarks `names`, by default all, as they are measured."""
+    for name in names or BENCHMARKS:
+        yield from BENCHMARKS[name](setup)
+
+
+def backed(npages: int) -> DirtyBitmap:
+    """Return a bitmap with memory behind it, as one that is used from pass to pass has."""
+    bitmap = DirtyBitmap(npages)
+    bitmap.fill()
+    return bitmap
+
+
+def resident(npages: int) -> int:
+    """Return the bytes that a process with a slot that was never mapped keeps resident after a harvest."""
+    code = (
+        "import hwdbm, re, pathlib\n"
+        f"s2 = hwdbm.Stage2({npages})\n"
+        "s2.harvest()\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)  # noqa: S603
+    return int(done.stdout) << 10
+
+
+def raw_image(folder: Path, npages: int) -> tuple[Path, Slot, int, int]:
+    """Write a raw image that holds the tables of one slot of 4 KiB pages, and nothing else.
+
+    Returns
+    -------
+    path : Path
+        The image, its first byte at physical address 0: concatenated roots, level-2 tables, level-3 tables.
+    slot : Slot
+        Slot 0, from guest address 0.
+    vttbr, vtcr : int
+        The registers: 4 KiB granule, 40 bits, start level 1, HA and HD on.
+    """
+    stripes = -(-npages // 512)
+    seconds = -(-stripes // 512)
+    roots = 2
+    first_second, first_third = roots, roots + seconds
+    path = folder / "ram.img"
+    tables = np.zeros((roots + seconds + stripes, 512), dtype=np.uint64)
+    addresses = np.arange(len(tables), dtype=np.uint64) << np.uint64(12)
+    tables.reshape(-1)[:seconds] = pte.make_table(addresses[first_second:first_third])
+    tables[first_second:first_third].reshape(-1)[:stripes] = pte.make_table(addresses[first_third:])
+    leaves = pte.make_leaf(np.arange(npages, dtype=np.uint64) << np.uint64(12), 3, dbm=True)
+    tables[first_third:].reshape(-1)[:npages] = leaves
+    tables.tofile(path)
+    return path, Slot(0, 0, npages << 12), 0, 0x806A_3558

@@ -1,0 +1,51 @@
+"""The C walker that the kernels are compared with, compiled when it is asked for."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import pte
+
+__all__ = ["load"]
+
+Array = NDArray[np.uint64]
+
+
+class _Harvest(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("clear", ctypes.c_uint64),
+        ("words", ctypes.c_void_p),
+    )
+
+
+def load() -> Callable[[Array, Array], None] | None:
+    """Return a harvest that calls a C function for each descriptor, or None where there is no C compiler.
+
+    The function takes level-3 descriptors, which it re-protects, and the words of their bitmap.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder, as_file(files("hwdbm.bench") / "visitor.c") as source:
+        target = Path(folder) / "visitor.so"
+        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(target), str(source)]
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        library = ctypes.CDLL(str(target))  # stays loaded when the file goes
+    walk, visit = library.walk, library.harvest_visitor
+    walk.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.POINTER(_Harvest))
+    update = pte.clean(3)
+
+    def harvest(entries: Array, words: Array) -> None:
+        order = _Harvest(update.where.mask, update.where.value, update.clears, words.ctypes.data)
+        walk(entries.ctypes.data, entries.size, visit, ctypes.byref(order))
+
+    return harvest
