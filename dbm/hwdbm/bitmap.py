@@ -375,8 +375,8 @@ class DirtyBitmap:
         step = max(1, _CHUNK // factor)
         for start in range(0, coarse.words.size, step):
             source = self.words[start * factor : (start + step) * factor]
-            octets = np.unpackbits(source.view(np.uint8), bitorder="little")
-            octets.resize(-(-octets.size // (64 * factor)) * 64 * factor)
+            size = -(-source.size // factor) * factor * 64  # zeros make the last word whole
+            octets = np.unpackbits(source.view(np.uint8), count=size, bitorder="little")
             target = coarse.words[start : start + step]
             target[:] = np.packbits(octets.reshape(-1, factor).any(axis=1), bitorder="little").view(np.uint64)
         return coarse

@@ -1,0 +1,97 @@
+"""Filling the flat arrays of a `hwdbm.Stage2` from the batches of a walk."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import pte
+from hwdbm.granule import LEAF_LEVELS
+from hwdbm.image.memory import Array
+from hwdbm.image.walk import Batch
+from hwdbm.stage2 import Stage2
+from hwdbm.vtcr import Vtcr
+
+__all__ = ["Filler"]
+
+
+class Filler:
+    """A visitor that copies the entries of one slot, a whole table at a time where it can.
+
+    Parameters
+    ----------
+    stage2 : Stage2
+        Empty. It covers the slot in whole granules.
+    vtcr : Vtcr
+        The shape of the tables.
+
+    Notes
+    -----
+    Entries keep their true descriptors. Levels above the start level get a table descriptor for
+    each table of the start level: what a walk that began there would have found. A level-0 block
+    (4K granule with DS) becomes the level-1 blocks that it is worth. A block that reaches beyond
+    the slot is kept where it begins or ends in it.
+    """
+
+    def __init__(self, stage2: Stage2, vtcr: Vtcr) -> None:
+        self.stage2, self.vtcr, self.granule = stage2, vtcr, stage2.granule
+
+    def __call__(self, batch: Batch) -> None:
+        """Take what the batch has of the slot."""
+        if batch.level == self.vtcr.start_level:
+            self._above(batch)
+        if batch.level in LEAF_LEVELS:
+            self._tables(batch)
+        elif batch.level == 0:
+            self._blocks_of_level_0(batch)
+
+    def _first(self, level: int) -> int:
+        """Return the number, counted from IPA 0, of the slot's first entry of `level`."""
+        return self.stage2.base_gfn // self.granule.pages_per_entry(level)
+
+    def _above(self, batch: Batch) -> None:
+        for level in LEAF_LEVELS:
+            if level < batch.level:
+                entries, shift = self.stage2.level(level), np.uint64(self.granule.shift(level))
+                index = (batch.ipa >> shift).astype(np.int64) - self._first(level)
+                inside = (index >= 0) & (index < entries.size)
+                pa = batch.pa[inside] & np.uint64(-self.granule.page_size & (1 << 64) - 1)
+                entries[index[inside]] = pte.make_table(pa, self.vtcr.address_bits)
+
+    def _tables(self, batch: Batch) -> None:
+        entries, width = self.stage2.level(batch.level), self.granule.entries
+        found = batch.entries
+        if batch.level < 3:  # what isn't there is zero to the verbs that would put a table there
+            found = np.where(found & pte.VALID, found, np.uint64(0))
+        shift = np.uint64(self.granule.shift(batch.level))
+        start = (batch.ipa >> shift).astype(np.int64) - self._first(batch.level)
+        whole = (start >= 0) & (start + width <= entries.size)
+        if whole.any():
+            # Tables are aligned: in the slot's array all begin at the same offset from a width.
+            lead = int(start[whole][0]) % width
+            rows = entries[lead : lead + (entries.size - lead) // width * width].reshape(-1, width)
+            source = found if whole.all() else found[whole]
+            _scatter(rows, (start[whole] - lead) // width, source)
+        for i in np.flatnonzero(~whole & (start > -width) & (start < entries.size)).tolist():
+            at = int(start[i])
+            lo, hi = max(at, 0), min(at + width, entries.size)
+            entries[lo:hi] = found[i, lo - at : hi - at]
+
+    def _blocks_of_level_0(self, batch: Batch) -> None:
+        blocks = self.stage2.level(1)
+        row, column = np.nonzero(pte.leaf(0)(batch.entries))
+        shift, below = self.granule.shift(0), self.granule.shift(1)
+        for i, j in zip(row.tolist(), column.tolist(), strict=True):
+            start = (int(batch.ipa[i]) + (j << shift) >> below) - self._first(1)
+            lo, hi = max(start, 0), min(start + self.granule.entries, blocks.size)
+            if lo < hi:
+                low_bits = np.uint64((1 << shift) - (1 << below))
+                steps = np.arange(lo - start, hi - start, dtype=np.uint64) << np.uint64(below)
+                blocks[lo:hi] = batch.entries[i, j] & ~low_bits | steps
+
+
+def _scatter(rows: Array, where: NDArray[np.int64], source: Array) -> None:
+    """Do ``rows[where] = source``; `where` is sorted, and mostly one run."""
+    first, last = int(where[0]), int(where[-1])
+    if last - first == where.size - 1:
+        rows[first : last + 1] = source
+    else:
+        rows[where] = source

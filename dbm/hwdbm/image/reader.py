@@ -1,0 +1,253 @@
+"""Image: stage-2 tables with their registers and memslots, from whatever kind of file."""
+
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.errors import ImageError
+from hwdbm.image.capture import Capture, CapturedTables, is_capture
+from hwdbm.image.fill import Filler
+from hwdbm.image.memory import TableMemory
+from hwdbm.image.raw import RawTables
+from hwdbm.image.registers import Registers
+from hwdbm.image.runs import RunMarker
+from hwdbm.image.slots import Slot, check_page_size, check_slots, cut
+from hwdbm.image.walk import Batch, walk
+from hwdbm.stage2 import Stage2
+
+__all__ = ["Image", "Policy", "Visitor", "open_image"]
+
+Policy = Literal["dbm", "writable"]
+"""Which leaves count as dirty: DBM = 1 and S2AP[1] = 1; or S2AP[1] = 1 whatever DBM says."""
+
+Visitor = Callable[[Batch], object]
+"""What is called with every batch of a walk."""
+
+
+class Image:
+    """Stage-2 tables, and what they belong to. Nothing is walked before it is asked for.
+
+    Use `open_image` to get one from a file.
+
+    Parameters
+    ----------
+    memory : TableMemory
+        What holds the tables.
+    registers : Registers
+        Where they are, and their shape.
+    slots : iterable of Slot
+        The memory that bitmaps are asked for.
+    capture : Capture, optional
+        Where the truth is, if the file carries it.
+
+    Raises
+    ------
+    ImageError
+        If the registers or the slots can't be.
+    """
+
+    def __init__(
+        self,
+        memory: TableMemory,
+        registers: Registers,
+        slots: Iterable[Slot],
+        capture: Capture | None = None,
+    ) -> None:
+        self.memory, self.registers, self.capture = memory, registers, capture
+        self.vtcr, self.vttbr = registers.decode()
+        self.granule = self.vtcr.granule
+        self.slots = check_slots(slots, self.vtcr.ipa_bits)
+
+    def slot(self, number: int) -> Slot:
+        """Return the slot with the id `number`.
+
+        Raises
+        ------
+        ImageError
+            If there is none.
+        """
+        for slot in self.slots:
+            if slot.id == number:
+                return slot
+        have = ", ".join(str(slot.id) for slot in self.slots) or "none"
+        raise ImageError(f"there is no slot {number} (there are: {have})")
+
+    def read(self, *visitors: Visitor) -> dict[int, int]:
+        """Walk and check all tables once, and show each batch of them to each visitor.
+
+        Returns
+        -------
+        dict of int to int
+            Tables read, by level.
+
+        Raises
+        ------
+        ImageError
+            At the first entry that can't be; see `hwdbm.image.walk.walk`.
+        """
+        tables: dict[int, int] = {}
+        large = self.registers.large_blocks(self.vtcr)
+        for batch in walk(self.memory, self.vtcr, self.vttbr.baddr, large_blocks=large):
+            tables[batch.level] = tables.get(batch.level, 0) + batch.pa.size
+            for visitor in visitors:
+                visitor(batch)
+        return tables
+
+    def empty_stage2(self, slot: Slot) -> Stage2:
+        """Return a Stage2 for the slot, in whole granules, with nothing mapped."""
+        first, npages = slot.frames(self.granule)
+        return Stage2(npages, base_gfn=first, granule=self.granule)
+
+    def stage2(self, slot: int) -> Stage2:
+        """Return the leaves of the slot with the id `slot`, in whole granules.
+
+        Raises
+        ------
+        ImageError
+            If there is no such slot, or the tables are corrupt.
+        """
+        stage2 = self.empty_stage2(self.slot(slot))
+        self.read(Filler(stage2, self.vtcr))
+        return stage2
+
+    def stage2s(self) -> dict[int, Stage2]:
+        """Return the leaves of each slot by its id, from one walk; see `stage2`."""
+        stage2s = {slot.id: self.empty_stage2(slot) for slot in self.slots}
+        self.read(*(Filler(stage2, self.vtcr) for stage2 in stage2s.values()))
+        return stage2s
+
+    def dirty(
+        self,
+        slot: int,
+        policy: Policy = "dbm",
+        page_size: int | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> DirtyBitmap:
+        """Return the dirty pages of a slot, as they are in the image.
+
+        Parameters
+        ----------
+        slot : int
+            Its id.
+        policy : {"dbm", "writable"}
+            Which leaves count: those that hardware marked; or all that may be written, which in
+            tables kept without DBM are those that were written since they were protected.
+        page_size : int, optional
+            What a bit stands for, in bytes; the granule by default.
+        contiguous : bool
+            Whether a dirty entry of a contiguous run makes all of the run dirty, as the
+            architecture asks of software. Without it the bitmap is what the entries say.
+
+        Raises
+        ------
+        ImageError
+            If there is no such slot, if it isn't made of whole pages of that size, or if the
+            tables are corrupt.
+        """
+        of = self.slot(slot)
+        size = check_page_size(of, self.granule, page_size)
+        stage2 = self.empty_stage2(of)
+        visitors: list[Visitor] = [Filler(stage2, self.vtcr)]
+        runs = RunMarker(of, self.granule, writable=policy == "writable") if contiguous else None
+        if runs:
+            visitors.append(runs)
+        self.read(*visitors)
+        return self.bitmap(of, stage2, policy, size, runs)
+
+    def bitmap(
+        self,
+        slot: Slot,
+        stage2: Stage2,
+        policy: Policy,
+        page_size: int,
+        runs: RunMarker | None = None,
+    ) -> DirtyBitmap:
+        """Return the slot's bitmap from what a walk filled; `dirty` in its second half."""
+        dirty = stage2.writable() if policy == "writable" else stage2.dirty()
+        if runs:
+            dirty |= runs.bitmap()
+        return cut(dirty, slot, self.granule, page_size)
+
+    def truth(self, slot: Slot, policy: Policy = "dbm", *, contiguous: bool = False) -> DirtyBitmap | None:
+        """Return what the file itself says is dirty, a bit for each 4 KiB; None if it doesn't.
+
+        Raises
+        ------
+        ImageError
+            If that is of another size than the slot.
+        """
+        if self.capture is None:
+            return None
+        if policy == "writable":
+            return None if contiguous else self._writable_truth(self.capture, slot)
+        if contiguous:
+            return self.capture.truth("expected_dirty_cont", slot)
+        expected = self.capture.truth("expected_dirty", slot)
+        return expected if expected is not None else self.capture.truth("dbm_dirty", slot)
+
+    @staticmethod
+    def _writable_truth(capture: Capture, slot: Slot) -> DirtyBitmap | None:
+        writable = capture.truth("s2w", slot)
+        tracked = capture.truth("expected_dirty", slot)
+        untracked = capture.truth("nodbm_writable", slot)
+        if writable is None and tracked is not None and untracked is not None:
+            writable = tracked | untracked
+        return writable
+
+
+def open_image(
+    path: str | PathLike[str],
+    *,
+    ram_base: int | None = None,
+    vttbr: int | None = None,
+    vtcr: int | None = None,
+    slots: Iterable[Slot] | None = None,
+) -> Image:
+    """Open a capture (``.npz``) or a raw image of RAM.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    ram_base : int, optional
+        Of a raw image, the physical address of its first byte.
+    vttbr, vtcr : int, optional
+        The registers of a raw image; of a capture, in place of what it says.
+    slots : iterable of Slot, optional
+        The memslots of a raw image; of a capture, in place of what it says.
+
+    Raises
+    ------
+    OSError
+        If the file can't be read.
+    ImageError
+        If it isn't what it seems, its registers or slots can't be, or something is missing.
+
+    Examples
+    --------
+    >>> image = open_image("tests/data/captures/4k_blocks/round1.npz")
+    >>> image.granule, image.slots
+    (<Granule.K4: 12>, (Slot(id=0, gpa=2147483648, size=201326592),))
+    >>> image.dirty(0)
+    <DirtyBitmap: 24064 of 49152 pages dirty>
+    """
+    path = Path(path)
+    if is_capture(path):
+        if ram_base is not None:
+            raise ImageError(f"{path} is a capture: a RAM base is for raw images only")
+        capture = Capture(path)
+        values = capture.registers() if vttbr is None or vtcr is None or "regs" in capture else []
+        rest = values[2:]
+        registers = Registers(values[0] if vttbr is None else vttbr, values[1] if vtcr is None else vtcr, *rest)
+        tables = CapturedTables(capture, registers.decode()[0].granule)
+        return Image(tables, registers, capture.slots() if slots is None else slots, capture)
+    if ram_base is None or vttbr is None or vtcr is None:
+        raise ImageError(
+            f"{path} is no capture, and of a raw image the RAM's base, VTTBR_EL2 and VTCR_EL2 must be given"
+        )
+    registers = Registers(vttbr, vtcr)
+    granule = registers.decode()[0].granule
+    return Image(RawTables(path, ram_base, granule), registers, slots or ())

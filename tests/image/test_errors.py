@@ -1,0 +1,465 @@
+"""Input that can't be: an ImageError that names the entry; never a guess, a hang, or another exception."""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import Geometry, Tables
+
+from hwdbm.errors import ImageError
+from hwdbm.image import Image, Slot, open_image
+
+CAPTURES = Path(__file__).parents[1] / "data" / "captures"
+CAPTURE = CAPTURES / "4k_ipa40" / "round1.npz"
+IPA = 0x8060_3000
+G = Geometry(12, 1, 40, 40)
+
+
+@pytest.fixture
+def tables() -> Tables:
+    tables = Tables(G)
+    tables.leaf(IPA, 3, 1 << 51 | 1 << 7)
+    tables.leaf(0x1_0000_0000, 2, 1 << 51)
+    return tables
+
+
+def opened(tables: Tables, path: Path, slots: list[tuple[int, int, int]] | None = None) -> Image:
+    np.savez(path / "image.npz", **tables.arrays(slots or [(0, 0x80600, 64)]))
+    return open_image(path / "image.npz")
+
+
+def fails(tables: Tables, path: Path, level: int, at: int, ipa: int, why: str) -> None:
+    """Reading fails with the entry's level, address, IPA, descriptor, and the reason. So it does as a raw image."""
+    text = f"level-{level} entry at {at:#018x}, for IPA {ipa:#018x}, is {tables.get(at):#018x}"
+    with pytest.raises(ImageError, match=re.escape(text) + ".*" + why):
+        opened(tables, path).dirty(0)
+    ram_base, raw = tables.raw()
+    (path / "ram.img").write_bytes(raw)
+    how = {"ram_base": ram_base, "vttbr": G.vttbr(tables.root), "vtcr": G.vtcr}
+    image = open_image(path / "ram.img", **how, slots=[Slot(0, 0x8060_0000, 1 << 18)])
+    with pytest.raises(ImageError, match=re.escape(text)):
+        image.stage2(0)
+
+
+def table_entry(tables: Tables, level: int, ipa: int = IPA) -> int:
+    at = tables.entry(ipa, level, make=False)
+    assert at is not None
+    return at
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("pa", [0x3FFF_F000, 0x7000_0000, 0xFF_FFFF_F000])
+def test_table_outside_of_the_image(tables: Tables, tmp_path: Path, level: int, pa: int) -> None:
+    at = table_entry(tables, level)
+    tables.put(at, pa | 3)
+    fails(tables, tmp_path, level, at, IPA >> 39 - 9 * level << 39 - 9 * level, f"no table at {pa:#018x}")
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_table_beyond_ps(tables: Tables, tmp_path: Path, level: int) -> None:
+    at = table_entry(tables, level)
+    tables.put(at, tables.get(at) | 1 << 44)
+    fails(tables, tmp_path, level, at, IPA >> 39 - 9 * level << 39 - 9 * level, "beyond the 40 bits of PS")
+
+
+def test_leaf_beyond_ps(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 3)
+    tables.put(at, tables.get(at) | 1 << 40)
+    fails(tables, tmp_path, 3, at, IPA, "beyond the 40 bits of PS")
+
+
+def test_block_beyond_ps(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 2, 0x1_0000_0000)
+    tables.put(at, tables.get(at) | 1 << 47)
+    fails(tables, tmp_path, 2, at, 0x1_0000_0000, "beyond the 40 bits of PS")
+
+
+def test_invalid_entries_may_have_any_address(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 3, IPA + 0x1000)
+    tables.put(at, (1 << 64) - 2)
+    assert opened(tables, tmp_path).dirty(0).pages().tolist() == [3]
+
+
+def test_reserved_at_level_3(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 3)
+    tables.put(at, tables.get(at) & ~2)
+    fails(tables, tmp_path, 3, at, IPA, "reserved")
+
+
+@pytest.mark.parametrize(
+    ("g", "level"),
+    [
+        (Geometry(12, 0, 48), 0),
+        (Geometry(12, -1, 52, 52, ds=True), -1),
+        (Geometry(14, 1, 44), 1),
+        (Geometry(14, 0, 52, 52, ds=True), 0),
+    ],
+    ids=str,
+)
+def test_block_where_there_are_none(tmp_path: Path, g: Geometry, level: int) -> None:
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 3, 0)
+    at = tables.root + 8
+    tables.put(at, 0x4000_0001)
+    with pytest.raises(ImageError, match=f"level-{level} entry at {at:#018x}.*has no blocks"):
+        opened(tables, tmp_path, [(0, 0, 1 << g.page - 12)]).dirty(0)
+
+
+@pytest.mark.parametrize(("parange", "allowed"), [(5, False), (6, True), (7, True), (None, False)])
+def test_64k_level_1_blocks_need_a_cpu_with_52_bits(tmp_path: Path, parange: int | None, allowed: bool) -> None:
+    g = Geometry(16, 1, 46, 48)
+    tables = Tables(g, junk=False)
+    tables.put(tables.root, 1 << 51 | 1 << 7 | 1)
+    arrays = tables.arrays([(0, 0, 32)])
+    if parange is None:
+        (tmp_path / "ram.img").write_bytes(tables.raw()[1])
+        image = open_image(
+            tmp_path / "ram.img",
+            ram_base=tables.raw()[0],
+            vttbr=g.vttbr(tables.root),
+            vtcr=g.vtcr,
+            slots=[Slot(0, 0, 1 << 17)],
+        )
+    else:
+        arrays["regs"][3] = 0x1120 | parange
+        np.savez(tmp_path / "image.npz", **arrays)
+        image = open_image(tmp_path / "image.npz")
+    if allowed:
+        assert image.dirty(0).weight() == 2
+    else:
+        with pytest.raises(ImageError, match=r"level-1 entry.*no blocks without 52-bit addresses"):
+            image.dirty(0)
+
+
+def test_loop_to_itself(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 2)
+    tables.put(at, at & ~0xFFF | 3)
+    fails(tables, tmp_path, 2, at, IPA >> 21 << 21, f"a loop: the table at {at & ~0xFFF:#018x}")
+
+
+def test_loop_to_a_root(tables: Tables, tmp_path: Path) -> None:
+    at = table_entry(tables, 2)
+    tables.put(at, tables.root + 0x1000 | 3)
+    fails(tables, tmp_path, 2, at, IPA >> 21 << 21, "a loop")
+
+
+def test_table_at_two_levels(tables: Tables, tmp_path: Path) -> None:
+    """No loop in the strict sense, but a table can't be of level 2 for one IPA and of level 3 for another."""
+    at = table_entry(tables, 2)
+    other = tables.entry(0x3_0000_0000, 2)  # a level-2 table of its own
+    assert other is not None
+    tables.put(at, other & ~0xFFF | 3)
+    fails(tables, tmp_path, 2, at, IPA >> 21 << 21, "a loop")
+
+
+def test_corruption_outside_of_the_slots(tables: Tables, tmp_path: Path) -> None:
+    tables.leaf(0xF0_0000_0000, 3, 0)
+    at = table_entry(tables, 3, 0xF0_0000_0000)
+    tables.put(at, 1)
+    fails(tables, tmp_path, 3, at, 0xF0_0000_0000, "reserved")
+
+
+def test_the_same_tables_over_and_over(tmp_path: Path) -> None:
+    """1023 + 512 * 512 aliases of a few tables end in an error, and soon."""
+    tables = Tables(Geometry(12, 0, 48), junk=False)
+    tables.leaf(0, 3, 0)
+    for level in (0, 1, 2):
+        at = table_entry(tables, level, 0)
+        for i in range(512):
+            tables.put(at + 8 * i, tables.get(at))
+    image = opened(tables, tmp_path)
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match=r"again and again.*4 tables"):
+        image.dirty(0)
+    assert time.perf_counter() - start < 5
+
+
+# --- registers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vtcr", "why"),
+    [
+        (0x806A_3518, "T0SZ = 24 .* is inconsistent with SL0 = 0b00"),
+        (0x806A_F558, "TG0 = 0b11 is reserved"),
+        (0x806A_354B, "T0SZ = 11"),
+        (0x806F_3558, "PS = 0b111"),
+        (0x10_806A_3558, "S2PIE"),
+        (0x40_806A_3558, "D128"),
+    ],
+)
+def test_vtcr(vtcr: int, why: str) -> None:
+    with pytest.raises(ImageError, match=f"VTCR_EL2 = {vtcr:#018x}.*{why}"):
+        open_image(CAPTURE, vtcr=vtcr)
+
+
+@pytest.mark.parametrize(
+    ("vttbr", "why"),
+    [
+        (0x4100_1000, "isn't aligned to the 0x2000 bytes of its 2"),
+        (0x100_4100_0000, "beyond the 40 bits of PS"),
+    ],
+)
+def test_vttbr(vttbr: int, why: str) -> None:
+    with pytest.raises(ImageError, match=f"VTTBR_EL2 = {vttbr:#018x}.*{why}"):
+        open_image(CAPTURE, vttbr=vttbr)
+
+
+def test_root_outside_of_the_image() -> None:
+    image = open_image(CAPTURE, vttbr=0x9000_0000)
+    with pytest.raises(ImageError, match=r"BADDR = 0x0000000090000000: table 1 of the 2 of level 1"):
+        image.dirty(0)
+
+
+# --- slots ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "why"),
+    [
+        ([(0, 0, 4096), (0, 8192, 4096)], "two slots have the id 0"),
+        ([(0, 0, 8192), (1, 4096, 4096)], "slot 0 .* and slot 1 .* overlap"),
+        ([(0, (1 << 40) - 4096, 8192)], "beyond the 40 bits"),
+    ],
+)
+def test_slots_against_each_other(slots: list[tuple[int, int, int]], why: str) -> None:
+    with pytest.raises(ImageError, match=why):
+        open_image(CAPTURE, slots=[Slot(*slot) for slot in slots])
+
+
+@pytest.mark.parametrize(
+    ("slot", "why"),
+    [
+        ((-1, 0, 4096), "id is 0 or more"),
+        ((0, 2048, 4096), "slot 0: gpa 0x800"),
+        ((0, -4096, 4096), "slot 0: gpa"),
+        ((0, 0, 0), "slot 0: size 0x0"),
+        ((0, 0, 4097), "slot 0: size 0x1001"),
+    ],
+)
+def test_slot(slot: tuple[int, int, int], why: str) -> None:
+    with pytest.raises(ImageError, match=why):
+        Slot(*slot)
+
+
+def test_no_such_slot() -> None:
+    with pytest.raises(ImageError, match=r"no slot 9 \(there are: 0, 1, 2\)"):
+        open_image(CAPTURE).dirty(9)
+
+
+@pytest.mark.parametrize(("size", "best"), [(16384, "4K"), (1 << 21, "4K")])
+def test_page_size_that_the_slot_is_not_made_of(size: int, best: str) -> None:
+    with pytest.raises(ImageError, match=f"slot 1 .* choose a page size of {best} or less"):
+        open_image(CAPTURE).dirty(1, page_size=size)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2048, 12288, -4096])
+def test_page_size_that_is_none(size: int) -> None:
+    with pytest.raises(ImageError, match="power of two of 4 KiB or more"):
+        open_image(CAPTURE).dirty(0, page_size=size)
+
+
+def test_granule_of_an_odd_slot() -> None:
+    image = open_image(CAPTURES / "16k_ipa40" / "round1.npz", slots=[Slot(0, 0x8000_1000, 0x8000)])
+    with pytest.raises(ImageError, match="choose a page size of 4K"):
+        image.dirty(0)
+    assert image.dirty(0, page_size=4096).npages == 8
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def change(tmp_path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    with np.load(CAPTURE) as loaded:
+        arrays = dict(loaded)
+    edit(arrays)
+    np.savez(tmp_path / "changed.npz", **arrays)
+    return tmp_path / "changed.npz"
+
+
+@pytest.mark.parametrize("name", ["table_pa", "table_data", "regs", "memslots"])
+def test_missing_array(tmp_path: Path, name: str) -> None:
+    path = change(tmp_path, lambda arrays: arrays.pop(name))
+    with pytest.raises(ImageError, match=f"no array '{name}'"):
+        open_image(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("table_pa", np.zeros((31, 1), np.uint64), "1-dimensional array of integers, not uint64"),
+        ("table_pa", np.zeros(31), "not float64"),
+        ("table_pa", np.full(31, -1), "negative"),
+        ("table_pa", np.arange(31) * 4096 + 8, "isn't aligned"),
+        ("table_pa", np.zeros(31, np.uint64), "there twice"),
+        ("table_pa", np.zeros(30, np.uint64), r"has the shape \(30, 512\), not \(31, 512\)"),
+        ("table_data", np.zeros((31, 511), np.uint64), r"has the shape \(31, 512\)"),
+        ("regs", np.zeros(4, np.uint64), "5 registers, not 4"),
+        ("memslots", np.zeros((1, 2), np.uint64), "2 columns"),
+        ("memslots", np.array(["x"]), "not <U1"),
+    ],
+)
+def test_ill_shaped_array(tmp_path: Path, name: str, value: np.ndarray, why: str) -> None:
+    path = change(tmp_path, lambda arrays: arrays.__setitem__(name, value))
+    with pytest.raises(ImageError, match=why):
+        open_image(path)
+
+
+def test_other_integers_do_as_well(tmp_path: Path) -> None:
+    def edit(arrays: dict[str, np.ndarray]) -> None:
+        arrays["memslots"] = arrays["memslots"].astype(np.int32)
+        order = np.random.default_rng(0).permutation(len(arrays["table_pa"]))
+        arrays["table_pa"] = arrays["table_pa"][order].astype(">i8")
+        arrays["table_data"] = np.asfortranarray(arrays["table_data"][order])
+
+    assert open_image(change(tmp_path, edit)).dirty(1) == open_image(CAPTURE).dirty(1)
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    path = change(tmp_path, lambda arrays: arrays.__setitem__("extra", np.array([object()])))
+    with pytest.raises(ImageError, match="allow_pickle"):
+        open_image(path)
+
+
+def test_truth_of_another_size(tmp_path: Path) -> None:
+    path = change(tmp_path, lambda arrays: arrays.__setitem__("expected_dirty_slot1", np.zeros(8, np.uint8)))
+    image = open_image(path)
+    with pytest.raises(ImageError, match="'expected_dirty_slot1' has 8 bytes"):
+        image.truth(image.slot(1))
+
+
+@pytest.mark.parametrize("page_size", [0, 2048, 12288, 1 << 30])
+def test_truth_of_a_page_size_that_cannot_be(tmp_path: Path, page_size: int) -> None:
+    path = change(tmp_path, lambda arrays: arrays.__setitem__("page_size", np.array(page_size)))
+    image = open_image(path)
+    with pytest.raises(ImageError, match=f"{page_size} bytes can't be the page size of slot 1"):
+        image.truth(image.slot(1))
+
+
+def test_capture_of_no_tables(tmp_path: Path) -> None:
+    def edit(arrays: dict[str, np.ndarray]) -> None:
+        arrays["table_pa"], arrays["table_data"] = arrays["table_pa"][:0], arrays["table_data"][:0]
+
+    with pytest.raises(ImageError, match="is not in the capture's 0 tables"):
+        open_image(change(tmp_path, edit)).read()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 100, 0.5, 0.99])
+def test_truncated_capture(tmp_path: Path, keep: float) -> None:
+    raw = CAPTURE.read_bytes()
+    path = tmp_path / "truncated.npz"
+    path.write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
+    with pytest.raises(ImageError, match=r"truncated\.npz is not a capture, or is damaged"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("cut", [1, 8, 4095, 4096, 4 * 4096])
+def test_truncated_raw_image(tables: Tables, tmp_path: Path, cut: int) -> None:
+    ram_base, raw = tables.raw()
+    path = tmp_path / "ram.img"
+    path.write_bytes(raw[:-cut])
+    image = open_image(path, ram_base=ram_base, vttbr=G.vttbr(tables.root), vtcr=G.vtcr)
+    with pytest.raises(ImageError, match=f"in the image's {ram_base:#018x}"):
+        image.read()
+
+
+def test_raw_image_of_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "ram.img"
+    for size in (0, 4095):
+        path.write_bytes(bytes(size))
+        with pytest.raises(ImageError, match=f"has {size} bytes: not one 4K table"):
+            open_image(path, ram_base=0, vttbr=0, vtcr=G.vtcr)
+
+
+def test_raw_image_whose_base_is_not_a_granule(tmp_path: Path) -> None:
+    """RAM may begin where no 64K table can."""
+    g = Geometry(16, 2, 36)
+    tables = Tables(g)
+    tables.leaf(0x1_0000, 3, 1 << 51 | 1 << 7)
+    ram_base, raw = tables.raw()
+    (tmp_path / "ram.img").write_bytes(bytes(0x3000) + raw)
+    how = {"vttbr": g.vttbr(tables.root), "vtcr": g.vtcr, "slots": [Slot(0, 0, 1 << 20)]}
+    image = open_image(tmp_path / "ram.img", ram_base=ram_base - 0x3000, **how)
+    assert image.dirty(0).pages().tolist() == [1]
+    assert image.truth(image.slot(0)) is None
+    with pytest.raises(ImageError, match="base 0x123 isn't a multiple of 4 KiB"):
+        open_image(tmp_path / "ram.img", ram_base=0x123, **how)
+
+
+def test_raw_image_without_registers(tmp_path: Path) -> None:
+    (tmp_path / "ram.img").write_bytes(bytes(4096))
+    with pytest.raises(ImageError, match="must be given"):
+        open_image(tmp_path / "ram.img", ram_base=0)
+
+
+def test_capture_with_a_ram_base() -> None:
+    with pytest.raises(ImageError, match="for raw images only"):
+        open_image(CAPTURE, ram_base=0)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "none.npz")
+    with pytest.raises(IsADirectoryError):
+        open_image(tmp_path)
+
+
+# --- fuzz ------------------------------------------------------------------------------------------------
+
+FUZZED = [CAPTURE, CAPTURES / "4k_blocks" / "round1.npz", CAPTURES / "kvm-6.1" / "manual-3-ran.npz"]
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read_all(path: Path) -> None:
+    """Read all that can be read; only an ImageError may end that, with a text that a line can hold."""
+    error = None
+    try:
+        image = open_image(path)
+        for slot in image.slots:
+            image.dirty(slot.id, page_size=4096, contiguous=True)
+            image.truth(slot)
+    except ImageError as caught:
+        error = caught
+    assert error is None or len(str(error)) < 500
+
+
+@FUZZ
+@given(data=st.data())
+def test_flipped_bits_in_arrays(data: st.DataObject, tmp_path: Path) -> None:
+    with np.load(data.draw(st.sampled_from(FUZZED))) as loaded:
+        names = ("table_pa", "table_data", "regs", "memslots")
+        arrays = {name: loaded[name] for name in names}
+    for _ in range(data.draw(st.integers(1, 8))):
+        flat = arrays[data.draw(st.sampled_from(names))].reshape(-1)
+        valid = np.flatnonzero(flat & np.uint64(1)) if data.draw(st.booleans()) else np.arange(flat.size)
+        where = valid[data.draw(st.integers(0, max(0, valid.size - 1)))] if valid.size else 0
+        flat[where] ^= np.uint64(1 << data.draw(st.integers(0, 63)))
+    np.savez(tmp_path / "fuzzed.npz", **arrays)
+    read_all(tmp_path / "fuzzed.npz")
+
+
+@FUZZ
+@given(data=st.data())
+def test_flipped_bytes_in_files(data: st.DataObject, tmp_path: Path) -> None:
+    raw = bytearray(data.draw(st.sampled_from(FUZZED)).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path / "fuzzed.npz"
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    read_all(path)
+
+
+@FUZZ
+@given(raw=st.binary(max_size=3 * 4096), vttbr=st.integers(0, (1 << 64) - 1), vtcr=st.integers(0, (1 << 64) - 1))
+def test_raw_images_of_anything(raw: bytes, vttbr: int, vtcr: int, tmp_path: Path) -> None:
+    path = tmp_path / "ram.img"
+    path.write_bytes(raw)
+    for registers in ((vttbr, vtcr), (vttbr & 0x3000, 0x8021_3520), (0, 0x8021_3520)):
+        with contextlib.suppress(ImageError):
+            open_image(path, ram_base=0, vttbr=registers[0], vtcr=registers[1]).read()
