@@ -1,0 +1,48 @@
+"""The typer application that the commands are put together in."""
+
+from typing import Annotated
+
+import typer
+
+import hwdbm
+from hwdbm.cli import bench, harvest, inspect
+
+__all__ = ["app"]
+
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+# No rich markup: help and errors stay plain text, in pipes as on a terminal.
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_HELP,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"hwdbm {hwdbm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[  # what it does is done by its callback
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Which pages a virtual machine dirtied, read from its Arm stage-2 tables.
+
+    Results go to stdout, everything else to stderr. Exit status: 0 all is well, 1 failure,
+    2 wrong usage, 3 a check found a mismatch.
+    """
+    del version
+
+
+# One module a command, with its function and its examples.
+app.command(epilog=harvest.EPILOG, context_settings=_HELP)(harvest.harvest)
+app.command(epilog=inspect.EPILOG, context_settings=_HELP)(inspect.inspect)
+app.command(epilog=bench.EPILOG, context_settings=_HELP)(bench.bench)

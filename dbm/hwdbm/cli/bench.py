@@ -1,0 +1,79 @@
+"""``hwdbm bench``: what the engine costs on this machine, beside floors measured in the same run."""
+
+import json
+import sys
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hwdbm.bench import BENCHMARKS, Row, Setup, run
+from hwdbm.cli import options, parse
+from hwdbm.cli.output import columns
+
+__all__ = ["EPILOG", "bench"]
+
+EPILOG = """Examples:
+
+\b
+  The whole table, for 64 GiB of guest memory, in about a minute:
+    hwdbm bench
+
+\b
+  A quick look at the kernels alone:
+    hwdbm bench harvest --memory 4G --repeat 3
+"""
+
+
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help=f"Which: {', '.join(BENCHMARKS)}; all by default."),
+    ] = None,
+    memory: Annotated[
+        int,
+        typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="The guest memory; 64G by default."),
+    ] = "64G",  # type: ignore[assignment]  # typer parses it
+    repeat: Annotated[int, typer.Option(min=1, help="Measure each so often; the smallest time counts.")] = 9,
+    as_json: options.Json = False,
+) -> None:
+    """Measure harvest, enabling, blocks, sparse slots and the reading of tables, here and now.
+
+    Each figure stands beside a floor, measured in turn with it: compare ratios, not times. A limit is what
+    the project holds itself to for 64G on a quiet machine.
+    """
+    unknown = sorted(set(names or ()) - set(BENCHMARKS))
+    if unknown:
+        raise typer.BadParameter(f"there is no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
+    if memory < 512 << 12 or memory % (512 << 12):
+        raise typer.BadParameter(f"--memory is a multiple of 2M, not {memory}")
+    rows = []
+    console = Console(file=sys.stderr, stderr=True)
+    with console.status("measuring") if console.is_terminal else nullcontext() as status:
+        for row in run(Setup(memory >> 12, repeat), names or None):
+            rows.append(row)
+            if status is not None:
+                status.update(f"measured {row.what}: {row.ratio:.2f} times {row.floor}")
+    typer.echo(json.dumps([_record(row) for row in rows], indent=2) if as_json else _table(rows))
+
+
+def _table(rows: list[Row]) -> str:
+    heads = ("", "time", "times", "what", "limit", "")
+    return columns([heads, *(_cells(row) for row in rows)], left=(0, 3, 4, 5))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    resident = "resident" in row.what
+    amount = f"{row.seconds / (1 << 20):.0f} MiB" if resident else f"{row.seconds * 1e3:.3f} ms"
+    limit = "" if row.limit is None else f"<= {row.limit:g}"
+    verdict = {True: "met", False: "NOT MET", None: ""}[row.met]
+    return row.what, amount, f"{row.ratio:.3f}", row.floor, limit, verdict
+
+
+def _record(row: Row) -> dict[str, Any]:
+    record = {"what": row.what, "seconds": row.seconds, "floor": row.floor, "floor-seconds": row.floor_seconds}
+    record["ratio"] = row.ratio
+    if row.limit is not None:
+        record |= {"limit": row.limit, "met": row.met}
+    return record

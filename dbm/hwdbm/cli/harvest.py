@@ -1,0 +1,212 @@
+"""``hwdbm harvest``: which pages are dirty, as bitmaps and as a summary."""
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwdbm.cli import options, parse
+from hwdbm.cli.output import columns, hexadecimal, progress, size_name, warn, write_whole
+from hwdbm.cli.slotwise import Ask, Found, harvest_slots
+from hwdbm.image import Image
+from hwdbm.image.slots import SLOT_UNIT
+
+__all__ = ["EPILOG", "harvest"]
+
+_MISMATCH = 3  # the exit status
+
+EPILOG = """Examples:
+
+\b
+  A capture's slots, as KVM would return them, one file each:
+    hwdbm harvest round1.npz --output dirty --page-size 4K
+
+\b
+  Raw RAM of a machine whose first byte is at 1 GiB, and two slots:
+    hwdbm harvest ram.img --ram-base 0x40000000 --vttbr 0x41000000
+        --vtcr 0x806a3558 --slot 0:0x80000000:1G --slot 1:0:64M --json
+
+\b
+  Tables that Linux keeps without hardware DBM; there, writable is dirty:
+    hwdbm harvest guest.npz --policy writable
+
+\b
+  Compare with the truth that a capture carries:
+    hwdbm harvest round1.npz --check
+"""
+
+
+class _Policy(StrEnum):
+    DBM = "dbm"
+    WRITABLE = "writable"
+
+
+def harvest(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Captures (.npz) or raw images of RAM.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write each slot's bitmap to DIR/slot<ID>.bitmap: little-endian 64-bit words, the "
+            "slot's first page in bit 0. With several images: to DIR/<IMAGE>/slot<ID>.bitmap.",
+        ),
+    ] = None,
+    page_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parser(parse.size),
+            metavar="SIZE",
+            help="The page that a bit stands for; the granule by default.",
+        ),
+    ] = None,
+    policy: Annotated[
+        _Policy,
+        typer.Option(
+            help="Which leaves are dirty. dbm: those that hardware marked (DBM = 1 and "
+            "S2AP[1] = 1). writable: all with S2AP[1] = 1, for tables kept without DBM.",
+        ),
+    ] = _Policy.DBM,
+    contiguous: Annotated[
+        bool,
+        typer.Option(
+            "--contiguous",
+            help="A dirty entry of a contiguous run (bit 52) makes the whole run dirty: hardware "
+            "may mark any one of it. By default each entry speaks for itself.",
+        ),
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare with the truth that a capture carries.")] = False,
+    slot: options.Slots = None,
+    ram_base: options.RamBase = None,
+    vttbr: options.Vttbr = None,
+    vtcr: options.Vtcr = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say which pages of each memslot are dirty, and write their bitmaps.
+
+    All tables are read and checked. A table outside of the image, a loop, a reserved encoding are
+    errors that name the entry, and then nothing is written for that image.
+    """
+    ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
+    folders = _folders(images, output)
+    reports, differ = [], False
+    for path in images:
+        image = options.open_for(path, ram_base, vttbr, vtcr, slot)
+        if not image.slots:
+            raise typer.BadParameter(f"{path} names no slots: give --slot ID:GPA:SIZE")
+        if policy is _Policy.DBM and not image.vtcr.hw_dbm:
+            warn(
+                f"{path}: VTCR_EL2 = {hexadecimal(image.registers.vtcr)} has hardware DBM off, so "
+                "leaves with DBM record nothing; see --policy writable"
+            )
+        with progress(str(path)) as visitors:
+            found = harvest_slots(image, ask, visitors)
+        if output is not None:
+            for one in found.slots:
+                one.file = folders[path] / f"slot{one.slot.id}.bitmap"
+                write_whole(one.file, one.bitmap.to_bytes())
+        differ |= _say_differences(path, found)
+        reports.append(_report(path, image, found))
+        if not as_json:
+            typer.echo(_text(reports[-1]))
+    if as_json:
+        typer.echo(json.dumps(reports[0] if len(images) == 1 else {"images": reports}, indent=2))
+    if differ:
+        raise typer.Exit(_MISMATCH)
+
+
+def _folders(images: list[Path], output: Path | None) -> dict[Path, Path]:
+    """Return where each image's bitmaps go: what its path adds to what all paths have in common."""
+    if output is None:
+        return {}
+    if len(images) == 1:
+        return {images[0]: output}
+    whole = [Path(os.path.abspath(path)) for path in images]  # noqa: PTH100  # keeps symlinks
+    common = os.path.commonpath([path.parent for path in whole])
+    folders = {
+        image: output / path.relative_to(common).with_suffix("") for image, path in zip(images, whole, strict=True)
+    }
+    if len(set(folders.values())) < len(images):
+        raise typer.BadParameter("several images would write to the same folder: harvest them one by one")
+    return folders
+
+
+def _say_differences(path: Path, found: Found) -> bool:
+    differ = False
+    for one in found.slots:
+        if one.wrong is None or not one.wrong.any():
+            continue
+        differ = True
+        page = int(one.wrong.pages()[0])
+        gfn = one.slot.gpa // SLOT_UNIT + page
+        now, then = ("dirty", "clean") if one.found_dirty(page) else ("clean", "dirty")
+        typer.echo(
+            f"hwdbm: {path}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
+            f"pages of 4K, the first is gfn {gfn:#x}: found {now}, in truth {then}",
+            err=True,
+        )
+    return differ
+
+
+def _report(path: Path, image: Image, found: Found) -> dict[str, Any]:
+    slots = []
+    for one in found.slots:
+        slot: dict[str, Any] = {
+            "id": one.slot.id,
+            "gpa": hexadecimal(one.slot.gpa),
+            "size": one.slot.size,
+            "page-size": one.page_size,
+            "pages": one.bitmap.npages,
+            "dirty": one.dirty,
+            "ranges": one.ranges,
+            "dirty-leaves": {size_name(size): count for size, count in one.leaves.items()},
+        }
+        if one.wrong is not None:
+            slot["differs"] = one.wrong.weight()
+        if one.file is not None:
+            slot["file"] = str(one.file)
+        slots.append(slot)
+    return {
+        "image": str(path),
+        "granule": str(image.granule),
+        "ipa-bits": image.vtcr.ipa_bits,
+        "hw-dbm": image.vtcr.hw_dbm,
+        "policy": found.ask.policy,
+        "contiguous": found.ask.contiguous,
+        "slots": slots,
+        "total": {
+            "pages": sum(slot["pages"] for slot in slots),
+            "dirty": sum(slot["dirty"] for slot in slots),
+            "dirty-bytes": sum(slot["dirty"] * slot["page-size"] for slot in slots),
+            "tables": found.tables,
+            "table-bytes": found.tables * image.granule.page_size,
+            "seconds": round(found.seconds, 6),
+        },
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    dbm = "hardware DBM on" if report["hw-dbm"] else "hardware DBM off"
+    heads: list[object] = ["slot", "gpa", "page", "pages", "dirty", "ranges", "dirty leaves"]
+    rows = [heads]
+    for slot in report["slots"]:
+        leaves = ", ".join(f"{n} of {size}" for size, n in slot["dirty-leaves"].items() if n)
+        row = [slot["id"], slot["gpa"], size_name(slot["page-size"])]
+        rows.append([*row, slot["pages"], slot["dirty"], slot["ranges"], leaves or "-"])
+        if "differs" in slot:
+            rows[-1].append(f"{slot['differs']} wrong" if slot["differs"] else "as expected")
+        if "file" in slot:
+            rows[-1].append(slot["file"])
+    for key, head in (("differs", "check"), ("file", "file")):
+        if key in report["slots"][0]:
+            heads.append(head)
+    total = report["total"]
+    summary = (
+        f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes); "
+        f"{total['tables']} tables ({total['table-bytes']} bytes) read in "
+        f"{1000 * total['seconds']:.1f} ms"
+    )
+    head = f"{report['image']}: {report['granule']} granule, {report['ipa-bits']}-bit IPA, {dbm}"
+    return "\n".join([head, columns(rows, left=(0, 1, 2, *range(6, len(heads)))), summary])

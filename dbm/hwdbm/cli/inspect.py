@@ -1,0 +1,182 @@
+"""``hwdbm inspect``: registers, tables, leaves and slots of an image."""
+
+import json
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from hwdbm.cli import options
+from hwdbm.cli.output import columns, hexadecimal, progress, size_name
+from hwdbm.image import Image
+from hwdbm.image.census import Census, page_states
+from hwdbm.image.fill import Filler
+from hwdbm.pte import State
+from hwdbm.stage2 import Stage2
+from hwdbm.vtcr import hafdbs
+
+__all__ = ["EPILOG", "inspect"]
+
+EPILOG = """Examples:
+
+\b
+  What a capture holds:
+    hwdbm inspect round1.npz
+
+\b
+  A picture of its slots (needs the extra 'plot'):
+    hwdbm inspect round1.npz --plot round1.png
+
+\b
+  A raw image, and only how its tables are:
+    hwdbm inspect ram.img --ram-base 0x40000000 --vttbr 0x41000000
+        --vtcr 0x806a3558 --json
+"""
+
+_LEAVES = (State.READ_ONLY, State.UNTRACKED, State.WRITABLE_CLEAN, State.WRITABLE_DIRTY)
+_PAGES = (State.ABSENT, *_LEAVES)
+_HAFDBS = ("none", "access flag", "dirty state", "access flag of tables", "log of dirty pages")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="IMAGE", help="A capture (.npz) or a raw image of RAM.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw a map of the slots' pages by state."),
+    ] = None,
+    slot: options.Slots = None,
+    ram_base: options.RamBase = None,
+    vttbr: options.Vttbr = None,
+    vtcr: options.Vtcr = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show an image's registers, its tables by level, its leaves by size and state, its slots.
+
+    All tables are read and checked, as harvest does it.
+    """
+    image = options.open_for(path, ram_base, vttbr, vtcr, slot)
+    census = Census()
+    stage2s = [image.empty_stage2(slot) for slot in image.slots]
+    with progress(str(path)) as visitors:
+        image.read(*visitors, census, *(Filler(stage2, image.vtcr) for stage2 in stage2s))
+    report = {
+        "image": str(path),
+        "registers": _registers(image),
+        "levels": _levels(image, census),
+        "slots": _slots(image, stage2s),
+    }
+    typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
+    if plot is not None:
+        from hwdbm.cli.plot import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+
+        draw(plot, str(path), image, stage2s)
+
+
+def _registers(image: Image) -> dict[str, Any]:
+    values, v = image.registers, image.vtcr
+    registers: dict[str, Any] = {
+        "VTTBR_EL2": {
+            "value": hexadecimal(values.vttbr),
+            "BADDR": hexadecimal(image.vttbr.baddr),
+            "VMID": image.vttbr.vmid,
+            "CnP": int(image.vttbr.cnp),
+        },
+        "VTCR_EL2": {
+            "value": hexadecimal(values.vtcr),
+            "granule": str(v.granule),
+            "T0SZ": v.t0sz,
+            "IPA-bits": v.ipa_bits,
+            "SL0": v.sl0,
+            "start-level": v.start_level,
+            "root-tables": v.root_tables,
+            "PA-bits": v.pa_bits,
+            "VS": int(v.vs),
+            "HA": int(v.ha),
+            "HD": int(v.hd),
+            "DS": int(v.ds),
+            "HAFT": int(v.haft),
+            "HDBSS": int(v.hdbss),
+            "hardware-DBM": "on" if v.hw_dbm else "off",
+        },
+    }
+    if values.hcr is not None:
+        registers["HCR_EL2"] = {"value": hexadecimal(values.hcr), "VM": values.hcr & 1}
+    if values.mmfr0 is not None:
+        registers["ID_AA64MMFR0_EL1"] = {
+            "value": hexadecimal(values.mmfr0),
+            "PARange": values.mmfr0 & 0xF,
+        }
+    if values.mmfr1 is not None:
+        level = hafdbs(values.mmfr1)
+        registers["ID_AA64MMFR1_EL1"] = {
+            "value": hexadecimal(values.mmfr1),
+            "HAFDBS": level,
+            "hardware-updates": _HAFDBS[level] if level < len(_HAFDBS) else "unknown",
+        }
+    return registers
+
+
+def _levels(image: Image, census: Census) -> list[dict[str, Any]]:
+    levels = []
+    for level, count in census.levels.items():
+        leaves = {state.label: int(count.states[state]) for state in _LEAVES}
+        levels.append(
+            {
+                "level": level,
+                "tables": count.tables,
+                "table-bytes": count.tables * image.granule.page_size,
+                "entry-size": size_name(1 << image.granule.shift(level)),
+                "absent": int(count.states[State.ABSENT]),
+                "table-entries": int(count.states[State.TABLE]),
+                "leaves": sum(leaves.values()),
+                **leaves,
+                "contiguous": count.contiguous,
+                "old": count.old,
+            }
+        )
+    return levels
+
+
+def _slots(image: Image, stage2s: list[Stage2]) -> list[dict[str, Any]]:
+    slots = []
+    for slot, stage2 in zip(image.slots, stage2s, strict=True):
+        states = np.zeros(len(State), dtype=np.int64)
+        for chunk in page_states(stage2, slot):
+            states += np.bincount(chunk, minlength=len(State))
+        page_size = slot.finest(image.granule)
+        slots.append(
+            {
+                "id": slot.id,
+                "gpa": hexadecimal(slot.gpa),
+                "size": slot.size,
+                "page-size": page_size,
+                "pages": slot.size // page_size,
+                **{state.label: int(states[state]) for state in _PAGES},
+            }
+        )
+    return slots
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [report["image"], ""]
+    for name, fields in report["registers"].items():
+        rest = "  ".join(f"{key}={value}" for key, value in fields.items() if key != "value")
+        lines.append(f"{name:<17}{fields['value']}")
+        lines += wrap(rest, 80, initial_indent=" " * 17, subsequent_indent=" " * 17)
+    lines.append("")
+    heads = ["level", "tables", "bytes", "leaf", "leaves", *(s.label for s in _LEAVES)]
+    rows: list[list[object]] = [[*heads, "contiguous", "old", "to tables", "absent"]]
+    for at in report["levels"]:
+        row = [at["level"], at["tables"], at["table-bytes"], at["entry-size"], at["leaves"]]
+        row += [at[state.label] for state in _LEAVES]
+        rows.append([*row, at["contiguous"], at["old"], at["table-entries"], at["absent"]])
+    lines.append(columns(rows))
+    if report["slots"]:
+        rows = [["slot", "gpa", "page", "pages", *(state.label for state in _PAGES)]]
+        for slot in report["slots"]:
+            row = [slot["id"], slot["gpa"], size_name(slot["page-size"]), slot["pages"]]
+            rows.append(row + [slot[state.label] for state in _PAGES])
+        lines += ["", columns(rows, left=(0, 1, 2))]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""The arguments and options that commands share, and opening the image that they name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from hwdbm.cli import parse
+from hwdbm.image import Image, Slot, open_image
+from hwdbm.image.capture import is_capture
+
+__all__ = ["Json", "RamBase", "Slots", "Vtcr", "Vttbr", "open_for", "parser"]
+
+T = TypeVar("T")
+
+
+def parser(read: Callable[[str], T]) -> Callable[[object], T]:
+    """Return `read` for typer: what it can't read is wrong usage."""
+
+    def wrapped(value: object) -> T:
+        try:
+            return read(str(value))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return wrapped
+
+
+RamBase = Annotated[
+    int | None,
+    typer.Option(
+        parser=parser(parse.address),
+        metavar="ADDRESS",
+        help="Of a raw image: the physical address of its first byte.",
+    ),
+]
+Vttbr = Annotated[
+    int | None,
+    typer.Option(
+        parser=parser(parse.address),
+        metavar="VALUE",
+        help="VTTBR_EL2: where the tables are. A capture says that itself.",
+    ),
+]
+Vtcr = Annotated[
+    int | None,
+    typer.Option(
+        parser=parser(parse.address),
+        metavar="VALUE",
+        help="VTCR_EL2: the shape of the tables. A capture says that itself.",
+    ),
+]
+Slots = Annotated[
+    list[Slot] | None,
+    typer.Option(
+        "--slot",
+        parser=parser(parse.slot),
+        metavar="ID:GPA:SIZE",
+        help="A memslot, in place of those that a capture names. Give it once for each slot.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def open_for(
+    path: Path,
+    ram_base: int | None,
+    vttbr: int | None,
+    vtcr: int | None,
+    slots: list[Slot] | None,
+) -> Image:
+    """Open an image as the options say; a raw one without its registers is wrong usage."""
+    if not is_capture(path):
+        missing = [
+            option
+            for option, value in (("--ram-base", ram_base), ("--vttbr", vttbr), ("--vtcr", vtcr))
+            if value is None
+        ]
+        if missing:
+            raise typer.BadParameter(f"{path} is no capture, and a raw image needs {', '.join(missing)}")
+    return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)

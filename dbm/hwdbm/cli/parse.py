@@ -1,0 +1,81 @@
+"""Reading what people type: sizes, addresses, slots."""
+
+import re
+
+from hwdbm.errors import ImageError
+from hwdbm.image import Slot
+
+__all__ = ["address", "size", "slot"]
+
+_SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def address(text: str) -> int:
+    """Return the number that `text` is: decimal, or hexadecimal with ``0x``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or doesn't fit into 64 bits.
+
+    Examples
+    --------
+    >>> address("0x4000_0000"), address("4096")
+    (1073741824, 4096)
+    """
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number like 4096 or 0x1000") from None
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"{text!r} doesn't fit into 64 bits")
+    return value
+
+
+def size(text: str) -> int:
+    """Return the bytes that `text` means: a number, or one with K, M, G or T for powers of 1024.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> size("4K"), size("2M"), size("0x1000"), size("1.5G")
+    (4096, 2097152, 4096, 1610612736)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        try:
+            return address(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a size like 4096, 4K, 2M or 1G") from None
+    value = float(match[1]) * (1 << _SUFFIXES[match[2].upper()])
+    if "." not in match[1]:
+        value = int(match[1]) << _SUFFIXES[match[2].upper()]
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return int(value)
+
+
+def slot(text: str) -> Slot:
+    """Return the memslot that ``ID:GPA:SIZE`` describes.
+
+    Raises
+    ------
+    ValueError
+        If it isn't of that form, or can't be a memslot.
+
+    Examples
+    --------
+    >>> slot("0:0x80000000:1G")
+    Slot(id=0, gpa=2147483648, size=1073741824)
+    """
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise ValueError(f"{text!r} is not ID:GPA:SIZE, as in 0:0x80000000:1G")
+    try:
+        return Slot(address(parts[0]), size(parts[1]), size(parts[2]))
+    except ImageError as error:
+        raise ValueError(str(error)) from error

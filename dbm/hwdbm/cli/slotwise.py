@@ -1,0 +1,204 @@
+"""What ``harvest`` finds out about each slot, from one walk over the tables."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hwdbm import pte
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.errors import ImageError
+from hwdbm.granule import LEAF_LEVELS
+from hwdbm.image import Image, Policy, Slot
+from hwdbm.image.fill import Filler
+from hwdbm.image.reader import Visitor
+from hwdbm.image.runs import RunMarker
+from hwdbm.image.slots import SLOT_UNIT, check_page_size
+from hwdbm.layout import runs_of
+from hwdbm.stage2 import Stage2
+
+__all__ = ["Ask", "Found", "FoundSlot", "harvest_slots", "range_count"]
+
+_CHUNK = 1 << 17  # leaves, or words, looked at together: 1 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked for.
+
+    Parameters
+    ----------
+    policy : {"dbm", "writable"}
+        Which leaves are dirty.
+    page_size : int or None
+        What a bit stands for, in bytes; None is the granule.
+    contiguous : bool
+        Whether whole contiguous runs are dirty if one entry is.
+    check : bool
+        Whether to compare with the truth in the file.
+    """
+
+    policy: Policy
+    page_size: int | None = None
+    contiguous: bool = False
+    check: bool = False
+
+
+@dataclass(slots=True)
+class FoundSlot:
+    """What was found of one slot.
+
+    Parameters
+    ----------
+    slot : Slot
+        Which it is.
+    page_size : int
+        What a bit stands for, in bytes.
+    bitmap : DirtyBitmap
+        Its dirty pages.
+    dirty, ranges : int
+        Dirty pages, and the runs that they form.
+    leaves : dict of int to int
+        Dirty leaves by their size in bytes, also those that are only partly in the slot.
+    wrong : DirtyBitmap or None
+        Where the truth says otherwise, 4 KiB a bit; None if it wasn't asked.
+    file : Path or None
+        Where the bitmap was written.
+    """
+
+    slot: Slot
+    page_size: int
+    bitmap: DirtyBitmap
+    dirty: int
+    ranges: int
+    leaves: dict[int, int]
+    wrong: DirtyBitmap | None = None
+    file: Path | None = None
+
+    def found_dirty(self, page: int) -> bool:
+        """Return whether a page of 4 KiB, counted from the slot's first, was found dirty."""
+        return page * SLOT_UNIT // self.page_size in self.bitmap
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was found in an image.
+
+    Parameters
+    ----------
+    ask : Ask
+        What was asked for.
+    slots : list of FoundSlot
+        In the order of their ids.
+    tables : int
+        Tables read.
+    seconds : float
+        How long that took, with filling the slots' arrays.
+    """
+
+    ask: Ask
+    slots: list[FoundSlot]
+    tables: int
+    seconds: float
+
+
+def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> Found:
+    """Return the dirty pages of all slots of an image.
+
+    Parameters
+    ----------
+    image : Image
+        What is read, once.
+    ask : Ask
+        How.
+    visitors : iterable of callables
+        Who else wants to see the tables.
+
+    Raises
+    ------
+    ImageError
+        If the tables are corrupt, a slot isn't made of whole pages of the size that was asked
+        for, or the image doesn't carry the truth to compare with.
+    """
+    page_sizes = [check_page_size(slot, image.granule, ask.page_size) for slot in image.slots]
+    stage2s = [image.empty_stage2(slot) for slot in image.slots]
+    writable = ask.policy == "writable"
+    runs = [RunMarker(slot, image.granule, writable=writable) if ask.contiguous else None for slot in image.slots]
+    start = time.perf_counter()
+    tables = image.read(
+        *visitors,
+        *(Filler(stage2, image.vtcr) for stage2 in stage2s),
+        *(marker for marker in runs if marker),
+    )
+    seconds = time.perf_counter() - start
+    bitmaps = [
+        image.bitmap(slot, stage2, ask.policy, page_size, marker)
+        for slot, stage2, page_size, marker in zip(image.slots, stage2s, page_sizes, runs, strict=True)
+    ]
+    found = [
+        FoundSlot(
+            slot,
+            page_size,
+            bitmap,
+            bitmap.weight(),
+            range_count(bitmap),
+            _dirty_leaves(stage2, ask.policy),
+            _compare(image, slot, ask, page_size, bitmap) if ask.check else None,
+        )
+        for slot, stage2, page_size, bitmap in zip(image.slots, stage2s, page_sizes, bitmaps, strict=True)
+    ]
+    return Found(ask, found, sum(tables.values()), seconds)
+
+
+def range_count(bitmap: DirtyBitmap) -> int:
+    """Return how many runs of dirty pages there are. Equal to ``len(bitmap.ranges())``.
+
+    Examples
+    --------
+    >>> range_count(DirtyBitmap.from_pages([0, 1, 63, 64, 66], 70))
+    3
+    """
+    count, carry = 0, 0
+    for start in range(0, bitmap.words.size, _CHUNK):
+        words = bitmap.words[start : start + _CHUNK]
+        below = words << np.uint64(1)
+        below[1:] |= words[:-1] >> np.uint64(63)
+        below[0] |= np.uint64(carry)
+        carry = int(words[-1]) >> 63
+        count += int(np.bitwise_count(words & ~below).sum(dtype=np.int64))
+    return count
+
+
+def _dirty_leaves(stage2: Stage2, policy: Policy) -> dict[int, int]:
+    rule = pte.writable if policy == "writable" else pte.dirty
+    leaves = {}
+    for level in LEAF_LEVELS:
+        entries = stage2.level(level)
+        spans = [(0, entries.size)]
+        if level == 3:  # what isn't under a table is left untouched
+            runs = runs_of(pte.table(2)(stage2.level(2))) * stage2.granule.entries
+            runs += stage2.layout.span(2, 0)[0]
+            spans = runs.clip(0, entries.size).tolist()
+        elif level not in stage2.granule.block_levels(large=True):
+            continue
+        leaves[1 << stage2.granule.shift(level)] = sum(
+            int(np.count_nonzero(rule(level)(entries[at : min(at + _CHUNK, stop)])))
+            for start, stop in spans
+            for at in range(start, stop, _CHUNK)
+        )
+    return leaves
+
+
+def _compare(image: Image, slot: Slot, ask: Ask, page_size: int, bitmap: DirtyBitmap) -> DirtyBitmap:
+    truth = image.truth(slot, ask.policy, contiguous=ask.contiguous)
+    if truth is None:
+        raise ImageError(
+            f"the image doesn't say what is dirty in slot {slot.id} (policy {ask.policy}"
+            f"{', contiguous' if ask.contiguous else ''}): there is nothing to compare with"
+        )
+    # In pages of 4 KiB, all of a larger page are dirty if one is: the truth is rounded likewise.
+    parts = page_size // SLOT_UNIT
+    rounded = truth.coarsen(parts).refine(parts)
+    return bitmap.refine(parts) ^ rounded

@@ -1,0 +1,33 @@
+"""Running the command in this process."""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from hwdbm.cli import main
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Return a function that runs ``hwdbm`` with arguments."""
+
+    def run_(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["hwdbm", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as raised:
+            main()
+        code = raised.value.code
+        out, err = capsys.readouterr()
+        return Result(0 if code is None else int(code), out, err)
+
+    return run_

@@ -1,0 +1,300 @@
+"""``hwdbm harvest``: the files, the summary, the exit status."""
+
+import errno
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import Geometry, Tables
+
+from hwdbm import DirtyBitmap
+
+CAPTURES = Path(__file__).parents[1] / "data" / "captures"
+ALL = sorted(CAPTURES.glob("*/round*.npz"))
+ODD = CAPTURES / "4k_ipa40" / "round1.npz"
+KVM = CAPTURES / "kvm-6.1" / "manual-4-get.npz"
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> list[object]:
+    """Write a raw image, and return the arguments that name it; page 3 of 64 from 0x80600000 is dirty."""
+    g = Geometry(12, 1, 40, 40)
+    tables = Tables(g)
+    tables.leaf(0x8060_3000, 3, 1 << 51 | 1 << 7)
+    ram_base, image = tables.raw()
+    path = tmp_path / "ram.img"
+    path.write_bytes(image)
+    return [path, "--ram-base", hex(ram_base), "--vttbr", g.vttbr(tables.root), "--vtcr", hex(g.vtcr)]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
+def test_files_are_kvms_words(run, path: Path, tmp_path: Path) -> None:
+    result = run("harvest", path, "--output", tmp_path / "a" / "b", "--page-size", "4K", "--json")
+    assert (result.status, result.err) == (0, "")
+    report = json.loads(result.out)
+    with np.load(path) as arrays:
+        slots = arrays["memslots"].tolist()
+        for (number, gfn, npages), found in zip(slots, report["slots"], strict=True):
+            expected = arrays[f"expected_dirty_slot{number}"].tobytes()
+            file = tmp_path / "a" / "b" / f"slot{number}.bitmap"
+            assert file.read_bytes() == expected
+            truth = DirtyBitmap.from_bytes(expected, npages)
+            assert found["id"] == number
+            assert found["gpa"] == f"{gfn << 12:#018x}"
+            assert (found["size"], found["page-size"]) == (npages << 12, 4096)
+            assert (found["pages"], found["dirty"]) == (npages, truth.weight())
+            assert found["ranges"] == len(truth.ranges())
+            assert found["file"] == str(file)
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(
+        f"slot{number}.bitmap" for number, _, _ in slots
+    )
+    total = report["total"]
+    assert total["dirty"] == sum(slot["dirty"] for slot in report["slots"])
+    assert total["dirty-bytes"] == 4096 * total["dirty"]
+    assert total["seconds"] > 0
+
+
+def test_page_size_is_the_granule_by_default(run, tmp_path: Path) -> None:
+    path = CAPTURES / "16k_ipa40" / "round1.npz"
+    assert run("harvest", path, "--output", tmp_path).status == 0
+    assert [(tmp_path / f"slot{i}.bitmap").stat().st_size for i in (0, 1)] == [8192 // 8, 1024 // 8]
+    assert run("harvest", path, "--output", tmp_path, "--page-size", "2m").status == 0
+    assert [(tmp_path / f"slot{i}.bitmap").stat().st_size for i in (0, 1)] == [8, 8]
+
+
+def test_leaves_by_size(run) -> None:
+    report = json.loads(run("harvest", CAPTURES / "4k_blocks" / "round1.npz", "--json").out)
+    assert report["slots"][0]["dirty-leaves"] == {"1G": 0, "2M": 47, "4K": 0}
+    assert report["slots"][0]["dirty"] == 47 * 512
+    assert (report["granule"], report["ipa-bits"], report["hw-dbm"]) == ("4K", 40, True)
+    assert (report["total"]["tables"], report["total"]["table-bytes"]) == (8, 8 * 4096)
+
+
+def test_text_for_people(run, tmp_path: Path) -> None:
+    result = run("harvest", ODD, "--output", tmp_path, "--check")
+    assert result.status == 0
+    lines = result.out.splitlines()
+    assert lines[0] == f"{ODD}: 4K granule, 40-bit IPA, hardware DBM on"
+    assert lines[1].split() == [
+        *("slot", "gpa", "page", "pages", "dirty", "ranges", "dirty", "leaves", "check", "file")
+    ]
+    assert lines[3].split()[:5] == ["1", "0x0000000100123000", "4K", "1237", "286"]
+    assert lines[3].endswith(f"286 of 4K     as expected  {tmp_path / 'slot1.bitmap'}")
+    assert lines[5].startswith("2422 of 11477 pages dirty (9920512 bytes); 31 tables (126976 bytes) read in ")
+    assert "\x1b" not in result.out + result.err
+
+
+class TestPolicy:
+    def test_writable(self, run, tmp_path: Path) -> None:
+        result = run("harvest", KVM, "--policy", "writable", "--output", tmp_path, "--check")
+        assert (result.status, result.err) == (0, "")
+        with np.load(KVM) as arrays:
+            for slot in (0, 4):
+                assert (tmp_path / f"slot{slot}.bitmap").read_bytes() == arrays[f"kvm_bitmap_slot{slot}"].tobytes()
+
+    def test_dbm_is_not_on(self, run) -> None:
+        result = run("harvest", KVM, "--json")
+        assert result.status == 0
+        assert json.loads(result.out)["total"]["dirty"] == 0
+        assert result.err.count("\n") == 1
+        assert "VTCR_EL2 = 0x00000000802d3558 has hardware DBM off" in result.err
+
+    def test_another(self, run) -> None:
+        result = run("harvest", ODD, "--policy", "all")
+        assert result.status == 2
+        assert "'dbm'" in result.err
+
+
+class TestCheck:
+    @pytest.mark.parametrize("how", [[], ["--contiguous"], ["--policy", "writable"], ["--page-size", "4K"]])
+    @pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
+    def test_matches(self, run, path: Path, how: list[str]) -> None:
+        result = run("harvest", path, "--check", "--json", *how)
+        assert (result.status, result.err) == (0, "")
+        assert [slot["differs"] for slot in json.loads(result.out)["slots"]] == [
+            0 for _ in json.loads(result.out)["slots"]
+        ]
+
+    @pytest.mark.parametrize("now", ["dirty", "clean"])
+    @pytest.mark.parametrize("page_size", ["4K", "2M"])
+    def test_mismatch(self, run, tmp_path: Path, page_size: str, now: str) -> None:
+        """The truth says otherwise of one page; of a page of 2M it still says the same where others are dirty."""
+        with np.load(CAPTURES / "4k_blocks" / "round1.npz") as loaded:
+            arrays = dict(loaded)
+        truth = arrays["expected_dirty_slot0"]
+        octet = int(np.flatnonzero(truth == (255 if now == "dirty" else 0))[0])
+        truth[octet] ^= 1
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        result = run("harvest", tmp_path / "wrong.npz", "--check", "--page-size", page_size, "--output", tmp_path)
+        assert (tmp_path / "slot0.bitmap").exists()
+        if (page_size, now) == ("2M", "dirty"):
+            assert (result.status, result.err) == (0, "")
+            return
+        assert result.status == 3
+        wrong = 512 if page_size == "2M" else 1
+        then = "clean" if now == "dirty" else "dirty"
+        assert f"slot 0 differs from the truth in {wrong} pages of 4K, " in result.err
+        assert f"the first is gfn {0x80000 + 8 * octet:#x}: found {now}, in truth {then}\n" in result.err
+        assert f"{wrong} wrong" in result.out
+
+    def test_nothing_to_compare_with(self, run) -> None:
+        result = run("harvest", KVM, "--policy", "writable", "--contiguous", "--check")
+        assert result.status == 1
+        assert "doesn't say what is dirty in slot 0 (policy writable, contiguous)" in result.err
+
+
+class TestSlots:
+    def test_of_a_raw_image(self, run, raw: list[object], tmp_path: Path) -> None:
+        slots = ["--slot", "7:0x80600000:256K", "--slot", "2:2G:4K"]
+        result = run("harvest", *raw, *slots, "--output", tmp_path, "--json")
+        assert result.status == 0
+        assert [slot["id"] for slot in json.loads(result.out)["slots"]] == [2, 7]
+        assert (tmp_path / "slot7.bitmap").read_bytes() == bytes([8, 0, 0, 0, 0, 0, 0, 0])
+        assert (tmp_path / "slot2.bitmap").read_bytes() == bytes(8)
+
+    def test_in_place_of_the_captures(self, run) -> None:
+        report = json.loads(run("harvest", ODD, "--slot", "5:0x100123000:1M", "--json").out)
+        assert [slot["id"] for slot in report["slots"]] == [5]
+        assert report["slots"][0]["pages"] == 256
+
+    @pytest.mark.parametrize("text", ["", "0", "0:0", "0:0:0", "0:1:4K", "x:0:4K", "0:0:4Q", "0:0:1.1K", "-1:0:4K"])
+    def test_that_are_none(self, run, text: str) -> None:
+        result = run("harvest", ODD, "--slot", text)
+        assert result.status == 2
+        assert "--slot" in result.err
+
+    def test_none(self, run, raw: list[object]) -> None:
+        result = run("harvest", *raw)
+        assert result.status == 2
+        assert "give --slot" in result.err
+
+    def test_overlap(self, run) -> None:
+        result = run("harvest", ODD, "--slot", "0:0:8K", "--slot", "1:4K:8K")
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith("hwdbm: slot 0")
+
+
+class TestSeveralImages:
+    def test_folders(self, run, tmp_path: Path) -> None:
+        result = run("harvest", *ALL, "--output", tmp_path, "--page-size", "4K", "--json")
+        assert result.status == 0
+        assert [report["image"] for report in json.loads(result.out)["images"]] == [str(path) for path in ALL]
+        for path in ALL:
+            with np.load(path) as arrays:
+                file = tmp_path / path.parent.name / path.stem / "slot0.bitmap"
+                assert file.read_bytes() == arrays["expected_dirty_slot0"].tobytes()
+
+    def test_of_one_folder(self, run, tmp_path: Path) -> None:
+        phases = sorted(KVM.parent.glob("*.npz"))
+        assert run("harvest", *phases, "--policy", "writable", "--output", tmp_path).status == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == [path.stem for path in phases]
+
+    def test_twice_the_same(self, run, tmp_path: Path) -> None:
+        result = run("harvest", ODD, ODD, "--output", tmp_path)
+        assert result.status == 2
+        assert "same folder" in result.err
+
+
+class TestFailures:
+    """One clear line on stderr, nothing on stdout, and status 1."""
+
+    @staticmethod
+    def is_one_line(result, *texts: str) -> None:
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith("hwdbm: ")
+        assert result.err.count("\n") == 1
+        for text in texts:
+            assert text in result.err
+
+    def test_no_such_file(self, run, tmp_path: Path) -> None:
+        self.is_one_line(run("harvest", tmp_path / "none.npz"), f"{tmp_path / 'none.npz'}: No such file")
+
+    def test_a_folder(self, run, tmp_path: Path) -> None:
+        self.is_one_line(run("harvest", tmp_path), f"{tmp_path}: Is a directory")
+
+    def test_damaged(self, run, tmp_path: Path) -> None:
+        path = tmp_path / "damaged.npz"
+        path.write_bytes(ODD.read_bytes()[:5000])
+        self.is_one_line(run("harvest", path), "is not a capture, or is damaged")
+
+    def test_corrupt_tables(self, run, tmp_path: Path) -> None:
+        with np.load(ODD) as loaded:
+            arrays = dict(loaded)
+        arrays["table_data"][:, 7] = 1
+        np.savez(tmp_path / "corrupt.npz", **arrays)
+        result = run("harvest", tmp_path / "corrupt.npz", "--output", tmp_path / "out", "--json")
+        self.is_one_line(result, "level-3 entry at", "for IPA", "reserved")
+        assert not (tmp_path / "out").exists()
+
+    def test_page_size_of_an_odd_slot(self, run) -> None:
+        self.is_one_line(run("harvest", ODD, "--page-size", "2M"), "slot 1", "choose a page size of 4K")
+
+    def test_output_is_a_file(self, run, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        result = run("harvest", ODD, "--output", tmp_path / "file")
+        assert result.status == 1
+        assert str(tmp_path / "file") in result.err
+
+    def test_a_full_disk(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The file that was there stays, and no other is left behind."""
+        (tmp_path / "slot0.bitmap").write_text("before")
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "chmod", full)
+        result = run("harvest", ODD, "--output", tmp_path)
+        self.is_one_line(result, f"{tmp_path / 'slot0.bitmap'}: No space left on device")
+        assert [p.name for p in tmp_path.iterdir()] == ["slot0.bitmap"]
+        assert (tmp_path / "slot0.bitmap").read_text() == "before"
+
+    def test_a_folder_that_is_closed(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def closed(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(tempfile, "mkstemp", closed)
+        self.is_one_line(run("harvest", ODD, "--output", tmp_path), f"{tmp_path / 'slot0.bitmap'}: Permission denied")
+
+    def test_out_of_memory(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def greedy(*_: object) -> None:
+            raise MemoryError("Unable to allocate 8 PiB")
+
+        monkeypatch.setattr("hwdbm.image.reader.Image.read", greedy)
+        self.is_one_line(run("harvest", ODD), "out of memory: Unable to allocate")
+
+
+class TestUsage:
+    @pytest.mark.parametrize("option", ["--ram-base", "--vttbr", "--vtcr"])
+    def test_raw_image_without_its_registers(self, run, raw: list[object], option: str) -> None:
+        at = raw.index(option)
+        result = run("harvest", *raw[:at], *raw[at + 2 :], "--slot", "0:0:4K")
+        assert (result.status, result.out) == (2, "")
+        assert f"a raw image needs {option}" in result.err
+
+    @pytest.mark.parametrize(
+        "args",
+        [[], ["--bogus"], [ODD, "--page-size", "big"], [ODD, "--vtcr", "0xg"], [ODD, "--vtcr", 1 << 64]],
+    )
+    def test_wrong(self, run, args: list[object]) -> None:
+        result = run("harvest", *args)
+        assert (result.status, result.out) == (2, "")
+        assert result.err
+        assert "Traceback" not in result.err
+
+
+def test_progress_is_for_terminals(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    import rich.console
+
+    from hwdbm.cli import output
+
+    terminal = io.StringIO()
+    console = rich.console.Console(file=terminal, force_terminal=True)
+    monkeypatch.setattr(output, "Console", lambda **_: console)
+    result = run("harvest", ODD, "--json")
+    json.loads(result.out)
+    assert result.err == ""
+    assert "reading" in terminal.getvalue()
