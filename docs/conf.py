@@ -1,0 +1,41 @@
+"""How Sphinx builds these pages: `make docs`."""
+
+from importlib.metadata import version as installed_version
+
+project = "hwdbm"
+author = "The hwdbm authors"
+copyright = author
+release = version = installed_version("hwdbm")
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+default_role = "py:obj"  # in docstrings, `Stage2` is a link
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # numpydoc's parameter lines say the type, with the shape and the unit
+autosummary_generate = True
+
+numpydoc_show_class_members = False  # automodule documents them, once
+# What ruff can't see: parameters that don't exist or are out of order, sections that are unknown or
+# out of order.
+numpydoc_validation_checks = {"GL06", "GL07", "PR02", "PR03", "PR10", "YD01"}
+
+# pytest runs the docstrings' examples, in their modules; here only those of the pages run.
+doctest_test_doctest_blocks = ""
+doctest_global_setup = "import hwdbm"
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"hwdbm {release}"
+html_show_sourcelink = False
+html_theme_options = {"show_toc_level": 2, "secondary_sidebar_items": ["page-toc"]}
+html_sidebars = {"**": []}
