@@ -164,7 +164,7 @@ def _text(report: dict[str, Any]) -> str:
     for name, fields in report["registers"].items():
         rest = "  ".join(f"{key}={value}" for key, value in fields.items() if key != "value")
         lines.append(f"{name:<17}{fields['value']}")
-        lines += wrap(rest, 80, initial_indent=" " * 17, subsequent_indent=" " * 17)
+        lines += wrap(rest, 80, break_on_hyphens=False, initial_indent=" " * 17, subsequent_indent=" " * 17)
     lines.append("")
     heads = ["level", "tables", "bytes", "leaf", "leaves", *(s.label for s in _LEAVES)]
     rows: list[list[object]] = [[*heads, "contiguous", "old", "to tables", "absent"]]
