@@ -61,6 +61,7 @@ def check_range(layout: Layout, level: int, index: np.ndarray, lo: int, hi: int)
     assert list(range(touched.start, touched.stop)) == inside
     if lo <= hi:
         whole = layout.whole(level, lo, hi)
+        assert whole.start <= whole.stop, "its length is stop - start"
         spans = [layout.span(level, i) for i in inside]
         expected = [i for i, (start, stop) in zip(inside, spans, strict=True) if lo <= start and stop <= hi]
         assert list(range(whole.start, whole.stop)) == expected

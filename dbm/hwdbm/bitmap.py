@@ -129,9 +129,12 @@ class DirtyBitmap:
         BitmapError
             If a page is negative, or at or beyond `npages`.
         """
-        index = np.asarray(pages if isinstance(pages, np.ndarray) else list(pages), dtype=np.int64)
-        if index.size and not (0 <= index.min() and index.max() < npages):
-            raise BitmapError(f"pages {index.min()}..{index.max()} are not all inside of 0..{npages - 1}")
+        index = np.asarray(pages if isinstance(pages, np.ndarray) else list(pages) or np.empty(0, dtype=np.int64))
+        if index.dtype.kind not in "iu":
+            raise BitmapError(f"pages are integers of 64 bits, not {index.dtype}")
+        if index.size and not (0 <= int(index.min()) and int(index.max()) < npages):
+            raise BitmapError(f"pages {index.min()}..{index.max()} are not all inside of the {npages}")
+        index = index.astype(np.int64)
         self = cls(npages)
         octets = self.words.view(np.uint8)
         np.bitwise_or.at(octets, index >> 3, np.left_shift(1, index & 7).astype(np.uint8))
@@ -213,11 +216,18 @@ class DirtyBitmap:
         -------
         (n, 2) uint64 array
 
+        Raises
+        ------
+        BitmapError
+            If an end doesn't fit into 64 bits.
+
         Examples
         --------
         >>> DirtyBitmap.from_pages([0, 1, 2, 63, 64], 65).ranges(base=0x8000, unit=0x1000).tolist()
         [[32768, 12288], [290816, 8192]]
         """
+        if base < 0 or unit < 0 or base + self.npages * unit > 1 << 64:
+            raise BitmapError(f"{self.npages} pages of {unit} from {base:#x} don't fit into 64 bits")
         edges = _positions(_edges(self.words))
         if edges.size % 2:  # the run that ends with the last word has no falling edge
             edges = np.append(edges, self.words.size * 64)
@@ -245,7 +255,7 @@ class DirtyBitmap:
         """
         stop = first + npages
         if first < 0 or npages < 0 or stop > self.npages:
-            raise BitmapError(f"pages {first}..{stop - 1} are not inside of 0..{self.npages - 1}")
+            raise BitmapError(f"pages {first}..{stop - 1} are not inside of the {self.npages}")
         if npages == 0:
             return
         head, last = first >> 6, stop - 1 >> 6
@@ -328,7 +338,7 @@ class DirtyBitmap:
             If the range isn't inside of the bitmap.
         """
         if first < 0 or npages < 0 or first + npages > self.npages:
-            raise BitmapError(f"pages {first}..{first + npages - 1} are not inside of 0..{self.npages - 1}")
+            raise BitmapError(f"pages {first}..{first + npages - 1} are not inside of the {self.npages}")
         cut = type(self)(npages)
         word, shift, n = first >> 6, np.uint64(first & 63), cut.words.size
         source = self.words[word : word + n + 1]
