@@ -361,9 +361,7 @@ def test_atomic_bitmap() -> None:
     bitmap.clear()
     assert taken.words.tolist() == [0b110]
     assert not bitmap.any()
-    with pytest.raises(
-        BitmapError, match=r"pages 8\.\.9 are not inside of 0\.\.8"
-    ):  # rust-vmm clips what is past the end
+    with pytest.raises(BitmapError, match=r"pages 8\.\.9 are not inside of the"):  # rust-vmm clips what is past the end
         bitmap.set_range(8, 2)
     assert not bitmap.any()
     bitmap.set_range(8, 1)
