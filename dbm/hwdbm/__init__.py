@@ -6,9 +6,11 @@ engine, `DirtyLog` puts KVM's rules over it, `walker` is the slow reference that
 
 from hwdbm import errors, kernels, pte, walker
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.dirtylog import DirtyLog, Lease
 from hwdbm.granule import Granule
+from hwdbm.memslot import Memslot
 from hwdbm.stage2 import Stage2
 
-__all__ = ["DirtyBitmap", "Granule", "Stage2", "errors", "kernels", "pte", "walker"]
+__all__ = ["DirtyBitmap", "DirtyLog", "Granule", "Lease", "Memslot", "Stage2", "errors", "kernels", "pte", "walker"]
 
 __version__ = "0.1.0"

@@ -79,7 +79,7 @@ class Leaves:
     def rewrite_blocks(
         self, level: int, update: pte.Update, lo: int, hi: int, mask: DirtyBitmap | None = None
     ) -> tuple[Tally, Spans]:
-        """Apply `update` to the entries of `level` that touch [lo, hi), and a page of `mask`.
+        """Apply `update` to the entries of `level` that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`.
 
         Returns
         -------
@@ -95,8 +95,8 @@ class Leaves:
             runs = kernels.active().rewrite_runs(entries, update)
         else:
             index = np.flatnonzero(update.where(entries))
-            spans = np.clip(self.layout.spans(level, where.start + index), 0, self.layout.npages)
-            index = index[any_in(mask.words, spans)]
+            spans = np.clip(self.layout.spans(level, where.start + index), lo, hi)
+            index = index[any_in(mask.words, spans - lo)]
             entries[index] = update(entries[index])
             runs = np.stack([index, index + 1], axis=1)
         tally = Tally(entries.size, int((runs[:, 1] - runs[:, 0]).sum()))

@@ -61,10 +61,14 @@ class Saved:
         self._lo, self._hi = hi if lo == self._lo else self._lo, lo if hi == self._hi else self._hi
         return moved
 
-    def drop(self, mask: DirtyBitmap, first: int = 0) -> None:
-        """Forget the pages in `mask`, of which bit 0 is page `first`, a multiple of 64."""
+    def drop(self, mask: DirtyBitmap, first: int = 0, *sinks: DirtyBitmap) -> None:
+        """Move the pages in `mask` to each of `sinks`. Bit 0 of the mask is page `first`, a multiple of 64."""
         if self:
-            self.bitmap.words[first >> 6 : (first >> 6) + mask.words.size] &= ~mask.words
+            words = slice(first >> 6, (first >> 6) + mask.words.size)
+            dropped = self.bitmap.words[words] & mask.words
+            self.bitmap.words[words] ^= dropped
+            for sink in sinks:
+                sink.words[words] |= dropped
 
     def verify(self) -> None:
         """Raise `InvariantError` if a page outside of the span is set, or `BitmapError` for a tail bit."""

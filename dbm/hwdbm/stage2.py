@@ -375,9 +375,9 @@ class Stage2:
         is kept in `saved`: no page outside of the mask is forgotten (RFC patch 4).
         """
         self._check(mask)
-        self.saved.drop(mask)
+        self.saved.drop(mask, 0, self.host_dirty)
         changed = self._rewrite_masked(pte.clean, mask, keep=True)
-        self.saved.drop(mask)
+        self.saved.drop(mask, 0, self.host_dirty)
         return changed
 
     def take_host_dirty(self) -> DirtyBitmap:

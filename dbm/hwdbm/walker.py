@@ -216,6 +216,7 @@ def clean(s2: Stage2, mask: DirtyBitmap) -> int:
     for page in range(s2.npages):
         if page in mask and page in s2.saved.bitmap:
             s2.saved.bitmap.set_range(page, 1, False)
+            _tell_host(s2, page)
     return count
 
 

@@ -1,0 +1,13 @@
+"""The dirty log against a model of KVM's rules, with a guest, a TLB, a host, and a consumer that fails."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from logmachine import BlockMachine, LogMachine
+
+LONG = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("machine", [LogMachine, BlockMachine])
+def test_machine(machine, kernels):
+    run_state_machine_as_test(machine, settings=LONG)
