@@ -14,13 +14,13 @@ help: ## say what there is to make
 
 # Linux keeps its tables without DBM: there, a writable leaf is a dirty one.
 .PHONY: harvest
-harvest: $(VENV)/.user ## harvest the captures in tests/data, into build/harvest
+harvest: $(VENV)/.user ## harvest the captures in tests/data into build/harvest, and check them
 	@test -n "$(CAPTURES)" || { echo "there are no captures in tests/data/captures" >&2; exit 1; }
 	@set -e; for capture in $(CAPTURES); do \
 	  case $$capture in */kvm-*) policy=writable;; *) policy=dbm;; esac; \
 	  out=build/harvest/$${capture#tests/data/captures/}; \
 	  echo "== $$capture"; \
-	  $(BIN)/hwdbm harvest $$capture --policy $$policy --output $${out%.npz}; \
+	  $(BIN)/hwdbm harvest $$capture --policy $$policy --check --output $${out%.npz}; \
 	done
 
 .PHONY: test

@@ -13,6 +13,11 @@ from hwdbm.dirtylog import Flushed, Unflushed
 from hwdbm.errors import StaleLeaseError
 
 
+def fail(after):
+    after()
+    raise ConnectionError
+
+
 def leased(**kwargs):
     log = make(200, **kwargs)
     log.map(0, 0x40, 200, 0)
@@ -110,8 +115,7 @@ def test_what_was_settled_inside_of_the_block_stays():
     write(log, 7)
     lease = log.get_dirty_log(0, lease=True)
     with pytest.raises(ConnectionError), lease:
-        lease.commit()
-        raise ConnectionError
+        fail(lease.commit)
     assert not log.get_dirty_log(0).any()
 
 
@@ -121,7 +125,7 @@ def test_a_lease_is_settled_once():
         getattr(lease, first)()
         before = live(log).copy()
         for again in ("commit", "rollback", "__enter__"):
-            with pytest.raises(ValueError, match="the lease of slot 0 was .* before"):
+            with pytest.raises(ValueError, match=r"the lease of slot 0 was .* before"):
                 getattr(lease, again)()
         assert live(log) == before
 
@@ -182,8 +186,7 @@ def test_a_move_and_a_switch_of_the_mode_keep_it():
 def test_a_stale_lease_does_not_hide_the_consumers_error():
     log, lease = leased()
     with pytest.raises(ConnectionError) as caught, lease:
-        delete(log)
-        raise ConnectionError
+        fail(lambda: delete(log))
     assert caught.value.__notes__ == ["slot 0 was deleted or its log switched off, and the lease's bitmap is gone"]
     log, lease = leased()
     with pytest.raises(StaleLeaseError), lease:

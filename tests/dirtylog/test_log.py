@@ -161,10 +161,7 @@ def test_harvest_steps_are_complete_each():
     log = make(200, step_pages=64)
     log.map(0, 0x40, 200, 0)
     write(log, 3, 70, 199)
-    steps = log.harvest_steps(0)
-    seen = []
-    for step in steps:
-        seen.append((step, pages_of(live(log)), log.stats.flushes))
+    seen = [(step, pages_of(live(log)), log.stats.flushes) for step in log.harvest_steps(0)]
     assert seen == [((0, 64), [3], 1), ((64, 64), [3, 70], 2), ((128, 64), [3, 70], 2), ((192, 8), [3, 70, 199], 3)]
 
 

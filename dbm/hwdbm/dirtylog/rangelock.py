@@ -15,7 +15,7 @@ class _Claim:
     owner: int
 
     def overlaps(self, other: "_Claim") -> bool:
-        return self.lo < other.hi and other.lo < self.hi
+        return max(self.lo, other.lo) < min(self.hi, other.hi)
 
 
 class RangeLock:
@@ -49,7 +49,7 @@ class RangeLock:
         RuntimeError
             If this thread holds a part of it already: it would wait for itself.
         """
-        claim = _Claim(lo, max(lo, hi), get_ident())
+        claim = _Claim(lo, hi, get_ident())
         with self._changed:
             for other in self._claims:
                 if other.owner == claim.owner and claim.overlaps(other):
