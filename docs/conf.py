@@ -29,6 +29,8 @@ numpydoc_show_class_members = False  # automodule documents them, once
 # What ruff can't see: parameters that don't exist or are out of order, sections that are unknown or
 # out of order.
 numpydoc_validation_checks = {"GL06", "GL07", "PR02", "PR03", "PR10", "YD01"}
+# Hypothesis makes composite strategies, and the machine's TestCase, without a source that could be checked.
+numpydoc_validation_exclude = {r"\.testing\.(slots|stage2s)$", r"\.TestCase"}
 
 # pytest runs the docstrings' examples, in their modules; here only those of the pages run.
 doctest_test_doctest_blocks = ""

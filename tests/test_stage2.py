@@ -342,7 +342,7 @@ def test_verify_names_reserved_encodings():
     s2 = Stage2(10)
     s2.map(0, 10, pfn=0)
     s2.level(3)[4] = 1
-    with pytest.raises(InvariantError, match="gfn 0x4: .*level 3 reserved.*the reserved encoding"):
+    with pytest.raises(InvariantError, match=r"gfn 0x4: .*level 3 reserved.*the reserved encoding"):
         s2.verify()
     coarse = Stage2(10, granule=Granule.K4)
     coarse.saved.bitmap.set_range(3, 1)

@@ -150,7 +150,14 @@ def runs_of(flags: NDArray[np.bool_]) -> Ranges:
 
 
 def pieces(lo: int, hi: int, npages: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yield the pages [lo, hi) as word-aligned [start, stop) with the mask of a part word, None for whole words.
+    """Cut the pages [lo, hi) where whole words begin and end.
+
+    Yields
+    ------
+    start, stop : int
+        Pages, `start` the first of a word; `stop` too, or the slot's end.
+    mask : int or None
+        The bits of a word of which only a part is meant; None for whole words.
 
     Examples
     --------

@@ -44,6 +44,11 @@ class RangeLock:
     def hold(self, lo: int, hi: int) -> Iterator[None]:
         """Hold [lo, hi) for the length of a ``with`` block. An empty range is held at once.
 
+        Yields
+        ------
+        None
+            Once nobody else holds a part of it.
+
         Raises
         ------
         RuntimeError
