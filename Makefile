@@ -25,7 +25,7 @@ harvest: $(VENV)/.user ## harvest the captures in tests/data into build/harvest,
 
 .PHONY: test
 test: $(VENV)/.dev ## run the tests, and report what they cover
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports

@@ -23,7 +23,7 @@ def test_machine(name, granule, monkeypatch):
     Machine.most = {Granule.K4: 1600, Granule.K16: 4200, Granule.K64: 9000}[granule]
     monkeypatch.setattr(kernels, "_active", [])
     kernels.use(name)
-    few = {Granule.K4: 60, Granule.K16: 15, Granule.K64: 6}[granule]
+    few = {Granule.K4: 25, Granule.K16: 10, Granule.K64: 5}[granule]
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few))
 
 
@@ -196,4 +196,4 @@ def test_machine_without_the_walker():
     class Machine(Stage2Machine):
         compare = False
 
-    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=150))
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=60))

@@ -96,7 +96,7 @@ class Leaves:
         else:
             index = np.flatnonzero(update.where(entries))
             spans = np.clip(self.layout.spans(level, where.start + index), lo, hi)
-            index = index[any_in(mask.words, spans - lo)]
+            index = index[any_in(mask.words, spans - lo)] if index.size else index
             entries[index] = update(entries[index])
             runs = np.stack([index, index + 1], axis=1)
         tally = Tally(entries.size, int((runs[:, 1] - runs[:, 0]).sum()))

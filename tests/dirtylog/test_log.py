@@ -8,7 +8,7 @@ import pytest
 from logtools import live, make, pages_of, states, write
 
 from hwdbm import DirtyBitmap, Granule, pte
-from hwdbm.dirtylog import Stats
+from hwdbm.dirtylog import SharedStage2, Stats
 from hwdbm.errors import GfnError, InvariantError
 from hwdbm.pte import State
 
@@ -346,20 +346,49 @@ def test_a_dirty_block_gives_its_pages_bits():
     assert pages_of(log.get_dirty_log(0)) == [600]
 
 
-@pytest.mark.parametrize("hw", [True, False])
-def test_clearing_a_part_of_a_block(hw):
+def check_clearing_a_part_of_a_block():
     """Mask-exact: what a block recorded for the pages outside of the mask is kept."""
-    log = make(512, base=0x200, flags=0, hw_dbm=hw, manual_protect=True, initially_set=True)
+    log = make(512, base=0x200, flags=0, manual_protect=True, initially_set=True)
     log.map(0, 0x200, 512, 0, level=2)
     log.set_memory_region(0, 1, 0x200 << 12, 512 << 12, 0)
     log.clear_dirty_log(0, 0, 512, ~DirtyBitmap(512))
     assert not log.get_dirty_log(0).any()
-    if hw:
-        log.mark_dirty(0, 3)
-        write(log, 100)  # the block is dirty now, and only page 3 is in the log
-        lease = log.clear_dirty_log(0, 0, 64, b"\xff" * 8, lease=True)
-        assert pages_of(lease.bitmap) == [3]
-        assert pages_of(log.get_dirty_log(0)) == [page for page in range(512) if page != 3]
+    log.mark_dirty(0, 3)
+    write(log, 100)  # the block is dirty now, and only page 3 is in the log
+    lease = log.clear_dirty_log(0, 0, 64, b"\xff" * 8, lease=True)
+    assert pages_of(lease.bitmap) == [3]
+    assert pages_of(log.get_dirty_log(0)) == [page for page in range(512) if page != 3], "lost writes"
+    log.verify()
+
+
+def test_clearing_a_part_of_a_block(kernels):
+    check_clearing_a_part_of_a_block()
+
+
+def test_mutant_the_blocks_other_pages_are_forgotten(monkeypatch):
+    rewrite = SharedStage2._rewrite_part
+
+    def part(self, update, mask, first, *, written=True):
+        kept = self.saved.bitmap.copy()
+        tally = rewrite(self, update, mask, first, written=written)
+        self.saved.bitmap.words[:] &= kept.words
+        return tally
+
+    monkeypatch.setattr(SharedStage2, "_rewrite_part", part)
+    with pytest.raises(AssertionError, match="lost writes"):
+        check_clearing_a_part_of_a_block()
+
+
+def test_write_protecting_a_part_of_a_block_protects_all_of_it():
+    """A block is one leaf. Its other pages' bits are set still, and their next writes fault."""
+    log = make(512, base=0x200, flags=0, hw_dbm=False, manual_protect=True, initially_set=True)
+    log.map(0, 0x200, 512, 0, level=2)
+    log.set_memory_region(0, 1, 0x200 << 12, 512 << 12, 0)
+    log.clear_dirty_log(0, 0, 64, DirtyBitmap.from_pages([5], 64))
+    assert pte.state(int(log.stage2(0).level(2)[0]), 2) is State.READ_ONLY
+    assert pages_of(log.get_dirty_log(0)) == [page for page in range(512) if page != 5]
+    write(log, 5)
+    assert log.get_dirty_log(0).weight() == 512
     log.verify()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from logmachine import BlockMachine, LogMachine
+from logmachine import LogMachine
 
 from hwdbm import DirtyBitmap
 from hwdbm.dirtylog import lease, modes, slot
@@ -42,11 +42,6 @@ class Manual(Blind):
 
 class Software(Blind):
     hw, manual = False, False
-
-
-class Blocks(BlockMachine):
-    check_model = False
-    hw, manual, initially, mapped = True, True, False, True
 
 
 def clears_what_it_is_asked_to(patch):
@@ -214,19 +209,6 @@ def forgets_saved(patch):
     patch.setattr(SharedStage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
 
 
-def forgets_a_blocks_other_pages(patch):
-    """A block is cleaned for the pages of a mask, and what it recorded for its others is forgotten."""
-    rewrite = SharedStage2._rewrite_part
-
-    def part(self, update, mask, first, *, written=True):
-        kept = self.saved.bitmap.copy()
-        tally = rewrite(self, update, mask, first, written=written)
-        self.saved.bitmap.words[:] &= kept.words
-        return tally
-
-    patch.setattr(SharedStage2, "_rewrite_part", part)
-
-
 def lets_the_host_take_unflushed(patch):
     """The host takes its flags, writes the pages back, and the TLB still lets the guest write them unrecorded."""
 
@@ -255,7 +237,6 @@ MUTANTS = [
     (Software, grants_without_a_mark),
     (Hardware, maps_untracked),
     (Hardware, forgets_saved),
-    (Blocks, forgets_a_blocks_other_pages),
     (Hardware, lets_the_host_take_unflushed),
 ]
 

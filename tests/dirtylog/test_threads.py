@@ -74,7 +74,7 @@ def test_disjoint_syncs_in_parallel_are_one_sync(kernels, base):
         assert np.array_equal(parallel.stage2(0).level(level), serial.stage2(0).level(level))
     parallel.verify()
     assert parallel.get_dirty_log(0) == want
-    assert parallel.take_host_dirty(0) == want
+    assert parallel.take_host_dirty(0) == serial.take_host_dirty(0)
 
 
 def test_many_small_parts_in_several_threads(kernels):
@@ -288,7 +288,7 @@ class Machine:
 
     def migrate(self):
         choose = random.Random(7)
-        while self.rounds < 60 or self.memory.sum() < 3000:
+        while self.rounds < 40 or self.memory.sum() < 1000:
             self.stop.wait(0.002)
             if self.log.manual_protect:
                 self.log.get_dirty_log(0)

@@ -156,8 +156,8 @@ class DirtyLog(LoggedMemory):
         num_pages : int
             A multiple of 64, unless the range ends with the slot. May be 0.
         bitmap : DirtyBitmap or bytes-like
-            The mask, in exactly ``ceil(num_pages / 64)`` words of 64 bits, as a bitmap, its words, or bytes in KVM's
-            layout. Bits beyond the slot's end are ignored. Where `num_pages` is 0 it isn't looked at.
+            The mask: a bitmap, its words, or bytes in KVM's layout, of ``ceil(num_pages / 64)`` words or more. As
+            in the kernel, what lies beyond those words isn't looked at, and bits beyond the slot's end don't matter.
         lease : bool
             Whether the pages that were cleared are lent.
 
@@ -171,7 +171,7 @@ class DirtyLog(LoggedMemory):
         OSError
             EINVAL if the id is out of range, or `first_page` no multiple of 64; ENOENT if there is no such slot or
             it doesn't log; EINVAL for a range that isn't inside of the slot, or ragged elsewhere than at its end;
-            EFAULT if the mask hasn't the size. They are checked in this order.
+            EFAULT if the mask is shorter. They are checked in this order.
         """
         self._table.check_id(slot)
         if first_page & 63:
@@ -242,10 +242,10 @@ def _check_range(found: SlotLog, first_page: int, num_pages: int) -> int:
 
 
 def _words(bitmap: Mask, num_pages: int) -> NDArray[np.uint64]:
-    """Return a mask as words of its own, or raise EFAULT if it hasn't the size that KVM would copy."""
+    """Return what KVM would copy of a mask, as words of its own, or raise EFAULT if it is shorter."""
     mask = bitmap.words if isinstance(bitmap, DirtyBitmap) else bitmap
     raw = mask.tobytes() if isinstance(mask, np.ndarray) else memoryview(mask).tobytes()
     size = 8 * word_count(num_pages)
-    if len(raw) != size:
+    if len(raw) < size:
         raise OSError(EFAULT, f"a mask of {num_pages} pages has {size} bytes, got {len(raw)}")
-    return np.frombuffer(raw, dtype="<u8").astype(np.uint64)
+    return np.frombuffer(raw[:size], dtype="<u8").astype(np.uint64)

@@ -139,14 +139,20 @@ class SharedStage2(Stage2):
             If the frame isn't inside of the slot.
         """
         page, _ = self._range(gfn, 1)
+        level = self.leaf_level(page)
+        if level is None:
+            return False
+        entries, index = self.level(level), self.layout.index(level, page)
         update = pte.relax_dirty if dbm else pte.relax
+        entries[index] = update(level)(int(entries[index]))
+        return True
+
+    def leaf_level(self, page: int) -> int | None:
+        """Return the level of the leaf that maps a page, counted from the slot's first, or None."""
         for level in (3, 2, 1):
-            entries, index = self.level(level), self.layout.index(level, page)
-            desc = int(entries[index])
-            if pte.leaf(level)(desc):
-                entries[index] = update(level)(desc)
-                return True
-        return False
+            if pte.leaf(level)(int(self.level(level)[self.layout.index(level, page)])):
+                return level
+        return None
 
     def mapped(self, first: int, npages: int) -> bool:
         """Return whether any page of a part has a leaf, or a level-3 entry that isn't zero."""
@@ -167,10 +173,11 @@ class SharedStage2(Stage2):
         with self._lock:
             for level in (1, 2):
                 counts, spans = self._leaves.rewrite_blocks(level, update(level), lo, hi, mask)
-                kernels.active().fill(host.words, np.clip(spans, lo, hi))
-                if written:
-                    self.saved.mark(np.clip(spans, 0, self.npages))
                 tally += counts
+                if len(spans):
+                    kernels.active().fill(host.words, np.clip(spans, lo, hi))
+                if len(spans) and written:
+                    self.saved.mark(np.clip(spans, 0, self.npages))
         return tally + self._leaves.rewrite_masked(update(3), mask, host, first)
 
     def _save(self, lo: int, hi: int, *, untracked: bool = False) -> None:

@@ -5,8 +5,7 @@ makes the order safe: a bit leaves the live bitmap, and a flag the host's, only 
 was clean. So it doesn't matter who cleaned the leaf, and a flush that fails has nothing to undo.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from errno import EFAULT, ENOENT
 
 import numpy as np
@@ -14,21 +13,19 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.dirtylog.held import HeldSlot, Step
 from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
 from hwdbm.dirtylog.modes import LogMode
-from hwdbm.dirtylog.rangelock import RangeLock
 from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.dirtylog.stats import Meter
-from hwdbm.errors import GfnError, InvariantError
+from hwdbm.errors import InvariantError
 from hwdbm.granule import Granule
-from hwdbm.memslot import Memslot, slot_name
+from hwdbm.memslot import Memslot
 
 __all__ = ["SlotLog"]
 
-Step = tuple[int, int]
 
-
-class SlotLog:
+class SlotLog(HeldSlot):
     """The log of one memslot, from its creation to its deletion.
 
     Parameters
@@ -44,10 +41,6 @@ class SlotLog:
 
     Attributes
     ----------
-    memslot : Memslot
-        The slot as it is now; a move or a change of flags puts another there.
-    stage2 : SharedStage2
-        Its leaves; a move puts another there.
     live : DirtyBitmap or None
         The bitmap, while the slot logs. Its words belong to whoever holds their pages.
     generation : int
@@ -55,22 +48,10 @@ class SlotLog:
     """
 
     def __init__(self, memslot: Memslot, granule: Granule, mode: LogMode, meter: Meter) -> None:
-        self.memslot, self.mode, self.meter = memslot, mode, meter
-        self.stage2 = SharedStage2(memslot.npages, memslot.base_gfn, granule)
+        super().__init__(memslot, granule)
+        self.mode, self.meter = mode, meter
         self.live: DirtyBitmap | None = None
         self.generation = 0
-        self._deleted = False
-        self._lock = RangeLock()
-
-    @property
-    def name(self) -> str:
-        """What the slot is called in an error's text."""
-        return slot_name(self.memslot.id)
-
-    @property
-    def npages(self) -> int:
-        """Pages of the slot, which never change."""
-        return self.memslot.npages
 
     def logging(self, generation: int | None = None) -> DirtyBitmap:
         """Return the live bitmap.
@@ -83,74 +64,6 @@ class SlotLog:
         if self.live is None or generation not in (None, self.generation):
             raise OSError(ENOENT, f"{self.name} has no dirty bitmap")
         return self.live
-
-    # --- ranges --------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold(self, lo: int = 0, hi: int | None = None) -> Iterator[None]:
-        """Hold the pages [lo, hi), out to whole words; by default the slot.
-
-        Raises
-        ------
-        OSError
-            ENOENT if the slot was deleted.
-        """
-        hi = self.npages if hi is None else hi
-        with self._lock.hold(lo & ~63, min(hi + 63 & ~63, self.npages)):
-            if self._deleted:
-                raise OSError(ENOENT, f"{self.name} was deleted")
-            yield
-
-    @contextmanager
-    def hold_leaves(self, place: Callable[[], Step]) -> Iterator[Step]:
-        """Hold pages out to where leaves end, so that leaves can be put there, split and removed.
-
-        Parameters
-        ----------
-        place : callable
-            Returns the pages [lo, hi). It is asked again where the slot has moved before they were held.
-        """
-        while True:
-            lo, hi = place()
-            span = self._leaf_span(lo, hi)
-            with self.hold(*span):
-                if place() == (lo, hi) and self._leaf_span(lo, hi) == span:
-                    yield lo, hi
-                    return
-
-    def _leaf_span(self, lo: int, hi: int) -> Step:
-        if lo == hi:
-            return lo, hi
-        s2 = self.stage2
-        start, stop = lo, hi
-        for page in (lo, hi - 1):
-            large = pte.leaf(1)(int(s2.level(1)[s2.layout.index(1, page)]))
-            level = 1 if large else 2
-            first, after = s2.layout.span(level, s2.layout.index(level, page))
-            start, stop = min(start, first), max(stop, after)
-        return max(start, 0), min(stop, self.npages)
-
-    def pages(self, first: int, npages: int) -> Step:
-        """Return pages as [lo, hi).
-
-        Raises
-        ------
-        GfnError
-            If they aren't inside of the slot.
-        """
-        if first < 0 or npages < 0 or first + npages > self.npages:
-            raise GfnError(f"{self.name}: pages {first}..{first + npages - 1} are not inside of its {self.npages}")
-        return first, first + npages
-
-    def pages_at(self, gfn: int, npages: int) -> Step:
-        """Return guest frames as pages [lo, hi), where the slot is now. Errors are those of `pages`."""
-        slot = self.memslot
-        if gfn < slot.base_gfn or npages < 0 or gfn + npages > slot.end_gfn:
-            raise GfnError(
-                f"{self.name}: gfn {gfn:#x}..{gfn + npages - 1:#x} is not inside of its "
-                f"{slot.base_gfn:#x}..{slot.end_gfn - 1:#x}"
-            )
-        return gfn - slot.base_gfn, gfn - slot.base_gfn + npages
 
     def _flush(self, lo: int, hi: int) -> None:
         self.meter.flush(self.memslot, lo, hi - lo)
@@ -256,7 +169,7 @@ class SlotLog:
             if pfn is not None:
                 replaces = s2.mapped(page, 1)
                 s2.map(gfn, 1, pfn)
-            elif live is not None:
+            elif live is not None and s2.leaf_level(page) in (1, 2):
                 replaces = s2.split(gfn, 1) > 0
             if not s2.relax(gfn, dbm=live is not None and self.mode.hardware):
                 raise OSError(EFAULT, f"{self.name}: gfn {gfn:#x} has no leaf, and no pfn was given")
