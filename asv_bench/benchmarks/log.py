@@ -1,0 +1,59 @@
+"""The dirty log over 64 GiB: what GET and CLEAR add to the harvest below them, and what they ask the TLBs for."""
+
+import numpy as np
+
+from hwdbm import DirtyBitmap, DirtyLog
+from hwdbm.bench import suite
+
+NPAGES = 1 << 24
+STEP = 1 << 17  # 512 MiB, as v2 of the series
+
+
+class Get:
+    """KVM_GET_DIRTY_LOG, with and without manual protection, whole and in steps of 512 MiB."""
+
+    params = ([0.0, 0.01, 0.5], ["whole", "steps", "manual"])
+    param_names = ("dirty", "how")
+    number, repeat, warmup_time = 1, 7, 0
+
+    def setup(self, dirty, how):
+        if not hasattr(self, "log"):
+            self.log = DirtyLog(step_pages=STEP if how == "steps" else None, manual_protect=how == "manual")
+            size = NPAGES << 12
+            self.log.set_memory_region(slot=0, flags=1, guest_phys_addr=0, memory_size=size, userspace_addr=1 << 40)
+            self.log.map(0, gfn=0, npages=NPAGES, pfn=0)
+            self.entries = self.log.stage2(0).level(3)
+            self.start = suite.dirtied(self.entries, dirty)
+            self.log.get_dirty_log(0)
+        np.copyto(self.entries, self.start)
+
+    def time_get(self, dirty, how):
+        self.log.get_dirty_log(0)
+
+    def track_flushes(self, dirty, how):
+        before = self.log.stats.flushes
+        self.log.get_dirty_log(0)
+        return self.log.stats.flushes - before
+
+
+class Clear:
+    """KVM_CLEAR_DIRTY_LOG of 64 pages, and of the slot."""
+
+    params = (64, NPAGES)
+    param_names = ("pages",)
+    number, repeat, warmup_time = 1, 7, 0
+
+    def setup(self, pages):
+        if not hasattr(self, "log"):
+            self.log = DirtyLog(manual_protect=True)
+            size = NPAGES << 12
+            self.log.set_memory_region(slot=0, flags=1, guest_phys_addr=0, memory_size=size, userspace_addr=1 << 40)
+            self.log.map(0, gfn=0, npages=NPAGES, pfn=0)
+            self.start = suite.dirtied(self.log.stage2(0).level(3), 0.01)
+            self.mask = DirtyBitmap(pages)
+            self.mask.fill()
+        np.copyto(self.log.stage2(0).level(3), self.start)
+        self.log.get_dirty_log(0)
+
+    def time_clear(self, pages):
+        self.log.clear_dirty_log(0, 0, pages, self.mask)
