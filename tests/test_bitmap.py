@@ -3,6 +3,8 @@
 The checks take the class, so that each can be shown to catch a broken one.
 """
 
+import copy
+import pickle
 from collections.abc import Callable
 from itertools import product
 from typing import Any, Self
@@ -624,3 +626,13 @@ def test_check_catches(check: Callable[[Bitmap], None], mutant: Bitmap) -> None:
 def test_check_of_tails_catches() -> None:
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         check_tails(AnyTail)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b)), DirtyBitmap.copy])
+def test_a_copys_bits_share_its_own_words(copied: Callable[[DirtyBitmap], DirtyBitmap]) -> None:
+    bitmap = DirtyBitmap.from_pages([3], 70)
+    assert bitmap.bits[3] == 1
+    twin = copied(bitmap)
+    twin.bits[65] = 1
+    assert twin.pages().tolist() == [3, 65]
+    assert bitmap.pages().tolist() == [3]

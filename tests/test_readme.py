@@ -18,9 +18,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
         if ">>>" in block[1]:
-            example = doctest.DocTestParser().get_doctest(
-                block[1], names, "README", str(README), line
-            )
+            example = doctest.DocTestParser().get_doctest(block[1], names, "README", str(README), line)
             runner = doctest.DebugRunner()  # raises at the first difference
             runner.run(example, clear_globs=False)
             names.update(example.globs)

@@ -1,5 +1,6 @@
 """Every bulk verb against the walker, on tables in any state; then literals, errors, and what arrays get wrong."""
 
+import copy
 import threading
 from itertools import pairwise
 
@@ -276,6 +277,17 @@ def test_a_slot_never_mapped_is_never_backed():
     s2.map(12345 << 9, 512, pfn=0, dbm=True)
     tally = s2.harvest_into(DirtyBitmap(s2.npages))
     assert tally.read == 512 + s2.level(2).size + s2.level(1).size
+
+
+def test_copies_are_their_own(kernels):
+    s2 = Stage2(1100, base_gfn=5)
+    s2.map(512, 512, pfn=512, level=2, dbm=True)
+    walker.guest_write(s2, 600)
+    s2.unmap(700, 3)
+    for twin in (s2.copy(), copy.deepcopy(s2)):
+        assert differences(s2, twin) == []
+        assert s2.copy().harvest() == twin.harvest()
+    assert s2.dirty().weight() == 512
 
 
 def test_dbm_only_where_writable():

@@ -166,6 +166,9 @@ class DirtyBitmap:
         """Return a bitmap of its own with the same pages dirty."""
         return self.from_words(self.words.copy(), self.npages)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).from_words, (self.words, self.npages)  # a copy's bits share the copy's words
+
     # --- reading -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:

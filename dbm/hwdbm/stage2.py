@@ -15,6 +15,7 @@ parallel threads.
 
 from collections.abc import Callable
 from threading import Lock
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,14 +108,17 @@ class Stage2:
             raise ValueError(f"leaves are at levels 1, 2 and 3, not {level}")
         return self._leaves.level[level]
 
-    def copy(self) -> "Stage2":
+    def copy(self) -> Self:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags."""
-        twin = Stage2(self.npages, self.base_gfn, self.granule)
+        twin = type(self)(self.npages, self.base_gfn, self.granule)
         for level, entries in self._leaves.level.items():
             twin.level(level)[:] = entries
         twin.saved.mark(self.saved.bitmap.ranges().astype(np.int64).cumsum(axis=1))
         twin.host_dirty |= self.host_dirty
         return twin
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.copy()  # the lock is the twin's own
 
     # --- mapping -------------------------------------------------------------------------------------------
 
