@@ -10,7 +10,7 @@ from hwdbm.errors import BitmapError
 from hwdbm.testing import Stage2Machine
 
 LONG = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
-HUNT = settings(LONG, max_examples=500, print_blob=False, database=None, phases=[Phase.generate], derandomize=True)
+HUNT = settings(LONG, max_examples=3000, print_blob=False, database=None, phases=[Phase.generate], derandomize=True)
 
 
 @pytest.mark.parametrize("name", kernels.available())
