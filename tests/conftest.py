@@ -15,8 +15,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "ci", hypothesis.settings.get_profile("dev"), derandomize=True, print_blob=True, database=None
 )
-# Where CI is set pytest works out whole differences, and many asserts here are expected to fail, in mutants, thousands of
-# times: minutes of difflib. So it goes once it has served; pytest's workers read the other name.
+# Where CI is set pytest works out whole differences, and in mutants asserts are expected to fail, thousands of times:
+# minutes of difflib. So it goes once it has served; pytest's workers read the other name.
 if os.environ.pop("CI", None):
     os.environ["HYPOTHESIS_PROFILE"] = "ci"
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
