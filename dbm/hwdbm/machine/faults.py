@@ -1,0 +1,118 @@
+"""Faults: what a vCPU's faults are resolved with, as KVM's arm64 ``user_mem_abort`` does (semantics: section 3.6)."""
+
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import pte
+from hwdbm.machine.clock import Clock
+from hwdbm.machine.guestlog import GuestLog
+from hwdbm.machine.mmu import ACCESS_FLAG, PERMISSION, TRANSLATION
+from hwdbm.machine.region import Region
+
+__all__ = ["FaultHandler"]
+
+Pages = NDArray[np.int64]
+Codes = NDArray[np.uint8]
+
+
+class FaultHandler:
+    """Maps, ages, grants, and copies on write.
+
+    Parameters
+    ----------
+    log : GuestLog
+        The log, whose leaves these are.
+    clock : Clock
+        Where faults are counted.
+    thp : bool
+        Whether the host has huge pages to map blocks with.
+
+    Attributes
+    ----------
+    mmu_lock : Lock
+        Held by whoever resolves faults, and by whoever changes frames. It is taken before pages are held, and those
+        before a vCPU's own lock.
+
+    Notes
+    -----
+    A fault that a block resolves is one fault: of the pages under it the first in the guest's order takes it, and the
+    others, when they try again, find it resolved.
+    """
+
+    def __init__(self, log: GuestLog, clock: Clock, *, thp: bool) -> None:
+        self._log, self._clock, self._thp = log, clock, thp
+        self.mmu_lock = Lock()
+
+    def handle(self, region: Region, pages: Pages, access: Codes, *, write: bool) -> None:
+        """Resolve faults, or some of them: whoever took one tries again.
+
+        Parameters
+        ----------
+        region : Region
+            The slot, which allows the access.
+        pages : (n,) int64 array
+            The pages in the guest's order; they may repeat.
+        access : (n,) uint8 array
+            The fault that each took; the same for the same page.
+        write : bool
+            Whether they were written or read.
+        """
+        unique, first = np.unique(pages, return_index=True)
+        codes = access[first]
+        with self.mmu_lock:
+            absent = codes == TRANSLATION
+            if absent.any():
+                self._translation(region, unique[absent], write=write)
+            old = codes == ACCESS_FLAG
+            if old.any():
+                self._access_flag(region, unique[old])
+            denied = codes == PERMISSION
+            if denied.any():
+                self._permission(region, unique[denied], first[denied])
+
+    def _translation(self, region: Region, pages: Pages, *, write: bool) -> None:
+        frames, s2 = region.frames, self._log.stage2(region.id)
+        if write:
+            copies = pages[frames.shared[pages]]
+            frames.renew(copies)
+            self._clock.add(copies=copies.size)
+        blocks = self._thp and not self._log.slot(region.id).logging
+        stripes = s2.layout.sizes[2]
+        index = (pages + s2.base_gfn % stripes) // stripes
+        fits = frames.blockable(index) & (s2.level(2)[index] == 0) & blocks
+        self._clock.add(translation_faults=int(np.count_nonzero(~fits)) + int(np.unique(index[fits]).size))
+        self._log.populate(region.id, pages, frames, write=write, blocks=blocks)
+
+    def _access_flag(self, region: Region, pages: Pages) -> None:
+        with self._log.locked(region.id, int(pages[0]), int(pages[-1] - pages[0]) + 1) as s2:
+            count = 0
+            for level in (3, 2, 1):
+                size = s2.layout.sizes[level]
+                index = np.unique((pages + s2.base_gfn % size) // size) if level < 3 else pages
+                entries = s2.level(level)[index]
+                s2.level(level)[index] = pte.mkyoung(level)(entries)
+                count += int(np.count_nonzero(pte.mkyoung(level).where(entries)))
+        self._clock.add(access_flag_faults=count)
+
+    def _permission(self, region: Region, pages: Pages, order: Pages) -> None:
+        frames, s2 = region.frames, self._log.stage2(region.id)
+        shared = frames.shared[pages]
+        for page in pages[shared].tolist():
+            self._log.write_fault(region.id, s2.base_gfn + page, frames.renew_one(page))
+        copies = int(np.count_nonzero(shared))
+        pages, order = pages[~shared], order[~shared]
+        pages = pages[_leaders(pages, order, s2.level(3)[pages] == 0, s2.layout.sizes[2], s2.base_gfn)]
+        splits = self._log.write_faults(region.id, pages) if pages.size else 0
+        self._clock.add(copies=copies, permission_faults=copies + pages.size, splits=splits)
+
+
+def _leaders(pages: Pages, order: Pages, large: NDArray[np.bool_], size: int, base: int) -> NDArray[np.bool_]:
+    """Return which pages take a fault: all that are mapped as pages, and of a block's the first in `order`."""
+    chosen = ~large
+    (blocks,) = large.nonzero()
+    blocks = blocks[np.argsort(order[blocks], kind="stable")]
+    _, first = np.unique((pages[blocks] + base % size) // size, return_index=True)
+    chosen[blocks[first]] = True
+    return chosen

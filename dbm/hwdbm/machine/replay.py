@@ -1,0 +1,86 @@
+"""Replay: a workload that dirties what someone recorded, a bitmap an interval."""
+
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import compress, decompress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.machine.workload import Workload
+
+__all__ = ["Replay"]
+
+Numbers = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Replay(Workload):
+    """A recorded sequence of dirty bitmaps: in each interval a store to each page of its bitmap, then from the first.
+
+    Parameters
+    ----------
+    bitmaps : tuple of DirtyBitmap
+        Of the pages of the writable memory, or of fewer; at least one page is dirty in all.
+    interval : float
+        Seconds that a bitmap is the dirty pages of.
+
+    Examples
+    --------
+    >>> replay = Replay(bitmaps=[DirtyBitmap.from_pages([1, 5], 8), DirtyBitmap.from_pages([7], 8)], interval=2.0)
+    >>> replay.offsets(0, 4, 8 * 4096) // 4096
+    array([1, 5, 7, 1])
+    >>> [replay.quota(seconds) for seconds in (1.0, 2.0, 4.0)]
+    [1, 2, 3]
+    """
+
+    name = "replay"
+    bitmaps: Iterable[DirtyBitmap] = ()
+    interval: float = 1.0
+    _pages: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _ends: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        bitmaps = tuple(self.bitmaps)
+        pages = [bitmap.pages() for bitmap in bitmaps]
+        if not sum(each.size for each in pages):
+            raise ValueError(f"there is nothing to replay: no page is dirty in {len(bitmaps)} bitmaps")
+        if self.interval <= 0:
+            raise ValueError(f"an interval is more than 0 seconds, not {self.interval}")
+        object.__setattr__(self, "bitmaps", bitmaps)
+        object.__setattr__(self, "_pages", np.concatenate(pages))
+        object.__setattr__(self, "_ends", np.cumsum([0, *(each.size for each in pages)]))
+
+    def pages(self, numbers: Numbers, npages: int) -> NDArray[np.int64]:
+        """Return the page that each store goes to.
+
+        Raises
+        ------
+        ValueError
+            If the recording has pages that the memory hasn't.
+        """
+        if int(self._pages.max()) >= npages:
+            raise ValueError(f"page {int(self._pages.max())} was recorded, and the guest has {npages}")
+        return self._pages[(numbers % np.uint64(self._pages.size)).astype(np.int64)]
+
+    def quota(self, seconds: float) -> int | None:
+        """Return how many stores are due when the guest has run for some seconds."""
+        rounds, rest = divmod(seconds / self.interval, self._ends.size - 1)
+        at, part = divmod(rest, 1.0)
+        start, stop = self._ends[int(at)], self._ends[int(at) + 1]
+        return int(rounds) * self._pages.size + int(start + part * (stop - start))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` makes an equal workload of; JSON can hold it."""
+        packed = [[each.npages, b64encode(compress(each.to_bytes())).decode()] for each in self.bitmaps]
+        return {"name": self.name, "seed": self.seed, "interval": self.interval, "bitmaps": packed}
+
+    @classmethod
+    def _from(cls, given: Mapping[str, Any]) -> "Replay":
+        options = dict(given)
+        packed = options.pop("bitmaps", ())
+        bitmaps = tuple(DirtyBitmap.from_bytes(decompress(b64decode(raw)), npages) for npages, raw in packed)
+        return cls(**options, bitmaps=bitmaps)

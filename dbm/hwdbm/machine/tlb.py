@@ -1,0 +1,127 @@
+"""Tlb: what one vCPU has cached of a memslot's leaves, and what a cached leaf allows (semantics: D8.5).
+
+A leaf is cached as what it lets a vCPU do without looking at memory again. One that let it write is not checked
+again, whatever happened to the descriptor since (it was writable-dirty, or untracked); one that was writable-clean is
+checked at a write (R_SGJBL); one that was read-only faults. Entries stay until they are flushed, or evicted.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.layout import Layout
+
+__all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Tlb"]
+
+Pages = NDArray[np.int64]
+Kinds = NDArray[np.uint8]
+
+NONE, READ_ONLY, CLEAN, WRITABLE = 0, 1, 2, 3
+
+
+class Tlb:
+    """The cached leaves of one memslot.
+
+    Parameters
+    ----------
+    layout : Layout
+        The slot's shape.
+    capacity : int, optional
+        Entries to keep when `trim` is called; by default all. A larger one is forgotten at random.
+    seed : int
+        Of the choice.
+
+    Attributes
+    ----------
+    page : (npages,) uint8 array
+        What is cached of each page's leaf: 0 nothing, 1 read-only, 2 writable-clean, 3 writable.
+    stripe : (stripes,) uint8 array
+        The same for blocks. A level-1 block is cached in pieces, as hardware may.
+    room : (npages,) int32 array
+        For whoever walks to count in.
+
+    Examples
+    --------
+    >>> from hwdbm import Granule
+    >>> tlb = Tlb(Layout(1024, 0, Granule.K4))
+    >>> tlb.fill(np.array([3, 600]), np.array([CLEAN, WRITABLE], np.uint8), np.array([3, 2], np.uint8))
+    >>> tlb.lookup(np.array([3, 4, 512])).tolist()
+    [2, 0, 3]
+    >>> tlb.flush(1023, 1)
+    >>> len(tlb)
+    1
+    """
+
+    writes: int = WRITABLE
+    """The least kind that a write needs not to look at memory."""
+
+    def __init__(self, layout: Layout, capacity: int | None = None, seed: int = 0) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"a TLB has 1 entry or more, not {capacity}")
+        self._layout, self._capacity = layout, capacity
+        self._rng = np.random.default_rng(seed)
+        size = layout.sizes[2]
+        self._bits, self._offset = size.bit_length() - 1, layout.base_gfn % size
+        self.page = np.zeros(layout.npages, dtype=np.uint8)
+        self.stripe = np.zeros(layout.count(2), dtype=np.uint8)
+        self.room = np.empty(layout.npages, dtype=np.int32)
+        self._large = False  # whether a block may be cached: most lookups need not ask
+        self._recent: list[NDArray[np.int64]] = []  # entries filled since the last trim; a block's after the pages'
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.page) + np.count_nonzero(self.stripe))
+
+    def _stripes(self, pages: Pages) -> Pages:
+        return pages + self._offset >> self._bits
+
+    def lookup(self, pages: Pages) -> Kinds:
+        """Return what is cached for each page. Where a page and its block both are, the more permissive one counts."""
+        kinds: Kinds = self.page.take(pages)
+        if self._large:
+            np.maximum(kinds, self.stripe.take(self._stripes(pages)), out=kinds)
+        return kinds
+
+    def fill(self, pages: Pages, kinds: Kinds, levels: Kinds) -> None:
+        """Cache the leaf of each page: what it allows, and the level that it is at."""
+        large = levels < 3
+        if not large.any():
+            self.page[pages] = kinds
+            self._note(pages)
+            return
+        small = ~large
+        self.page[pages[small]] = kinds[small]
+        stripes = self._stripes(pages[large])
+        self.stripe[stripes] = kinds[large]
+        self._large = True
+        self._note(pages[small])
+        self._note(self._layout.npages + stripes)
+
+    def drop(self, pages: Pages) -> None:
+        """Forget what is cached for some pages, their blocks too."""
+        self.page[pages] = NONE
+        if self._large:
+            self.stripe[self._stripes(pages)] = NONE
+
+    def flush(self, first: int, npages: int) -> None:
+        """Forget every entry that translates any of some pages."""
+        if npages > 0:
+            self.page[first : first + npages] = NONE
+            if self._large:
+                self.stripe[self._layout.entries(2, first, first + npages)] = NONE
+                self._large = bool(self.stripe.any())
+
+    def _note(self, entries: NDArray[np.int64]) -> None:
+        if self._capacity is not None:
+            self._recent.append(entries)
+
+    def trim(self) -> None:
+        """Forget entries at random until there are no more than the capacity."""
+        if self._capacity is None or sum(entries.size for entries in self._recent) <= self._capacity:
+            return
+        entries, npages = np.unique(np.concatenate(self._recent)), self._layout.npages
+        small, large = entries[entries < npages], entries[entries >= npages]
+        entries = np.append(small[self.page[small] != NONE], large[self.stripe[large - npages] != NONE])
+        self._rng.shuffle(entries)
+        gone, kept = entries[self._capacity :], entries[: self._capacity]
+        self.page[gone[gone < npages]] = NONE
+        self.stripe[gone[gone >= npages] - npages] = NONE
+        self._recent = [kept]

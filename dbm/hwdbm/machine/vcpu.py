@@ -1,0 +1,222 @@
+"""VCpu: loads and stores in bulk, through a TLB.
+
+A batch is done in two parts. What the TLB lets through needs the vCPU's own lock alone, so it goes on while a harvest
+holds the pages, as hardware does until the flush. The rest is walked with the pages held. Locks are taken in one order:
+the machine's ``mmu_lock``, pages, vCPU. A flush comes with pages held, and takes the vCPU's lock: it returns when no
+access through an old entry is under way.
+"""
+
+from collections.abc import Callable
+from errno import EFAULT
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.layout import Layout
+from hwdbm.machine.clock import Clock
+from hwdbm.machine.faults import FaultHandler
+from hwdbm.machine.guestlog import GuestLog
+from hwdbm.machine.mmu import DONE, Walk, walk
+from hwdbm.machine.region import Region
+from hwdbm.machine.space import AddressSpace
+from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, Tlb
+from hwdbm.walker import Access
+
+__all__ = ["BATCH", "VCpu"]
+
+BATCH = 1 << 16
+"""Accesses that are done together at most, and so the longest that a flush waits for a vCPU: some milliseconds."""
+
+_TRIES = 16  # a fault is resolved at the first, one that others undo at some later one
+
+Addresses = NDArray[np.int64]
+Pages = NDArray[np.int64]
+Values = NDArray[np.uint64]
+
+
+class VCpu:
+    """A virtual CPU.
+
+    Parameters
+    ----------
+    number : int
+        Its number in the machine.
+    space : AddressSpace
+        The guest's physical memory.
+    log : GuestLog
+        The log, whose leaves are walked.
+    faults : FaultHandler
+        What resolves faults.
+    clock : Clock
+        Where accesses are counted.
+    tlb_entries : int, optional
+        A limit of cached leaves a slot; by default none.
+    seed : int
+        Of the choice of what to forget.
+    ha, hd : bool
+        VTCR_EL2.HA and HD: whether the MMU updates AF and the dirty state.
+
+    Attributes
+    ----------
+    tlb : dict of int to Tlb
+        What is cached of each slot.
+    lock : Lock
+        Held for the length of accesses through the TLB.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        space: AddressSpace,
+        log: GuestLog,
+        faults: FaultHandler,
+        clock: Clock,
+        *,
+        tlb_entries: int | None = None,
+        seed: int = 0,
+        ha: bool = True,
+        hd: bool = True,
+    ) -> None:
+        self.number, self.ha, self.hd = number, ha, hd
+        self._space, self._log, self._faults, self._clock = space, log, faults, clock
+        self._entries, self._seed = tlb_entries, seed
+        self.tlb: dict[int, Tlb] = {}
+        self.lock = Lock()
+
+    def attach(self, slot: int, layout: Layout) -> None:
+        """Begin to cache leaves of a slot."""
+        with self.lock:
+            self.tlb[slot] = Tlb(layout, self._entries, self._seed + slot)
+
+    def flush(self, slot: int, first_page: int, npages: int) -> None:
+        """Forget the translations of some pages; return when no access through one is under way."""
+        with self.lock:
+            if slot in self.tlb:
+                self.tlb[slot].flush(first_page, npages)
+
+    # --- accesses ------------------------------------------------------------------------------------------
+
+    def store(self, gpas: Addresses, values: Values) -> None:
+        """Store words.
+
+        Parameters
+        ----------
+        gpas : (n,) int64 array
+            Guest physical addresses, multiples of 8. Where one repeats, the last value stays.
+        values : (n,) uint64 array
+            What to store.
+
+        Raises
+        ------
+        OSError
+            EFAULT for an address in no slot, or in a read-only one; those before it are stored.
+        ValueError
+            For an address that is no multiple of 8.
+        """
+        for start in range(0, gpas.size, BATCH):
+            part = slice(start, start + BATCH)
+            self._batch(gpas[part], values[part], write=True)
+
+    def load(self, gpas: Addresses) -> Values:
+        """Load words, and return them. Parameters and errors are `store`'s; a read-only slot is as good as any.
+
+        Returns
+        -------
+        (n,) uint64 array
+        """
+        out = np.zeros(gpas.size, dtype=np.uint64)
+        for start in range(0, gpas.size, BATCH):
+            part = slice(start, start + BATCH)
+            self._batch(gpas[part], out[part], write=False)
+        return out
+
+    def _batch(self, gpas: Addresses, data: Values, *, write: bool) -> None:
+        if int(np.bitwise_or.reduce(gpas)) & 7:
+            raise ValueError(f"address {int(gpas[gpas & 7 != 0][0]):#x} is not a multiple of 8")
+        bad = None
+        for region, where in self._space.split(gpas, write=write):
+            if region is None:
+                bad = int(gpas[where][0])
+            elif where is None:
+                self._access(region, gpas, data, write=write)
+            else:
+                part = data[where]
+                self._access(region, gpas[where], part, write=write)
+                if not write:
+                    data[where] = part
+        if bad is not None:
+            raise self._space.fault(bad, write=write)
+
+    def _access(self, region: Region, gpas: Addresses, data: Values, *, write: bool) -> None:
+        tlb, memory = self.tlb[region.id], region.memory.words
+        words = gpas - region.gpa >> 3
+        pages = words >> self._space.word_shift
+
+        def move(chosen: NDArray[np.intp] | slice) -> None:
+            if write:
+                memory[words[chosen]] = data[chosen]
+            else:
+                data[chosen] = memory[words[chosen]]
+
+        with self.lock:
+            hits = tlb.lookup(pages) >= (tlb.writes if write else READ_ONLY)
+            if hits.all():
+                move(slice(None))
+                waiting = np.empty(0, dtype=np.intp)
+            else:
+                move(hits.nonzero()[0])
+                waiting = (~hits).nonzero()[0]
+        self._clock.add(**{"stores" if write else "loads": gpas.size})
+        if waiting.size:
+            self._miss(region, tlb, pages, waiting, move, write=write)
+
+    def _miss(
+        self,
+        region: Region,
+        tlb: Tlb,
+        pages: Pages,
+        waiting: NDArray[np.intp],
+        move: Callable[[NDArray[np.intp]], None],
+        *,
+        write: bool,
+    ) -> None:
+        misses = rechecks = updates = spurious = 0
+        for attempt in range(_TRIES):
+            where = pages[waiting]
+            first = int(where.min())
+            with self._log.locked(region.id, first, int(where.max()) - first + 1) as s2, self.lock:
+                kinds = tlb.lookup(where)
+                stale = where[kinds == READ_ONLY] if write else where[:0]
+                tlb.drop(stale)  # a permission fault takes the entry with it, as its handler would
+                found = walk(s2, where, write=write, ha=self.ha, hd=self.hd, room=tlb.room)
+                done = found.access == DONE
+                if done.all():
+                    tlb.fill(where, found.kind, found.level)
+                    move(waiting)
+                else:
+                    tlb.fill(where[done], found.kind[done], found.level[done])
+                    move(waiting[done])
+            if not attempt:
+                rechecks, misses = (int(np.count_nonzero(kinds == kind)) for kind in (CLEAN, NONE))
+            spurious += _distinct(where[(kinds == READ_ONLY) & done]) if stale.size else 0
+            updates += found.updated
+            waiting, where = waiting[~done], where[~done]
+            if not waiting.size:
+                break
+            self._faults.handle(region, where, found.access[~done], write=write)
+        else:
+            raise OSError(EFAULT, self._forever(region, int(where[0]), found, write=write))
+        with self.lock:
+            tlb.trim()
+        self._clock.add(tlb_misses=misses, rechecks=rechecks, hardware_updates=updates, spurious_faults=spurious)
+
+    def _forever(self, region: Region, page: int, found: Walk, *, write: bool) -> str:
+        gpa = region.gpa + (page << self._space.page_shift)
+        access = "write" if write else "read"
+        fault = tuple(Access)[int(found.access.max())].value
+        return f"a {access} of gpa {gpa:#x} can't be handled: after {_TRIES} times it still takes a {fault}"
+
+
+def _distinct(pages: Pages) -> int:
+    return int(np.unique(pages).size)

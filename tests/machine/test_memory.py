@@ -1,0 +1,78 @@
+"""Guest memory: real bytes, holes, images."""
+
+import hashlib
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+from hwdbm.machine import GuestMemory
+
+
+@pytest.fixture
+def memory():
+    made = GuestMemory(1 << 20)
+    yield made
+    made.close()
+
+
+def test_the_words_are_the_bytes(memory):
+    memory.words[3] = 0x0102_0304_0506_0708
+    assert memory.view[24:32].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert memory.digest() == hashlib.sha256(memory.view.tobytes()).hexdigest()
+
+
+def test_another_mapping_sees_it(memory):
+    with mmap.mmap(memory.fd, 1 << 20) as other:
+        memory.view[4096] = 9
+        assert other[4096] == 9
+        other[5] = 7
+    assert memory.view[5] == 7
+
+
+def test_what_isnt_touched_costs_nothing(memory):
+    big = GuestMemory(1 << 40)
+    big.view[-1] = 1
+    assert os.fstat(big.fd).st_blocks * 512 <= 1 << 21
+    big.close()
+
+
+def test_populate_backs_it_all_and_changes_nothing(memory):
+    memory.view[77] = 5
+    memory.populate()
+    assert os.fstat(memory.fd).st_blocks * 512 >= 1 << 20
+    assert memory.view.nonzero()[0].tolist() == [77]
+
+
+def test_an_image_with_holes(memory, tmp_path):
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(900_001)
+        for at in (0, 300_000, 899_990):
+            file.seek(at)
+            file.write(b"hello world")
+    assert memory.load(image) == 900_001
+    assert memory.view[:900_001].tobytes() == image.read_bytes()
+    assert not memory.view[900_001:].any()
+    memory.view[:] = 0
+    assert memory.load(image, offset=300_000) == 600_001
+    assert memory.view[:11].tobytes() == b"hello world"
+
+
+def test_an_image_must_fit(memory, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(OSError, match="1048577 bytes from 0 on don't fit into 1048576"):
+        memory.load(image)
+    with pytest.raises(OSError, match="don't fit"):
+        memory.load(image, offset=1 << 21)
+
+
+def test_views_outlive_it():
+    memory = GuestMemory(1 << 16)
+    view = memory.view
+    memory.close()
+    memory.close()
+    view[:] = 3
+    assert int(view.astype(np.int64).sum()) == 3 << 16
