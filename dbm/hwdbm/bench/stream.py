@@ -1,0 +1,153 @@
+"""What the stream of a migration costs, beside plain ``sendall`` and ``recv_into`` on the same socket.
+
+A receiver in a process of its own takes, over one socket and in turn, plain bytes, and a migration: its first pass over
+all memory, and passes over scattered pages, as many bytes each. Both sides' memory is there before any clock runs.
+"""
+
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hwdbm.bench.measure import Row
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.dirtylog import Lease, Unflushed
+from hwdbm.memslot import Memslot
+from hwdbm.migration import Channel, Layout, PlainGuest, Report, Settings, migrate, receive
+from hwdbm.migration.populate import populate
+
+__all__ = ["StreamSetup", "rows", "serve"]
+
+_COMMAND = struct.Struct("<cQ")
+_LIMIT = 1 / 0.8  # times the floor, at most
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSetup:
+    """What the stream is measured with.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes of guest memory, of random content.
+    fraction : float
+        Of the pages, how many a scattered pass sends.
+    passes : int
+        Scattered passes; the fastest counts, and the fastest of as many floors.
+    transport : {"unix", "tcp"}
+        The socket.
+    """
+
+    memory: int = 1 << 29
+    fraction: float = 0.25
+    passes: int = 5
+    transport: Literal["unix", "tcp"] = "unix"
+
+
+class _Scattered(PlainGuest):
+    """A guest that says that it runs, and of which the same random pages are always dirty."""
+
+    def __init__(self, setup: StreamSetup) -> None:
+        super().__init__(Layout(4096, (Memslot(0, 0, 0x40000, setup.memory // 4096, 0),)))
+        rng = np.random.default_rng(1)
+        words = self.memory(0).view(np.uint64)
+        for start in range(0, words.size, 1 << 22):
+            words[start : start + (1 << 22)] = rng.integers(
+                1, 1 << 64, words[start : start + (1 << 22)].size, np.uint64
+            )
+        npages = setup.memory // 4096
+        self.pages = DirtyBitmap.from_pages(rng.permutation(npages)[: int(npages * setup.fraction)], npages)
+        self._calls = 0
+        self._last = setup.passes + 2
+        self.running = True
+
+    def dirty(self, slot_id: int) -> Lease:
+        self._calls += 1
+        pages = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
+        receipt = Unflushed(pages.copy(), 0, pages).flush(lambda: None)
+        return Lease(self._logs[slot_id], [receipt], first_page=0, npages=pages.npages, generation=0)
+
+
+def rows(setup: StreamSetup | None = None) -> Iterator[Row]:
+    """Measure, and yield a row for the first pass and one for scattered pages; each has its ratio to the floor."""
+    setup = setup or StreamSetup()
+    guest = _Scattered(setup)
+    with _receiver(setup) as channel:
+        scattered = guest.pages.weight() * 4096
+        floors = {size: _floor(channel.sock, guest, size, setup.passes) for size in (setup.memory, scattered)}
+        report = _migrate(channel, guest, setup)
+        for size, seconds in floors.items():  # once more: the machine may have been busier before
+            floors[size] = min(seconds, _floor(channel.sock, guest, size, setup.passes))
+        channel.sock.sendall(_COMMAND.pack(b"Q", 0))
+    fastest = min(one.time for one in report.passes[1 : setup.passes + 1])
+    for what, seconds, size in (
+        (f"stream, {setup.transport}, first pass", report.passes[0].time, setup.memory),
+        (f"stream, {setup.transport}, scattered pages", fastest, scattered),
+    ):
+        speed = size / seconds / (1 << 30)
+        yield Row(f"{what} ({speed:.2f} GiB/s)", seconds, "sendall/recv_into", floors[size], _LIMIT)
+
+
+def _floor(sock: socket.socket, guest: PlainGuest, size: int, repeat: int) -> float:
+    """Return the seconds that `size` bytes take, plain."""
+    data, best = guest.memory(0)[:size].data, float("inf")
+    for _ in range(repeat + 1):
+        sock.sendall(_COMMAND.pack(b"F", size))
+        sock.recv(1)
+        start = time.perf_counter()
+        sock.sendall(data)
+        sock.recv(1)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _migrate(channel: Channel, guest: PlainGuest, setup: StreamSetup) -> Report:
+    channel.sock.sendall(_COMMAND.pack(b"M", 0))
+    settings = Settings(max_downtime=0, max_iterations=setup.passes + 1, verify=False)
+    return migrate(guest, channel, settings)
+
+
+@contextmanager
+def _receiver(setup: StreamSetup) -> Iterator[Channel]:
+    here, there = socket.socketpair() if setup.transport == "unix" else _tcp_pair()
+    code = f"from hwdbm.bench.stream import serve; serve({there.fileno()}, {setup.memory})"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, pass_fds=[there.fileno()]) as process:  # noqa: S603  # ourselves
+        there.close()
+        with Channel(here) as channel:
+            yield channel
+        process.wait(30)
+
+
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = socket.create_connection(listener.getsockname())
+        there, _ = listener.accept()
+    return here, there
+
+
+def serve(fd: int, memory: int) -> None:
+    """Be the receiver, on a socket of this number, until the other side has had enough."""
+    with Channel(socket.socket(fileno=fd)) as channel:
+        sock = channel.sock
+        plain = np.zeros(memory, dtype=np.uint8)
+        populate(plain)
+        while True:
+            command, size = _COMMAND.unpack(sock.recv(_COMMAND.size, socket.MSG_WAITALL))
+            if command == b"F":
+                sock.sendall(b"r")
+                left = plain[:size].data
+                while left:
+                    left = left[sock.recv_into(left[: 1 << 20]) :]
+                sock.sendall(b"k")
+            elif command == b"M":
+                receive(channel, PlainGuest).destination.close()
+            else:
+                return

@@ -1,0 +1,43 @@
+"""Live migration over the dirty log: pre-copy, the stream, the receiver, and snapshots.
+
+`migrate` sends a `Source` over a `Channel`, `receive` takes it at the other end. `source` says what a VM must be able
+to do, `wire` what the stream is made of, `transport` how two sides meet. `snapshot` writes memory to files instead.
+"""
+
+from hwdbm.migration.channel import Channel
+from hwdbm.migration.converge import Settings
+from hwdbm.migration.errors import (
+    CancelledMigrationError,
+    DigestError,
+    HandoverError,
+    LayoutError,
+    PeerError,
+    StreamError,
+)
+from hwdbm.migration.layout import Layout
+from hwdbm.migration.plain import PlainGuest
+from hwdbm.migration.precopy import Precopy, migrate
+from hwdbm.migration.receiver import Received, receive
+from hwdbm.migration.report import Pass, Report
+from hwdbm.migration.source import Source, memory_digest
+
+__all__ = [
+    "CancelledMigrationError",
+    "Channel",
+    "DigestError",
+    "HandoverError",
+    "Layout",
+    "LayoutError",
+    "Pass",
+    "PeerError",
+    "PlainGuest",
+    "Precopy",
+    "Received",
+    "Report",
+    "Settings",
+    "Source",
+    "StreamError",
+    "memory_digest",
+    "migrate",
+    "receive",
+]

@@ -1,0 +1,238 @@
+"""Frames over a connected socket, plain or TLS."""
+
+import contextlib
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from hwdbm.migration.errors import PeerError, StreamError
+from hwdbm.migration.wire import HEAD_SIZE, LIMITS, Head, Kind, crc32
+
+__all__ = ["BUFFER", "TIMEOUT", "Channel"]
+
+TIMEOUT = 30.0
+"""Seconds without a byte after which the other side counts as gone."""
+
+BUFFER = 1 << 22
+"""Bytes that the kernel may hold for a socket, in each direction, if its limits allow."""
+
+_DRAIN_SECONDS = 2.0
+_COPY = 1 << 16  # bytes in front of a body below which it is joined with its head, rather than sent after it
+
+
+class Channel:
+    """One end of a stream. It owns the socket.
+
+    Parameters
+    ----------
+    sock : socket
+        Connected; a stream. An `ssl.SSLSocket` too.
+    timeout : float
+        Seconds without a byte after which an operation fails.
+
+    Attributes
+    ----------
+    sent, received : int
+        Bytes, with the heads.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float = TIMEOUT) -> None:
+        self.sock, self.sent, self.received = sock, 0, 0
+        self._next_out = self._next_in = 0
+        self._whole = True  # whether what was sent ends with a frame
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._head = bytearray(HEAD_SIZE)
+        sock.settimeout(timeout)
+        self._timeout = timeout
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A peer that vanished is noticed also while nothing is said.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- sending -------------------------------------------------------------------------------------------
+
+    def send(self, kind: Kind, body: bytes = b"", payload: Sequence[memoryview] = (), *, runs: int = 0) -> None:
+        """Send a frame.
+
+        Parameters
+        ----------
+        kind : Kind
+            What it is.
+        body : bytes
+            The body, or what of it comes before the payload.
+        payload : sequence of memoryview
+            The rest of the body, of bytes that don't change meanwhile. None of it is copied.
+        runs : int
+            Runs at the start of `body`.
+
+        Raises
+        ------
+        PeerError
+            If the other side said why it hung up.
+        StreamError
+            If the link is gone, or silent for too long.
+        """
+        crc, length = crc32(body), len(body)
+        for part in payload:
+            crc, length = crc32(part, crc), length + part.nbytes
+        if length > LIMITS[kind]:
+            raise ValueError(f"a {kind.name} of {length} bytes exceeds {LIMITS[kind]}")
+        head = Head(kind, self._next_out, runs, length, crc).to_bytes()
+        self._next_out = self._next_out + 1 & 0xFFFFFFFF
+        self._whole = False
+        try:
+            self._write([memoryview(head + body), *payload] if len(body) < _COPY else [head, body, *payload])
+        except TimeoutError as error:
+            raise StreamError(f"the other side took nothing for {self._timeout:g} s") from error
+        except OSError as error:
+            self._raise_peer(error)
+        self._whole = True
+        self.sent += HEAD_SIZE + length
+
+    def _write(self, parts: list[memoryview | bytes]) -> None:
+        if self._tls:  # no sendmsg there
+            for part in parts:
+                self.sock.sendall(part)
+            return
+        while parts:
+            done = self.sock.sendmsg(parts)
+            while parts and done >= len(parts[0]):
+                done -= len(parts.pop(0))
+            if done:
+                parts[0] = memoryview(parts[0])[done:]
+
+    def _raise_peer(self, error: OSError) -> None:
+        """Raise what the other side said before it hung up, or else that it hung up."""
+        with contextlib.suppress(StreamError, OSError):
+            self.sock.settimeout(1.0)
+            for _ in range(4):  # an ACK may be on its way before it
+                self.receive()
+        # PeerError is a StreamError: `suppress` would have swallowed it, so receive() keeps it.
+        if self._said is not None:
+            raise self._said from error
+        raise StreamError(f"the link broke: {error.strerror or error}") from error
+
+    _said: PeerError | None = None
+
+    def fail(self, reason: str) -> None:
+        """Tell the other side why this one gives up, if it can still be told; never raises."""
+        if self._whole:
+            with contextlib.suppress(OSError):
+                self.sock.settimeout(_DRAIN_SECONDS)
+                self.send(Kind.ERROR, reason.encode("utf-8", "replace")[: LIMITS[Kind.ERROR]])
+        self._drain()
+
+    def _drain(self) -> None:
+        """Take what the other side is still sending, for a moment: closed over it, TCP would destroy our last frame."""
+        until, scratch = time.monotonic() + _DRAIN_SECONDS, bytearray(1 << 16)
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.settimeout(_DRAIN_SECONDS)
+            if not self._tls:
+                self.sock.shutdown(socket.SHUT_WR)
+            while time.monotonic() < until and self.sock.recv_into(scratch):
+                pass
+
+    # --- receiving -----------------------------------------------------------------------------------------
+
+    def pending(self) -> bool:
+        """Return whether the other side has said something, or hung up."""
+        return bool(self._poll.poll(0))
+
+    def head(self) -> Head:
+        """Receive the head of the next frame; its body is to be read next, with `read` and `end`.
+
+        Raises
+        ------
+        PeerError
+            If it is an error from the other side.
+        StreamError
+            If it can't be, or the stream ends here, or nothing comes for too long.
+        """
+        self.read(memoryview(self._head))
+        head = Head.from_bytes(self._head, self._next_in)
+        self._next_in = self._next_in + 1 & 0xFFFFFFFF
+        if head.kind is Kind.ERROR:
+            text = self.body(head).decode("utf-8", "replace")
+            self._said = PeerError(f"the other side gave up: {text}")
+            raise self._said
+        return head
+
+    def read(self, into: memoryview) -> None:
+        """Fill `into`.
+
+        Raises
+        ------
+        StreamError
+            If the stream ends before, or nothing comes for too long.
+        """
+        got, size = 0, into.nbytes
+        while got < size:
+            try:
+                done = self.sock.recv_into(into[got:])
+            except TimeoutError as error:
+                raise StreamError(f"nothing came for {self._timeout:g} s") from error
+            except OSError as error:
+                raise StreamError(f"the link broke: {error.strerror or error}") from error
+            if not done:
+                raise StreamError(f"the stream ends inside of frame {self._next_in}: {size - got} bytes are missing")
+            got += done
+        self.received += size
+
+    def end(self, head: Head, crc: int) -> None:
+        """Raise `StreamError` unless `crc` is that of the body which `head` announced."""
+        if crc != head.crc:
+            raise StreamError(
+                f"frame {head.sequence}, {head.kind.name}: its body is damaged (CRC {crc:#010x}, not {head.crc:#010x})"
+            )
+
+    def body(self, head: Head) -> bytes:
+        """Receive a whole body."""
+        raw = bytearray(head.length)
+        self.read(memoryview(raw))
+        self.end(head, crc32(raw))
+        return bytes(raw)
+
+    def receive(self) -> tuple[Kind, bytes]:
+        """Receive a frame whole."""
+        head = self.head()
+        return head.kind, self.body(head)
+
+    def expect(self, kind: Kind) -> bytes:
+        """Receive a frame whole, which must be of a kind.
+
+        Raises
+        ------
+        StreamError
+            If it is of another, or as `head` says.
+        """
+        got, body = self.receive()
+        if got is not kind:
+            raise StreamError(f"frame {self._next_in - 1} is {got.name}, and {kind.name} was due")
+        return body
+
+    def unpack(self, form: struct.Struct, body: bytes) -> tuple[int, ...]:
+        """Return the numbers of a body of fixed size."""
+        if len(body) != form.size:
+            raise StreamError(f"frame {self._next_in - 1}: a body of {len(body)} bytes, and not {form.size}")
+        return form.unpack(body)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()

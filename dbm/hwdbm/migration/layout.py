@@ -1,0 +1,156 @@
+"""A VM's memory as the stream describes it: the size of a page, and the slots."""
+
+import struct
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot, slot_name
+from hwdbm.migration.errors import LayoutError
+from hwdbm.migration.source import Source
+
+__all__ = ["Layout"]
+
+_HEAD = struct.Struct("<II")  # page size, slots
+_SLOT = struct.Struct("<IIQQ")  # id, flags, first gfn, pages
+_MOST_SLOTS = 32767  # KVM_USER_MEM_SLOTS
+_GPA_BITS = 52  # FEAT_LPA: no guest has more
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The memory of a VM.
+
+    Parameters
+    ----------
+    page_size : int
+        Bytes of a page of the dirty log: 4096, 16384 or 65536.
+    slots : tuple of Memslot
+        One or more, in the order in which they are sent and digested. None overlaps another.
+
+    Raises
+    ------
+    LayoutError
+        If that isn't so.
+    """
+
+    page_size: int
+    slots: tuple[Memslot, ...]
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (1 << 12, 1 << 14, 1 << 16):
+            raise LayoutError(f"a page has 4096, 16384 or 65536 bytes, not {self.page_size}")
+        if not 1 <= len(self.slots) <= _MOST_SLOTS:
+            raise LayoutError(f"a VM has 1 to {_MOST_SLOTS} slots, not {len(self.slots)}")
+        if len({slot.id for slot in self.slots}) < len(self.slots):
+            raise LayoutError("a slot's id comes twice")
+        end, before = 0, None
+        for slot in sorted(self.slots, key=lambda slot: slot.base_gfn):
+            if before is not None and slot.base_gfn < end:
+                # Runs are sent by address, which must mean one page.
+                raise LayoutError(f"{slot_name(slot.id)} overlaps {slot_name(before.id)}")
+            end, before = slot.end_gfn, slot
+            if end * self.page_size > 1 << _GPA_BITS:
+                raise LayoutError(f"{slot_name(slot.id)} ends beyond {_GPA_BITS} bits, at {end * self.page_size:#x}")
+
+    @classmethod
+    def of(cls, source: Source) -> Self:
+        """Return the layout of a VM. Whether a slot logs is no part of it."""
+        return cls(source.page_size, tuple(_plain(slot) for slot in source.slots))
+
+    @property
+    def total(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.npages for slot in self.slots) * self.page_size
+
+    def to_bytes(self) -> bytes:
+        """Return it as the stream has it: little-endian numbers of fixed width."""
+        rows = (_SLOT.pack(slot.id, slot.flags, slot.base_gfn, slot.npages) for slot in self.slots)
+        return _HEAD.pack(self.page_size, len(self.slots)) + b"".join(rows)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """Return the layout that `to_bytes` wrote.
+
+        Raises
+        ------
+        LayoutError
+            If `raw` can't be one.
+        """
+        if len(raw) < _HEAD.size:
+            raise LayoutError(f"a layout of {len(raw)} bytes has no head")
+        page_size, count = _HEAD.unpack_from(raw)
+        if len(raw) != _HEAD.size + count * _SLOT.size:
+            raise LayoutError(f"a layout of {count} slots has {_HEAD.size + count * _SLOT.size} bytes, got {len(raw)}")
+        slots = []
+        for slot_id, flags, base_gfn, npages in _SLOT.iter_unpack(raw[_HEAD.size :]):
+            if npages < 1:
+                raise LayoutError(f"{slot_name(slot_id)} has no pages")
+            slots.append(Memslot(slot_id, flags, base_gfn, npages, base_gfn * page_size))
+        return cls(page_size, tuple(slots))
+
+    def require(self, other: Self) -> None:
+        """Raise `LayoutError`, naming the first difference, unless `other` is the same."""
+        if self.page_size != other.page_size:
+            raise LayoutError(f"pages of {other.page_size} bytes don't fit into a VM with pages of {self.page_size}")
+        if len(self.slots) != len(other.slots):
+            raise LayoutError(f"{len(other.slots)} slots don't fit into a VM with {len(self.slots)}")
+        for mine, theirs in zip(map(_plain, self.slots), map(_plain, other.slots), strict=True):
+            if mine != theirs:
+                raise LayoutError(f"{_said(theirs)} doesn't fit into {_said(mine)}")
+
+    def find(self, gpa: NDArray[np.uint64], length: NDArray[np.uint64]) -> tuple[Memslot, NDArray[np.int64]]:
+        """Return the slot that runs lie in, and their page indices in it.
+
+        Parameters
+        ----------
+        gpa, length : (n,) uint64 arrays
+            One or more runs, in bytes: whole pages, ascending, without overlap, all inside of one slot.
+
+        Returns
+        -------
+        Memslot, (n, 2) int64 array
+            The slot, and each run's first page in it with its number of pages.
+
+        Raises
+        ------
+        LayoutError
+            If the runs aren't so.
+        """
+        both = gpa | length
+        if (both & self._wrong).any() or not length.all():
+            raise LayoutError(self._why(both))
+        end = gpa + length
+        if (gpa[1:] < end[:-1]).any():
+            raise LayoutError("the runs of a frame overlap or descend")
+        shift = np.uint64(self.page_size.bit_length() - 1)
+        first, last = int(gpa[0] >> shift), int(end[-1] >> shift)
+        for slot in self.slots:
+            if slot.base_gfn <= first and last <= slot.end_gfn:
+                runs = np.empty((gpa.size, 2), dtype=np.int64)
+                np.right_shift(gpa, shift, out=runs[:, 0].view(np.uint64))
+                np.right_shift(length, shift, out=runs[:, 1].view(np.uint64))
+                runs[:, 0] -= slot.base_gfn
+                return slot, runs
+        raise LayoutError(f"gpa {int(gpa[0]):#x}..{int(end[-1]) - 1:#x} is not inside of one slot")
+
+    @property
+    def _wrong(self) -> np.uint64:
+        """The bits that neither an address nor a length may have."""
+        return np.uint64((1 << 64) - (1 << _GPA_BITS) | self.page_size - 1)
+
+    def _why(self, both: NDArray[np.uint64]) -> str:
+        if (both & np.uint64(self.page_size - 1)).any() or not (both >> np.uint64(_GPA_BITS)).any():
+            return "a run is no whole number of pages"
+        return f"a run lies beyond {_GPA_BITS} bits of address"
+
+
+def _plain(slot: Memslot) -> Memslot:
+    """Return a slot without what differs between the two sides: its log, its backing, its generation."""
+    return Memslot(slot.id, slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES, slot.base_gfn, slot.npages, 0)
+
+
+def _said(slot: Memslot) -> str:
+    return f"{slot_name(slot.id)} (gfn {slot.base_gfn:#x}, {slot.npages} pages, flags {slot.flags:#x})"

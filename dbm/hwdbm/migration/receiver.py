@@ -1,0 +1,234 @@
+"""The destination: frames into memory, and the VM's start."""
+
+import contextlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.memslot import slot_name
+from hwdbm.migration.channel import Channel
+from hwdbm.migration.errors import DigestError, LayoutError, StreamError
+from hwdbm.migration.layout import Layout
+from hwdbm.migration.populate import populate
+from hwdbm.migration.source import Source
+from hwdbm.migration.wire import ACK, PASS, PAYLOAD, RUN_SIZE, VERSION, Head, Kind, crc32
+
+__all__ = ["Received", "receive"]
+
+_DIRECT_RUNS = 4  # runs of a frame up to which each is received where it belongs, without a copy in between
+
+
+@dataclass(slots=True)
+class Received:
+    """What arrived.
+
+    Parameters
+    ----------
+    destination : Source
+        The VM, running if it ran at the source.
+    transferred : int
+        Bytes received.
+    passes : int
+        Passes.
+    normal, duplicate : int
+        Pages that came with bytes, and as zero.
+    sha256 : str
+        The digest of all memory, in hexadecimal; empty if the source didn't ask for it.
+    """
+
+    destination: Source
+    transferred: int = 0
+    passes: int = 0
+    normal: int = 0
+    duplicate: int = 0
+    sha256: str = ""
+
+
+def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None) -> Received:
+    """Receive a VM, and let it run.
+
+    Parameters
+    ----------
+    channel : Channel
+        Where it comes from. It is left open.
+    build : callable
+        Returns the VM, paused, for a layout; or raises `LayoutError` where it has another. The VM is closed if the
+        migration fails.
+    most_memory : int, optional
+        Bytes of guest memory at most; more is refused before any is allocated.
+
+    Returns
+    -------
+    Received
+        The VM. Every page that arrived is marked imported, and so is dirty there.
+
+    Raises
+    ------
+    StreamError
+        If the stream is damaged, or ends, or the other side gave up (`PeerError`), or the memory differs
+        (`DigestError`). The other side is told why.
+    OSError
+        If there is no memory, or no room in the file behind it. The other side is told that, too.
+    """
+    try:
+        return _Receiver(channel, build, most_memory).run()
+    except (Exception, KeyboardInterrupt) as error:
+        channel.fail(f"{error}" or type(error).__name__)
+        raise
+
+
+class _Receiver:
+    def __init__(self, channel: Channel, build: Callable[[Layout], Source], most_memory: int | None) -> None:
+        self._channel, self._build, self._most_memory = channel, build, most_memory
+        self._stage = memoryview(bytearray(PAYLOAD))
+        self._pages = [0, 0]  # normal and zero, of this pass
+
+    def run(self) -> Received:
+        layout, verify, running = self._hello(self._channel.expect(Kind.HELLO))
+        vm = self._build(layout)
+        try:
+            Layout.of(vm).require(layout)
+            for slot in vm.slots:
+                populate(vm.memory(slot.id))
+            self._layout, self._vm = layout, vm
+            self._rows = {slot.id: vm.memory(slot.id).reshape(-1, layout.page_size) for slot in vm.slots}
+            self._got = Received(vm)
+            # A byte a page, since setting bits one by one is slow.
+            self._came = {slot.id: np.zeros(slot.npages, dtype=np.bool_) for slot in vm.slots}
+            self._channel.send(Kind.READY)
+            while not self._pass():
+                pass
+            self._take_over(verify, running)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                vm.close()
+            raise
+        self._got.transferred = self._channel.received
+        return self._got
+
+    def _hello(self, body: bytes) -> tuple[Layout, bool, bool]:
+        if len(body) < 8:
+            raise StreamError(f"a HELLO of {len(body)} bytes has no version")
+        version, flags = struct.unpack_from("<II", body)
+        if version != VERSION:
+            raise StreamError(f"the stream is of version {version}, and this side knows {VERSION}")
+        layout = Layout.from_bytes(body[8:])
+        if self._most_memory is not None and layout.total > self._most_memory:
+            raise LayoutError(
+                f"{layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"
+            )
+        return layout, bool(flags & 1), bool(flags & 2)
+
+    # --- passes --------------------------------------------------------------------------------------------
+
+    def _pass(self) -> bool:
+        """Receive a pass; return whether it was the last."""
+        self._pages = [0, 0]
+        while True:
+            head = self._channel.head()
+            if head.kind is Kind.PAGES:
+                self._receive_pages(head)
+            elif head.kind is Kind.ZERO:
+                self._receive_zeros(head)
+            elif head.kind is Kind.PASS:
+                break
+            else:
+                raise StreamError(f"frame {head.sequence} is {head.kind.name}, inside of a pass")
+        number, last, normal, zero = self._channel.unpack(PASS, self._channel.body(head))
+        if number != self._got.passes + 1:
+            raise StreamError(f"pass {number} ends, and pass {self._got.passes + 1} was due")
+        if [normal, zero] != self._pages:
+            raise StreamError(f"pass {number} had {normal} pages and {zero} zero ones, and {self._pages} came")
+        self._got.passes = number
+        self._got.normal += normal
+        self._got.duplicate += zero
+        self._channel.send(Kind.ACK, ACK.pack(number))
+        return bool(last)
+
+    def _receive_pages(self, head: Head) -> None:
+        table = bytearray(head.runs * RUN_SIZE)
+        self._channel.read(memoryview(table))
+        slot_id, runs, npages = self._runs(table)
+        size = self._layout.page_size
+        payload = head.length - len(table)
+        if npages * size != payload or payload > PAYLOAD:
+            raise StreamError(f"frame {head.sequence}: {payload} bytes are not the runs' {npages} pages")
+        rows, crc = self._rows[slot_id], crc32(table)
+        if len(runs) <= _DIRECT_RUNS:
+            for first, count in runs.tolist():
+                part = rows[first : first + count].reshape(-1).data
+                self._channel.read(part)
+                crc = crc32(part, crc)
+                self._came[slot_id][first : first + count] = True
+            self._channel.end(head, crc)
+        else:  # one call, and one copy in the cache, cost less than a buffer for each run
+            stage, index = self._stage[:payload], _index(runs, npages)
+            self._channel.read(stage)
+            self._channel.end(head, crc32(stage, crc))
+            rows[index] = np.frombuffer(stage, dtype=np.uint8).reshape(-1, size)
+            self._came[slot_id][index] = True
+        self._pages[0] += npages
+
+    def _receive_zeros(self, head: Head) -> None:
+        table = self._channel.body(head)
+        if len(table) != head.runs * RUN_SIZE:
+            raise StreamError(f"frame {head.sequence}, ZERO: {len(table)} bytes are not {head.runs} runs")
+        slot_id, runs, npages = self._runs(table)
+        rows = self._rows[slot_id]
+        for first, count in runs.tolist():
+            rows[first : first + count] = 0
+            self._came[slot_id][first : first + count] = True
+        self._pages[1] += npages
+
+    def _runs(self, table: bytes | bytearray) -> tuple[int, NDArray[np.int64], int]:
+        """Return the slot of a table's runs, the page runs, all inside of it, and how many pages they have."""
+        if not table:
+            raise StreamError("a frame of pages has no runs")
+        rows = np.frombuffer(table, dtype="<u8").reshape(-1, 2)
+        slot, runs = self._layout.find(rows[:, 0], rows[:, 1])
+        return slot.id, runs, int(runs[:, 1].sum())
+
+    # --- the handover --------------------------------------------------------------------------------------
+
+    def _take_over(self, verify: bool, running: bool) -> None:
+        """Take the state, prove the memory, and run when told to."""
+        self._check_complete()
+        state = self._channel.expect(Kind.STATE)
+        try:
+            self._vm.set_state(state)
+        except ValueError as error:
+            raise StreamError(f"the state doesn't fit: {error}") from error
+        self._import()
+        if verify:
+            self._channel.expect(Kind.VERIFY)
+            self._got.sha256 = self._vm.digest()
+            self._channel.send(Kind.DIGEST, bytes.fromhex(self._got.sha256))
+        theirs = self._channel.expect(Kind.GO).hex()
+        if theirs != self._got.sha256:
+            raise DigestError(f"SHA-256 {self._got.sha256 or 'not asked for'} here, {theirs or 'none'} at the source")
+        # Said before it is done: whoever can't say it any more doesn't run, and the source may.
+        self._channel.send(Kind.RESUMED)
+        if running:
+            self._vm.resume()
+
+    def _check_complete(self) -> None:
+        for slot in self._layout.slots:
+            missing = slot.npages - int(self._came[slot.id].sum())
+            if missing:
+                raise StreamError(f"{missing} of the {slot.npages} pages of {slot_name(slot.id)} never came")
+
+    def _import(self) -> None:
+        # They all came: one range a slot, whatever the order was.
+        for slot in self._layout.slots:
+            self._vm.mark_imported(slot.id, 0, slot.npages)
+
+
+def _index(runs: NDArray[np.int64], npages: int) -> NDArray[np.int64]:
+    """Return the page numbers of runs, `npages` in all, in order."""
+    if len(runs) == npages:
+        return runs[:, 0]
+    before = np.cumsum(runs[:, 1]) - runs[:, 1]
+    return np.repeat(runs[:, 0] - before, runs[:, 1]) + np.arange(npages)

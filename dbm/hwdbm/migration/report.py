@@ -1,0 +1,219 @@
+"""What a migration did, in QEMU's names and units."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.bitmap import DirtyBitmap
+
+__all__ = ["CELLS", "Pass", "Report", "folded"]
+
+CELLS = 512
+"""Cells that all memory is folded into, at most, for the map of a pass."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """One pass over the dirty pages.
+
+    Parameters
+    ----------
+    number : int
+        From 1; the first sends everything.
+    dirty : int
+        Pages that it was to send.
+    remaining : int
+        Bytes that it was to send.
+    dirty_rate : float
+        Pages a second that were dirtied before it, since the pass before it began.
+    collect_time : float
+        Seconds that harvest and clear took.
+    throttle : int
+        Percent of their time that the vCPUs were without, before it.
+    expected_downtime : float, optional
+        Seconds that sending it with the guest paused would take, at the bandwidth of the pass before.
+    normal, duplicate : int
+        Pages sent with their bytes, and pages of zeros.
+    transferred : int
+        Bytes sent.
+    time : float
+        Seconds until the receiver acknowledged it.
+    cells : (n,) float32 array
+        The dirty part of each cell of memory, 0 to 1.
+    """
+
+    number: int
+    dirty: int
+    remaining: int
+    dirty_rate: float = 0.0
+    collect_time: float = 0.0
+    throttle: int = 0
+    expected_downtime: float | None = None
+    normal: int = 0
+    duplicate: int = 0
+    transferred: int = 0
+    time: float = 0.0
+    cells: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), repr=False)
+
+    @property
+    def mbps(self) -> float:
+        """Megabit a second."""
+        return self.transferred * 8e-6 / self.time if self.time else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in QEMU's units: ms, bytes, pages, pages a second, megabit a second."""
+        record: dict[str, Any] = {
+            "pass": self.number,
+            "dirty-pages": self.dirty,
+            "remaining": self.remaining,
+            "dirty-pages-rate": round(self.dirty_rate),
+            "collect-time": _ms(self.collect_time),
+        }
+        if self.expected_downtime is not None:
+            record["expected-downtime"] = _ms(self.expected_downtime)
+        if self.throttle:
+            record["cpu-throttle-percentage"] = self.throttle
+        return record | {
+            "normal": self.normal,
+            "duplicate": self.duplicate,
+            "transferred": self.transferred,
+            "time": _ms(self.time),
+            "mbps": round(self.mbps, 3),
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """A migration, while it goes on and after it.
+
+    Times are in seconds here, and in milliseconds in `to_dict`.
+
+    Parameters
+    ----------
+    page_size : int
+        Bytes.
+    total : int
+        Bytes of guest memory.
+    limit : float
+        The downtime that was asked for.
+    status : str
+        QEMU's ``MigrationStatus``: setup, active, device, completed, failed, cancelled.
+    setup_time : float
+        Until the receiver was ready: its memory allocated and populated.
+    total_time : float
+        Of all of it.
+    downtime : float, optional
+        From the pause at the source to the start at the destination, without `verify_time`.
+    verify_time : float, optional
+        How long the digests took, with the guest paused. A migration that wants no proof hasn't got it.
+    remaining : int
+        Bytes that weren't sent.
+    transferred, downtime_bytes : int
+        Bytes sent; and sent with the guest paused.
+    passes : list of Pass
+        In order.
+    source_sha256, destination_sha256 : str
+        The digests, in hexadecimal; empty where there is none.
+    error : str
+        Why it failed; programs should not attempt to parse it.
+    """
+
+    page_size: int
+    total: int
+    limit: float
+    status: str = "none"
+    setup_time: float = 0.0
+    total_time: float = 0.0
+    downtime: float | None = None
+    verify_time: float | None = None
+    remaining: int = 0
+    transferred: int = 0
+    downtime_bytes: int = 0
+    passes: list[Pass] = field(default_factory=list)
+    source_sha256: str = ""
+    destination_sha256: str = ""
+    error: str = ""
+
+    @property
+    def normal(self) -> int:
+        """Pages sent with their bytes."""
+        return sum(one.normal for one in self.passes)
+
+    @property
+    def duplicate(self) -> int:
+        """Pages sent as zero."""
+        return sum(one.duplicate for one in self.passes)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second over all passes; 0 before the first has ended."""
+        seconds = sum(one.time for one in self.passes)
+        return sum(one.transferred for one in self.passes) / seconds if seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as ``query-migrate`` does, with the digests and a record a pass; what isn't known is absent."""
+        last = self.passes[-1] if self.passes else Pass(0, 0, 0)
+        record: dict[str, Any] = {"status": self.status, "total-time": _ms(self.total_time)}
+        record["setup-time"] = _ms(self.setup_time)
+        if self.downtime is not None:
+            record["downtime"] = _ms(self.downtime)
+        elif last.expected_downtime is not None:
+            record["expected-downtime"] = _ms(last.expected_downtime)
+        if self.verify_time is not None:
+            record["verify-time"] = _ms(self.verify_time)
+        record["downtime-limit"] = _ms(self.limit)
+        if last.throttle:
+            record["cpu-throttle-percentage"] = last.throttle
+        record["ram"] = self._ram(last)
+        if self.source_sha256:
+            record["source-sha256"] = self.source_sha256
+        if self.destination_sha256:
+            record["destination-sha256"] = self.destination_sha256
+        if self.error:
+            record["error-desc"] = self.error
+        return record | {"passes": [one.to_dict() for one in self.passes]}
+
+    def _ram(self, last: Pass) -> dict[str, Any]:
+        seconds = sum(one.time for one in self.passes)
+        return {
+            "transferred": self.transferred,
+            "remaining": self.remaining,
+            "total": self.total,
+            "duplicate": self.duplicate,
+            "normal": self.normal,
+            "normal-bytes": self.normal * self.page_size,
+            "dirty-pages-rate": round(last.dirty_rate),
+            "mbps": round(self.bandwidth * 8e-6, 3),
+            "dirty-sync-count": len(self.passes),
+            "page-size": self.page_size,
+            "pages-per-second": round((self.normal + self.duplicate) / seconds) if seconds else 0,
+            "precopy-bytes": self.transferred - self.downtime_bytes,
+            "downtime-bytes": self.downtime_bytes,
+        }
+
+
+def folded(bitmaps: list[DirtyBitmap], most: int = CELLS) -> NDArray[np.float32]:
+    """Return the dirty part of each cell of memory, `most` cells or fewer over all slots.
+
+    A cell is a whole number of words of 64 pages, of one slot.
+
+    Examples
+    --------
+    >>> folded([DirtyBitmap.from_ranges([(0, 96)], 128)]).tolist()
+    [1.0, 0.5]
+    """
+    total = sum(bitmap.words.size for bitmap in bitmaps)
+    per_cell = max(-(-total // max(most - len(bitmaps), 1)), 1)
+    cells = []
+    for bitmap in bitmaps:
+        counts = np.bitwise_count(bitmap.words).astype(np.int64)
+        starts = np.arange(0, counts.size, per_cell)
+        pages = np.minimum((starts + per_cell) * 64, bitmap.npages) - starts * 64
+        cells.append((np.add.reduceat(counts, starts) / pages).astype(np.float32))
+    return np.concatenate(cells)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

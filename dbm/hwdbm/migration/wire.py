@@ -1,0 +1,173 @@
+"""The stream's frames: their kinds, their limits, their checksums.
+
+A frame is a head of 32 bytes and a body. All numbers are little-endian::
+
+    offset  bytes
+    0       4      b"hDBM"
+    4       2      kind
+    6       2      zero
+    8       4      sequence: frames sent before this one in the same direction
+    12      4      runs at the start of the body, 16 bytes each: gpa and length in bytes
+    16      8      bytes of the body, its runs included
+    24      4      CRC-32 of the body
+    28      4      CRC-32 of the 28 bytes before
+
+The source says HELLO and waits for READY. Then it sends PAGES and ZERO; a PASS ends them, and the destination answers
+ACK. After the PASS that is flagged as the last come STATE, VERIFY (answered by DIGEST) if the source wants it, and GO
+(answered by RESUMED). Either side may send ERROR instead of anything, with a text, and hang up.
+
+The CRC is zlib's, whoever computes it: zlib-ng, if it is there, folds with carry-less multiplication, and is some ten
+times as fast as zlib 1.2 (50 and 3 GiB/s were measured, on data in the cache).
+"""
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import import_module
+from typing import Any, Final, cast
+
+from hwdbm.migration.errors import StreamError
+
+__all__ = ["ACK", "HEAD_SIZE", "LIMITS", "PASS", "PAYLOAD", "RUNS", "RUN_SIZE", "VERSION", "Head", "Kind", "crc32"]
+
+VERSION: Final = 1
+
+PAYLOAD: Final = 1 << 20
+"""Bytes of guest memory in a frame, at most: a batch that stays in a core's cache from the copy to the send."""
+
+RUNS: Final = PAYLOAD >> 12
+"""Runs in a PAGES frame, at most: that many pages of 4 KiB, each alone."""
+
+ZERO_RUNS: Final = 1 << 12
+"""Runs in a ZERO frame, at most."""
+
+RUN_SIZE: Final = 16
+
+PASS: Final = struct.Struct("<IIQQ")
+"""The body of PASS: its number from 1, 1 if it is the last, pages sent with bytes, pages sent as zero."""
+
+ACK: Final = struct.Struct("<I")
+"""The body of ACK: the number of the pass."""
+
+_HEAD = struct.Struct("<4sHHIIQII")
+_MAGIC: Final = b"hDBM"
+HEAD_SIZE: Final = _HEAD.size
+
+
+def _crc32() -> Callable[..., int]:
+    try:
+        module = import_module("zlib_ng.zlib_ng")
+    except ModuleNotFoundError:
+        return zlib.crc32
+    return cast("Callable[..., int]", module.crc32)
+
+
+crc32: Final = _crc32()
+"""``crc32(data, value=0)``: zlib's, whoever computes it."""
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1
+    READY = 2
+    PAGES = 3
+    ZERO = 4
+    PASS = 5
+    ACK = 6
+    STATE = 7
+    VERIFY = 8
+    DIGEST = 9
+    GO = 10
+    RESUMED = 11
+    ERROR = 12
+
+
+LIMITS: Final[dict[Kind, int]] = {
+    Kind.HELLO: 1 << 20,
+    Kind.READY: 0,
+    Kind.PAGES: PAYLOAD + RUNS * RUN_SIZE,
+    Kind.ZERO: ZERO_RUNS * RUN_SIZE,
+    Kind.PASS: 32,
+    Kind.ACK: 4,
+    Kind.STATE: 1 << 24,
+    Kind.VERIFY: 0,
+    Kind.DIGEST: 32,
+    Kind.GO: 32,
+    Kind.RESUMED: 0,
+    Kind.ERROR: 4096,
+}
+"""Bytes of a body, at most."""
+
+_KINDS: Final = frozenset(int(kind) for kind in Kind)
+_MOST_RUNS: Final = {Kind.PAGES: RUNS, Kind.ZERO: ZERO_RUNS}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a frame.
+
+    Parameters
+    ----------
+    kind : Kind
+        What it is.
+    sequence : int
+        Frames before it in its direction, modulo 2**32.
+    runs : int
+        Runs at the start of the body.
+    length : int
+        Bytes of the body.
+    crc : int
+        CRC-32 of the body.
+    """
+
+    kind: Kind
+    sequence: int
+    runs: int
+    length: int
+    crc: int
+
+    def to_bytes(self) -> bytes:
+        """Return the 32 bytes."""
+        head = _HEAD.pack(_MAGIC, self.kind, 0, self.sequence, self.runs, self.length, self.crc, 0)[:-4]
+        return head + zlib.crc32(head).to_bytes(4, "little")
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | bytearray | memoryview, sequence: int) -> "Head":
+        """Return the head that 32 bytes are; none of its numbers exceeds its limit.
+
+        Parameters
+        ----------
+        raw : bytes-like
+            32 bytes.
+        sequence : int
+            What the sequence must be.
+
+        Raises
+        ------
+        StreamError
+            If it is no head, is damaged, out of order or too large.
+        """
+        fields: tuple[Any, ...] = _HEAD.unpack(raw)
+        magic, kind, zero, number, runs, length, crc, check = fields
+        if magic != _MAGIC:
+            raise StreamError(f"frame {sequence} begins with {bytes(magic).hex()}, and not with {_MAGIC.hex()}")
+        if check != zlib.crc32(raw[:-4]):
+            raise StreamError(f"frame {sequence}: its head is damaged (CRC {check:#010x})")
+        if zero or kind not in _KINDS:
+            raise StreamError(f"frame {sequence} is of unknown kind {kind} (flags {zero:#x})")
+        head = cls(Kind(kind), number, runs, length, crc)
+        head.check(sequence)
+        return head
+
+    def check(self, sequence: int) -> None:
+        """Raise `StreamError` if the frame is out of order or too large."""
+        name = f"frame {sequence}, {self.kind.name}"
+        if self.sequence != sequence:
+            raise StreamError(f"{name}: out of order, it says that it is number {self.sequence}")
+        if self.length > LIMITS[self.kind]:
+            raise StreamError(f"{name}: {self.length} bytes are more than {LIMITS[self.kind]}")
+        if self.runs > _MOST_RUNS.get(self.kind, 0) or self.runs * RUN_SIZE > self.length:
+            raise StreamError(f"{name}: {self.runs} runs in {self.length} bytes are too many")

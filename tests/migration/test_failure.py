@@ -1,0 +1,356 @@
+"""Migrations that fail: the source runs on, every bit is back, and the next attempt arrives."""
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from errno import ENOSPC
+
+import pytest
+from migrationvm import LAYOUT, FakeVm
+
+from hwdbm.memslot import Memslot
+from hwdbm.migration import (
+    CancelledMigrationError,
+    Channel,
+    DigestError,
+    HandoverError,
+    Layout,
+    LayoutError,
+    PeerError,
+    PlainGuest,
+    Precopy,
+    Settings,
+    StreamError,
+    migrate,
+)
+from hwdbm.migration.wire import Kind
+
+SOON = Settings(max_downtime=0.01, max_iterations=4)
+
+
+class TrappedChannel(Channel):
+    """Does something when a frame is about to be sent."""
+
+    at, action, count = -1, None, 0
+
+    def send(self, kind, *args, **options):
+        if self.at == (kind if isinstance(self.at, Kind) else self.count):
+            self.at = -1
+            self.action()
+        self.count += 1
+        super().send(kind, *args, **options)
+
+
+def trap(channel: Channel, at: int | Kind, action) -> Channel:
+    channel.__class__ = TrappedChannel
+    channel.at, channel.action = at, action
+    return channel
+
+
+def check_back(vm: FakeVm) -> None:
+    """Assert that the VM goes on, with every page dirty that was written since its log is on."""
+    assert vm.running
+    assert vm.throttled == 0
+    before, until = vm.writes, time.monotonic() + 5
+    while vm.writes == before and time.monotonic() < until:
+        time.sleep(0.001)
+    assert vm.writes > before
+    vm.pause()
+    for slot in vm.slots:
+        lease = vm.dirty(slot.id)
+        missing = [page for id_, page in vm.written if id_ == slot.id and page not in lease.bitmap]
+        assert not missing
+        lease.rollback()
+    vm.resume()
+
+
+def check_again(vm: FakeVm, inside) -> None:
+    """Assert that a second attempt arrives."""
+    other = inside()
+    report = migrate(vm, other.channel, SOON)
+    assert report.source_sha256 == report.destination_sha256 == vm.digest()
+    assert other.join().received.destination.digest() == vm.digest()
+
+
+CUTS = [0, 1, 2, 5, 10, 15, Kind.PASS, Kind.STATE, Kind.VERIFY, Kind.GO]
+
+
+@pytest.mark.parametrize("at", CUTS, ids=repr)
+@pytest.mark.parametrize("how", ["cut", "half"])
+def test_link_cut(vm, inside, at, how):
+    vm.resume()
+    vm.start_log()
+    other = inside()
+
+    def cut():
+        if how == "half":  # a part of a frame goes, then nothing
+            other.channel.sock.send(b"hDBM\3\0")
+        other.channel.sock.shutdown(socket.SHUT_RDWR)
+
+    precopy = Precopy(vm, trap(other.channel, at, cut), SOON)
+    with pytest.raises(StreamError, match=r"link broke|stream ends"):
+        precopy.run()
+    assert precopy.report.status == "failed"
+    assert precopy.report.to_dict()["error-desc"]
+    check_back(vm)
+    assert isinstance(other.join().error, StreamError)
+    check_again(vm, inside)
+
+
+@pytest.mark.parametrize("at", [1, 3, 12, Kind.PASS, Kind.STATE, Kind.GO], ids=repr)
+def test_receiver_killed(vm, inside, process, at):
+    vm.resume()
+    vm.start_log()
+    receiver = process()
+    with receiver.connect() as channel:
+
+        def kill():
+            receiver.kill()
+            receiver.process.wait()
+
+        with pytest.raises(StreamError):
+            migrate(vm, trap(channel, at, kill), SOON)
+    check_back(vm)
+    if at in {3, Kind.GO}:
+        check_again(vm, inside)
+
+
+def test_receiver_killed_whenever(vm, inside, process):
+    """At a moment that no frame boundary names."""
+    vm.resume()
+    vm.start_log()
+    receiver = process()
+    with receiver.connect() as channel:
+        timer = threading.Timer(0.05, receiver.kill)
+        timer.start()
+        with pytest.raises(StreamError):
+            migrate(vm, channel, Settings(max_downtime=0, max_iterations=1000, bandwidth=30e6))
+    check_back(vm)
+    check_again(vm, inside)
+
+
+def test_another_process(vm, process):
+    vm.resume()
+    receiver = process()
+    with receiver.connect() as channel:
+        report = migrate(vm, channel, SOON)
+    assert receiver.done() == (0, report.source_sha256, "")
+    assert report.source_sha256 == vm.digest()
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, Kind.PASS, Kind.STATE, Kind.GO], ids=repr)
+def test_cancelled(vm, inside, at):
+    vm.resume()
+    vm.start_log()
+    cancel, other = threading.Event(), inside()
+    settings = Settings(max_downtime=0.0, max_iterations=2, bandwidth=200e6)
+    precopy = Precopy(vm, trap(other.channel, at, cancel.set), settings, cancel=cancel)
+    if at is Kind.GO:  # too late
+        precopy.run()
+        assert other.join().received.destination.digest() == vm.digest()
+        return
+    with pytest.raises(CancelledMigrationError, match="was cancelled"):
+        precopy.run()
+    assert precopy.report.to_dict()["status"] == "cancelled"
+    check_back(vm)
+    error = other.join().error
+    assert isinstance(error, PeerError)
+    assert "the other side gave up: the migration was cancelled" in str(error)
+    check_again(vm, inside)
+
+
+def test_keyboard_interrupt(vm, inside):
+    vm.resume()
+    vm.start_log()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    other = inside()
+    with pytest.raises(KeyboardInterrupt):
+        migrate(vm, trap(other.channel, 6, interrupt), SOON)
+    check_back(vm)
+    assert isinstance(other.join().error, PeerError)
+
+
+def test_full_disk_at_the_receiver(vm, inside, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    vm.resume()
+    vm.start_log()
+    other = inside(lambda layout: PlainGuest(layout, tmp_path / "ram"))
+    with pytest.raises(PeerError, match=r"the other side gave up: .*No space left on device"):
+        migrate(vm, other.channel, SOON)
+    check_back(vm)
+    assert other.join().error.errno == ENOSPC
+    monkeypatch.undo()
+    check_again(vm, inside)
+
+
+def test_really_full_disk_at_the_receiver(vm, inside, process, tmp_path):
+    """A file system of 4 MiB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mount is not allowed")
+    try:
+        vm.resume()
+        vm.start_log()
+        receiver = process(folder / "ram")
+        with receiver.connect() as channel, pytest.raises(PeerError, match="No space left on device"):
+            migrate(vm, channel, SOON)
+        status, _, err = receiver.done()
+        assert status == 1
+        assert "No space left on device" in err
+        check_back(vm)
+        check_again(vm, inside)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_receiver_with_other_memory(vm, inside):
+    mine = Layout(4096, (Memslot(0, 0, 0x40000, 2048, 0), Memslot(3, 0, 0x80000, 778, 0)))
+    other = inside(lambda _: PlainGuest(mine))
+    vm.resume()
+    vm.start_log()
+    with pytest.raises(PeerError, match=r"slot 3 .*777 pages.* doesn't fit into slot 3 .*778 pages"):
+        migrate(vm, other.channel, SOON)
+    assert isinstance(other.join().error, LayoutError)
+    check_back(vm)
+
+
+def test_receiver_fails_inside_of_a_pass(vm, inside, monkeypatch):
+    """The source hears of it between two frames, and says why."""
+    vm.resume()
+    vm.start_log()
+    other = inside()
+
+    def spoil():
+        monkeypatch.setattr("hwdbm.migration.receiver._index", lambda *_: 1 / 0)
+        monkeypatch.setattr("hwdbm.migration.receiver._DIRECT_RUNS", -1)
+
+    with pytest.raises(PeerError, match="gave up: division by zero"):
+        migrate(vm, trap(other.channel, 3, spoil), SOON)
+    monkeypatch.undo()
+    check_back(vm)
+    check_again(vm, inside)
+
+
+def test_digests_that_differ(vm, inside):
+    def build(layout):
+        guest = PlainGuest(layout)
+        digest = guest.digest
+        guest.digest = lambda: (guest.memory(0).__setitem__(77, guest.memory(0)[77] ^ 1), digest())[1]
+        return guest
+
+    vm.resume()
+    vm.start_log()
+    other = inside(build)
+    precopy = Precopy(vm, other.channel, SOON)
+    with pytest.raises(DigestError, match="at the destination"):
+        precopy.run()
+    said = precopy.report.to_dict()
+    assert said["source-sha256"] != said["destination-sha256"]
+    assert said["status"] == "failed"
+    assert not isinstance(other.join().error, DigestError)  # the source told it
+    check_back(vm)
+    check_again(vm, inside)
+
+
+def test_a_source_that_fails(vm, inside):
+    vm.resume()
+    vm.start_log()
+    real, calls = vm.dirty, []
+
+    def dirty(slot_id):
+        calls.append(slot_id)
+        if len(calls) == 4:
+            raise OSError(5, "the log is broken")
+        return real(slot_id)
+
+    vm.dirty = dirty
+    other = inside()
+    with pytest.raises(OSError, match="the log is broken"):
+        migrate(vm, other.channel, SOON)
+    del vm.dirty
+    assert "the log is broken" in str(other.join().error)
+    check_back(vm)
+    check_again(vm, inside)
+
+
+def test_a_log_that_is_gone(vm, inside):
+    """Bits die with their log; there is nothing to put back, and the rest goes on."""
+    vm.resume()
+    other = inside()
+    with pytest.raises(StreamError):
+        migrate(vm, trap(other.channel, 5, lambda: (vm.stop_log(), other.channel.sock.shutdown(2))), SOON)
+    assert vm.running
+
+
+def test_silence(vm):
+    """A receiver that never says a word."""
+    here, there = socket.socketpair()
+    vm.resume()
+    vm.start_log()
+    with Channel(here, timeout=0.3) as channel, there, pytest.raises(StreamError, match=r"nothing came for 0.3 s"):
+        migrate(vm, channel, SOON)
+    check_back(vm)
+
+
+def test_silence_after_go_leaves_the_source_paused(vm, inside, monkeypatch):
+    """Whether the destination runs is unknown. Two that run would be worse than none."""
+    vm.resume()
+    vm.start_log()
+    other = inside()
+    wait = threading.Event()
+    real = Channel.send
+
+    def send(self, kind, *args, **options):
+        if kind is Kind.RESUMED:
+            wait.wait(5)
+        real(self, kind, *args, **options)
+
+    monkeypatch.setattr(Channel, "send", send)
+
+    def hurry():
+        other.channel._timeout = 0.3
+        other.channel.sock.settimeout(0.3)
+
+    precopy = Precopy(vm, trap(other.channel, Kind.GO, hurry), SOON)
+    with pytest.raises(HandoverError, match="whether the destination runs is unknown"):
+        precopy.run()
+    wait.set()
+    assert not vm.running
+    for slot in LAYOUT.slots:
+        lease = vm.dirty(slot.id)
+        assert all(page in lease.bitmap for id_, page in vm.written if id_ == slot.id)
+
+
+def test_the_destination_that_cannot_say_so_does_not_run(inside, monkeypatch):
+    made = []
+
+    def build(layout):
+        made.append(PlainGuest(layout))
+        return made[0]
+
+    vm = FakeVm()
+    vm.resume()
+    other = inside(build)
+    real = Channel.send
+
+    def send(self, kind, *args, **options):
+        if kind is Kind.RESUMED:
+            self.sock.shutdown(2)
+        real(self, kind, *args, **options)
+
+    monkeypatch.setattr(Channel, "send", send)
+    with pytest.raises(StreamError):
+        migrate(vm, other.channel, SOON)
+    other.join()
+    assert (vm.running, made[0].running) == (True, False)
+    vm.close()

@@ -1,0 +1,263 @@
+"""Migrations that arrive."""
+
+import time
+
+import numpy as np
+import pytest
+from migrationvm import LAYOUT, FakeVm
+
+from hwdbm.memslot import Memslot
+from hwdbm.migration import Layout, LayoutError, PlainGuest, Settings, memory_digest, migrate
+from hwdbm.migration.converge import Throttle
+from hwdbm.migration.report import folded
+
+SOON = Settings(max_downtime=0.02)
+
+
+def arrived(vm, inside, settings=SOON, build=PlainGuest, **options):
+    other = inside(build)
+    report = migrate(vm, other.channel, settings, **options)
+    other.join()
+    assert other.error is None, other.error
+    return report, other.received
+
+
+def test_a_guest_that_writes_throughout(vm, inside):
+    vm.set_state(b"registers")
+    vm.resume()
+    told = []
+    report, received = arrived(vm, inside, on_progress=lambda report: told.append(report.status))
+    assert not vm.running
+    there = received.destination
+    assert vm.writes > 0
+    assert there.digest() == memory_digest(there) == vm.digest() == report.source_sha256 == received.sha256
+    assert report.destination_sha256 == report.source_sha256
+    assert (there.state(), there.running) == (b"registers", True)
+    assert told[-1] == "completed"
+    assert {"active", "device"} <= set(told)
+    for slot in LAYOUT.slots:  # committed: nothing is dirty that was sent
+        assert not vm.dirty(slot.id).bitmap.any()
+
+
+def test_the_report_is_query_migrates(vm, inside):
+    vm.resume()
+    report, _ = arrived(vm, inside)
+    said = report.to_dict()
+    assert said["status"] == "completed"
+    assert set(said) == {
+        "status", "total-time", "setup-time", "downtime", "verify-time", "downtime-limit", "ram", "source-sha256",
+        "destination-sha256", "passes",
+    }  # fmt: skip
+    ram, passes = said["ram"], said["passes"]
+    assert set(ram) == {
+        "transferred", "remaining", "total", "duplicate", "normal", "normal-bytes", "dirty-pages-rate", "mbps",
+        "dirty-sync-count", "page-size", "pages-per-second", "precopy-bytes", "downtime-bytes",
+    }  # fmt: skip
+    assert ram["total"] == LAYOUT.total == passes[0]["remaining"]
+    assert ram["remaining"] == 0
+    assert ram["normal-bytes"] == ram["normal"] * 4096
+    assert ram["dirty-sync-count"] == len(passes) >= 2
+    assert [one["pass"] for one in passes] == list(range(1, len(passes) + 1))
+    for one in passes:
+        assert one["normal"] + one["duplicate"] == one["dirty-pages"]
+    assert sum(one["transferred"] for one in passes) <= ram["transferred"]
+    assert 0 < said["downtime"] < said["total-time"]
+    assert passes[0]["duplicate"] > 400  # a sixth of the pages were zero
+
+
+def test_zero_pages_have_no_payload(inside):
+    guest = PlainGuest(LAYOUT)
+    report, received = arrived(guest, inside)
+    assert report.transferred < 4096
+    assert (report.normal, report.duplicate) == (0, 2825)
+    assert received.destination.digest() == guest.digest()
+
+
+def test_zero_pages_overwrite_what_was_there(inside):
+    def build(layout):
+        guest = PlainGuest(layout)
+        guest.memory(0)[:] = 1
+        return guest
+
+    _, received = arrived(PlainGuest(LAYOUT), inside, build=build)
+    assert not received.destination.memory(0).any()
+
+
+def test_a_to_b_to_c(vm, inside):
+    """What B imported is dirty there, so C gets it, whether B's log was on or is only switched on then."""
+    vm.resume()
+    _, at_b = arrived(vm, inside)
+    b = at_b.destination
+    b.start_log()
+    for slot in b.slots:
+        with b.dirty(slot.id) as lease:
+            assert lease.bitmap.weight() == slot.npages
+            lease.rollback()
+    b.write(0x4000_5000, b"written at B")
+    report, at_c = arrived(b, inside)
+    assert at_c.destination.digest() == b.digest() == report.source_sha256 != vm.digest()
+
+
+def test_a_paused_guest_stays_paused(vm, inside):
+    report, received = arrived(vm, inside)
+    assert not received.destination.running
+    assert report.status == "completed"
+    assert len(report.passes) == 2
+
+
+def test_without_proof(vm, inside):
+    vm.resume()
+    report, received = arrived(vm, inside, Settings(max_downtime=0.02, verify=False))
+    assert received.sha256 == report.source_sha256 == ""
+    assert "verify-time" not in report.to_dict()
+    assert received.destination.digest() == vm.digest()
+
+
+def test_most_iterations(inside):
+    vm = FakeVm(pause_every=1e-5)
+    vm.resume()
+    report, received = arrived(vm, inside, Settings(max_downtime=0, max_iterations=3, bandwidth=40e6))
+    assert len(report.passes) == 4
+    assert received.destination.digest() == vm.digest()
+    vm.close()
+
+
+def test_bandwidth_is_kept(vm, inside):
+    start = time.perf_counter()
+    report, _ = arrived(vm, inside, Settings(bandwidth=20e6))
+    taken = time.perf_counter() - start
+    assert report.transferred / 20e6 < taken + 0.1
+
+
+def test_auto_converge(inside, monkeypatch):
+    """A guest that dirties nearly all that is sent is slowed down, more and more."""
+    vm = FakeVm(pause_every=0)
+    percents = []
+    monkeypatch.setattr(vm, "throttle", percents.append)
+    vm.resume()
+    report, received = arrived(vm, inside, Settings(0, 8, auto_converge=True, bandwidth=100e6))
+    assert percents[:2] == [20, 30]
+    assert percents[-1] == 0
+    assert received.destination.digest() == vm.digest()
+    assert report.to_dict()["cpu-throttle-percentage"] >= 30
+    vm.close()
+
+
+def test_throttle_is_qemus():
+    throttle = Throttle()
+    steps = [throttle.next(dirtied=100, sent=100) for _ in range(22)]
+    assert sorted(set(steps)) == [0, 20, 30, 40, 50, 60, 70, 80, 90, 99]
+    assert steps[-1] == 99
+    assert Throttle().next(dirtied=0, sent=0) == 0
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"max_downtime": -1}, {"max_downtime": float("nan")}, {"max_iterations": 0}, {"bandwidth": 0}]
+)
+def test_settings_out_of_range(numbers):
+    with pytest.raises(ValueError, match="not "):
+        Settings(**numbers)
+
+
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+@pytest.mark.parametrize("npages", [1, 63, 64, 65, 511, 513])
+def test_sizes(inside, page_size, npages):
+    layout = Layout(page_size, (Memslot(0, 0, 7, npages, 0), Memslot(1, 2, 5000, 1, 0)))
+    guest = PlainGuest(layout)
+    guest.memory(0)[:: page_size * 2] = 1
+    guest.memory(1)[-1] = 1
+    report, received = arrived(guest, inside)
+    assert received.destination.digest() == guest.digest()
+    assert report.passes[0].normal == (npages + 1) // 2 + 1
+
+
+def test_scattered_pages_of_a_running_guest(inside):
+    """Every second page, so that no frame has few runs, and pages of zeros among them."""
+    guest = PlainGuest(LAYOUT)
+    guest.running = True
+    rows = guest.memory(0).reshape(-1, 4096)
+    rows[::2, 9] = 1
+    _, received = arrived(guest, inside)
+    assert received.destination.digest() == guest.digest()
+
+
+def test_a_slot_that_is_all_dirty_but_one_page(inside):
+    guest = PlainGuest(LAYOUT)
+    guest.memory(0)[:] = 5
+    guest.start_log()
+    other = inside()
+    real = guest.dirty
+    calls = []
+
+    def dirty(slot_id):
+        calls.append(slot_id)
+        if len(calls) == 3:  # between the first pass and the last
+            guest.write(0x4000_0000, b"x" * (2047 << 12))
+        return real(slot_id)
+
+    guest.dirty = dirty
+    report = migrate(guest, other.channel, SOON)
+    assert report.passes[-1].normal == 2047
+    assert other.join().received.destination.digest() == guest.digest()
+
+
+def test_folded():
+    from hwdbm import DirtyBitmap
+
+    one = DirtyBitmap(65)
+    one.fill()
+    assert folded([one]).tolist() == [1.0, 1.0]
+    big = DirtyBitmap(1 << 20)
+    big.set_range(0, 1 << 19)
+    cells = folded([big, one], most=64)
+    assert cells.size <= 64
+    assert cells[0] == 1
+    assert cells[-2] == 0
+    assert np.isclose(cells[:-1].mean(), 0.5, atol=0.02)
+
+
+def test_layouts():
+    slot = Memslot(0, 1, 16, 64, 1 << 30)
+    layout = Layout(4096, (slot, Memslot(9, 2, 100, 1, 0)))
+    again = Layout.from_bytes(layout.to_bytes())
+    layout.require(again)
+    assert again.total == 65 * 4096
+    with pytest.raises(LayoutError, match=r"slot 0 overlaps slot 9|slot 9 overlaps slot 0"):
+        Layout(4096, (slot, Memslot(9, 0, 79, 1, 0)))
+    with pytest.raises(LayoutError, match="4096, 16384 or 65536 bytes, not 512"):
+        Layout(512, (slot,))
+    with pytest.raises(LayoutError, match="1 to 32767 slots"):
+        Layout(4096, ())
+    with pytest.raises(LayoutError, match="comes twice"):
+        Layout(4096, (slot, Memslot(0, 0, 1000, 1, 0)))
+    with pytest.raises(LayoutError, match="beyond 52 bits"):
+        Layout(4096, (Memslot(0, 0, 1 << 40, 1, 0),))
+    with pytest.raises(LayoutError, match="16384 bytes don't fit"):
+        layout.require(Layout(16384, layout.slots))
+    with pytest.raises(LayoutError, match="1 slots don't fit"):
+        layout.require(Layout(4096, (slot,)))
+    with pytest.raises(LayoutError, match=r"slot 9 \(gfn 0x65"):
+        layout.require(Layout(4096, (slot, Memslot(9, 2, 101, 1, 0))))
+
+
+def test_the_real_machine(inside):
+    """The modelled machine, at both ends, with blocks and while its vCPU writes."""
+    machine = pytest.importorskip("hwdbm.machine")
+
+    def build(layout=None):
+        made = machine.Machine(thp=True)
+        made.add_memslot(8 << 20, 0x4000_0000)
+        return made
+
+    source = build()
+    source.run(machine.parse("uniform,rate=20k", 3))
+    source.resume()
+    time.sleep(0.05)
+    other = inside(build)
+    report = migrate(source, other.channel, SOON)
+    got = other.join().received
+    got.destination.pause()
+    assert report.source_sha256 == report.destination_sha256 == source.digest()
+    got.destination.start_log()
+    source.close()
+    got.destination.close()
