@@ -23,6 +23,11 @@ harvest: $(VENV)/.user ## harvest the captures in tests/data into build/harvest,
 	  $(BIN)/hwdbm harvest $$capture --policy $$policy --check --output $${out%.npz}; \
 	done
 
+.PHONY: migrate
+migrate: $(VENV)/.user ## move a machine that keeps writing to another process, with 4K pages and with 2M blocks
+	$(BIN)/hwdbm migrate --memory 256M
+	$(BIN)/hwdbm migrate --memory 256M --thp
+
 .PHONY: test
 test: $(VENV)/.dev ## run the tests, and report what they cover
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)

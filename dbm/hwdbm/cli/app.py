@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import hwdbm
-from hwdbm.cli import bench, harvest, inspect
+from hwdbm.cli import bench, harvest, inspect, migrate, receive, snapshot
 
 __all__ = ["app"]
 
@@ -46,3 +46,9 @@ def common(
 app.command(epilog=harvest.EPILOG, context_settings=_HELP)(harvest.harvest)
 app.command(epilog=inspect.EPILOG, context_settings=_HELP)(inspect.inspect)
 app.command(epilog=bench.EPILOG, context_settings=_HELP)(bench.bench)
+app.command(epilog=migrate.EPILOG, context_settings=_HELP)(migrate.migrate)
+app.command(epilog=receive.EPILOG, context_settings=_HELP)(receive.receive)
+
+snapshots = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=_HELP)
+snapshots.command(epilog=snapshot.EPILOG, context_settings=_HELP)(snapshot.rebase)
+app.add_typer(snapshots, name="snapshot", help="Files of guest memory, and differences between them.")

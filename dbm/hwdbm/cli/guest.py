@@ -1,0 +1,155 @@
+"""The modelled machine that the commands of a migration start, and its options."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from hwdbm.granule import Granule
+from hwdbm.machine import Machine, parse
+from hwdbm.migration import Layout, LayoutError
+
+__all__ = [
+    "GPA",
+    "Endpoint",
+    "Insecure",
+    "Mode",
+    "Thp",
+    "TlsFolder",
+    "build",
+    "endpoint",
+    "filled",
+    "machine_for",
+    "workload_for",
+]
+
+GPA = 0x4000_0000
+"""Where the guest's memory begins, as on QEMU's machine ``virt``."""
+
+_STEP = 1 << 26  # bytes filled or touched together
+_BLOCK = 1 << 21
+
+
+class Mode(StrEnum):
+    """How the log learns of writes."""
+
+    HW_DBM = "hw-dbm"
+    WRITE_PROTECT = "write-protect"
+
+
+Thp = Annotated[
+    bool,
+    typer.Option("--thp/--no-thp", help="Map the guest by 2M blocks where they fit, or by pages of 4K alone."),
+]
+TlsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-dir",
+        metavar="DIR",
+        help="Certificates, laid out as QEMU's tls-creds-x509: ca-cert.pem, client-cert.pem, client-key.pem, "
+        "server-cert.pem, server-key.pem. Both sides show theirs.",
+    ),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="TCP without TLS, on a loopback address only.")]
+
+
+def build(memory: int, *, mode: Mode, thp: bool, seed: int, image: Path | None, percent: int) -> Machine:
+    """Return a paused machine with memory that is filled, and mapped as far as it is."""
+    machine = Machine(hw_dbm=mode is Mode.HW_DBM, thp=thp, seed=seed)
+    try:
+        slot = machine.add_memslot(memory, GPA, memory_image=image)
+        content = memory if image else filled(memory, percent)
+        if image is None:
+            _fill(machine, slot.id, content, seed)
+        _boot(machine, slot.id, content)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def filled(memory: int, percent: int) -> int:
+    """Return how many bytes of memory hold something: a whole number of blocks."""
+    return min(memory * percent // 100 // _BLOCK * _BLOCK, memory)
+
+
+def _fill(machine: Machine, slot: int, content: int, seed: int) -> None:
+    rng, words = np.random.default_rng(seed), machine.memory(slot).view(np.uint64)
+    for start in range(0, content // 8, _STEP // 8):
+        part = words[start : min(start + _STEP // 8, content // 8)]
+        part[:] = rng.integers(0, 1 << 64, part.size, dtype=np.uint64)
+
+
+def _boot(machine: Machine, slot: int, content: int) -> None:
+    """Have a vCPU write each page that holds something, as it is: its leaf is there then, as in a guest that runs."""
+    page = machine.page_size
+    words = machine.memory(slot).view(np.uint64)
+    for start in range(0, content // page * page, _STEP):
+        offsets = np.arange(start, min(start + _STEP, content // page * page), page)
+        machine.vcpus[0].store(offsets + GPA, words[offsets // 8])
+
+
+def machine_for(layout: Layout, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
+    """Return a paused machine with the memory that a source describes.
+
+    Raises
+    ------
+    LayoutError
+        If no machine can have it.
+    """
+    granules = {granule.page_size: granule for granule in Granule}
+    machine = Machine(granule=granules[layout.page_size], hw_dbm=mode is Mode.HW_DBM, thp=thp, vcpus=vcpus)
+    try:
+        for slot in layout.slots:
+            machine.add_memslot(
+                slot.npages * layout.page_size, slot.base_gfn * layout.page_size, slot=slot.id, readonly=slot.readonly
+            )
+    except OSError as error:
+        machine.close()
+        raise LayoutError(f"no machine has this memory: {error.strerror}") from error
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where somebody listens on TCP.
+
+    Parameters
+    ----------
+    host : str
+        A name or an address.
+    port : int
+        0 to 65535.
+    """
+
+    host: str
+    port: int
+
+
+def endpoint(text: str) -> Endpoint:
+    """Return the host and the port of ``HOST:PORT``; an IPv6 address stands in brackets.
+
+    Examples
+    --------
+    >>> endpoint("[::1]:4444")
+    Endpoint(host='::1', port=4444)
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
+        raise ValueError(f"{text!r} is not HOST:PORT, as in localhost:4444 or [::1]:4444")
+    return Endpoint(host, int(port))
+
+
+def workload_for(machine: Machine, text: str, *, seed: int, rate: float | None) -> None:
+    """Give the machine's vCPU the workload that a text names."""
+    machine.run(parse(text if rate is None else f"{text},rate={rate}", seed))

@@ -1,0 +1,36 @@
+"""``hwdbm snapshot``: files of guest memory, and differences between them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hwdbm.cli import options
+from hwdbm.migration import snapshot as files
+
+__all__ = ["EPILOG", "rebase"]
+
+EPILOG = """Examples:
+
+\b
+  Lay a difference over the snapshot that it is to:
+    hwdbm snapshot rebase guest.ram guest.diff
+"""
+
+
+def rebase(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The file of all memory, which is changed.")],
+    diffs: Annotated[list[Path], typer.Argument(metavar="DIFF...", help="Sparse files, the oldest first.")],
+    as_json: options.Json = False,
+) -> None:
+    """Lay differential snapshots over their base, as Firecracker's snapshot-editor does.
+
+    What is data in a difference is copied; a hole leaves the base as it is. If it is interrupted, do it again.
+    """
+    copied = {str(diff): files.rebase(base, diff) for diff in diffs}
+    if as_json:
+        typer.echo(json.dumps({"base": str(base), "copied": copied}, indent=2))
+        return
+    for diff, size in copied.items():
+        typer.echo(f"{diff}: {size} bytes copied to {base}")
