@@ -227,15 +227,23 @@ def _fill(words, ranges):  # type: ignore[no-untyped-def]
 def _rewrite_runs(entries, mask, value, keep, sets):  # type: ignore[no-untyped-def]
     runs = np.empty((entries.size // 2 + 1, 2), np.int64)
     found, inside, writes = 0, False, sets != 0 or ~keep != 0
-    for i in range(entries.size):
-        d = entries[i]
-        hit = _hit(d, mask, value)
-        if hit and writes:
-            entries[i] = (d & keep) | sets
-        if hit != inside:
-            runs[found, 1 if inside else 0] = i
-            found += inside
-            inside = hit
+    full = entries.size // 64
+    for w in range((entries.size + 63) // 64):
+        if w < full:  # a group without a hit, or of hits that aren't written, in a row of such, is passed over
+            word = np.uint64(0)
+            for j in range(64):
+                word |= np.uint64(_hit(entries[w * 64 + j], mask, value)) << np.uint64(j)
+            if (word == 0 and not inside) or (~word == 0 and inside and not writes):
+                continue
+        for i in range(w * 64, min(w * 64 + 64, entries.size)):
+            d = entries[i]
+            hit = _hit(d, mask, value)
+            if hit and writes:
+                entries[i] = (d & keep) | sets
+            if hit != inside:
+                runs[found, 1 if inside else 0] = i
+                found += inside
+                inside = hit
     if inside:
         runs[found, 1] = entries.size
         found += 1
