@@ -530,3 +530,16 @@ def test_check_catches(check: Callable[..., None], name: str, mutant: Callable[.
     case = (*MUTATED, 0.5) if check in PASSES else ()
     with pytest.raises(AssertionError):
         check(broken(**{name: mutant}), *case)
+
+
+@pytest.mark.parametrize("update", [pte.clean(2), pte.Update(pte.dirty(2))], ids=["writes", "looks"])
+@pytest.mark.parametrize(
+    "ends", [(64, 128), (0, 64), (64, 256), (0, 323), (256, 323), (60, 200), (128, 129), (127, 320)]
+)
+def test_runs_that_begin_and_end_with_groups(kernels, update, ends):
+    """Groups of 64 entries are passed over whole: a run that ends with one must not be carried on, nor missed."""
+    entries = pte.make_leaf(np.arange(323, dtype=np.uint64) << np.uint64(21), 2, dbm=True)
+    entries[slice(*ends)] |= np.uint64(pte.S2AP_W)
+    want = update(entries)
+    assert kernels.rewrite_runs(entries, update).tolist() == [list(ends)]
+    assert (entries == want).all()
