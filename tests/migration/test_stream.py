@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from streamtools import SMALL, frame, hello, pages, zeros
 
 from hwdbm.memslot import Memslot
 from hwdbm.migration import (
@@ -25,39 +26,7 @@ from hwdbm.migration import (
     receive,
     wire,
 )
-from hwdbm.migration.wire import ACK, HEAD_SIZE, LIMITS, PASS, VERSION, Head, Kind, crc32
-
-SMALL = Layout(4096, (Memslot(0, 0, 16, 8, 0), Memslot(1, 0, 64, 3, 0)))
-
-
-def frame(kind: int, sequence: int, body: bytes = b"", *, runs: int = 0, **wrong: int) -> bytes:
-    """Return a frame; `wrong` replaces fields of its head, whose checksum is right all the same."""
-    fields = {
-        "kind": kind,
-        "flags": 0,
-        "sequence": sequence,
-        "runs": runs,
-        "length": len(body),
-        "crc": zlib.crc32(body),
-    }
-    head = struct.pack("<4sHHIIQI", b"hDBM", *(fields | wrong).values())
-    return head + struct.pack("<I", zlib.crc32(head)) + body
-
-
-def hello(layout: Layout = SMALL, *, version: int = VERSION, flags: int = 0) -> bytes:
-    return frame(Kind.HELLO, 0, struct.pack("<II", version, flags) + layout.to_bytes())
-
-
-def pages(sequence: int, *runs: tuple[int, int], payload: bytes | None = None) -> bytes:
-    table = b"".join(struct.pack("<QQ", *run) for run in runs)
-    size = sum(length for _, length in runs)
-    return frame(Kind.PAGES, sequence, table + (bytes(range(256)) * (size // 256) if payload is None else payload),
-                 runs=len(runs))  # fmt: skip
-
-
-def zeros(sequence: int, *runs: tuple[int, int]) -> bytes:
-    return frame(Kind.ZERO, sequence, b"".join(struct.pack("<QQ", *run) for run in runs), runs=len(runs))
-
+from hwdbm.migration.wire import ACK, HEAD_SIZE, LIMITS, PASS, Head, Kind, crc32
 
 ALL = [
     hello(),
@@ -164,6 +133,11 @@ BROKEN = {
     "a damaged scatter": (b"".join(ALL[:5]) + ALL[5][:-1] + b"x", "frame 5, PAGES: its body is damaged"),
     "runs beyond the body": (ALL[0] + frame(Kind.PAGES, 1, b"", runs=3), "3 runs in 0 bytes are too many"),
     "too many runs": (ALL[0] + frame(Kind.PAGES, 1, bytes(16 * 500), runs=500), "500 runs"),
+    "shared, and nothing is": (
+        ALL[0] + frame(Kind.SHARED, 1, bytes(16), runs=1),
+        "frame 1 is SHARED, and no memory is",
+    ),
+    "sharing without memory": (hello(flags=4), "0 descriptors, and not with 2"),
     "runs in a pass": (ALL[0] + frame(Kind.PASS, 1, bytes(24), runs=1), "1 runs in 24 bytes are too many"),
     "pages too large": (ALL[0] + frame(Kind.PAGES, 1, b"", length=1 << 31, runs=1), "bytes are more than"),
     "no runs": (ALL[0] + frame(Kind.PAGES, 1), "has no runs"),
@@ -310,7 +284,7 @@ BODY = st.one_of(
 
 
 @settings(FUZZ, max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 13), st.integers(0, 6), BODY, st.integers(0, 3)), max_size=5))
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 6), BODY, st.integers(0, 3)), max_size=5))
 @example([(Kind.PAGES, 0, struct.pack("<QQ", 1 << 63, 1 << 63), 1)])
 @example([(Kind.ZERO, 0, struct.pack("<QQ", 16 << 12, 1 << 63), 1)])
 @example([(Kind.ZERO, 0, struct.pack("<QQ", 0, 4096), 1)])

@@ -1,11 +1,13 @@
 """Frames over a connected socket, plain or TLS."""
 
 import contextlib
+import os
 import select
 import socket
 import ssl
 import struct
 import time
+from array import array
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -21,6 +23,8 @@ TIMEOUT = 30.0
 BUFFER = 1 << 22
 """Bytes that the kernel may hold for a socket, in each direction, if its limits allow."""
 
+_DESCRIPTORS = 2  # that a first frame can bring
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DRAIN_SECONDS = 2.0
 _COPY = 1 << 16  # bytes in front of a body below which it is joined with its head, rather than sent after it
 
@@ -38,17 +42,22 @@ class Channel:
     Attributes
     ----------
     sent, received : int
-        Bytes, with the heads.
+        Bytes, with the heads, and with those beside the socket.
+    local : bool
+        Whether the other side is a process of this machine, that memory can be shared with.
     """
 
     def __init__(self, sock: socket.socket, timeout: float = TIMEOUT) -> None:
         self.sock, self.sent, self.received = sock, 0, 0
         self._next_out = self._next_in = 0
+        self._held: list[memoryview | bytes] = []
         self._whole = True  # whether what was sent ends with a frame
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._head = bytearray(HEAD_SIZE)
         sock.settimeout(timeout)
-        self._timeout = timeout
+        self.timeout = timeout
+        self.local = sock.family == socket.AF_UNIX and not self._tls
+        self._descriptors: list[int] = []
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
         if sock.family != socket.AF_UNIX:
@@ -68,7 +77,17 @@ class Channel:
 
     # --- sending -------------------------------------------------------------------------------------------
 
-    def send(self, kind: Kind, body: bytes = b"", payload: Sequence[memoryview] = (), *, runs: int = 0) -> None:
+    def send(
+        self,
+        kind: Kind,
+        body: bytes = b"",
+        payload: Sequence[memoryview] = (),
+        *,
+        runs: int = 0,
+        beside: memoryview | None = None,
+        hold: bool = False,
+        descriptors: Sequence[int] = (),
+    ) -> None:
         """Send a frame.
 
         Parameters
@@ -81,6 +100,12 @@ class Channel:
             The rest of the body, of bytes that don't change meanwhile. None of it is copied.
         runs : int
             Runs at the start of `body`.
+        beside : memoryview, optional
+            Bytes that the other side has already, and which the checksum covers, too.
+        hold : bool
+            Whether it goes with the next frame, or `flush`.
+        descriptors : sequence of int
+            Descriptors for the other side, which must be `local`.
 
         Raises
         ------
@@ -94,25 +119,38 @@ class Channel:
             crc, length = crc32(part, crc), length + part.nbytes
         if length > LIMITS[kind]:
             raise ValueError(f"a {kind.name} of {length} bytes exceeds {LIMITS[kind]}")
+        if beside is not None:
+            crc = crc32(beside, crc)
+            self.sent += beside.nbytes
         head = Head(kind, self._next_out, runs, length, crc).to_bytes()
         self._next_out = self._next_out + 1 & 0xFFFFFFFF
+        self.sent += HEAD_SIZE + length
+        front = [head + body] if len(body) < _COPY else [head, body]
+        self._held += [*front, *payload]
+        if not hold:
+            self.flush(descriptors)
+
+    def flush(self, descriptors: Sequence[int] = ()) -> None:
+        """Send the frames that are held. Parameters and errors are `send`'s."""
         self._whole = False
         try:
-            self._write([memoryview(head + body), *payload] if len(body) < _COPY else [head, body, *payload])
+            parts, self._held = self._held, []
+            self._write(parts, descriptors)
         except TimeoutError as error:
-            raise StreamError(f"the other side took nothing for {self._timeout:g} s") from error
+            raise StreamError(f"the other side took nothing for {self.timeout:g} s") from error
         except OSError as error:
             self._raise_peer(error)
         self._whole = True
-        self.sent += HEAD_SIZE + length
 
-    def _write(self, parts: list[memoryview | bytes]) -> None:
+    def _write(self, parts: list[memoryview | bytes], descriptors: Sequence[int]) -> None:
         if self._tls:  # no sendmsg there
             for part in parts:
                 self.sock.sendall(part)
             return
+        beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         while parts:
-            done = self.sock.sendmsg(parts)
+            done = self.sock.sendmsg(parts, beside)
+            beside = []
             while parts and done >= len(parts[0]):
                 done -= len(parts.pop(0))
             if done:
@@ -165,7 +203,7 @@ class Channel:
         StreamError
             If it can't be, or the stream ends here, or nothing comes for too long.
         """
-        self.read(memoryview(self._head))
+        self.read(memoryview(self._head)) if self._next_in or not self.local else self._read_first()
         head = Head.from_bytes(self._head, self._next_in)
         self._next_in = self._next_in + 1 & 0xFFFFFFFF
         if head.kind is Kind.ERROR:
@@ -187,7 +225,7 @@ class Channel:
             try:
                 done = self.sock.recv_into(into[got:])
             except TimeoutError as error:
-                raise StreamError(f"nothing came for {self._timeout:g} s") from error
+                raise StreamError(f"nothing came for {self.timeout:g} s") from error
             except OSError as error:
                 raise StreamError(f"the link broke: {error.strerror or error}") from error
             if not done:
@@ -195,18 +233,37 @@ class Channel:
             got += done
         self.received += size
 
-    def end(self, head: Head, crc: int) -> None:
-        """Raise `StreamError` unless `crc` is that of the body which `head` announced."""
+    def descriptors(self) -> list[int]:
+        """Return what came with the first frame, once: whoever has them closes them."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
+    def _read_first(self) -> None:
+        """Fill the first head; descriptors come with its first byte."""
+        try:
+            raw, self._descriptors, _, _ = socket.recv_fds(self.sock, HEAD_SIZE, _DESCRIPTORS, _CLOEXEC)
+        except TimeoutError as error:
+            raise StreamError(f"nothing came for {self.timeout:g} s") from error
+        except OSError as error:
+            raise StreamError(f"the link broke: {error.strerror or error}") from error
+        self._head[: len(raw)] = raw
+        self.received += len(raw)
+        self.read(memoryview(self._head)[len(raw) :])
+
+    def end(self, head: Head, crc: int, *, beside: int = 0) -> None:
+        """Raise `StreamError` unless `crc` is what `head` announced; `beside` bytes of it came beside the socket."""
+        self.received += beside
         if crc != head.crc:
             raise StreamError(
                 f"frame {head.sequence}, {head.kind.name}: its body is damaged (CRC {crc:#010x}, not {head.crc:#010x})"
             )
 
-    def body(self, head: Head) -> bytes:
-        """Receive a whole body."""
+    def body(self, head: Head, *, check: bool = True) -> bytes:
+        """Receive a whole body; without `check`, `end` is left to the caller."""
         raw = bytearray(head.length)
         self.read(memoryview(raw))
-        self.end(head, crc32(raw))
+        if check:
+            self.end(head, crc32(raw))
         return bytes(raw)
 
     def receive(self) -> tuple[Kind, bytes]:
@@ -236,3 +293,5 @@ class Channel:
     def close(self) -> None:
         """Hang up."""
         self.sock.close()
+        for fd in self.descriptors():
+            os.close(fd)

@@ -21,7 +21,8 @@ from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.migration.sender import PageSender
 from hwdbm.migration.source import Pages, Source
-from hwdbm.migration.wire import ACK, PASS, VERSION, Kind
+from hwdbm.migration.staging import Staging, staging
+from hwdbm.migration.wire import ACK, PASS, RUNNING, SHARING, VERIFIED, VERSION, Kind
 
 __all__ = ["Precopy", "migrate"]
 
@@ -93,7 +94,6 @@ class Precopy:
         self._cancel, self._tell = cancel or threading.Event(), on_progress or (lambda _: None)
         self._layout = Layout.of(source)
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
-        self._sender = PageSender(source, channel, Limiter(settings.bandwidth), self._check)
         self._throttle = Throttle()
         self._lent: list[Pages] = []
         self._collected = self._told = 0.0
@@ -104,11 +104,8 @@ class Precopy:
         """Migrate; once."""
         start = self._start = time.perf_counter()
         try:
-            self._setup()
-            if not all(slot.logging for slot in self._source.slots):
-                self._source.start_log()
-            self._precopy()
-            self._hand_over()
+            with staging(self._channel) as stage:
+                self._run(stage)
         except BaseException as error:
             self.report.total_time = time.perf_counter() - start
             self._undo(error)
@@ -119,13 +116,23 @@ class Precopy:
         self._tell(self.report)
         return self.report
 
+    def _run(self, stage: Staging) -> None:
+        limiter = Limiter(self._settings.bandwidth)
+        self._sender = PageSender(self._source, self._channel, stage, limiter, self._check)
+        self._setup(stage.descriptors)
+        if not all(slot.logging for slot in self._source.slots):
+            self._source.start_log()
+        self._precopy()
+        self._hand_over()
+
     # --- passes --------------------------------------------------------------------------------------------
 
-    def _setup(self) -> None:
+    def _setup(self, descriptors: tuple[int, ...]) -> None:
         """Agree on the version and the memory, and wait until there is room for it."""
         self.report.status = "setup"
-        flags = self._settings.verify | self._ran << 1
-        self._channel.send(Kind.HELLO, struct.pack("<II", VERSION, flags) + self._layout.to_bytes())
+        flags = VERIFIED * self._settings.verify | RUNNING * self._ran | SHARING * bool(descriptors)
+        hello = struct.pack("<II", VERSION, flags) + self._layout.to_bytes()
+        self._channel.send(Kind.HELLO, hello, descriptors=descriptors)
         self._channel.expect(Kind.READY)
         self.report.setup_time = time.perf_counter() - self._start
         self.report.status = "active"

@@ -3,6 +3,7 @@
 import contextlib
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ from hwdbm.migration.errors import DigestError, LayoutError, StreamError
 from hwdbm.migration.layout import Layout
 from hwdbm.migration.populate import populate
 from hwdbm.migration.source import Source
-from hwdbm.migration.wire import ACK, PASS, PAYLOAD, RUN_SIZE, VERSION, Head, Kind, crc32
+from hwdbm.migration.staging import Shared
+from hwdbm.migration.wire import ACK, PASS, PAYLOAD, RUN_SIZE, RUNNING, SHARING, VERIFIED, VERSION, Head, Kind, crc32
 
 __all__ = ["Received", "receive"]
 
@@ -83,11 +85,18 @@ def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory:
 class _Receiver:
     def __init__(self, channel: Channel, build: Callable[[Layout], Source], most_memory: int | None) -> None:
         self._channel, self._build, self._most_memory = channel, build, most_memory
-        self._stage = memoryview(bytearray(PAYLOAD))
+        self._stage = np.zeros(PAYLOAD, dtype=np.uint8)
+        self._shared: Shared | None = None
         self._pages = [0, 0]  # normal and zero, of this pass
 
     def run(self) -> Received:
-        layout, verify, running = self._hello(self._channel.expect(Kind.HELLO))
+        layout, flags = self._hello(self._channel.expect(Kind.HELLO))
+        with ExitStack() as stack:
+            if flags & SHARING:
+                self._shared = stack.enter_context(Shared(self._channel.descriptors()))
+            return self._receive(layout, flags)
+
+    def _receive(self, layout: Layout, flags: int) -> Received:
         vm = self._build(layout)
         try:
             Layout.of(vm).require(layout)
@@ -101,7 +110,7 @@ class _Receiver:
             self._channel.send(Kind.READY)
             while not self._pass():
                 pass
-            self._take_over(verify, running)
+            self._take_over(flags)
         except BaseException:
             with contextlib.suppress(OSError):
                 vm.close()
@@ -109,7 +118,7 @@ class _Receiver:
         self._got.transferred = self._channel.received
         return self._got
 
-    def _hello(self, body: bytes) -> tuple[Layout, bool, bool]:
+    def _hello(self, body: bytes) -> tuple[Layout, int]:
         if len(body) < 8:
             raise StreamError(f"a HELLO of {len(body)} bytes has no version")
         version, flags = struct.unpack_from("<II", body)
@@ -120,7 +129,7 @@ class _Receiver:
             raise LayoutError(
                 f"{layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"
             )
-        return layout, bool(flags & 1), bool(flags & 2)
+        return layout, flags
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -131,6 +140,8 @@ class _Receiver:
             head = self._channel.head()
             if head.kind is Kind.PAGES:
                 self._receive_pages(head)
+            elif head.kind is Kind.SHARED:
+                self._receive_shared(head)
             elif head.kind is Kind.ZERO:
                 self._receive_zeros(head)
             elif head.kind is Kind.PASS:
@@ -165,12 +176,32 @@ class _Receiver:
                 self._came[slot_id][first : first + count] = True
             self._channel.end(head, crc)
         else:  # one call, and one copy in the cache, cost less than a buffer for each run
-            stage, index = self._stage[:payload], _index(runs, npages)
-            self._channel.read(stage)
+            stage = self._stage[:payload]
+            self._channel.read(stage.data)
             self._channel.end(head, crc32(stage, crc))
-            rows[index] = np.frombuffer(stage, dtype=np.uint8).reshape(-1, size)
-            self._came[slot_id][index] = True
+            self._store(slot_id, runs, stage.reshape(npages, size))
         self._pages[0] += npages
+
+    def _receive_shared(self, head: Head) -> None:
+        table = self._channel.body(head, check=False)
+        if self._shared is None:
+            raise StreamError(f"frame {head.sequence} is SHARED, and no memory is")
+        if len(table) != head.runs * RUN_SIZE:
+            raise StreamError(f"frame {head.sequence}, SHARED: {len(table)} bytes are not {head.runs} runs")
+        slot_id, runs, npages = self._runs(table)
+        size = self._layout.page_size
+        if npages * size > PAYLOAD:
+            raise StreamError(f"frame {head.sequence}: the runs' {npages} pages are more than {PAYLOAD} bytes")
+        payload = self._shared.payload(npages * size)
+        self._channel.end(head, crc32(payload, crc32(table)), beside=payload.nbytes)
+        self._store(slot_id, runs, payload.reshape(npages, size))
+        self._shared.done()
+        self._pages[0] += npages
+
+    def _store(self, slot_id: int, runs: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
+        at = slice(runs[0, 0], runs[0, 0] + len(pages)) if len(runs) == 1 else _index(runs, len(pages))
+        self._rows[slot_id][at] = pages
+        self._came[slot_id][at] = True
 
     def _receive_zeros(self, head: Head) -> None:
         table = self._channel.body(head)
@@ -193,7 +224,7 @@ class _Receiver:
 
     # --- the handover --------------------------------------------------------------------------------------
 
-    def _take_over(self, verify: bool, running: bool) -> None:
+    def _take_over(self, flags: int) -> None:
         """Take the state, prove the memory, and run when told to."""
         self._check_complete()
         state = self._channel.expect(Kind.STATE)
@@ -202,7 +233,7 @@ class _Receiver:
         except ValueError as error:
             raise StreamError(f"the state doesn't fit: {error}") from error
         self._import()
-        if verify:
+        if flags & VERIFIED:
             self._channel.expect(Kind.VERIFY)
             self._got.sha256 = self._vm.digest()
             self._channel.send(Kind.DIGEST, bytes.fromhex(self._got.sha256))
@@ -211,7 +242,7 @@ class _Receiver:
             raise DigestError(f"SHA-256 {self._got.sha256 or 'not asked for'} here, {theirs or 'none'} at the source")
         # Said before it is done: whoever can't say it any more doesn't run, and the source may.
         self._channel.send(Kind.RESUMED)
-        if running:
+        if flags & RUNNING:
             self._vm.resume()
 
     def _check_complete(self) -> None:

@@ -10,7 +10,8 @@ from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.source import Source
-from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
+from hwdbm.migration.staging import Staging
+from hwdbm.migration.wire import HEAD_SIZE, ZERO_RUNS, Kind
 
 __all__ = ["PageSender", "runs_of"]
 
@@ -30,6 +31,8 @@ class PageSender:
         Whose pages.
     channel : Channel
         Where they go.
+    staging : Staging
+        Where they are copied to.
     limiter : Limiter
         The bandwidth.
     check : callable
@@ -41,10 +44,12 @@ class PageSender:
         Pages sent with their bytes, and pages of zeros sent as such.
     """
 
-    def __init__(self, source: Source, channel: Channel, limiter: Limiter, check: Callable[[], object]) -> None:
-        self._source, self._channel, self._limiter, self._check = source, channel, limiter, check
+    def __init__(
+        self, source: Source, channel: Channel, staging: Staging, limiter: Limiter, check: Callable[[], object]
+    ) -> None:
+        self._source, self._channel, self._staging = source, channel, staging
+        self._limiter, self._check = limiter, check
         self._size = source.page_size
-        self._stage = np.zeros((PAYLOAD // self._size, self._size), dtype=np.uint8)
         self._zero_runs: list[NDArray[np.uint64]] = []
         self._zero_count = 0
         self.normal = self.duplicate = 0
@@ -55,21 +60,24 @@ class PageSender:
         words = rows.view(np.uint64)
         base = slot.base_gfn * self._size
         paused = not self._source.running
-        for batch in _batches(slot.npages, pages, len(self._stage)):
+        for batch in _batches(slot.npages, pages, self._staging.size // self._size):
             self._check()
             if isinstance(batch, slice):
-                if paused and words[batch, 0].all():  # no page of it can be all zero
+                if paused and self._staging.direct and words[batch, 0].all():  # no page of it can be all zero
                     self._emit(base, _one_run(batch), rows[batch])
                     continue
                 index = np.arange(batch.start, batch.stop)
-                stage = self._stage[: index.size]
+                stage = self._stage(index.size)
                 np.copyto(stage, rows[batch])
             else:
                 index = batch
-                stage = self._stage[: index.size]
+                stage = self._stage(index.size)
                 np.take(rows, index, axis=0, out=stage, mode="clip")  # clip: unlike raise it needs no second buffer
             self._send_copy(base, index, stage)
         self._flush_zeros()
+
+    def _stage(self, npages: int) -> NDArray[np.uint8]:
+        return self._staging.buffer()[: npages * self._size].reshape(npages, self._size)
 
     def _send_copy(self, base: int, index: NDArray[np.int64], stage: NDArray[np.uint8]) -> None:
         words = stage.view(np.uint64)
@@ -80,14 +88,16 @@ class PageSender:
             zero[maybe] = np.bitwise_or.reduce(part, axis=1) == 0
             if zero.any():
                 self._add_zeros(base, index[zero])
-                index, stage = index[~zero], stage[~zero]
+                index, rest = index[~zero], stage[~zero]
+                stage = stage[: index.size]
+                stage[:] = rest
         if index.size:
             self._emit(base, runs_of(index), stage)
 
     def _emit(self, base: int, runs: NDArray[np.int64], payload: NDArray[np.uint8]) -> None:
         table = self._addresses(base, runs).tobytes()
         self._limiter.wait(HEAD_SIZE + len(table) + payload.nbytes, self._check)
-        self._channel.send(Kind.PAGES, table, (payload.reshape(-1).data,), runs=len(runs))
+        self._staging.send(table, len(runs), payload)
         self.normal += payload.size // self._size
 
     def _add_zeros(self, base: int, index: NDArray[np.int64]) -> None:

@@ -9,12 +9,15 @@ A frame is a head of 32 bytes and a body. All numbers are little-endian::
     8       4      sequence: frames sent before this one in the same direction
     12      4      runs at the start of the body, 16 bytes each: gpa and length in bytes
     16      8      bytes of the body, its runs included
-    24      4      CRC-32 of the body
+    24      4      CRC-32 of the body, and of what lies beside the stream
     28      4      CRC-32 of the 28 bytes before
 
 The source says HELLO and waits for READY. Then it sends PAGES and ZERO; a PASS ends them, and the destination answers
 ACK. After the PASS that is flagged as the last come STATE, VERIFY (answered by DIGEST) if the source wants it, and GO
 (answered by RESUMED). Either side may send ERROR instead of anything, with a text, and hang up.
+
+On a Unix socket, HELLO can bring memory that both sides map (`staging`). SHARED frames then stand for PAGES: their body
+has the runs only, their CRC goes on over the pages, which lie in that memory.
 
 The CRC is zlib's, whoever computes it: zlib-ng, if it is there, folds with carry-less multiplication, and is some ten
 times as fast as zlib 1.2 (50 and 3 GiB/s were measured, on data in the cache).
@@ -30,12 +33,28 @@ from typing import Any, Final, cast
 
 from hwdbm.migration.errors import StreamError
 
-__all__ = ["ACK", "HEAD_SIZE", "LIMITS", "PASS", "PAYLOAD", "RUNS", "RUN_SIZE", "VERSION", "Head", "Kind", "crc32"]
+__all__ = [
+    "ACK",
+    "HEAD_SIZE",
+    "LIMITS",
+    "PASS",
+    "PAYLOAD",
+    "RUNNING",
+    "RUNS",
+    "RUN_SIZE",
+    "SHARING",
+    "VERIFIED",
+    "VERSION",
+    "ZERO_RUNS",
+    "Head",
+    "Kind",
+    "crc32",
+]
 
 VERSION: Final = 1
 
 PAYLOAD: Final = 1 << 20
-"""Bytes of guest memory in a frame, at most: a batch that stays in a core's cache from the copy to the send."""
+"""Bytes of guest memory in a frame, at most."""
 
 RUNS: Final = PAYLOAD >> 12
 """Runs in a PAGES frame, at most: that many pages of 4 KiB, each alone."""
@@ -50,6 +69,15 @@ PASS: Final = struct.Struct("<IIQQ")
 
 ACK: Final = struct.Struct("<I")
 """The body of ACK: the number of the pass."""
+
+VERIFIED: Final = 1
+"""A flag of HELLO: the source wants the destination's digest."""
+
+RUNNING: Final = 2
+"""A flag of HELLO: the VM ran, and is to run."""
+
+SHARING: Final = 4
+"""A flag of HELLO: descriptors come with it, of memory for SHARED frames and of the count of what was taken of it."""
 
 _HEAD = struct.Struct("<4sHHIIQII")
 _MAGIC: Final = b"hDBM"
@@ -83,6 +111,7 @@ class Kind(IntEnum):
     GO = 10
     RESUMED = 11
     ERROR = 12
+    SHARED = 13
 
 
 LIMITS: Final[dict[Kind, int]] = {
@@ -98,11 +127,12 @@ LIMITS: Final[dict[Kind, int]] = {
     Kind.GO: 32,
     Kind.RESUMED: 0,
     Kind.ERROR: 4096,
+    Kind.SHARED: RUNS * RUN_SIZE,
 }
 """Bytes of a body, at most."""
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
-_MOST_RUNS: Final = {Kind.PAGES: RUNS, Kind.ZERO: ZERO_RUNS}
+_MOST_RUNS: Final = {Kind.PAGES: RUNS, Kind.ZERO: ZERO_RUNS, Kind.SHARED: RUNS}
 
 
 @dataclass(frozen=True, slots=True)
