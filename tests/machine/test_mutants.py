@@ -49,7 +49,7 @@ class Checked(Hardware):
 
 
 def never_flushes(patch):
-    """Cached writable-dirty entries outlive the harvest (semantics 5.4)."""
+    """Cached writable-dirty entries outlive the harvest."""
     patch.setattr(Tlb, "flush", lambda self, first, npages: None)
 
 
@@ -68,7 +68,7 @@ def trusts_clean_entries(patch):
 
 
 def forgets_what_it_replaces(patch):
-    """Leaves that are shared, moved or split go without their dirty state (semantics 5.2)."""
+    """Leaves that are shared, moved or split go without their dirty state."""
     patch.setattr(SharedStage2, "_save", lambda self, lo, hi, *, untracked=False: None)
 
 

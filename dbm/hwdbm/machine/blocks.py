@@ -1,4 +1,4 @@
-"""What becomes of blocks when a log starts and stops (semantics: sections 3.6, 5.7 and 5.8).
+"""What becomes of blocks when a log starts and stops.
 
 While a slot logs, a block is split at the first write to it, or all are at the start, by chunks; or it is kept, and
 logged as a whole. When the log is off, pages that make up a block become one again: KVM's arm64 leaves them alone.

@@ -28,7 +28,7 @@ class Costs:
     hardware_updates : float
         An update of a descriptor by the MMU: a compare-and-swap. A parameter.
     translation_faults, access_flag_faults, permission_faults : float
-        A fault with its handler: 1 to 2 us is the guess of semantics.md, section 8 (break-even).
+        A fault with its handler. A parameter: 1 to 2 us is what exits and handlers of that length take.
     spurious_faults : float
         A permission fault, from a stale entry, on a page whose leaf allows the write by now.
     copies : float

@@ -1,4 +1,4 @@
-"""Faults: what a vCPU's faults are resolved with, as KVM's arm64 ``user_mem_abort`` does (semantics: section 3.6)."""
+"""Faults: what a vCPU's faults are resolved with, as KVM's arm64 ``user_mem_abort`` does."""
 
 from threading import Lock
 

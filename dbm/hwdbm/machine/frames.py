@@ -72,7 +72,8 @@ class Frames:
         self._first = pool.take(layout.npages, hva_page % stripe, stripe)
         self._moved = np.zeros(layout.npages, dtype=np.int64)  # 0: where it was from the first
         self.shared = np.zeros(layout.npages, dtype=np.bool_)
-        # A block needs the guest's address, the host's and so the frame's to agree modulo its size (semantics 3.1).
+        # A block needs the guest's address, the host's and so the frame's to agree modulo its size (KVM:
+        # ``fault_supports_stage2_huge_mapping``).
         self.congruent = layout.base_gfn % stripe == hva_page % stripe
         self._broken = np.zeros(layout.count(2), dtype=np.bool_)  # stripes of which a page was shared or moved
 

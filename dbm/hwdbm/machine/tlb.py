@@ -1,4 +1,4 @@
-"""Tlb: what one vCPU has cached of a memslot's leaves, and what a cached leaf allows (semantics: D8.5).
+"""Tlb: what one vCPU has cached of a memslot's leaves, and what a cached leaf allows (Arm ARM, D8.5).
 
 A leaf is cached as what it lets a vCPU do without looking at memory again. One that let it write is not checked
 again, whatever happened to the descriptor since (it was writable-dirty, or untracked); one that was writable-clean is

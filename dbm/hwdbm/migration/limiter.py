@@ -21,14 +21,14 @@ class Limiter:
     def __init__(self, bandwidth: float | None = None) -> None:
         if bandwidth is not None and bandwidth <= 0:
             raise ValueError(f"a bandwidth is more than 0 bytes a second, not {bandwidth}")
-        self._bandwidth, self._due = bandwidth, 0.0
+        self.bandwidth, self._due = bandwidth, 0.0
 
     def wait(self, nbytes: int, check: Callable[[], object]) -> None:
         """Return when `nbytes` may be sent; `check` is called while waiting, and ends it by raising."""
-        if self._bandwidth is None:
+        if self.bandwidth is None:
             return
         now = time.monotonic()
-        self._due = max(self._due, now - _BURST) + nbytes / self._bandwidth
+        self._due = max(self._due, now - _BURST) + nbytes / self.bandwidth
         while (left := self._due - time.monotonic()) > _BURST:
             time.sleep(min(left, _SLICE))
             check()

@@ -96,6 +96,8 @@ class PageSender:
 
     def _emit(self, base: int, runs: NDArray[np.int64], payload: NDArray[np.uint8]) -> None:
         table = self._addresses(base, runs).tobytes()
+        if self._limiter.bandwidth is not None:  # the next one may be long in coming
+            self._channel.flush()
         self._limiter.wait(HEAD_SIZE + len(table) + payload.nbytes, self._check)
         self._staging.send(table, len(runs), payload)
         self.normal += payload.size // self._size
