@@ -284,7 +284,7 @@ BODY = st.one_of(
 
 
 @settings(FUZZ, max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 6), BODY, st.integers(0, 3)), max_size=5))
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 6), BODY, st.integers(0, 3)), max_size=5))
 @example([(Kind.PAGES, 0, struct.pack("<QQ", 1 << 63, 1 << 63), 1)])
 @example([(Kind.ZERO, 0, struct.pack("<QQ", 16 << 12, 1 << 63), 1)])
 @example([(Kind.ZERO, 0, struct.pack("<QQ", 0, 4096), 1)])

@@ -20,9 +20,9 @@ from hwdbm.migration.layout import Layout
 from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.migration.sender import PageSender
-from hwdbm.migration.source import Pages, Source
+from hwdbm.migration.source import Pages, Provable, Source
 from hwdbm.migration.staging import Staging, staging
-from hwdbm.migration.wire import ACK, PASS, RUNNING, SHARING, VERIFIED, VERSION, Kind
+from hwdbm.migration.wire import ACK, PASS, PROVING, RUNNING, SHARING, VERIFIED, VERSION, Kind
 
 __all__ = ["Precopy", "migrate"]
 
@@ -113,6 +113,8 @@ class Precopy:
         self._settle()
         self.report.total_time = time.perf_counter() - start
         self.report.status = "completed"
+        if isinstance(self._source, Provable) and self._ran:
+            self._await_proof()
         self._tell(self.report)
         return self.report
 
@@ -131,6 +133,8 @@ class Precopy:
         """Agree on the version and the memory, and wait until there is room for it."""
         self.report.status = "setup"
         flags = VERIFIED * self._settings.verify | RUNNING * self._ran | SHARING * bool(descriptors)
+        if isinstance(self._source, Provable) and self._ran:
+            flags |= PROVING
         hello = struct.pack("<II", VERSION, flags) + self._layout.to_bytes()
         self._channel.send(Kind.HELLO, hello, descriptors=descriptors)
         self._channel.expect(Kind.READY)
@@ -298,6 +302,15 @@ class Precopy:
                 ) from error
             self._gone = False
             raise
+
+    def _await_proof(self) -> None:
+        """Wait until the destination has seen whether its guest goes on. It does have it, whatever comes now."""
+        try:
+            said = self._channel.expect(Kind.PROVED).decode("utf-8", "replace")
+        except StreamError as error:
+            said = str(error)
+        self.report.guest_resumed = not said
+        self.report.error = said and f"the guest at the destination: {said}"
 
     def _settle(self) -> None:
         for lease in self._lent:

@@ -14,9 +14,23 @@ from hwdbm.migration.channel import Channel
 from hwdbm.migration.errors import DigestError, LayoutError, StreamError
 from hwdbm.migration.layout import Layout
 from hwdbm.migration.populate import populate
-from hwdbm.migration.source import Source
+from hwdbm.migration.source import Provable, Source
 from hwdbm.migration.staging import Shared
-from hwdbm.migration.wire import ACK, PASS, PAYLOAD, RUN_SIZE, RUNNING, SHARING, VERIFIED, VERSION, Head, Kind, crc32
+from hwdbm.migration.wire import (
+    ACK,
+    LIMITS,
+    PASS,
+    PAYLOAD,
+    PROVING,
+    RUN_SIZE,
+    RUNNING,
+    SHARING,
+    VERIFIED,
+    VERSION,
+    Head,
+    Kind,
+    crc32,
+)
 
 __all__ = ["Received", "receive"]
 
@@ -39,6 +53,8 @@ class Received:
         Pages that came with bytes, and as zero.
     sha256 : str
         The digest of all memory, in hexadecimal; empty if the source didn't ask for it.
+    proved : bool
+        Whether the guest was asked, and goes on right.
     """
 
     destination: Source
@@ -47,6 +63,7 @@ class Received:
     normal: int = 0
     duplicate: int = 0
     sha256: str = ""
+    proved: bool = False
 
 
 def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None) -> Received:
@@ -244,6 +261,21 @@ class _Receiver:
         self._channel.send(Kind.RESUMED)
         if flags & RUNNING:
             self._vm.resume()
+        if flags & PROVING:
+            wrong = self._prove()
+            with contextlib.suppress(StreamError):  # the VM is here, and runs, whether the source hears of it or not
+                self._channel.send(Kind.PROVED, wrong.encode()[: LIMITS[Kind.PROVED]])
+
+    def _prove(self) -> str:
+        """Return what is wrong with the guest, which runs."""
+        if not isinstance(self._vm, Provable):
+            return "it is memory, and doesn't run"
+        try:
+            self._vm.prove()
+        except (OSError, AssertionError) as error:
+            return str(error) or type(error).__name__
+        self._got.proved = True
+        return ""
 
     def _check_complete(self) -> None:
         for slot in self._layout.slots:

@@ -116,6 +116,8 @@ class Report:
         In order.
     source_sha256, destination_sha256 : str
         The digests, in hexadecimal; empty where there is none.
+    guest_resumed : bool, optional
+        Whether the guest was found to go on right at the destination; None where nobody could tell.
     error : str
         Why it failed; programs should not attempt to parse it.
     """
@@ -134,6 +136,7 @@ class Report:
     passes: list[Pass] = field(default_factory=list)
     source_sha256: str = ""
     destination_sha256: str = ""
+    guest_resumed: bool | None = None
     error: str = ""
 
     @property
@@ -171,6 +174,8 @@ class Report:
             record["source-sha256"] = self.source_sha256
         if self.destination_sha256:
             record["destination-sha256"] = self.destination_sha256
+        if self.guest_resumed is not None:
+            record["guest-resumed"] = self.guest_resumed
         if self.error:
             record["error-desc"] = self.error
         return record | {"passes": [one.to_dict() for one in self.passes]}

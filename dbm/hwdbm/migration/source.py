@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
 
-__all__ = ["Pages", "Source", "memory_digest"]
+__all__ = ["Pages", "Provable", "Source", "memory_digest"]
 
 
 class Pages(Protocol):
@@ -79,6 +79,20 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+@runtime_checkable
+class Provable(Protocol):
+    """A VM whose guest can be asked whether it goes on as it should."""
+
+    def prove(self) -> None:
+        """Return when the guest, which runs, has gone on for a moment and is right; it runs on.
+
+        Raises
+        ------
+        OSError, AssertionError
+            If it isn't right; the text says what is wrong.
+        """
 
 
 def memory_digest(source: Source) -> str:

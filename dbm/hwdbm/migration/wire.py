@@ -14,7 +14,8 @@ A frame is a head of 32 bytes and a body. All numbers are little-endian::
 
 The source says HELLO and waits for READY. Then it sends PAGES and ZERO; a PASS ends them, and the destination answers
 ACK. After the PASS that is flagged as the last come STATE, VERIFY (answered by DIGEST) if the source wants it, and GO
-(answered by RESUMED). Either side may send ERROR instead of anything, with a text, and hang up.
+(answered by RESUMED, and then by PROVED if it was wanted, with what is wrong with the guest as a text). Either side may
+send ERROR instead of anything, with a text, and hang up.
 
 On a Unix socket, HELLO can bring memory that both sides map (`staging`). SHARED frames then stand for PAGES: their body
 has the runs only, their CRC goes on over the pages, which lie in that memory.
@@ -39,6 +40,7 @@ __all__ = [
     "LIMITS",
     "PASS",
     "PAYLOAD",
+    "PROVING",
     "RUNNING",
     "RUNS",
     "RUN_SIZE",
@@ -79,6 +81,9 @@ RUNNING: Final = 2
 SHARING: Final = 4
 """A flag of HELLO: descriptors come with it, of memory for SHARED frames and of the count of what was taken of it."""
 
+PROVING: Final = 8
+"""A flag of HELLO: when the guest has run there for a moment, the destination checks it, and says so with PROVED."""
+
 _HEAD = struct.Struct("<4sHHIIQII")
 _MAGIC: Final = b"hDBM"
 HEAD_SIZE: Final = _HEAD.size
@@ -112,6 +117,7 @@ class Kind(IntEnum):
     RESUMED = 11
     ERROR = 12
     SHARED = 13
+    PROVED = 14
 
 
 LIMITS: Final[dict[Kind, int]] = {
@@ -128,6 +134,7 @@ LIMITS: Final[dict[Kind, int]] = {
     Kind.RESUMED: 0,
     Kind.ERROR: 4096,
     Kind.SHARED: RUNS * RUN_SIZE,
+    Kind.PROVED: 4096,
 }
 """Bytes of a body, at most."""
 
