@@ -23,7 +23,7 @@ TIMEOUT = 30.0
 BUFFER = 1 << 22
 """Bytes that the kernel may hold for a socket, in each direction, if its limits allow."""
 
-_DESCRIPTORS = 2  # that a first frame can bring
+_DESCRIPTORS = 2  # that a frame can bring
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DRAIN_SECONDS = 2.0
 _COPY = 1 << 16  # bytes in front of a body below which it is joined with its head, rather than sent after it
@@ -193,8 +193,13 @@ class Channel:
         """Return whether the other side has said something, or hung up."""
         return bool(self._poll.poll(0))
 
-    def head(self) -> Head:
+    def head(self, *, descriptors: bool = False) -> Head:
         """Receive the head of the next frame; its body is to be read next, with `read` and `end`.
+
+        Parameters
+        ----------
+        descriptors : bool
+            Whether `descriptors` may come with it.
 
         Raises
         ------
@@ -203,7 +208,10 @@ class Channel:
         StreamError
             If it can't be, or the stream ends here, or nothing comes for too long.
         """
-        self.read(memoryview(self._head)) if self._next_in or not self.local else self._read_first()
+        if descriptors and self.local:
+            self._read_with_descriptors()
+        else:
+            self.read(memoryview(self._head))
         head = Head.from_bytes(self._head, self._next_in)
         self._next_in = self._next_in + 1 & 0xFFFFFFFF
         if head.kind is Kind.ERROR:
@@ -234,18 +242,19 @@ class Channel:
         self.received += size
 
     def descriptors(self) -> list[int]:
-        """Return what came with the first frame, once: whoever has them closes them."""
+        """Return the descriptors that came, once: whoever has them closes them."""
         taken, self._descriptors = self._descriptors, []
         return taken
 
-    def _read_first(self) -> None:
-        """Fill the first head; descriptors come with its first byte."""
+    def _read_with_descriptors(self) -> None:
+        """Fill the head; descriptors come with its first byte."""
         try:
-            raw, self._descriptors, _, _ = socket.recv_fds(self.sock, HEAD_SIZE, _DESCRIPTORS, _CLOEXEC)
+            raw, came, _, _ = socket.recv_fds(self.sock, HEAD_SIZE, _DESCRIPTORS, _CLOEXEC)
         except TimeoutError as error:
             raise StreamError(f"nothing came for {self.timeout:g} s") from error
         except OSError as error:
             raise StreamError(f"the link broke: {error.strerror or error}") from error
+        self._descriptors += came
         self._head[: len(raw)] = raw
         self.received += len(raw)
         self.read(memoryview(self._head)[len(raw) :])
@@ -266,12 +275,12 @@ class Channel:
             self.end(head, crc32(raw))
         return bytes(raw)
 
-    def receive(self) -> tuple[Kind, bytes]:
+    def receive(self, *, descriptors: bool = False) -> tuple[Kind, bytes]:
         """Receive a frame whole."""
-        head = self.head()
+        head = self.head(descriptors=descriptors)
         return head.kind, self.body(head)
 
-    def expect(self, kind: Kind) -> bytes:
+    def expect(self, kind: Kind, *, descriptors: bool = False) -> bytes:
         """Receive a frame whole, which must be of a kind.
 
         Raises
@@ -279,7 +288,7 @@ class Channel:
         StreamError
             If it is of another, or as `head` says.
         """
-        got, body = self.receive()
+        got, body = self.receive(descriptors=descriptors)
         if got is not kind:
             raise StreamError(f"frame {self._next_in - 1} is {got.name}, and {kind.name} was due")
         return body

@@ -53,8 +53,8 @@ class Received:
         Pages that came with bytes, and as zero.
     sha256 : str
         The digest of all memory, in hexadecimal; empty if the source didn't ask for it.
-    proved : bool
-        Whether the guest was asked, and goes on right.
+    proved : bool, optional
+        Whether the guest was found to go on right; None if nobody asked.
     """
 
     destination: Source
@@ -63,7 +63,7 @@ class Received:
     normal: int = 0
     duplicate: int = 0
     sha256: str = ""
-    proved: bool = False
+    proved: bool | None = None
 
 
 def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None) -> Received:
@@ -107,7 +107,7 @@ class _Receiver:
         self._pages = [0, 0]  # normal and zero, of this pass
 
     def run(self) -> Received:
-        layout, flags = self._hello(self._channel.expect(Kind.HELLO))
+        layout, flags = self._hello(self._channel.expect(Kind.HELLO, descriptors=True))
         with ExitStack() as stack:
             if flags & SHARING:
                 self._shared = stack.enter_context(Shared(self._channel.descriptors()))
@@ -263,6 +263,7 @@ class _Receiver:
             self._vm.resume()
         if flags & PROVING:
             wrong = self._prove()
+            self._got.proved = not wrong
             with contextlib.suppress(StreamError):  # the VM is here, and runs, whether the source hears of it or not
                 self._channel.send(Kind.PROVED, wrong.encode()[: LIMITS[Kind.PROVED]])
 
@@ -274,7 +275,6 @@ class _Receiver:
             self._vm.prove()
         except (OSError, AssertionError) as error:
             return str(error) or type(error).__name__
-        self._got.proved = True
         return ""
 
     def _check_complete(self) -> None:
