@@ -1,6 +1,9 @@
 """Workloads: the same on every run, whatever the batches; and of the shape that their names promise."""
 
+import base64
 import json
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -121,3 +124,27 @@ def test_parse(text, want):
 def test_parse_says_what_is_wrong(text, why):
     with pytest.raises(ValueError, match=why):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("npages", "raw"),
+    [
+        (1 << 40, b""),  # more than there may be
+        (64, zlib.compress(bytes(1 << 20))[:-200] + b"x"),  # a bomb, if it were unpacked whole; cut, and damaged
+        (64, b"no zlib"),
+    ],
+)
+def test_a_recording_from_anywhere(npages, raw):
+    packed = [[npages, base64.b64encode(raw).decode()]]
+    with pytest.raises(ValueError, match=r"at most|recorded bitmap|nothing to replay"):
+        from_dict({"name": "replay", "bitmaps": packed})
+
+
+def test_a_recording_is_unpacked_no_further_than_its_pages():
+    packed = [[64, base64.b64encode(zlib.compress(b"\1" + bytes(1 << 28))).decode()]]
+    tracemalloc.start()
+    try:
+        assert from_dict({"name": "replay", "bitmaps": packed}).bitmaps[0].pages().tolist() == [0]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()

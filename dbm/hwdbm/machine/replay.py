@@ -4,17 +4,19 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from zlib import compress, decompress
+from zlib import compress, decompressobj, error
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.bitmap import DirtyBitmap
+from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.machine.workload import Workload
 
 __all__ = ["Replay"]
 
 Numbers = NDArray[np.uint64]
+
+_MOST = 1 << 28  # bytes of bitmaps that a state may carry: 8 TiB of 4 KiB pages, recorded once
 
 
 @dataclass(frozen=True)
@@ -82,5 +84,15 @@ class Replay(Workload):
     def _from(cls, given: Mapping[str, Any]) -> "Replay":
         options = dict(given)
         packed = options.pop("bitmaps", ())
-        bitmaps = tuple(DirtyBitmap.from_bytes(decompress(b64decode(raw)), npages) for npages, raw in packed)
+        if sum(8 * word_count(int(npages)) for npages, _ in packed) > _MOST:
+            raise ValueError(f"a recording has {_MOST} bytes of bitmaps at most")
+        bitmaps = tuple(DirtyBitmap.from_bytes(_unpacked(raw, npages), npages) for npages, raw in packed)
         return cls(**options, bitmaps=bitmaps)
+
+
+def _unpacked(raw: str, npages: int) -> bytes:
+    """Return the bytes of a bitmap, and no more of what was compressed: it may come from anywhere."""
+    try:
+        return decompressobj().decompress(b64decode(raw), 8 * word_count(npages))
+    except error as reason:
+        raise ValueError(f"not a recorded bitmap: {reason}") from None
