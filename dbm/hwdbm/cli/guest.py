@@ -7,9 +7,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from hwdbm.granule import Granule
 from hwdbm.machine import Machine, parse
+from hwdbm.memslot import Memslot
 from hwdbm.migration import Layout, LayoutError
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "TlsFolder",
     "build",
     "endpoint",
+    "fill",
     "filled",
+    "layout_of",
     "machine_for",
     "workload_for",
 ]
@@ -29,6 +33,7 @@ __all__ = [
 GPA = 0x4000_0000
 """Where the guest's memory begins, as on QEMU's machine ``virt``."""
 
+_WORKLOAD, _RATE = "hot,share=0.02", 200_000
 _STEP = 1 << 26  # bytes filled or touched together
 _BLOCK = 1 << 21
 
@@ -63,7 +68,7 @@ def build(memory: int, *, mode: Mode, thp: bool, seed: int, image: Path | None, 
         slot = machine.add_memslot(memory, GPA, memory_image=image)
         content = memory if image else filled(memory, percent)
         if image is None:
-            _fill(machine, slot.id, content, seed)
+            fill(machine.memory(slot.id), content, seed)
         _boot(machine, slot.id, content)
     except BaseException:
         machine.close()
@@ -76,8 +81,9 @@ def filled(memory: int, percent: int) -> int:
     return min(memory * percent // 100 // _BLOCK * _BLOCK, memory)
 
 
-def _fill(machine: Machine, slot: int, content: int, seed: int) -> None:
-    rng, words = np.random.default_rng(seed), machine.memory(slot).view(np.uint64)
+def fill(memory: NDArray[np.uint8], content: int, seed: int) -> None:
+    """Fill the first `content` bytes with random data."""
+    rng, words = np.random.default_rng(seed), memory.view(np.uint64)
     for start in range(0, content // 8, _STEP // 8):
         part = words[start : min(start + _STEP // 8, content // 8)]
         part[:] = rng.integers(0, 1 << 64, part.size, dtype=np.uint64)
@@ -90,6 +96,12 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
     for start in range(0, content // page * page, _STEP):
         offsets = np.arange(start, min(start + _STEP, content // page * page), page)
         machine.vcpus[0].store(offsets + GPA, words[offsets // 8])
+
+
+def layout_of(memory: int) -> Layout:
+    """Return the layout of what `build` makes: one slot."""
+    page = Granule.K4.page_size
+    return Layout(page, (Memslot(0, 0, GPA // page, memory // page, 0),))
 
 
 def machine_for(layout: Layout, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
@@ -150,6 +162,9 @@ def endpoint(text: str) -> Endpoint:
     return Endpoint(host, int(port))
 
 
-def workload_for(machine: Machine, text: str, *, seed: int, rate: float | None) -> None:
-    """Give the machine's vCPU the workload that a text names."""
+def workload_for(machine: Machine, text: str | None, *, seed: int, rate: float | None) -> None:
+    """Give the machine's vCPU the workload that a text names, or the default one."""
+    text = _WORKLOAD if text is None else text
+    if rate is None and "rate=" not in text and not text.startswith("idle"):
+        rate = _RATE
     machine.run(parse(text if rate is None else f"{text},rate={rate}", seed))

@@ -14,10 +14,14 @@ from typing import Annotated
 
 import typer
 
+from hwdbm import kernels
 from hwdbm.cli import options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, build, endpoint, workload_for
+from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, build_kvm
 from hwdbm.cli.live import display, megabytes
 from hwdbm.cli.output import columns
+from hwdbm.kvm import KvmVm
+from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, Precopy, Report, Settings, StreamError, transport
 
 __all__ = ["EPILOG", "migrate"]
@@ -37,12 +41,17 @@ EPILOG = """Examples:
     hwdbm migrate --thp --bandwidth 200M --report migration.png
 
 \b
+  A real guest on /dev/kvm, which counts in its memory, and is checked where it arrives:
+    hwdbm migrate --source kvm
+
+\b
   To a receiver that is elsewhere, with certificates on both sides:
     hwdbm migrate --to destination.example:4444 --tls-dir certificates
 """
 
 
 def migrate(
+    source: Annotated[Vm, typer.Option(help="A modelled machine, or a real guest on /dev/kvm.")] = Vm.MACHINE,
     to: Annotated[
         Endpoint | None,
         typer.Option(
@@ -64,13 +73,18 @@ def migrate(
     thp: Thp = False,
     mode: Annotated[Mode, typer.Option(help="How the log learns of writes.")] = Mode.HW_DBM,
     workload: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME[,OPTION=NUMBER]...",
-            help="What the guest does meanwhile: sequential, uniform, hot, zipf, bursty, idle.",
+            help="What the guest does meanwhile: sequential, uniform, hot, zipf, bursty, idle; by default "
+            "hot,share=0.02. With KVM: counting (the default), random, idle.",
         ),
-    ] = "hot,share=0.02",
-    rate: Annotated[float | None, typer.Option(min=0, help="Stores a second; by default 200000.")] = None,
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stores a second; by default 200000. With KVM pages, by default 50000; 0: no limit."),
+    ] = None,
+    kvm_log: KvmLogOption = KvmLog.BITMAP,
     seed: Annotated[int, typer.Option(help="Of the memory and the workload.")] = 0,
     bandwidth: Annotated[
         int | None,
@@ -91,23 +105,29 @@ def migrate(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Migrate a modelled VM that keeps writing, live, to another process.
+    """Migrate a VM that keeps writing, live, to another process.
 
     Both sides compare the SHA-256 of all memory before the destination runs. Exit status 3 if it differs; then,
-    as after any failure, the source goes on, with every dirty bit put back.
+    as after any failure, the source goes on, with every dirty bit put back. A real guest is checked once more when
+    it has run on at the destination.
     """
     _check(report, to, tls_dir, insecure=insecure)
     settings = Settings(max_downtime / 1e3, max_iterations, bandwidth, auto_converge)
-    if rate is None and "rate=" not in workload and not workload.startswith("idle"):
-        rate = 200_000
-    machine = build(memory, mode=mode, thp=thp, seed=seed, image=memory_image, percent=filled)
-    with machine, _switching_often(), _cancelled_by_sigint() as cancel:
-        workload_for(machine, workload, seed=seed, rate=rate)
-        machine.resume()
+    vm: Machine | KvmVm
+    if source is Vm.KVM:
+        receiver = ["--vm", "kvm", "--kvm-log", kvm_log.value]
+        vm = build_kvm(memory, log=kvm_log, workload=workload, rate=rate, seed=seed, image=memory_image, percent=filled)
+    else:
+        receiver = ["--mode", mode.value, "--thp" if thp else "--no-thp"]
+        vm = build(memory, mode=mode, thp=thp, seed=seed, image=memory_image, percent=filled)
+        workload_for(vm, workload, seed=seed, rate=rate)
+    kernels.warm_up()
+    with vm, _switching_often(), _cancelled_by_sigint() as cancel:
+        vm.resume()
 
         def attempt(tell: Callable[[Report], None]) -> Precopy:
-            with _connected(to, tls_dir, mode=mode, thp=thp, insecure=insecure) as channel:
-                precopy = Precopy(machine, channel, settings, cancel=cancel, on_progress=tell)
+            with _connected(to, tls_dir, receiver, insecure=insecure) as channel:
+                precopy = Precopy(vm, channel, settings, cancel=cancel, on_progress=tell)
                 _run(precopy)
                 return precopy
 
@@ -148,6 +168,9 @@ def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
 
         draw(picture, done.report)
     typer.echo(json.dumps(done.report.to_dict(), indent=2) if as_json else _text(done.report))
+    if done.report.guest_resumed is False:
+        typer.echo(f"hwdbm: {done.report.error}", err=True)
+        raise typer.Exit(1)
     if done.failure is not None:
         typer.echo(f"hwdbm: {done.failure}", err=True)
         raise typer.Exit(_MISMATCH if isinstance(done.failure, DigestError) else 1)
@@ -173,6 +196,8 @@ def _text(report: Report) -> str:
         lines[-1] += f", downtime {report.downtime * 1e3:.1f} ms of {report.limit * 1e3:g} ms"
     if report.verify_time is not None:
         lines[-1] += f" (and {report.verify_time * 1e3:.0f} ms for the digests)"
+    if report.guest_resumed:
+        lines += ["the guest runs at the destination, and its memory is right there"]
     if report.source_sha256:
         lines += [f"source       sha256 {report.source_sha256}"]
         lines += [f"destination  sha256 {report.destination_sha256}"]
@@ -183,9 +208,7 @@ def _text(report: Report) -> str:
 
 
 @contextmanager
-def _connected(
-    to: Endpoint | None, tls_dir: Path | None, *, mode: Mode, thp: bool, insecure: bool
-) -> Iterator[Channel]:
+def _connected(to: Endpoint | None, tls_dir: Path | None, options: list[str], *, insecure: bool) -> Iterator[Channel]:
     with ExitStack() as stack:
         if to is not None:
             tls = None if tls_dir is None else transport.TlsDir(tls_dir)
@@ -193,7 +216,7 @@ def _connected(
             return
         path = stack.enter_context(transport.private_socket())
         command = [sys.executable, "-c", "from hwdbm.cli import main; main()", "receive", "--unix", str(path), "--json"]
-        command += ["--mode", mode.value, "--thp" if thp else "--no-thp"]
+        command += options
         # A session of its own: an interrupt from the keyboard is for the source, which then says so to it.
         receiver = subprocess.Popen(  # noqa: S603  # ourselves
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True

@@ -4,17 +4,20 @@ import json
 import os
 import socket
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hwdbm import kernels
 from hwdbm.cli import options, parse
-from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, machine_for
+from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, layout_of, machine_for
+from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, kvm_for, kvm_layout
 from hwdbm.cli.live import megabytes
 from hwdbm.migration import Channel, Layout, PlainGuest, Received, Source, transport
 from hwdbm.migration import receive as receive_vm
+from hwdbm.migration.populate import populate
 
 __all__ = ["EPILOG", "receive"]
 
@@ -42,8 +45,19 @@ def receive(
         Path | None,
         typer.Option(metavar="FILE", help="Have the memory in a file, without a machine that would run in it."),
     ] = None,
+    vm: Annotated[Vm, typer.Option("--vm", help="A modelled machine, or a real VM on /dev/kvm.")] = Vm.MACHINE,
+    kvm_log: KvmLogOption = KvmLog.BITMAP,
     thp: Thp = False,
     mode: Annotated[Mode, typer.Option(help="How the log learns of writes, from here on.")] = Mode.HW_DBM,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parser(parse.size),
+            metavar="SIZE",
+            help="Have so much memory ready before listening, as the source must have then. By default it is "
+            "allocated when the source has said how much it has.",
+        ),
+    ] = None,
     memory_limit: Annotated[
         int | None,
         typer.Option(
@@ -65,14 +79,22 @@ def receive(
         raise typer.BadParameter("give --listen HOST:PORT or --unix PATH")
 
     def build(layout: Layout) -> Source:
-        return PlainGuest(layout, file) if file is not None else machine_for(layout, mode=mode, thp=thp)
+        if file is not None:
+            return PlainGuest(layout, file)
+        return kvm_for(layout, log=kvm_log) if vm is Vm.KVM else machine_for(layout, mode=mode, thp=thp)
 
+    kernels.warm_up()
     limit = _physical() if memory_limit is None else memory_limit
-    with _accepted(listen, unix, tls_dir, insecure=insecure) as channel:
-        received = receive_vm(channel, build, most_memory=limit)
-    with closing(received.destination) as vm:
+    with ExitStack() as stack:
+        if memory is not None:
+            ready = stack.enter_context(closing(build(kvm_layout(memory) if vm is Vm.KVM else layout_of(memory))))
+            for slot in ready.slots:
+                populate(ready.memory(slot.id))
+        with _accepted(listen, unix, tls_dir, insecure=insecure) as channel:
+            received = receive_vm(channel, build if memory is None else lambda _: ready, most_memory=limit)
+        there = stack.enter_context(closing(received.destination))
         time.sleep(run)
-        vm.pause()
+        there.pause()
     typer.echo(json.dumps(_report(received), indent=2) if as_json else _text(received))
 
 
@@ -103,7 +125,7 @@ def _report(received: Received) -> dict[str, Any]:
         "ram": {"transferred": received.transferred, "normal": received.normal, "duplicate": received.duplicate},
         "passes": received.passes,
         "destination-sha256": received.sha256,
-    }
+    } | ({"guest-resumed": received.proved} if received.proved is not None else {})
 
 
 def _text(received: Received) -> str:

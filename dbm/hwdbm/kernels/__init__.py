@@ -25,9 +25,9 @@ from typing import Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.pte import Match, Update
+from hwdbm.pte import Match, Update, clean, dirty
 
-__all__ = ["Kernels", "Tally", "active", "available", "current", "use"]
+__all__ = ["Kernels", "Tally", "active", "available", "current", "use", "warm_up"]
 
 Name = Literal["vector", "fused"]
 Array = NDArray[np.uint64]
@@ -120,3 +120,19 @@ def active() -> Kernels:
 def current() -> Name:
     """Return the name of the implementation in use."""
     return "fused" if active().__name__.endswith("fused") else "vector"
+
+
+def warm_up() -> None:
+    """Load the implementation in use, and compile it if it never was: half a second that a first call takes otherwise.
+
+    Examples
+    --------
+    >>> warm_up()
+    """
+    kernels, runs = active(), np.array([[0, 64]], dtype=np.int64)
+    pte, words = np.zeros(64, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+    kernels.scan(pte, runs, dirty(3), words)
+    kernels.rewrite(pte, runs, clean(3), words, words)
+    kernels.rewrite_within(pte, runs, clean(3), words, words, words)
+    kernels.rewrite_runs(pte, clean(2))
+    kernels.fill(words, runs)

@@ -119,11 +119,11 @@ class Layout:
         LayoutError
             If the runs aren't so.
         """
-        both = gpa | length
-        if (both & self._wrong).any() or not length.all():
-            raise LayoutError(self._why(both))
+        either = int(np.bitwise_or.reduce(gpa)) | int(np.bitwise_or.reduce(length))
+        if either & self._wrong or not length.all():
+            raise LayoutError(self._why(either))
         end = gpa + length
-        if (gpa[1:] < end[:-1]).any():
+        if gpa.size > 1 and (gpa[1:] < end[:-1]).any():
             raise LayoutError("the runs of a frame overlap or descend")
         shift = np.uint64(self.page_size.bit_length() - 1)
         first, last = int(gpa[0] >> shift), int(end[-1] >> shift)
@@ -137,12 +137,12 @@ class Layout:
         raise LayoutError(f"gpa {int(gpa[0]):#x}..{int(end[-1]) - 1:#x} is not inside of one slot")
 
     @property
-    def _wrong(self) -> np.uint64:
+    def _wrong(self) -> int:
         """The bits that neither an address nor a length may have."""
-        return np.uint64((1 << 64) - (1 << _GPA_BITS) | self.page_size - 1)
+        return (1 << 64) - (1 << _GPA_BITS) | self.page_size - 1
 
-    def _why(self, both: NDArray[np.uint64]) -> str:
-        if (both & np.uint64(self.page_size - 1)).any() or not (both >> np.uint64(_GPA_BITS)).any():
+    def _why(self, either: int) -> str:
+        if either & self.page_size - 1 or not either >> _GPA_BITS:
             return "a run is no whole number of pages"
         return f"a run lies beyond {_GPA_BITS} bits of address"
 

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -35,7 +36,8 @@ def populate(memory: NDArray[np.uint8]) -> None:
         return
     address = memory.ctypes.data
     _madvise(address + start, stop - start, _MADV_HUGEPAGE)  # advice: that it can't be had is no failure
-    for first in range(start, stop, _STEP):
+
+    def step(first: int) -> None:
         size = min(_STEP, stop - first)
         code = _madvise(address + first, size, _MADV_POPULATE_WRITE)
         if code == errno.EINVAL:  # an older kernel
@@ -43,6 +45,11 @@ def populate(memory: NDArray[np.uint8]) -> None:
             np.bitwise_or(part, np.uint8(0), out=part)
         elif code:
             raise OSError(code, f"no room for {size} bytes of guest memory: {os.strerror(code)}")
+
+    # Two threads clear pages in little more than half the time of one; more have nothing to clear them with.
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(step, range(start, stop, _STEP)):
+            pass
 
 
 def _madvise(address: int, size: int, advice: int) -> int:

@@ -237,7 +237,7 @@ class _Receiver:
             raise StreamError("a frame of pages has no runs")
         rows = np.frombuffer(table, dtype="<u8").reshape(-1, 2)
         slot, runs = self._layout.find(rows[:, 0], rows[:, 1])
-        return slot.id, runs, int(runs[:, 1].sum())
+        return slot.id, runs, int(np.add.reduce(runs[:, 1]))
 
     # --- the handover --------------------------------------------------------------------------------------
 

@@ -59,27 +59,25 @@ class PageSender:
         rows = self._source.memory(slot.id).reshape(-1, self._size)
         words = rows.view(np.uint64)
         base = slot.base_gfn * self._size
-        paused = not self._source.running
+        direct = self._staging.direct and not self._source.running
         for batch in _batches(slot.npages, pages, self._staging.size // self._size):
             self._check()
             if isinstance(batch, slice):
-                if paused and self._staging.direct and words[batch, 0].all():  # no page of it can be all zero
+                if direct and words[batch, 0].all():  # no page of it can be all zero
                     self._emit(base, _one_run(batch), rows[batch])
                     continue
-                index = np.arange(batch.start, batch.stop)
-                stage = self._stage(index.size)
+                stage = self._stage(batch.stop - batch.start)
                 np.copyto(stage, rows[batch])
             else:
-                index = batch
-                stage = self._stage(index.size)
-                np.take(rows, index, axis=0, out=stage, mode="clip")  # clip: unlike raise it needs no second buffer
-            self._send_copy(base, index, stage)
+                stage = self._stage(batch.size)
+                np.take(rows, batch, axis=0, out=stage, mode="clip")  # clip: unlike raise it needs no second buffer
+            self._send_copy(base, batch, stage)
         self._flush_zeros()
 
     def _stage(self, npages: int) -> NDArray[np.uint8]:
         return self._staging.buffer()[: npages * self._size].reshape(npages, self._size)
 
-    def _send_copy(self, base: int, index: NDArray[np.int64], stage: NDArray[np.uint8]) -> None:
+    def _send_copy(self, base: int, batch: slice | NDArray[np.int64], stage: NDArray[np.uint8]) -> None:
         words = stage.view(np.uint64)
         zero = words[:, 0] == 0
         if zero.any():
@@ -87,12 +85,14 @@ class PageSender:
             part = words if maybe.size == len(words) else words[maybe]
             zero[maybe] = np.bitwise_or.reduce(part, axis=1) == 0
             if zero.any():
+                index = np.arange(batch.start, batch.stop) if isinstance(batch, slice) else batch
                 self._add_zeros(base, index[zero])
-                index, rest = index[~zero], stage[~zero]
-                stage = stage[: index.size]
+                left, rest = index[~zero], stage[~zero]
+                if not left.size:
+                    return
+                batch, stage = left, stage[: left.size]
                 stage[:] = rest
-        if index.size:
-            self._emit(base, runs_of(index), stage)
+        self._emit(base, _one_run(batch) if isinstance(batch, slice) else runs_of(batch), stage)
 
     def _emit(self, base: int, runs: NDArray[np.int64], payload: NDArray[np.uint8]) -> None:
         table = self._addresses(base, runs).tobytes()

@@ -1,0 +1,356 @@
+"""KvmVm: a VM of the kernel's, with real memory, the kernel's dirty log, and vCPUs that run in threads."""
+
+import mmap
+from collections.abc import Sequence
+from contextlib import ExitStack
+from errno import ETIMEDOUT
+from threading import RLock
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from hwdbm.kvm import guest as guests
+from hwdbm.kvm.host import Host
+from hwdbm.kvm.state import Guest, State, capture, restore
+from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offset
+from hwdbm.kvm.vcpu import VcpuFd
+from hwdbm.memslot import Memslot
+
+__all__ = ["KvmVm"]
+
+_PROOF = 10.0  # seconds that a guest has to write a chunk of pages
+_LOOK = 0.02  # seconds between two looks at whether it has
+
+
+class KvmVm(Host):
+    """A VM in the kernel: memory, a dirty log, vCPUs, and a guest in them. It is a source of migrations, too.
+
+    Slot 0 is the memory that the guest writes. Slot 1, at gpa 0x10000, is the guest: a page of code, and a page with
+    the iteration's number. At first it is paused.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes of slot 0, whole pages. Nothing is backed until it is touched.
+    vcpus : int
+        How many there are. Those of `counting` count each in its share of the pages.
+    guest : str
+        ``counting``, ``random`` or ``idle``; see `hwdbm.kvm.guest`.
+    ring : int, optional
+        Entries of each vCPU's dirty ring. By default the log is of bitmaps.
+    manual_protect : str
+        How bitmaps are collected. ``off``: GET clears. ``on``: GET shows, CLEAR clears. ``initially-set``: so, and all
+        pages are dirty when a log starts.
+    rate : float, optional
+        Pages a second that all vCPUs write together. By default as many as go.
+    seed : int
+        Of the random guest's pages.
+    base : int
+        Where slot 0 begins: a guest physical address, a multiple of the page.
+    path : str
+        The device.
+
+    Attributes
+    ----------
+    kernel : VmFd
+        The VM's file, for requests of one's own.
+    page_size : int
+        Bytes of a page.
+
+    Raises
+    ------
+    KvmUnavailableError
+        If there is no usable KVM.
+    OSError
+        The kernel's.
+    ValueError
+        If a parameter is out of range, or the guest can't reach the memory.
+
+    Notes
+    -----
+    A VM can be made and used in any thread. What a vCPU failed with, `GuestExitError` as a rule, is raised by `resume`,
+    `pause`, `dirty`, `state` and `check`, each time. Registers and rates are part of the state; the log's mode is not.
+
+    Examples
+    --------
+    On a machine with ``/dev/kvm``::
+
+        with KvmVm(1 << 30, guest="counting", rate=100_000) as vm:
+            vm.start_log()
+            vm.resume()
+            time.sleep(0.1)
+            with vm.dirty(0) as lease:  # what raises in here gives the pages back
+                print(lease.bitmap.ranges(base=0x4000_0000, unit=vm.page_size))
+            vm.pause()
+            vm.check()
+    """
+
+    def __init__(
+        self,
+        memory: int,
+        *,
+        vcpus: int = 1,
+        guest: str = "counting",
+        ring: int | None = None,
+        manual_protect: str = "off",
+        rate: float | None = None,
+        seed: int = 0,
+        base: int = 0x4000_0000,
+        path: str = "/dev/kvm",
+    ) -> None:
+        page, what = mmap.PAGESIZE, Guest(guest, rate)
+        if memory < page or memory % page or base < 0 or base % page:
+            raise ValueError(f"memory is whole pages of {page} bytes: not {memory:#x} bytes at gpa {base:#x}")
+        if what.kind != "idle" and base + memory > guests.top():
+            raise ValueError(f"the guest reaches gpa {guests.top():#x}, and the memory ends at {base + memory:#x}")
+        slots = (
+            Memslot(DATA_SLOT, 0, base // page, memory // page, 0),
+            Memslot(CODE_SLOT, 0, CODE_GPA // page, 2, 0),
+        )
+        self._open(slots, vcpus=vcpus, ring=ring, manual_protect=manual_protect, path=path)
+        try:
+            self._boot(what, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_slots(
+        cls,
+        page_size: int,
+        slots: Sequence[Memslot],
+        *,
+        vcpus: int = 1,
+        ring: int | None = None,
+        manual_protect: str = "off",
+        path: str = "/dev/kvm",
+    ) -> Self:
+        """Return a paused VM with the memory of another: where a migration arrives.
+
+        It has an idle guest until `set_state`, which also makes the vCPUs that the state has more.
+
+        Parameters
+        ----------
+        page_size : int
+            Bytes of a page: this machine's.
+        slots : sequence of Memslot
+            The memory; backings and logs of theirs don't matter.
+        vcpus, ring, manual_protect, path
+            As for `KvmVm`.
+
+        Raises
+        ------
+        ValueError
+            If this machine has other pages.
+        OSError
+            The kernel's: EEXIST if slots overlap, EINVAL if it can't have one of them.
+        """
+        if page_size != mmap.PAGESIZE:
+            raise ValueError(f"pages of {page_size} bytes, and this machine's have {mmap.PAGESIZE}")
+        self = cls.__new__(cls)
+        self._open(slots, vcpus=vcpus, ring=ring, manual_protect=manual_protect, path=path)
+        return self
+
+    def _open(self, slots: Sequence[Memslot], *, vcpus: int, ring: int | None, manual_protect: str, path: str) -> None:
+        if vcpus < 1:
+            raise ValueError(f"a VM has 1 vCPU or more, not {vcpus}")
+        self._guest, self._running = Guest(), False
+        self._control = RLock()  # of the vCPUs' starts and stops
+        with ExitStack() as files:
+            Host.__init__(self, files, ring=ring, manual_protect=manual_protect, path=path)
+            for slot in slots:
+                self._add_slot(slot)
+            for _ in range(vcpus):
+                self._add_vcpu()
+            self._files = files.pop_all()
+
+    def _boot(self, what: Guest, seed: int) -> None:
+        if what.kind == "idle":
+            return
+        code = guests.code(what.kind)
+        self._memory[CODE_SLOT][: len(code)] = np.frombuffer(code, dtype=np.uint8)
+        data, page = self._logs[DATA_SLOT].slot, self.page_size
+        parts = [(0, data.npages)] * len(self._threads)
+        if what.kind == "counting":
+            parts = guests.shares(data.npages, len(self._threads))
+        for thread, (first, npages) in zip(self._threads, parts, strict=True):
+            start = (data.base_gfn + first) * page
+            numbers = np.random.SeedSequence([seed, thread.number]).generate_state(1)
+            guests.boot(thread.vcpu, Task(what.kind, start, start + npages * page, page, int(numbers[0])))
+        self._become(what)
+
+    def _become(self, what: Guest) -> None:
+        self._guest = what
+        if what.kind != "idle":
+            for thread in self._threads:
+                thread.pace(what.kind, None if what.rate is None else what.rate / len(self._threads))
+
+    def __repr__(self) -> str:
+        size = sum(memory.size for memory in self._memory.values())
+        return f"<KvmVm: {self._guest.kind} on {len(self._threads)} vCPUs, {size >> 20} MiB>"
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    @property
+    def vcpus(self) -> tuple[VcpuFd, ...]:
+        """The vCPUs. Requests of one that runs wait until it leaves the guest: pause before."""
+        return tuple(thread.vcpu for thread in self._threads)
+
+    @property
+    def running(self) -> bool:
+        """Whether vCPUs may write."""
+        return self._running
+
+    @property
+    def pages(self) -> int:
+        """How many pages the guest wrote here so far, in whole chunks."""
+        return sum(thread.pages for thread in self._threads)
+
+    @property
+    def iteration(self) -> int:
+        """The number that the random guest writes. Setting it is a `write`."""
+        raw = self.read(CODE_GPA + iteration_offset(self.page_size), 4)
+        return int.from_bytes(raw, "little")
+
+    @iteration.setter
+    def iteration(self, number: int) -> None:
+        self.write(CODE_GPA + iteration_offset(self.page_size), number.to_bytes(4, "little"))
+
+    def resume(self) -> None:
+        """Let the vCPUs run."""
+        with self._control:
+            self._check_vcpus()
+            self._running = True
+            if self._guest.kind != "idle":
+                for thread in self._threads:
+                    thread.resume()
+
+    def pause(self) -> None:
+        """Stop the vCPUs. When this returns they have left the guest, and everything they wrote is in memory."""
+        with self._control:
+            for thread in self._threads:
+                thread.pause()
+            self._running = False
+            self._check_vcpus()
+
+    def throttle(self, percent: int) -> None:
+        """Keep the vCPUs from running for some part of the time.
+
+        Parameters
+        ----------
+        percent : int
+            0 to 99.
+
+        Raises
+        ------
+        ValueError
+            For another one.
+        """
+        if not 0 <= percent <= 99:
+            raise ValueError(f"vCPUs are throttled by 0 to 99 percent, not {percent}")
+        for thread in self._threads:
+            thread.percent = percent
+
+    def check(self) -> None:
+        """Check that the memory of slot 0 is what the guest can have written.
+
+        Raises
+        ------
+        PatternError
+            If it isn't; the text names the first page that is wrong.
+        RuntimeError
+            If the VM is running.
+        """
+        self._check_paused()
+        self._check_vcpus()
+        if self._guest.kind == "counting":
+            guests.check_counting(self.memory(DATA_SLOT), self.page_size, vcpus=len(self._threads))
+        elif self._guest.kind == "random":
+            guests.check_random(self.memory(DATA_SLOT), self.page_size, self.iteration)
+
+    def prove(self) -> None:
+        """Let the guest, which runs, write some pages more, and check what it has written; it runs on.
+
+        Raises
+        ------
+        PatternError
+            If the memory isn't what the guest can have written.
+        OSError
+            ETIMEDOUT if it writes nothing, or what a vCPU failed with.
+        """
+        before, until = self.pages, monotonic() + _PROOF
+        while self._guest.kind != "idle" and self.pages == before:
+            self._check_vcpus()
+            if monotonic() > until:
+                raise OSError(ETIMEDOUT, f"the guest wrote no page in {_PROOF:g} s")
+            sleep(_LOOK)
+        self.pause()
+        try:
+            self.check()
+        finally:
+            self.resume()
+
+    def _check_paused(self) -> None:
+        if self._running:
+            raise RuntimeError("the vCPUs are running")
+
+    # --- state ---------------------------------------------------------------------------------------------
+
+    def state(self) -> bytes:
+        """Return which guest it is, and the registers of the vCPUs.
+
+        Raises
+        ------
+        RuntimeError
+            If the VM is running.
+        """
+        with self._control:
+            self._check_paused()
+            self._check_vcpus()
+            vcpus = tuple(capture(thread.vcpu, self._msrs) for thread in self._threads)
+            return State(self._guest, vcpus).to_bytes()
+
+    def set_state(self, state: bytes) -> None:
+        """Go on where another VM was, with its memory.
+
+        Raises
+        ------
+        RuntimeError
+            If the VM is running.
+        ValueError
+            If it is no state, or one of fewer vCPUs, or the kernel refuses some of it. Registers may be changed then.
+        """
+        with self._control:
+            self._check_paused()
+            found = State.from_bytes(state)
+            if len(found.vcpus) < len(self._threads):
+                raise ValueError(f"a state of {len(found.vcpus)} vCPUs, and here are {len(self._threads)}")
+            while len(self._threads) < len(found.vcpus):
+                self._add_vcpu()
+            for thread, registers in zip(self._threads, found.vcpus, strict=True):
+                restore(thread.vcpu, registers)
+                thread.failure = None
+            self._become(found.guest)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the vCPUs for good, and give everything back. Views of the memory that others hold stay valid."""
+        with self._control:
+            for thread in self._threads:
+                thread.close()
+            self._running = False
+            self._threads.clear()
+            self._files.close()
+            self._logs.clear()
+            self._memory.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
