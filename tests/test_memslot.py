@@ -45,6 +45,10 @@ ROWS = [
     ({"guest_phys_addr": -P}, EINVAL, "guest_phys_addr"),
     ({"userspace_addr": 1}, EINVAL, "userspace_addr 0x1"),
     ({"userspace_addr": TOP}, EINVAL, "userspace_addr"),
+    ({"userspace_addr": TOP - 0x10 * P}, EINVAL, "beyond any process"),
+    ({"userspace_addr": (1 << 56) - 0xF * P}, EINVAL, "beyond any process"),
+    # before the overlap, which is EEXIST
+    ({"slot": 1, "userspace_addr": 1 << 63}, EINVAL, "userspace_addr 0x8000000000000000 plus 0x10000"),
     ({"slot": 1 << 16}, EINVAL, "address space 1"),
     ({"slot": 32767}, EINVAL, "32767"),
     ({"slot": 0xFFFF}, EINVAL, "65535"),
@@ -87,6 +91,7 @@ ORDER = [
     ("memory_size", {"memory_size": P + 1}),
     ("guest_phys_addr", {"guest_phys_addr": TOP - P + 1}),
     ("userspace_addr", {"userspace_addr": 1}),
+    ("beyond any process", {"userspace_addr": 1 << 63}),
     ("address space", {"slot": 9 << 16}),
     ("wraps", {"guest_phys_addr": TOP - P, "memory_size": (1 << 33) * P}),
     ("2147483647 pages", {"guest_phys_addr": 0, "memory_size": (1 << 33) * P}),

@@ -25,6 +25,9 @@ KVM_USER_MEM_SLOTS = 32767
 KVM_PHYS_SHIFT = 40
 """The guest's address bits where a VM is created with type 0."""
 
+# access_ok: no process has addresses beyond. x86 has 56 bits with five levels, and on arm64 a tag begins there. Most
+# kernels end earlier, at 47, 48 or 52 bits; which one it would be, a model doesn't know.
+_USER_BITS = 56
 _U64 = 1 << 64
 _BASE = attrgetter("base_gfn")
 
@@ -287,6 +290,8 @@ class Memslots:
                 raise OSError(
                     EINVAL, f"{slot_name(slot)}: {name} {value:#x} is not a multiple of {self.granule} in 64 bits"
                 )
+        if hva + size > 1 << _USER_BITS:
+            raise OSError(EINVAL, f"{slot_name(slot)}: userspace_addr {hva:#x} plus {size:#x} is beyond any process")
         self.check_id(slot)
         if gpa + size >= _U64:  # at 2**64 exactly the sum is 0 in KVM's 64 bits, and so below the address
             raise OSError(EINVAL, f"{slot_name(slot)}: guest_phys_addr {gpa:#x} plus memory_size {size:#x} wraps")
