@@ -34,7 +34,14 @@ numpydoc_validation_exclude = {r"\.testing\.(slots|stage2s)$", r"\.TestCase"}
 
 # pytest runs the docstrings' examples, in their modules; here only those of the pages run.
 doctest_test_doctest_blocks = ""
-doctest_global_setup = "import hwdbm"
+doctest_global_setup = """
+import platform
+from pathlib import Path
+
+import hwdbm
+
+kvm = platform.machine() == "x86_64" and Path("/dev/kvm").exists()
+"""
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"hwdbm {release}"
