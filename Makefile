@@ -32,6 +32,15 @@ migrate: $(VENV)/.user ## move a machine that keeps writing to another process, 
 test: $(VENV)/.dev ## run the tests, and report what they cover
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)
 
+# Ten times as many random examples as `make test` asks: some twenty minutes on two cores.
+EFFORT ?= 10
+THOROUGH = tests/test_stage2.py tests/test_stage2_machine.py tests/kernels tests/dirtylog/test_model.py \
+  tests/machine/test_twin.py tests/image/test_synthetic.py tests/migration/test_stream.py tests/kvm
+
+.PHONY: thorough
+thorough: $(VENV)/.dev ## run the tests that draw at random, EFFORT times as long
+	HWDBM_EFFORT=$(EFFORT) $(BIN)/python -m pytest --numprocesses auto $(THOROUGH) $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports
 	$(BIN)/ruff check

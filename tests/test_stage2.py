@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from hwdbm.testing import bitmaps, differences, stage2s
 
 MOST = {Granule.K4: 1600, Granule.K16: 5000, Granule.K64: 17000}
 GRANULES = pytest.mark.parametrize("granule", Granule, ids=str)
-FEW = {Granule.K4: 60, Granule.K16: 12, Granule.K64: 5}
+FEW = {Granule.K4: 60 * EFFORT, Granule.K16: 12 * EFFORT, Granule.K64: 5 * EFFORT}
 
 
 def compare(s2, verb, *args, **kwargs):
@@ -132,7 +133,11 @@ def test_harvest_of_parts_equals_the_walkers(kernels, granule):
     check()
 
 
-@pytest.mark.parametrize(("npages", "base"), [(1, 0), (1, 511), (2, 0), (2, 1), (2, 511), (3, 511)])
+FEW_PAGES = ((1, 0), (1, 511), (2, 0), (2, 1), (2, 511), (3, 511))
+MORE_PAGES = ((3, 0), (3, 510))
+
+
+@pytest.mark.parametrize(("npages", "base"), [*FEW_PAGES, *(MORE_PAGES if EFFORT > 1 else ())])
 def test_every_state_of_a_few_pages(kernels, npages, base):
     """All states, young and old, of up to three pages: 8 ** npages slots, and every mask and range of each."""
     kinds = [

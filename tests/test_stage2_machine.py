@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -24,7 +25,7 @@ def test_machine(name, granule, monkeypatch):
     monkeypatch.setattr(kernels, "_active", [])
     kernels.use(name)
     few = {Granule.K4: 25, Granule.K16: 10, Granule.K64: 5}[granule]
-    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few))
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few * EFFORT))
 
 
 # --- mutants: each breaks one invariant of the model, and the machine alone, without the walker, finds it ----------

@@ -1,11 +1,14 @@
 """The dirty log against a model of KVM's rules, with a guest, a TLB, a host, and a consumer that fails."""
 
 import pytest
+from effort import EFFORT
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from logmachine import BlockMachine, LogMachine
 
-LONG = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(
+    max_examples=60 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.parametrize("machine", [LogMachine, BlockMachine])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,7 +265,7 @@ def layouts_with_runs(draw: st.DrawFn) -> tuple[int, Runs]:
     return n, [(lo, hi) for lo, hi in zip(flat[::2], flat[1::2], strict=True)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40 * EFFORT)
 @given(layouts_with_runs(), st.floats(0, 1), st.sampled_from([64, 128, 1 << 17]), st.sampled_from([0, 64, 1 << 13]))
 def test_any_layout(kernels: ModuleType, layout: tuple[int, Runs], share: float, block: int, gap: int) -> None:
     # With small blocks, the vector kernels' block borders and gaps come everywhere.

@@ -1,16 +1,13 @@
-"""The kernel judges the model: random calls to both, and every answer must be equal.
-
-HWDBM_CONFORMANCE_EXAMPLES says how many VMs a mode is tried with; 15 by default.
-"""
+"""The kernel judges the model: random calls to both, and every answer must be equal."""
 
 import ctypes
-import os
 from contextlib import closing
 from errno import EFAULT
 from pathlib import Path
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -20,7 +17,7 @@ from kvm_sides import BACKINGS, KernelSide, Memory, ModelSide, limits_of
 
 from hwdbm.kvm import abi
 
-EXAMPLES = int(os.environ.get("HWDBM_CONFORMANCE_EXAMPLES", "15"))
+EXAMPLES = 15 * EFFORT  # VMs, in each mode
 RANDOM = st.randoms(use_true_random=False)
 
 

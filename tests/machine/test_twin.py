@@ -1,6 +1,7 @@
 """The bulk vCPU does what the scalar reference does, and neither loses a write."""
 
 import pytest
+from effort import EFFORT
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from vmmachine import GuestMachine, TwinMachine
@@ -26,8 +27,8 @@ class SplitTwin(BlockTwin):
 
 @pytest.mark.parametrize("machine", [TwinMachine, BlockTwin, SplitTwin])
 def test_the_bulk_vcpu_is_the_reference_at_speed(machine):
-    run_state_machine_as_test(machine, settings=settings(FEW, max_examples=12))
+    run_state_machine_as_test(machine, settings=settings(FEW, max_examples=12 * EFFORT))
 
 
 def test_no_write_is_lost():
-    run_state_machine_as_test(GuestMachine, settings=settings(FEW, max_examples=30, stateful_step_count=25))
+    run_state_machine_as_test(GuestMachine, settings=settings(FEW, max_examples=30 * EFFORT, stateful_step_count=25))

@@ -126,7 +126,7 @@ OFFERS = {
     "nothing": (lambda: (), "0 descriptors, and not with 2"),
     "one": (lambda: (memory(),), "1 descriptors, and not with 2"),
     "no memory": (os.pipe, "is none"),
-    "too little": (lambda: (memory(PAYLOAD), os.eventfd(0)), "1048576 bytes"),
+    "too little": (lambda: (memory(PAYLOAD), os.eventfd(0)), "2097152 bytes"),
     "memory that can shrink": (lambda: (memory(sealed=False), os.eventfd(0)), "that can't shrink"),
 }
 
@@ -197,7 +197,7 @@ def test_a_batch_larger_than_its_buffer(pair):
     layout = Layout(4096, (Memslot(0, 0, 0, 1024, 0),))
     offered(source, SHARING, *fds, layout=layout)
     source.sock.sendall(shared(1, (0, PAYLOAD + 4096)))
-    with pytest.raises(StreamError, match="the runs' 257 pages are more than 1048576 bytes"):
+    with pytest.raises(StreamError, match="the runs' 513 pages are more than 2097152 bytes"):
         receive(destination, PlainGuest)
     for fd in fds:
         os.close(fd)

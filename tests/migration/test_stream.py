@@ -9,6 +9,7 @@ import zlib
 from contextlib import suppress
 
 import pytest
+from effort import EFFORT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from streamtools import SMALL, frame, hello, pages, zeros
@@ -132,7 +133,7 @@ BROKEN = {
     "a damaged head": (ALL[0] + ALL[1][:10] + b"x" + ALL[1][11:], "frame 1: its head is damaged"),
     "a damaged scatter": (b"".join(ALL[:5]) + ALL[5][:-1] + b"x", "frame 5, PAGES: its body is damaged"),
     "runs beyond the body": (ALL[0] + frame(Kind.PAGES, 1, b"", runs=3), "3 runs in 0 bytes are too many"),
-    "too many runs": (ALL[0] + frame(Kind.PAGES, 1, bytes(16 * 500), runs=500), "500 runs"),
+    "too many runs": (ALL[0] + frame(Kind.PAGES, 1, bytes(16 * 600), runs=600), "600 runs"),
     "shared, and nothing is": (
         ALL[0] + frame(Kind.SHARED, 1, bytes(16), runs=1),
         "frame 1 is SHARED, and no memory is",
@@ -226,7 +227,7 @@ def test_memory_is_bounded():
 
 # --- fuzzing -----------------------------------------------------------------------------------------------
 
-FUZZ = settings(max_examples=150, deadline=None)
+FUZZ = settings(max_examples=150 * EFFORT, deadline=None)
 
 
 def survives(raw: bytes) -> None:
@@ -283,7 +284,7 @@ BODY = st.one_of(
 )
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=300 * EFFORT)
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 6), BODY, st.integers(0, 3)), max_size=5))
 @example([(Kind.PAGES, 0, struct.pack("<QQ", 1 << 63, 1 << 63), 1)])
 @example([(Kind.ZERO, 0, struct.pack("<QQ", 16 << 12, 1 << 63), 1)])

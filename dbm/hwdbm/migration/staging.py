@@ -22,11 +22,11 @@ from hwdbm.migration.wire import PAYLOAD, Kind
 
 __all__ = ["BUFFERS", "Shared", "SharedStaging", "SocketStaging", "Staging", "staging"]
 
-BUFFERS = 16
+BUFFERS = 8
 """Buffers that are shared. To wake the other side costs as much as to copy one, so that it is done for several."""
 
-_TOGETHER = 4  # frames sent by one call, and so by one wake
-_RETURNED = 4  # buffers returned by one
+_TOGETHER = 2  # frames sent by one call, and so by one wake
+_RETURNED = 2  # buffers returned by one
 _BATCH = 1 << 19  # bytes that stay in a core's own cache from the copy to the send
 _SIZE = BUFFERS * PAYLOAD
 

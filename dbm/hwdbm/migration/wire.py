@@ -55,7 +55,7 @@ __all__ = [
 
 VERSION: Final = 1
 
-PAYLOAD: Final = 1 << 20
+PAYLOAD: Final = 1 << 21
 """Bytes of guest memory in a frame, at most."""
 
 RUNS: Final = PAYLOAD >> 12
