@@ -86,18 +86,20 @@ def test_ratio_of_medians(script: ModuleType, total: float, ratio: float, met: b
 
     qemu = of(record(100), record(900), record(100))
     ours = of(record(900, 800), record(total, 200), record(50, 10))
-    done = script.Comparison(2 << 20, "QEMU 7.2", qemu, ours)
-    assert done.ratio == pytest.approx(ratio)
-    assert done.ratio_with_verify == pytest.approx(total / 100)
+    done = script.Comparison(2 << 20, "QEMU 7.2", qemu, {"TCP": ours, "Unix socket": of(*[record(10)] * 3)})
+    assert done.ratio("TCP") == pytest.approx(ratio)
+    assert done.ratio("TCP", verified=True) == pytest.approx(total / 100)
 
     answer = json.loads(json.dumps(done.to_dict()))
-    assert (answer["ratio"], answer["met"]) == (ratio, met)
-    assert answer["median"]["qemu"] == {"total-time": 100}
-    assert "verify-time" not in answer["runs"][0]["qemu"]
-    assert answer["runs"][1]["hwdbm"]["verify-time"] == 200
+    assert (answer["hwdbm"]["TCP"]["ratio"], answer["hwdbm"]["TCP"]["met"]) == (ratio, met)
+    assert answer["hwdbm"]["Unix socket"]["ratio"] == 0.1
+    assert [one["total-time"] for one in answer["qemu"]] == [100, 900, 100]
+    assert "verify-time" not in answer["qemu"][0]
+    assert answer["hwdbm"]["TCP"]["runs"][1]["verify-time"] == 200
 
     text = done.to_text()
-    assert f"which QEMU doesn't have: {ratio:.3f}, <= 0.667: {'yes' if met else 'NO'}" in text
+    assert f"hwdbm, TCP: {ratio:.3f} without the digests, which QEMU doesn't have" in text
+    assert text.count("at most 0.667: yes") == 1 + met
     assert "2M of random memory" in text
 
 

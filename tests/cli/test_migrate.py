@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hwdbm import DirtyBitmap
 from hwdbm.cli.guest import Endpoint, endpoint
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Layout, PlainGuest, snapshot
@@ -204,3 +205,38 @@ def test_rebase_of_another_size(run, tmp_path: Path) -> None:
     (tmp_path / "diff").write_bytes(b"12")
     result = run("snapshot", "rebase", tmp_path / "base", tmp_path / "diff")
     assert (result.status, result.err) == (1, f"hwdbm: {tmp_path}/diff: a diff of 2 bytes is not of a base of 1\n")
+
+
+def test_a_recording_is_replayed(run, tmp_path: Path) -> None:
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    for number, pages in enumerate([[1, 2, 3], [4], [511]]):
+        (folder / f"{number}.bitmap").write_bytes(DirtyBitmap.from_pages(pages, 512).to_bytes())
+    options = [
+        "--memory",
+        "2M",
+        "--replay",
+        folder,
+        "--interval",
+        "0.01",
+        "--max-downtime",
+        "0",
+        "--max-iterations",
+        "3",
+    ]
+    result = run("migrate", *options, "--json")
+    assert (result.status, result.err) == (0, "")
+    passes = json.loads(result.out)["passes"]
+    assert all(one["dirty-pages"] <= 5 for one in passes[1:])
+    (folder / "9.bitmap").write_bytes(bytes(7))
+    result = run("migrate", *options)
+    assert result.status == 1
+    assert "9.bitmap: a bitmap of 512 pages has 64 bytes, got 7" in result.err
+    assert run("migrate", *options, "--workload", "idle").status == 2
+
+
+def test_without_proof(run) -> None:
+    result = run("migrate", "--memory", "2M", "--no-verify", "--json")
+    said = json.loads(result.out)
+    assert (result.status, said["status"]) == (0, "completed")
+    assert not {"source-sha256", "destination-sha256", "verify-time"} & set(said)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from errno import ENOENT
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,10 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.errors import BitmapError
 from hwdbm.granule import Granule
-from hwdbm.machine import Machine, parse
+from hwdbm.machine import Machine, Replay, parse
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Layout, LayoutError
 
@@ -162,9 +165,41 @@ def endpoint(text: str) -> Endpoint:
     return Endpoint(host, int(port))
 
 
-def workload_for(machine: Machine, text: str | None, *, seed: int, rate: float | None) -> None:
-    """Give the machine's vCPU the workload that a text names, or the default one."""
+def workload_for(
+    machine: Machine,
+    text: str | None,
+    *,
+    seed: int,
+    rate: float | None,
+    replay: Path | None = None,
+    interval: float = 0.1,
+) -> None:
+    """Give the machine's vCPU the workload that a text names, or a recorded one, or the default one."""
+    if replay is not None:
+        machine.run(Replay(bitmaps=_recorded(replay, machine.slots[0].npages), interval=interval))
+        return
     text = _WORKLOAD if text is None else text
     if rate is None and "rate=" not in text and not text.startswith("idle"):
         rate = _RATE
     machine.run(parse(text if rate is None else f"{text},rate={rate}", seed))
+
+
+def _recorded(folder: Path, npages: int) -> list[DirtyBitmap]:
+    """Return the bitmaps in a folder, in the order of their names.
+
+    Raises
+    ------
+    OSError
+        If there are none, or one can't be read.
+    ValueError
+        If one isn't of so many pages; the text names it.
+    """
+    bitmaps = []
+    for file in sorted(folder.iterdir()):
+        try:
+            bitmaps.append(DirtyBitmap.from_bytes(file.read_bytes(), npages))
+        except BitmapError as error:
+            raise ValueError(f"{file}: {error}") from error
+    if not bitmaps:
+        raise OSError(ENOENT, "there are no bitmaps", str(folder))
+    return bitmaps

@@ -84,6 +84,16 @@ def migrate(
         float | None,
         typer.Option(min=0, help="Stores a second; by default 200000. With KVM pages, by default 50000; 0: no limit."),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write what was recorded: the dirty bitmaps (KVM's layout) in a folder, by name, one an interval.",
+        ),
+    ] = None,
+    interval: Annotated[
+        float, typer.Option(min=1e-3, metavar="SECONDS", help="Between two bitmaps of --replay.")
+    ] = 0.1,
     kvm_log: KvmLogOption = KvmLog.BITMAP,
     seed: Annotated[int, typer.Option(help="Of the memory and the workload.")] = 0,
     bandwidth: Annotated[
@@ -97,6 +107,10 @@ def migrate(
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="Slow the guest down where it writes more than is sent.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the SHA-256 of all memory before the destination runs."),
+    ] = True,
     tls_dir: TlsFolder = None,
     insecure: Insecure = False,
     attempts: Annotated[int, typer.Option(min=1, help="Try so often; a failure leaves the guest running.")] = 1,
@@ -112,15 +126,17 @@ def migrate(
     it has run on at the destination.
     """
     _check(report, to, tls_dir, insecure=insecure)
-    settings = Settings(max_downtime / 1e3, max_iterations, bandwidth, auto_converge)
+    if replay is not None and (workload is not None or source is Vm.KVM):
+        raise typer.BadParameter("--replay is what the modelled machine writes, in place of a --workload")
+    settings = Settings(max_downtime / 1e3, max_iterations, bandwidth, auto_converge, verify)
     vm: Machine | KvmVm
     if source is Vm.KVM:
-        receiver = ["--vm", "kvm", "--kvm-log", kvm_log.value]
+        receiver = ["--memory", str(memory), "--vm", "kvm", "--kvm-log", kvm_log.value]
         vm = build_kvm(memory, log=kvm_log, workload=workload, rate=rate, seed=seed, image=memory_image, percent=filled)
     else:
-        receiver = ["--mode", mode.value, "--thp" if thp else "--no-thp"]
+        receiver = ["--memory", str(memory), "--mode", mode.value, "--thp" if thp else "--no-thp"]
         vm = build(memory, mode=mode, thp=thp, seed=seed, image=memory_image, percent=filled)
-        workload_for(vm, workload, seed=seed, rate=rate)
+        workload_for(vm, workload, seed=seed, rate=rate, replay=replay, interval=interval)
     kernels.warm_up()
     with vm, _switching_often(), _cancelled_by_sigint() as cancel:
         vm.resume()

@@ -91,7 +91,10 @@ def receive(
             for slot in ready.slots:
                 populate(ready.memory(slot.id))
         with _accepted(listen, unix, tls_dir, insecure=insecure) as channel:
-            received = receive_vm(channel, build if memory is None else lambda _: ready, most_memory=limit)
+            if memory is None:
+                received = receive_vm(channel, build, most_memory=limit)
+            else:
+                received = receive_vm(channel, lambda _: ready, most_memory=limit, populated=True)
         there = stack.enter_context(closing(received.destination))
         time.sleep(run)
         there.pause()

@@ -66,7 +66,9 @@ class Received:
     proved: bool | None = None
 
 
-def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None) -> Received:
+def receive(
+    channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None, populated: bool = False
+) -> Received:
     """Receive a VM, and let it run.
 
     Parameters
@@ -78,6 +80,8 @@ def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory:
         migration fails.
     most_memory : int, optional
         Bytes of guest memory at most; more is refused before any is allocated.
+    populated : bool
+        Whether what `build` returns has its memory already: it needs no pages from the system first.
 
     Returns
     -------
@@ -93,15 +97,18 @@ def receive(channel: Channel, build: Callable[[Layout], Source], *, most_memory:
         If there is no memory, or no room in the file behind it. The other side is told that, too.
     """
     try:
-        return _Receiver(channel, build, most_memory).run()
+        return _Receiver(channel, build, most_memory, populated=populated).run()
     except (Exception, KeyboardInterrupt) as error:
         channel.fail(f"{error}" or type(error).__name__)
         raise
 
 
 class _Receiver:
-    def __init__(self, channel: Channel, build: Callable[[Layout], Source], most_memory: int | None) -> None:
+    def __init__(
+        self, channel: Channel, build: Callable[[Layout], Source], most_memory: int | None, *, populated: bool
+    ) -> None:
         self._channel, self._build, self._most_memory = channel, build, most_memory
+        self._populated = populated
         self._stage = np.zeros(PAYLOAD, dtype=np.uint8)
         self._shared: Shared | None = None
         self._pages = [0, 0]  # normal and zero, of this pass
@@ -117,8 +124,9 @@ class _Receiver:
         vm = self._build(layout)
         try:
             Layout.of(vm).require(layout)
-            for slot in vm.slots:
-                populate(vm.memory(slot.id))
+            if not self._populated:
+                for slot in vm.slots:
+                    populate(vm.memory(slot.id))
             self._layout, self._vm = layout, vm
             self._rows = {slot.id: vm.memory(slot.id).reshape(-1, layout.page_size) for slot in vm.slots}
             self._got = Received(vm)

@@ -27,7 +27,7 @@ BUFFERS = 8
 
 _TOGETHER = 2  # frames sent by one call, and so by one wake
 _RETURNED = 2  # buffers returned by one
-_BATCH = 1 << 19  # bytes that stay in a core's own cache from the copy to the send
+_BATCH = 1 << 20  # bytes that stay in a core's own cache from the copy to the send
 _SIZE = BUFFERS * PAYLOAD
 
 
