@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 import time
-from errno import ENOSPC
+from errno import EIO, ENOSPC
 
 import pytest
 from migrationvm import LAYOUT, FakeVm
@@ -354,3 +354,24 @@ def test_the_destination_that_cannot_say_so_does_not_run(inside, monkeypatch):
     other.join()
     assert (vm.running, made[0].running) == (True, False)
     vm.close()
+
+
+def test_a_source_that_cannot_run_again(vm, inside):
+    """What is raised is why the migration failed; that the source is dead, too, is said beside it."""
+
+    def dies():
+        raise OSError(EIO, "vCPU 0 stopped")
+
+    vm.resume()
+    other = inside()
+
+    def cut():
+        vm.resume = dies
+        other.channel.sock.shutdown(socket.SHUT_RDWR)
+
+    with pytest.raises(StreamError) as raised:
+        migrate(vm, trap(other.channel, Kind.STATE, cut), SOON)
+    assert raised.value.__notes__ == ["and the source doesn't run: [Errno 5] vCPU 0 stopped"]
+    del vm.resume
+    vm.resume()
+    check_back(vm)

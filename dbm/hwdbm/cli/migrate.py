@@ -188,7 +188,7 @@ def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
         typer.echo(f"hwdbm: {done.report.error}", err=True)
         raise typer.Exit(1)
     if done.failure is not None:
-        typer.echo(f"hwdbm: {done.failure}", err=True)
+        typer.echo(" ".join((f"hwdbm: {done.failure}", *getattr(done.failure, "__notes__", ()))), err=True)
         raise typer.Exit(_MISMATCH if isinstance(done.failure, DigestError) else 1)
 
 

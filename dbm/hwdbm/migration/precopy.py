@@ -329,7 +329,10 @@ class Precopy:
             self._lent.clear()
             self._source.throttle(0)
             if self._ran and not self._gone and not self._source.running:
-                self._source.resume()
+                try:
+                    self._source.resume()
+                except OSError as stuck:  # a vCPU that died, say: why the migration failed is the news still
+                    error.add_note(f"and the source doesn't run: {stuck}")
         cancelled = isinstance(error, CancelledMigrationError | KeyboardInterrupt)
         self.report.status = "cancelled" if cancelled else "failed"
         self.report.error = str(error) or type(error).__name__
