@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hwdbm import kernels, pte
 from hwdbm.bench import visitor
 from hwdbm.bench.measure import Row, smallest
+from hwdbm.bench.stream import StreamSetup, rows
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.image import Slot, open_image
 from hwdbm.stage2 import Stage2
@@ -159,6 +160,13 @@ def unmapped(_: Setup) -> Iterator[Row]:
     yield Row("1 TiB never mapped, harvested (MiB resident)", resident(1 << 28), "400 MiB", 400 << 20, 1.0)
 
 
+def stream(setup: Setup) -> Iterator[Row]:
+    """Yield what a migration's stream takes beside plain sends, over a Unix socket and over loopback TCP."""
+    memory = min(setup.npages << 12, StreamSetup().memory)
+    yield from rows(StreamSetup(memory=memory, rounds=setup.repeat, transport="unix"))
+    yield from rows(StreamSetup(memory=memory, rounds=setup.repeat, transport="tcp"))
+
+
 BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "harvest": harvest,
     "enable": enable,
@@ -166,6 +174,7 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "sparse": sparse,
     "tables": tables,
     "unmapped": unmapped,
+    "stream": stream,
 }
 
 

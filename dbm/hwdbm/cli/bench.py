@@ -38,7 +38,7 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Measure each so often; the smallest time counts.")] = 9,
     as_json: options.Json = False,
 ) -> None:
-    """Measure harvest, enabling, blocks, sparse slots and the reading of tables, here and now.
+    """Measure the engine, and the stream of a migration, here and now.
 
     Each figure stands beside a floor, measured in turn with it: compare ratios, not times. A limit is what
     the project holds itself to for 64G on a quiet machine.

@@ -11,7 +11,7 @@ from hwdbm.migration.channel import Channel
 from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.source import Source
 from hwdbm.migration.staging import Staging
-from hwdbm.migration.wire import HEAD_SIZE, ZERO_RUNS, Kind
+from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
 
 __all__ = ["PageSender", "runs_of"]
 
@@ -60,7 +60,7 @@ class PageSender:
         words = rows.view(np.uint64)
         base = slot.base_gfn * self._size
         direct = self._staging.direct and not self._source.running
-        for batch in _batches(slot.npages, pages, self._staging.size // self._size):
+        for batch in _batches(slot.npages, pages, PAYLOAD // self._size):
             self._check()
             if isinstance(batch, slice):
                 if direct and words[batch, 0].all():  # no page of it can be all zero

@@ -27,7 +27,6 @@ BUFFERS = 8
 
 _TOGETHER = 2  # frames sent by one call, and so by one wake
 _RETURNED = 2  # buffers returned by one
-_BATCH = 1 << 20  # bytes that stay in a core's own cache from the copy to the send
 _SIZE = BUFFERS * PAYLOAD
 
 
@@ -42,12 +41,8 @@ class Staging(Protocol):
     def direct(self) -> bool:
         """Whether bytes that lie elsewhere can be sent, too."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of a batch, at most."""
-
     def buffer(self) -> NDArray[np.uint8]:
-        """Return the buffer, ``(size,)``: the same until it is sent."""
+        """Return the buffer, ``(PAYLOAD,)``: the same until it is sent."""
 
     def send(self, table: bytes, runs: int, payload: NDArray[np.uint8]) -> None:
         """Send pages; `payload` begins where the buffer does, or `direct`."""
@@ -71,11 +66,10 @@ class SocketStaging:
 
     descriptors = ()
     direct = True
-    size = _BATCH
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._buffer = np.zeros(_BATCH, dtype=np.uint8)
+        self._buffer = np.zeros(PAYLOAD, dtype=np.uint8)
 
     def buffer(self) -> NDArray[np.uint8]:
         """Return the buffer."""
@@ -96,7 +90,6 @@ class SharedStaging:
     """`BUFFERS` buffers of the source's, which the destination maps."""
 
     direct = False
-    size = PAYLOAD
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
