@@ -41,6 +41,10 @@ THOROUGH = tests/test_stage2.py tests/test_stage2_machine.py tests/kernels tests
 thorough: $(VENV)/.dev ## run the tests that draw at random, EFFORT times as long
 	HWDBM_EFFORT=$(EFFORT) $(BIN)/python -m pytest --numprocesses auto $(THOROUGH) $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
+	$(BIN)/python tests/kvm/soak.py --migrations 100
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports
 	$(BIN)/ruff check

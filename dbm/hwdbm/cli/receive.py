@@ -15,7 +15,7 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, layout_of, machine_for
 from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, kvm_for, kvm_layout
 from hwdbm.cli.live import megabytes
-from hwdbm.migration import Channel, Layout, PlainGuest, Received, Source, transport
+from hwdbm.migration import Channel, Layout, PlainGuest, Received, Source, StreamError, transport
 from hwdbm.migration import receive as receive_vm
 from hwdbm.migration.populate import populate
 
@@ -91,10 +91,13 @@ def receive(
             for slot in ready.slots:
                 populate(ready.memory(slot.id))
         with _accepted(listen, unix, tls_dir, insecure=insecure) as channel:
-            if memory is None:
-                received = receive_vm(channel, build, most_memory=limit)
-            else:
-                received = receive_vm(channel, lambda _: ready, most_memory=limit, populated=True)
+            try:
+                if memory is None:
+                    received = receive_vm(channel, build, most_memory=limit)
+                else:
+                    received = receive_vm(channel, lambda _: ready, most_memory=limit, populated=True)
+            except StreamError as error:
+                raise StreamError(f"{error}; there is no guest here") from error
         there = stack.enter_context(closing(received.destination))
         time.sleep(run)
         there.pause()

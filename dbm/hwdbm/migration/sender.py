@@ -22,8 +22,7 @@ class PageSender:
     """Sends pages of a source, and counts them.
 
     A batch of pages is copied once, while it is small enough to stay in the cache; the copy is what is checked for
-    zeros, summed and sent. A guest that writes meanwhile can't come between the checksum and what is sent, then. Of a
-    paused source whole runs go from its memory as they are.
+    zeros, summed and sent. A guest that writes meanwhile can't come between the checksum and what is sent, then.
 
     Parameters
     ----------
@@ -57,15 +56,10 @@ class PageSender:
     def send(self, slot: Memslot, pages: DirtyBitmap | None = None) -> None:
         """Send pages of a slot, all of them by default."""
         rows = self._source.memory(slot.id).reshape(-1, self._size)
-        words = rows.view(np.uint64)
         base = slot.base_gfn * self._size
-        direct = self._staging.direct and not self._source.running
         for batch in _batches(slot.npages, pages, PAYLOAD // self._size):
             self._check()
             if isinstance(batch, slice):
-                if direct and words[batch, 0].all():  # no page of it can be all zero
-                    self._emit(base, _one_run(batch), rows[batch])
-                    continue
                 stage = self._stage(batch.stop - batch.start)
                 np.copyto(stage, rows[batch])
             else:
@@ -73,6 +67,7 @@ class PageSender:
                 np.take(rows, batch, axis=0, out=stage, mode="clip")  # clip: unlike raise it needs no second buffer
             self._send_copy(base, batch, stage)
         self._flush_zeros()
+        self._staging.flush()
 
     def _stage(self, npages: int) -> NDArray[np.uint8]:
         return self._staging.buffer()[: npages * self._size].reshape(npages, self._size)
@@ -97,7 +92,7 @@ class PageSender:
     def _emit(self, base: int, runs: NDArray[np.int64], payload: NDArray[np.uint8]) -> None:
         table = self._addresses(base, runs).tobytes()
         if self._limiter.bandwidth is not None:  # the next one may be long in coming
-            self._channel.flush()
+            self._staging.flush()
         self._limiter.wait(HEAD_SIZE + len(table) + payload.nbytes, self._check)
         self._staging.send(table, len(runs), payload)
         self.normal += payload.size // self._size
@@ -118,6 +113,7 @@ class PageSender:
         if self._zero_runs:
             table = np.concatenate(self._zero_runs).tobytes()
             self._limiter.wait(HEAD_SIZE + len(table), self._check)
+            self._staging.flush()
             self._channel.send(Kind.ZERO, table, runs=self._zero_count)
             self._zero_runs, self._zero_count = [], 0
 
