@@ -4,6 +4,7 @@ import numpy as np
 
 from hwdbm import DirtyBitmap, DirtyLog
 from hwdbm.bench import suite
+from hwdbm.machine import Machine
 
 NPAGES = 1 << 24
 STEP = 1 << 17  # 512 MiB, as v2 of the series
@@ -57,3 +58,37 @@ class Clear:
 
     def time_clear(self, pages):
         self.log.clear_dirty_log(0, 0, pages, self.mask)
+
+
+class Pass:
+    """A pass over 64 GiB as a migration makes it, with a machine's flush: GET, and with manual protection CLEAR.
+
+    `time_sum` is the floor: one reading of the leaves.
+    """
+
+    params = ([0.0, 0.01], ["whole", "manual", "manual steps"])
+    param_names = ("dirty", "how")
+    number, repeat, warmup_time = 1, 9, 0
+
+    def setup(self, dirty, how):
+        if not hasattr(self, "machine"):
+            steps = STEP if how == "manual steps" else None
+            self.machine = Machine(manual_protect=how != "whole", step_pages=steps, thp=False)
+            self.log = self.machine.log
+            self.log.set_memory_region(slot=0, flags=1, guest_phys_addr=0, memory_size=NPAGES << 12, userspace_addr=0)
+            self.log.map(0, gfn=0, npages=NPAGES, pfn=0)
+            self.entries = self.log.stage2(0).level(3)
+            self.start = suite.dirtied(self.entries, dirty)
+            for vcpu in self.machine.vcpus:
+                vcpu.attach(0, self.log.stage2(0).layout)
+                vcpu.tlb[0].page[:] = 1  # backed, as that of a guest that has used its memory
+            self.time_pass(dirty, how)
+        np.copyto(self.entries, self.start)
+
+    def time_pass(self, dirty, how):
+        shown = self.log.get_dirty_log(0)
+        if how != "whole":
+            self.log.clear_dirty_log(0, 0, NPAGES, shown)
+
+    def time_sum(self, dirty, how):
+        self.entries.sum()

@@ -128,7 +128,10 @@ class Leaves:
     def table_runs(self, lo: int, hi: int) -> Spans:
         """Return the runs of pages of [lo, hi) under level-2 tables, widened to whole words inside of it."""
         where = self.layout.entries(2, lo, hi)
-        runs = kernels.active().rewrite_runs(self.level[2][where], pte.Update(pte.table(2)))
+        entries = self.level[2][where]
+        if entries.size and int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE:  # most often: tables alone
+            return np.array([[lo, hi]], dtype=np.int64)
+        runs = kernels.active().rewrite_runs(entries, pte.Update(pte.table(2)))
         if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
             apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
             runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)

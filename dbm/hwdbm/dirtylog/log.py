@@ -242,10 +242,14 @@ def _check_range(found: SlotLog, first_page: int, num_pages: int) -> int:
 
 
 def _words(bitmap: Mask, num_pages: int) -> NDArray[np.uint64]:
-    """Return what KVM would copy of a mask, as words of its own, or raise EFAULT if it is shorter."""
+    """Return what KVM would copy of a mask as words, or raise EFAULT if it is shorter.
+
+    They are the mask's own where that is possible: each is read once, under the lock of its step.
+    """
     mask = bitmap.words if isinstance(bitmap, DirtyBitmap) else bitmap
-    raw = mask.tobytes() if isinstance(mask, np.ndarray) else memoryview(mask).tobytes()
+    view = mask.data if isinstance(mask, np.ndarray) else memoryview(mask)
+    raw = view.cast("B") if view.c_contiguous and view.nbytes else view.tobytes()
     size = 8 * word_count(num_pages)
     if len(raw) < size:
         raise OSError(EFAULT, f"a mask of {num_pages} pages has {size} bytes, got {len(raw)}")
-    return np.frombuffer(raw[:size], dtype="<u8").astype(np.uint64)
+    return np.frombuffer(raw[:size], dtype="<u8")

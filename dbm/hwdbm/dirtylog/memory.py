@@ -107,6 +107,18 @@ class LoggedMemory:
         """
         return self._find(slot).stage2
 
+    def slot_log(self, slot: int) -> SlotLog:
+        """Return what keeps a slot's log, for verbs that have to hold many pages once: leaves, bitmap, mode and meter.
+
+        The rules are those of `locked`; bits are set and leaves changed under one hold.
+
+        Raises
+        ------
+        OSError
+            As `slot`.
+        """
+        return self._find(slot)
+
     def _find(self, slot: int) -> SlotLog:
         found = self._slots.get(slot)
         return self._slots[self._table.find(slot).id] if found is None else found

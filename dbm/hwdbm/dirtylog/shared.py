@@ -63,7 +63,13 @@ class SharedStage2(Stage2):
         """
         lo, hi = self._pages(first, npages)
         self._check(out)
-        read = self._leaves.scan(pte.dirty, lo, hi, out)
+        read = self._tables_alone(lo, hi)
+        if read is None:
+            read = self._leaves.scan(pte.dirty, lo, hi, out)
+        else:
+            runs = self._leaves.table_runs(lo, hi)
+            kernels.active().scan(self.level(3), runs, pte.dirty(3), out.words)
+            read += int((runs[:, 1] - runs[:, 0]).sum())
         return self.take_saved_into(out, lo, hi - lo) + Tally(read=read)
 
     def take_saved_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
@@ -171,7 +177,10 @@ class SharedStage2(Stage2):
         host = self.host_dirty if written else DirtyBitmap(self.npages)
         tally = Tally()
         with self._lock:
-            for level in (1, 2):
+            read = self._tables_alone(lo, hi)
+            if read is not None:
+                tally = Tally(read=read)
+            for level in (1, 2) if read is None else ():
                 counts, spans = self._leaves.rewrite_blocks(level, update(level), lo, hi, mask)
                 tally += counts
                 if len(spans):
@@ -179,6 +188,24 @@ class SharedStage2(Stage2):
                 if len(spans) and written:
                     self.saved.mark(np.clip(spans, 0, self.npages))
         return tally + self._leaves.rewrite_masked(update(3), mask, host, first)
+
+    def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
+        read = self._tables_alone(lo, hi)
+        return super()._harvest_blocks(lo, hi, out) if read is None else Tally(read=read)
+
+    def _tables_alone(self, lo: int, hi: int) -> int | None:
+        """Return how many entries above level 3 touch a part, or None if any is a block.
+
+        While a slot logs, most often none is, and a short step has better things to do than to ask each entry twice.
+        """
+        read = 0
+        for level in (1, 2):
+            entries = self.level(level)[self.layout.entries(level, lo, hi)]
+            tables = int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE  # faster than to ask what is a block
+            if not tables and pte.leaf(level)(entries).any():
+                return None
+            read += entries.size
+        return read
 
     def _save(self, lo: int, hi: int, *, untracked: bool = False) -> None:
         # Stage2 has one owner, and notes what it saved without a lock.

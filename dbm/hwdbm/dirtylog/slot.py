@@ -84,7 +84,9 @@ class SlotLog(HeldSlot):
                 live = self.logging(generation)
                 publish = self.mode.renew if take else self.mode.peek
                 self.meter.add(publish(self.stage2, live, lo, hi - lo))
-                unflushed = Unflushed(live, lo, live.part(lo, hi - lo), take=take)
+                # A step begins with a word, and the bits beyond the slot's end are zero: its words are its bitmap.
+                pages = DirtyBitmap.from_words(live.words[lo >> 6 : hi + 63 >> 6].copy(), hi - lo)
+                unflushed = Unflushed(live, lo, pages, take=take)
                 return unflushed.flush(lambda: self._flush(lo, hi))
 
         return self._lend(steps, step, 0, self.npages)

@@ -1,7 +1,7 @@
 """What a dirty log has done so far, in counts that don't jitter."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 
 from hwdbm.kernels import Tally
@@ -48,32 +48,31 @@ class Meter:
     """
 
     def __init__(self, hook: FlushHook | None) -> None:
-        self._hook, self._stats, self._lock = hook, Stats(), Lock()
+        self._hook, self._lock = hook, Lock()
+        self._flushes = self._read = self._changed = self._words = self._faults = 0
 
     @property
     def stats(self) -> Stats:
         """The counts up to now."""
-        return self._stats
+        with self._lock:
+            return Stats(self._flushes, self._read, self._changed, self._words, self._faults)
 
     def flush(self, slot: Memslot, first_page: int, npages: int) -> None:
         """Flush the TLBs of all vCPUs for some pages of a slot, and count it. What the hook raises is raised."""
         if self._hook is not None:
             self._hook(slot, first_page, npages)
         with self._lock:
-            self._stats = replace(self._stats, flushes=self._stats.flushes + 1)
+            self._flushes += 1
 
     def add(self, tally: Tally) -> Tally:
         """Count what a pass did, and return it."""
         with self._lock:
-            self._stats = replace(
-                self._stats,
-                leaves_read=self._stats.leaves_read + tally.read,
-                leaves_changed=self._stats.leaves_changed + tally.changed,
-                words_written=self._stats.words_written + tally.words,
-            )
+            self._read += tally.read
+            self._changed += tally.changed
+            self._words += tally.words
         return tally
 
-    def fault(self) -> None:
-        """Count a write fault."""
+    def fault(self, count: int = 1) -> None:
+        """Count write faults."""
         with self._lock:
-            self._stats = replace(self._stats, write_faults=self._stats.write_faults + 1)
+            self._faults += count

@@ -20,6 +20,7 @@ Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
 
 _ALL = (1 << 64) - 1
+_SOME = 256  # words of a mask that are looked at together
 
 
 def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
@@ -150,7 +151,40 @@ def _rewrite_run(pte, mask, value, keep, sets, out, also):  # type: ignore[no-un
 
 
 @njit(nogil=True, cache=True)
-def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+def _rewrite_listed(pte, mask, value, keep, sets, within, out, also, at):  # type: ignore[no-untyped-def]
+    """Rewrite the descriptors whose bits are set, one by one; `at` has room for their positions."""
+    words, read, n = 0, 0, 0
+    for w in range(within.size):
+        asked, size = within[w], min(64, pte.size - w * 64)
+        if size < 64:  # bits beyond the last descriptor may be set
+            asked &= (np.uint64(1) << np.uint64(size)) - np.uint64(1)
+        if within[w]:
+            read += size
+        while asked:
+            rest = asked & (asked - np.uint64(1))
+            at[n] = np.uint64(w * 64) + _popcount((asked ^ rest) - np.uint64(1))
+            n += 1
+            asked = rest
+    hits = 0
+    for i in range(n):  # of those that match the positions come to the front
+        d = pte[at[i]]
+        at[hits] = at[i]
+        hits += (d & mask) == value
+    before = np.uint64(1 << 62)
+    for i in range(hits):
+        j = at[i]
+        pte[j] = (pte[j] & keep) | sets
+        w, bit = j >> np.uint64(6), np.uint64(1) << (j & np.uint64(63))
+        out[w] |= bit
+        also[w] |= bit
+        words += w != before
+        before = w
+    return read, hits, words
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_asked(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+    """Rewrite the descriptors whose bits are set, by groups: all 64 of one are read."""
     changed, words, read = np.uint64(0), 0, 0
     full = pte.size // 64
     for w in range(within.size):
@@ -172,6 +206,26 @@ def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # typ
             changed += _popcount(word)
             words += 1
             _rewrite_bits(pte, start, word, keep, sets)
+    return read, changed, words
+
+
+@njit(nogil=True, cache=True)
+def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+    changed, words, read = np.uint64(0), 0, 0
+    at = np.empty(_SOME * 8, np.uint64)
+    for first in range(0, within.size, _SOME):
+        last = min(first + _SOME, within.size)
+        asked = np.uint64(0)
+        for w in range(first, last):
+            asked += _popcount(within[w])
+        if asked == 0:
+            continue
+        part, some = pte[first * 64 : last * 64], within[first:last]
+        if asked < np.uint64(_SOME * 4):  # few: to look at each takes less than to read the groups that they are in
+            r, c, n = _rewrite_listed(part, mask, value, keep, sets, some, out[first:last], also[first:last], at)
+        else:
+            r, c, n = _rewrite_asked(part, mask, value, keep, sets, some, out[first:last], also[first:last])
+        read, changed, words = read + r, changed + np.uint64(c), words + n
     return read, changed, words
 
 

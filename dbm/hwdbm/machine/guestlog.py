@@ -3,7 +3,6 @@
 The rules are those of `DirtyLog.map` and `DirtyLog.write_fault`, for many pages under one hold.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import DirtyLog, SharedStage2, Stats
+from hwdbm.dirtylog import DirtyLog, SharedStage2
 from hwdbm.machine.frames import Frames
 from hwdbm.stage2 import Stage2
 
@@ -35,13 +34,6 @@ class GuestLog(DirtyLog):
     def __init__(self, *, split_blocks: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.split_blocks = split_blocks
-        self._bulk_faults = 0  # counted at once: a count by the meter takes longer than the fault
-
-    @property
-    def stats(self) -> Stats:
-        """What was done so far, the faults of `write_faults` among it."""
-        stats = super().stats
-        return replace(stats, write_faults=stats.write_faults + self._bulk_faults)
 
     def populate(self, slot: int, pages: Pages, frames: Frames, *, write: bool, blocks: bool) -> None:
         """Map those of some pages that have no leaf, as a translation fault's handler does.
@@ -62,7 +54,7 @@ class GuestLog(DirtyLog):
         blocks : bool
             Whether to map a block where one fits, nothing is mapped and the slot doesn't log.
         """
-        found = self._find(slot)
+        found = self.slot_log(slot)
         lo, hi = int(pages[0]), int(pages[-1]) + 1
         with found.hold_leaves(lambda: (lo, hi)):
             s2, logs, readonly = found.stage2, found.live is not None, found.memslot.readonly
@@ -92,12 +84,8 @@ class GuestLog(DirtyLog):
             The slot's id.
         pages : (n,) int64 array
             Sorted, each once, counted from the slot's first.
-
-        Notes
-        -----
-        One thread at a time: a machine's hold its ``mmu_lock``.
         """
-        found = self._find(slot)
+        found = self.slot_log(slot)
         lo, hi = int(pages[0]), int(pages[-1]) + 1
         with found.hold_leaves(lambda: (lo, hi)):
             s2, live, hardware = found.stage2, found.live, found.mode.hardware
@@ -127,9 +115,9 @@ class GuestLog(DirtyLog):
             s2.level(3)[pages] = (pte.relax_dirty if dbm else pte.relax)(3)(leaves[wanted])
             if live is not None:
                 _mark(live, pages)
-            self._bulk_faults += pages.size
+            found.meter.fault(pages.size)
             if split:
-                self._meter.flush(found.memslot, lo, hi - lo)
+                found.meter.flush(found.memslot, lo, hi - lo)
         return split
 
 

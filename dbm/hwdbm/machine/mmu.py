@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import pte
+from hwdbm.machine.distinct import Distinct
 from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE
 from hwdbm.stage2 import Stage2
 from hwdbm.walker import Access
@@ -17,11 +18,11 @@ __all__ = ["ACCESS_FLAG", "DONE", "PERMISSION", "TRANSLATION", "Walk", "walk"]
 
 Pages = NDArray[np.int64]
 Codes = NDArray[np.uint8]
-Room = NDArray[np.int32]
 
 DONE, TRANSLATION, ACCESS_FLAG, PERMISSION = (tuple(Access).index(access) for access in Access)
 
 _LIFT: Final = np.uint64((pte.DBM // pte.S2AP_W).bit_length() - 1)  # DBM shifted down by this is S2AP[1]
+_DECISIVE: Final = pte.MUTABLE  # an access also depends on bits that all leaves must have: their AND says so
 
 
 class Walk(NamedTuple):
@@ -29,11 +30,12 @@ class Walk(NamedTuple):
 
     Parameters
     ----------
-    access : (n,) uint8 array
-        `DONE`, or the fault: an index into ``tuple(walker.Access)``.
-    kind : (n,) uint8 array
+    access : (n,) or (1,) uint8 array
+        `DONE`, or the fault: an index into ``tuple(walker.Access)``. One element is for all: they are done, at level
+        3, and leave the same to cache.
+    kind : (n,) or (1,) uint8 array
         What a TLB caches of the leaf, where it was done.
-    level : (n,) uint8 array
+    level : (n,) or (1,) uint8 array
         The leaf's level, 3 where there is none.
     updated : int
         Updates of descriptors by hardware.
@@ -45,7 +47,16 @@ class Walk(NamedTuple):
     updated: int
 
 
-def walk(s2: Stage2, pages: Pages, *, write: bool, ha: bool = True, hd: bool = True, room: Room | None = None) -> Walk:
+def walk(
+    s2: Stage2,
+    pages: Pages,
+    *,
+    write: bool,
+    ha: bool = True,
+    hd: bool = True,
+    distinct: Distinct | None = None,
+    out: NDArray[np.uint64] | None = None,
+) -> Walk:
     """Do to the leaves of pages what the MMU does at an access to each, with nothing cached.
 
     Parameters
@@ -58,8 +69,10 @@ def walk(s2: Stage2, pages: Pages, *, write: bool, ha: bool = True, hd: bool = T
         Whether they are written or read.
     ha, hd : bool
         VTCR_EL2.HA and HD; HD is without effect where HA is off.
-    room : (npages,) int32 array, optional
-        Room to count in, whatever it holds: a walk of many pages that repeat is faster with it.
+    distinct : Distinct, optional
+        What to count pages with: a walk of many is faster with it.
+    out : (n,) uint64 array, optional
+        Room for the descriptors.
 
     Returns
     -------
@@ -72,13 +85,19 @@ def walk(s2: Stage2, pages: Pages, *, write: bool, ha: bool = True, hd: bool = T
     >>> s2.map(1, 2, pfn=8, dbm=True)
     >>> walk(s2, np.array([0, 1, 1]), write=True)[::3], s2.dirty().pages()
     ((array([1, 0, 0], dtype=uint8), 1), array([1]))
+    >>> walk(s2, np.array([1, 2, 2]), write=False)[:3]  # writable-dirty, writable-clean
+    (array([0, 0, 0], dtype=uint8), array([3, 2, 2], dtype=uint8), array([3, 3, 3], dtype=uint8))
     """
     hd = hd and ha
-    descs = s2.level(3).take(pages)
+    # With a bound that is clipped, rather than checked, the descriptors need no copy on their way to `out`.
+    descs = s2.level(3).take(pages, out=out, mode="clip")
+    alike = _walk_alike(s2, pages, descs, write=write, ha=ha, hd=hd, distinct=distinct) if pages.size else None
+    if alike is not None:
+        return alike
     found = pte.leaf(3)(descs)
     if found.all():
         access, kind, new = _decide(descs, write=write, ha=ha, hd=hd)
-        updated = _store(s2, 3, pages, descs, new, room)
+        updated = _store(s2, 3, pages, descs, new, distinct)
         return Walk(access, kind, np.full(pages.size, 3, dtype=np.uint8), updated)
     access = np.full(pages.size, TRANSLATION, dtype=np.uint8)
     kind, level = np.zeros(pages.size, dtype=np.uint8), np.full(pages.size, 3, dtype=np.uint8)
@@ -95,10 +114,29 @@ def walk(s2: Stage2, pages: Pages, *, write: bool, ha: bool = True, hd: bool = T
             index, descs = pages[where], descs[where]
         access[where], kind[where], new = _decide(descs, write=write, ha=ha, hd=hd)
         level[where] = at
-        updated += _store(s2, at, index, descs, new, room)
+        updated += _store(s2, at, index, descs, new, distinct)
         if not rest.size:
             break
     return Walk(access, kind, level, updated)
+
+
+def _walk_alike(
+    s2: Stage2, pages: Pages, descs: NDArray[np.uint64], *, write: bool, ha: bool, hd: bool, distinct: Distinct | None
+) -> Walk | None:
+    """Walk where all leaves are at level 3 and in the same state: what one access does, all do. Otherwise None."""
+    common = int(np.bitwise_and.reduce(descs))
+    if not pte.leaf(3)(common) or (int(np.bitwise_or.reduce(descs)) ^ common) & _DECISIVE:
+        return None
+    one = np.array([common], dtype=np.uint64)
+    access, kind, new = _decide(one, write=write, ha=ha, hd=hd)
+    if access[0] != DONE:
+        return None
+    sets, updated = new ^ one, 0
+    if sets[0]:
+        np.bitwise_or(descs, sets, out=descs)
+        s2.level(3)[pages] = descs
+        updated = _count(pages, distinct)
+    return Walk(access, kind, np.array([3], dtype=np.uint8), updated)
 
 
 def _index(s2: Stage2, level: int, pages: Pages) -> Pages:
@@ -125,7 +163,7 @@ def _decide(descs: NDArray[np.uint64], *, write: bool, ha: bool, hd: bool) -> tu
 
 
 def _store(
-    s2: Stage2, level: int, index: Pages, old: NDArray[np.uint64], new: NDArray[np.uint64], room: Room | None
+    s2: Stage2, level: int, index: Pages, old: NDArray[np.uint64], new: NDArray[np.uint64], distinct: Distinct | None
 ) -> int:
     """Store the descriptors that changed, and return how many did: each counts once, however often it is named."""
     (changed,) = (new != old).nonzero()
@@ -133,8 +171,8 @@ def _store(
         return 0
     entries = index[changed]
     s2.level(level)[entries] = new[changed]
-    if room is None:
-        return int(np.unique(entries).size)
-    order = np.arange(entries.size, dtype=np.int32)
-    room[entries] = order  # of those that name an entry one remains
-    return int(np.count_nonzero(room[entries] == order))
+    return _count(entries, distinct)
+
+
+def _count(entries: Pages, distinct: Distinct | None) -> int:
+    return int(np.unique(entries).size) if distinct is None else distinct.count(entries)

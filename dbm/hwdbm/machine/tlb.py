@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.layout import Layout
+from hwdbm.machine.distinct import Distinct
 
 __all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Tlb"]
 
@@ -36,8 +37,8 @@ class Tlb:
         What is cached of each page's leaf: 0 nothing, 1 read-only, 2 writable-clean, 3 writable.
     stripe : (stripes,) uint8 array
         The same for blocks. A level-1 block is cached in pieces, as hardware may.
-    room : (npages,) int32 array
-        For whoever walks to count in.
+    distinct : Distinct
+        For whoever walks to count pages with.
 
     Examples
     --------
@@ -63,7 +64,7 @@ class Tlb:
         self._bits, self._offset = size.bit_length() - 1, layout.base_gfn % size
         self.page = np.zeros(layout.npages, dtype=np.uint8)
         self.stripe = np.zeros(layout.count(2), dtype=np.uint8)
-        self.room = np.empty(layout.npages, dtype=np.int32)
+        self.distinct = Distinct(layout.npages)
         self._large = False  # whether a block may be cached: most lookups need not ask
         self._recent: list[NDArray[np.int64]] = []  # entries filled since the last trim; a block's after the pages'
 
@@ -73,18 +74,26 @@ class Tlb:
     def _stripes(self, pages: Pages) -> Pages:
         return pages + self._offset >> self._bits
 
-    def lookup(self, pages: Pages) -> Kinds:
-        """Return what is cached for each page. Where a page and its block both are, the more permissive one counts."""
-        kinds: Kinds = self.page.take(pages)
+    def lookup(self, pages: Pages, out: Kinds | None = None) -> Kinds:
+        """Return what is cached for each page. Where a page and its block both are, the more permissive one counts.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            The pages, all in the slot.
+        out : (n,) uint8 array, optional
+            Where to put it.
+        """
+        kinds: Kinds = self.page.take(pages, out=out, mode="clip")
         if self._large:
             np.maximum(kinds, self.stripe.take(self._stripes(pages)), out=kinds)
         return kinds
 
     def fill(self, pages: Pages, kinds: Kinds, levels: Kinds) -> None:
-        """Cache the leaf of each page: what it allows, and the level that it is at."""
+        """Cache the leaf of each page: what it allows, and its level; one of each, of level 3, is for all."""
         large = levels < 3
         if not large.any():
-            self.page[pages] = kinds
+            self.page[pages] = kinds[0] if kinds.size == 1 else kinds
             self._note(pages)
             return
         small = ~large

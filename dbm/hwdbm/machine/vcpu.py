@@ -33,6 +33,28 @@ _TRIES = 16  # a fault is resolved at the first, one that others undo at some la
 Addresses = NDArray[np.int64]
 Pages = NDArray[np.int64]
 Values = NDArray[np.uint64]
+Kinds = NDArray[np.uint8]
+Chosen = NDArray[np.intp] | None
+"""Which accesses of a batch; None for all."""
+
+
+class Scratch:
+    """Room for what is worked out about a batch: what is allocated for each is backed anew for each, page by page.
+
+    Parameters
+    ----------
+    size : int
+        Accesses of a batch at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.words = np.empty(size, dtype=np.int64)
+        self.pages = np.empty(size, dtype=np.int64)
+        self.kinds = np.empty(size, dtype=np.uint8)
+        self.hits = np.empty(size, dtype=np.bool_)
+        self.descs = np.empty(size, dtype=np.uint64)
+        self.some_words, self.some_pages = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        self.some_data = np.empty(size, dtype=np.uint64)
 
 
 class VCpu:
@@ -83,6 +105,7 @@ class VCpu:
         self._entries, self._seed = tlb_entries, seed
         self.tlb: dict[int, Tlb] = {}
         self.lock = Lock()
+        self._scratch: list[Scratch] = []  # as many as threads have used this vCPU at once: one
 
     def attach(self, slot: int, layout: Layout) -> None:
         """Begin to cache leaves of a slot."""
@@ -114,6 +137,7 @@ class VCpu:
         ValueError
             For an address that is no multiple of 8.
         """
+        values = values.astype(np.uint64, copy=False)
         for start in range(0, gpas.size, BATCH):
             part = slice(start, start + BATCH)
             self._batch(gpas[part], values[part], write=True)
@@ -149,61 +173,97 @@ class VCpu:
             raise self._space.fault(bad, write=write)
 
     def _access(self, region: Region, gpas: Addresses, data: Values, *, write: bool) -> None:
-        tlb, memory = self.tlb[region.id], region.memory.words
-        words = gpas - region.gpa >> 3
-        pages = words >> self._space.word_shift
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = Scratch(BATCH)
+        try:
+            self._access_in(scratch, region, gpas, data, write=write)
+        finally:
+            self._scratch.append(scratch)
 
-        def move(chosen: NDArray[np.intp] | slice) -> None:
-            if write:
-                memory[words[chosen]] = data[chosen]
+    def _access_in(self, scratch: Scratch, region: Region, gpas: Addresses, data: Values, *, write: bool) -> None:
+        tlb, memory, size = self.tlb[region.id], region.memory.words, gpas.size
+        words, pages = scratch.words[:size], scratch.pages[:size]
+        np.subtract(gpas, region.gpa, out=words)
+        np.right_shift(words, self._space.page_shift, out=pages)
+        np.right_shift(words, 3, out=words)
+
+        def move(chosen: Chosen) -> None:
+            if chosen is None and write:
+                memory[words] = data
+            elif chosen is None:
+                memory.take(words, out=data, mode="clip")
             else:
-                data[chosen] = memory[words[chosen]]
+                some = words.take(chosen, out=scratch.some_words[: chosen.size], mode="clip")
+                if write:
+                    memory[some] = data.take(chosen, out=scratch.some_data[: chosen.size], mode="clip")
+                else:
+                    data[chosen] = memory.take(some, out=scratch.some_data[: chosen.size], mode="clip")
 
         with self.lock:
-            hits = tlb.lookup(pages) >= (tlb.writes if write else READ_ONLY)
-            if hits.all():
-                move(slice(None))
-                waiting = np.empty(0, dtype=np.intp)
-            else:
+            kinds = tlb.lookup(pages, scratch.kinds[:size])
+            hits = np.greater_equal(kinds, tlb.writes if write else READ_ONLY, out=scratch.hits[:size])
+            count = int(np.count_nonzero(hits))
+            if count == size:
+                move(None)
+            elif count:
                 move(hits.nonzero()[0])
-                waiting = (~hits).nonzero()[0]
-        self._clock.add(**{"stores" if write else "loads": gpas.size})
-        if waiting.size:
-            self._miss(region, tlb, pages, waiting, move, write=write)
+        self._clock.add(**{"stores" if write else "loads": size})
+        if count < size:
+            waiting = np.logical_not(hits, out=hits).nonzero()[0] if count else None
+            self._miss(scratch, region, tlb, pages, kinds, waiting, move, write=write)
 
     def _miss(
         self,
+        scratch: Scratch,
         region: Region,
         tlb: Tlb,
         pages: Pages,
-        waiting: NDArray[np.intp],
-        move: Callable[[NDArray[np.intp]], None],
+        kinds: Kinds,
+        waiting: Chosen,
+        move: Callable[[Chosen], None],
         *,
         write: bool,
     ) -> None:
         misses = rechecks = updates = spurious = 0
+        where = pages
+        if waiting is not None:
+            where = pages.take(waiting, out=scratch.some_pages[: waiting.size], mode="clip")
+            kinds = kinds.take(waiting)
         for attempt in range(_TRIES):
-            where = pages[waiting]
             first = int(where.min())
             with self._log.locked(region.id, first, int(where.max()) - first + 1) as s2, self.lock:
-                kinds = tlb.lookup(where)
-                stale = where[kinds == READ_ONLY] if write else where[:0]
+                if attempt:
+                    kinds = tlb.lookup(where, scratch.kinds[: where.size])
+                known = bool(kinds.max() != NONE)  # most often nothing is, and there is nothing to tell apart
+                stale = where[kinds == READ_ONLY] if write and known else where[:0]
                 tlb.drop(stale)  # a permission fault takes the entry with it, as its handler would
-                found = walk(s2, where, write=write, ha=self.ha, hd=self.hd, room=tlb.room)
+                found = walk(
+                    s2,
+                    where,
+                    write=write,
+                    ha=self.ha,
+                    hd=self.hd,
+                    distinct=tlb.distinct,
+                    out=scratch.descs[: where.size],
+                )
                 done = found.access == DONE
                 if done.all():
                     tlb.fill(where, found.kind, found.level)
                     move(waiting)
                 else:
                     tlb.fill(where[done], found.kind[done], found.level[done])
-                    move(waiting[done])
+                    move(done.nonzero()[0] if waiting is None else waiting[done])
             if not attempt:
-                rechecks, misses = (int(np.count_nonzero(kinds == kind)) for kind in (CLEAN, NONE))
+                rechecks = int(np.count_nonzero(kinds == CLEAN)) if known else 0
+                misses = int(np.count_nonzero(kinds == NONE)) if known else where.size
             spurious += _distinct(where[(kinds == READ_ONLY) & done]) if stale.size else 0
             updates += found.updated
-            waiting, where = waiting[~done], where[~done]
-            if not waiting.size:
+            if done.all():
                 break
+            waiting = (~done).nonzero()[0] if waiting is None else waiting[~done]
+            where = where[~done]
             self._faults.handle(region, where, found.access[~done], write=write)
         else:
             raise OSError(EFAULT, self._forever(region, int(where[0]), found, write=write))
