@@ -15,7 +15,7 @@ from typing import Self
 from hwdbm.migration.errors import PeerError, StreamError
 from hwdbm.migration.wire import HEAD_SIZE, LIMITS, Head, Kind, crc32
 
-__all__ = ["BUFFER", "DRAIN_SECONDS", "TIMEOUT", "Channel"]
+__all__ = ["BUFFER", "TIMEOUT", "Channel"]
 
 TIMEOUT = 30.0
 """Seconds without a byte after which the other side counts as gone."""
@@ -25,9 +25,7 @@ BUFFER = 1 << 22
 
 _DESCRIPTORS = 2  # that a frame can bring
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-DRAIN_SECONDS = 2.0
-"""How long a side that gives up waits for the other one."""
-
+_DRAIN_SECONDS = 2.0
 _COPY = 1 << 16  # bytes in front of a body below which it is joined with its head, rather than sent after it
 
 
@@ -175,15 +173,15 @@ class Channel:
         """Tell the other side why this one gives up, if it can still be told; never raises."""
         if self._whole:
             with contextlib.suppress(OSError):
-                self.sock.settimeout(DRAIN_SECONDS)
+                self.sock.settimeout(_DRAIN_SECONDS)
                 self.send(Kind.ERROR, reason.encode("utf-8", "replace")[: LIMITS[Kind.ERROR]])
         self._drain()
 
     def _drain(self) -> None:
         """Take what the other side is still sending, for a moment: closed over it, TCP would destroy our last frame."""
-        until, scratch = time.monotonic() + DRAIN_SECONDS, bytearray(1 << 16)
+        until, scratch = time.monotonic() + _DRAIN_SECONDS, bytearray(1 << 16)
         with contextlib.suppress(OSError, ValueError):
-            self.sock.settimeout(DRAIN_SECONDS)
+            self.sock.settimeout(_DRAIN_SECONDS)
             if not self._tls:
                 self.sock.shutdown(socket.SHUT_WR)
             while time.monotonic() < until and self.sock.recv_into(scratch):

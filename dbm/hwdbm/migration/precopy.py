@@ -119,7 +119,7 @@ class Precopy:
         return self.report
 
     def _run(self, stage: Staging) -> None:
-        self._staging, limiter = stage, Limiter(self._settings.bandwidth)
+        limiter = Limiter(self._settings.bandwidth)
         self._sender = PageSender(self._source, self._channel, stage, limiter, self._check)
         self._setup(stage.descriptors)
         if not all(slot.logging for slot in self._source.slots):
@@ -253,7 +253,6 @@ class Precopy:
         if self._cancel.is_set():
             raise CancelledMigrationError("the migration was cancelled")
         if self._channel.pending():  # nothing is due, so it is an error, or the end
-            self._staging.flush()
             kind, _ = self._channel.receive()
             raise StreamError(f"{kind.name} came, and nothing was due")
         now = time.perf_counter()

@@ -67,7 +67,6 @@ class PageSender:
                 np.take(rows, batch, axis=0, out=stage, mode="clip")  # clip: unlike raise it needs no second buffer
             self._send_copy(base, batch, stage)
         self._flush_zeros()
-        self._staging.flush()
 
     def _stage(self, npages: int) -> NDArray[np.uint8]:
         return self._staging.buffer()[: npages * self._size].reshape(npages, self._size)
@@ -92,7 +91,7 @@ class PageSender:
     def _emit(self, base: int, runs: NDArray[np.int64], payload: NDArray[np.uint8]) -> None:
         table = self._addresses(base, runs).tobytes()
         if self._limiter.bandwidth is not None:  # the next one may be long in coming
-            self._staging.flush()
+            self._channel.flush()
         self._limiter.wait(HEAD_SIZE + len(table) + payload.nbytes, self._check)
         self._staging.send(table, len(runs), payload)
         self.normal += payload.size // self._size
@@ -113,7 +112,6 @@ class PageSender:
         if self._zero_runs:
             table = np.concatenate(self._zero_runs).tobytes()
             self._limiter.wait(HEAD_SIZE + len(table), self._check)
-            self._staging.flush()
             self._channel.send(Kind.ZERO, table, runs=self._zero_count)
             self._zero_runs, self._zero_count = [], 0
 

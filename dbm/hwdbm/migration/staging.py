@@ -10,13 +10,12 @@ import fcntl
 import mmap
 import os
 import select
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.migration.channel import DRAIN_SECONDS, Channel
+from hwdbm.migration.channel import Channel
 from hwdbm.migration.errors import StreamError
 from hwdbm.migration.populate import populate
 from hwdbm.migration.wire import PAYLOAD, Kind
@@ -44,15 +43,6 @@ class Staging(Protocol):
     def send(self, table: bytes, runs: int, payload: NDArray[np.uint8]) -> None:
         """Send pages; `payload` begins where the buffer does."""
 
-    def flush(self) -> None:
-        """Return when nothing is held back any more: before anything else is sent, or received.
-
-        Raises
-        ------
-        StreamError
-            If sending failed.
-        """
-
     def __enter__(self) -> Self:
         """Return itself."""
 
@@ -68,43 +58,27 @@ def staging(channel: Channel) -> Staging:
 
 
 class SocketStaging:
-    """Two buffers: one is sent, by a thread of its own, while the other is filled."""
+    """One buffer, sent through the socket."""
 
     descriptors = ()
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._buffers = np.zeros((2, PAYLOAD), dtype=np.uint8)
-        self._next = 0
-        self._thread = ThreadPoolExecutor(1, "hwdbm-send")
-        self._sending: Future[None] | None = None
+        self._buffer = np.zeros(PAYLOAD, dtype=np.uint8)
 
     def buffer(self) -> NDArray[np.uint8]:
-        """Return the buffer that isn't being sent."""
-        buffer: NDArray[np.uint8] = self._buffers[self._next]
-        return buffer
+        """Return the buffer."""
+        return self._buffer
 
     def send(self, table: bytes, runs: int, payload: NDArray[np.uint8]) -> None:
-        """Have the table sent with the pages behind it, when what is being sent is gone."""
-        self.flush()
-        parts = (payload.reshape(-1).data,)
-        self._sending = self._thread.submit(self._channel.send, Kind.PAGES, table, parts, runs=runs)
-        self._next = 1 - self._next
-
-    def flush(self) -> None:
-        """Wait until all is sent."""
-        if self._sending is not None:
-            sending, self._sending = self._sending, None
-            sending.result()
+        """Send the table with the pages behind it."""
+        self._channel.send(Kind.PAGES, table, (payload.reshape(-1).data,), runs=runs)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After a failure the frame may be stuck. It is waited for as long as it takes to tell the other side.
-        if self._sending is not None:
-            wait([self._sending], DRAIN_SECONDS)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        pass
 
 
 class SharedStaging:
@@ -168,10 +142,6 @@ class SharedStaging:
         )
         self._next = (self._next + 1) % BUFFERS
         self._free -= 1
-
-    def flush(self) -> None:
-        """Send the frames that are held."""
-        self._channel.flush()
 
     def close(self) -> None:
         """Unmap the memory, and close the descriptors."""
