@@ -268,8 +268,12 @@ def prove_fused_passes(update: Update) -> None:
         prove(rewrites_one(update, *case, within))
 
 
+# So many words of a mask are looked at together, and where less than four times as many pages are asked, each alone: of
+# one word, that is three pages, and of 256 all that there are here.
+@pytest.mark.parametrize("some", [1, 256])
 @change
-def test_update_in_a_fused_pass(change: Change, interpreted: None) -> None:
+def test_update_in_a_fused_pass(change: Change, some: int, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_SOME", some)
     prove_fused_passes(change(3))
 
 

@@ -167,9 +167,8 @@ def _rewrite_listed(pte, mask, value, keep, sets, within, out, also, at):  # typ
             asked = rest
     hits = 0
     for i in range(n):  # of those that match the positions come to the front
-        d = pte[at[i]]
         at[hits] = at[i]
-        hits += (d & mask) == value
+        hits += np.int64(_hit(pte[at[i]], mask, value))
     before = np.uint64(1 << 62)
     for i in range(hits):
         j = at[i]
