@@ -168,7 +168,8 @@ def _rewrite_listed(pte, mask, value, keep, sets, within, out, also, at):  # typ
     hits = 0
     for i in range(n):  # of those that match the positions come to the front
         at[hits] = at[i]
-        hits += np.int64(_hit(pte[at[i]], mask, value))
+        if _hit(pte[at[i]], mask, value):
+            hits += 1
     before = np.uint64(1 << 62)
     for i in range(hits):
         j = at[i]
