@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hwdbm import Granule
 from hwdbm.layout import Layout
+from hwdbm.machine import Machine
 from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, WRITABLE, Tlb
 
 
@@ -79,3 +80,13 @@ def test_the_choice_is_seeded():
 def test_a_capacity_is_positive():
     with pytest.raises(ValueError, match="1 entry or more, not 0"):
         Tlb(Layout(1, 0, Granule.K4), 0)
+
+
+def test_what_a_vcpu_caches_stays_within_the_capacity():
+    """Also when the arrays that it was filled from are used again: a TLB keeps copies."""
+    with Machine(thp=False, tlb_entries=10) as machine:
+        slot = machine.add_memslot(4 << 20, 0)
+        vcpu, rng = machine.vcpus[0], np.random.default_rng(1)
+        for size in (*[4] * 30, 300, 5, 200):
+            vcpu.store(rng.choice(1024, size, replace=False) * 4096, np.ones(size, dtype=np.uint64))
+            assert len(vcpu.tlb[slot.id]) <= 10

@@ -120,7 +120,7 @@ class Tlb:
 
     def _note(self, entries: NDArray[np.int64]) -> None:
         if self._capacity is not None:
-            self._recent.append(entries)
+            self._recent.append(entries.copy())  # the caller may use the array again
 
     def trim(self) -> None:
         """Forget entries at random until there are no more than the capacity."""
