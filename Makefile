@@ -29,7 +29,11 @@ migrate: $(VENV)/.user ## move a machine that keeps writing to another process, 
 	$(BIN)/hwdbm migrate --memory 256M --thp
 
 .PHONY: test
-test: $(VENV)/.dev ## run the tests, and report what they cover
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+.PHONY: cover
+cover: $(VENV)/.dev ## run the tests, and report what they cover: it takes longer
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)
 
 # Ten times as many random examples as `make test` asks: some twenty minutes on two cores.
