@@ -133,8 +133,8 @@ def test_harvest_of_parts_equals_the_walkers(kernels, granule):
     check()
 
 
-FEW_PAGES = ((1, 0), (1, 511), (2, 0), (2, 1), (2, 511))
-MORE_PAGES = ((3, 0), (3, 510), (3, 511))
+FEW_PAGES = ((1, 0), (1, 511), (2, 0), (2, 1), (2, 511), (3, 511))
+MORE_PAGES = ((3, 0), (3, 510))
 
 
 @pytest.mark.parametrize(("npages", "base"), [*FEW_PAGES, *(MORE_PAGES if EFFORT > 1 else ())])

@@ -24,7 +24,7 @@ def test_machine(name, granule, monkeypatch):
     Machine.most = {Granule.K4: 1600, Granule.K16: 4200, Granule.K64: 9000}[granule]
     monkeypatch.setattr(kernels, "_active", [])
     kernels.use(name)
-    few = {Granule.K4: 25, Granule.K16: 10, Granule.K64: 5}[granule]
+    few = {Granule.K4: 60, Granule.K16: 15, Granule.K64: 6}[granule]
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few * EFFORT))
 
 
