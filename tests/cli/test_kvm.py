@@ -92,3 +92,18 @@ def test_what_it_cannot_do(run) -> None:
         result = run("migrate", *SMALL, *options)
         assert result.status in (1, 2)
         assert said in result.err
+
+
+@real
+def test_a_guest_that_does_not_run_there(tmp_path: Path) -> None:
+    """Where only its memory can arrive, the command says so, and doesn't call it well."""
+    command = [*MAIN, "receive", "--file", str(tmp_path / "ram"), "--listen", "127.0.0.1:0", "--insecure"]
+    receiver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    where = receiver.stderr.readline().split()[-1]
+    source = subprocess.run([*MAIN, "migrate", *SMALL, "--to", where, "--insecure", "--json"],
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    receiver.communicate(timeout=30)
+    assert (source.returncode, receiver.returncode) == (1, 0)
+    assert source.stderr == "hwdbm: the guest at the destination: it is memory, and doesn't run\n"
+    said = json.loads(source.stdout)
+    assert (said["status"], said["guest-resumed"]) == ("completed", False)

@@ -34,9 +34,16 @@ def asked():
     vm.close()
 
 
+class Odd(Asked):
+    """It fails in a way that nobody has thought of."""
+
+    wrong = ZeroDivisionError("by zero")
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
+        (Odd, "by zero"),
         (Asked, ""),
         (Wrong, "page 7 counts 3 after page 6's 9"),
         (Gone, "[Errno 5] vCPU 0 stopped"),

@@ -15,6 +15,7 @@ from streamtools import SMALL, frame, hello
 
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, Layout, PeerError, PlainGuest, Settings, StreamError, migrate, receive
+from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.staging import BUFFERS, Shared, SharedStaging, SocketStaging, staging
 from hwdbm.migration.wire import PASS, PAYLOAD, SHARING, Kind
 
@@ -278,3 +279,28 @@ class TestWaiting:
 def test_where_there_is_no_memfd(monkeypatch, pair):
     monkeypatch.delattr(os, "memfd_create")
     assert isinstance(staging(pair[0]), SocketStaging)
+
+
+def test_nothing_is_held_while_a_limit_has_the_source_wait(pair, monkeypatch):
+    """The next frame may be long in coming, and the other side's patience ends."""
+    source, destination = pair
+    guest, waited = PlainGuest(Layout(4096, (Memslot(0, 0, 16, 3 * PAYLOAD // 4096, 0),))), []
+    guest.memory(0)[:] = 1
+    monkeypatch.setattr(Limiter, "wait", lambda *_: waited.append(list(source._held)))
+    taker = threading.Thread(target=receive, args=(destination, PlainGuest))
+    taker.start()
+    migrate(guest, source, Settings(bandwidth=1e9))
+    taker.join()
+    assert waited == [[]] * 3
+
+
+@pytest.mark.parametrize("populated", [False, True])
+def test_memory_is_populated_once(pair, monkeypatch, populated):
+    source, destination = pair
+    sizes = []
+    monkeypatch.setattr("hwdbm.migration.receiver.populate", lambda memory: sizes.append(memory.size))
+    taker = threading.Thread(target=lambda: receive(destination, PlainGuest, populated=populated))
+    taker.start()
+    migrate(PlainGuest(SMALL), source, Settings())
+    taker.join()
+    assert sizes == ([] if populated else [8 << 12, 3 << 12])

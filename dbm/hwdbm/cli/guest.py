@@ -102,8 +102,16 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
 
 
 def layout_of(memory: int) -> Layout:
-    """Return the layout of what `build` makes: one slot."""
+    """Return the layout of what `build` makes: one slot.
+
+    Raises
+    ------
+    ValueError
+        If it isn't whole pages.
+    """
     page = Granule.K4.page_size
+    if memory % page or not memory:
+        raise ValueError(f"memory is whole pages of {page} bytes, not {memory} bytes")
     return Layout(page, (Memslot(0, 0, GPA // page, memory // page, 0),))
 
 

@@ -46,7 +46,7 @@ def populate(memory: NDArray[np.uint8]) -> None:
         elif code:
             raise OSError(code, f"no room for {size} bytes of guest memory: {os.strerror(code)}")
 
-    # Two threads clear pages in little more than half the time of one; more have nothing to clear them with.
+    # Two threads clear pages in little more than half the time of one.
     with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(step, range(start, stop, _STEP)):
             pass
