@@ -1,0 +1,201 @@
+"""The doors: what a public verb asks of its arguments before it changes anything.
+
+Each function returns the argument in the one form that the inside works with (a plain `int`, a `bool`, a contiguous
+array) or raises. A wrong type is a `TypeError`; a wrong value is the error that the caller names, with the value in its text.
+"""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["flag", "integer", "integers", "separate", "uint64s"]
+
+
+def integer(
+    value: Any, name: str, low: int | None = 0, high: int | None = None, error: type[Exception] = ValueError
+) -> int:
+    """Return an integer of any type as an `int` of [low, high].
+
+    Parameters
+    ----------
+    value : int or numpy integer
+        Whatever has ``__index__``, but no bool: ``True`` is a slip more often than a 1.
+    name : str
+        What the value is called in the error's text.
+    low, high : int or None
+        The smallest and the largest value allowed; None for no bound.
+    error : type
+        What a value out of range raises.
+
+    Raises
+    ------
+    TypeError
+        For what is no integer: floats, strings and bools among it.
+
+    Examples
+    --------
+    >>> integer(np.uint64(7), "gfn")
+    7
+    >>> integer(7.0, "gfn")
+    Traceback (most recent call last):
+    TypeError: gfn is an integer, not 7.0
+    >>> integer(-1, "gfn")
+    Traceback (most recent call last):
+    ValueError: gfn is 0 or more, not -1
+    """
+    if type(value) is not int:
+        if isinstance(value, bool | np.bool_) or (isinstance(value, np.ndarray) and value.ndim):
+            raise TypeError(f"{name} is an integer, not {_shown(value)}")
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} is an integer, not {_shown(value)}") from None
+    number: int = value
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise error(f"{name} is {_bounds(low, high)}, not {_number(number)}")
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return a bool, Python's or numpy's, as a `bool`.
+
+    Raises
+    ------
+    TypeError
+        For anything else: 0, 1 and strings among it.
+
+    Examples
+    --------
+    >>> flag(np.bool_(True), "writable")
+    True
+    >>> flag("no", "writable")
+    Traceback (most recent call last):
+    TypeError: writable is True or False, not 'no'
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} is True or False, not {_shown(value)}")
+
+
+def integers(
+    value: Iterable[Any] | NDArray[Any], name: str, low: int, high: int, error: type[Exception] = ValueError
+) -> NDArray[np.int64]:
+    """Return integers of any type as a one-dimensional int64 array of values of [low, high], both within 63 bits.
+
+    Raises
+    ------
+    TypeError
+        If one of them is no integer, or the array isn't of integers.
+
+    Examples
+    --------
+    >>> integers(np.array([3, 1], dtype=np.uint8), "pages", 0, 9)
+    array([3, 1])
+    >>> integers([0.9], "pages", 0, 9)
+    Traceback (most recent call last):
+    TypeError: pages are integers, not 0.9
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iu":
+            raise TypeError(f"{name} are integers, not {value.dtype}")
+        if value.ndim != 1:
+            raise error(f"{name} are an array of one dimension, not of shape {value.shape}")
+        if value.size and not (low <= int(value.min()) and int(value.max()) <= high):
+            raise error(f"{name} are {_bounds(low, high)}, not {int(value.min())}..{int(value.max())}")
+        return value.astype(np.int64)
+    numbers = []
+    for each in value:
+        try:
+            numbers.append(integer(each, name, low, high, error))
+        except TypeError:
+            raise TypeError(f"{name} are integers, not {_shown(each)}") from None
+    return np.array(numbers, dtype=np.int64)
+
+
+def uint64s(
+    value: Any, name: str, size: int | None = None, *, writable: bool = False, error: type[Exception] = ValueError
+) -> NDArray[np.uint64]:
+    """Return an array that compiled code may work on: of native uint64, one-dimensional, contiguous, aligned.
+
+    Parameters
+    ----------
+    value : (n,) uint64 array
+        It is returned as it is, and never copied.
+    name : str
+        What the array is called in the error's text.
+    size : int, optional
+        The elements that it must have.
+    writable : bool
+        Whether it will be written to.
+    error : type
+        What a wrong shape, size or a read-only array raises.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of native uint64.
+
+    Examples
+    --------
+    >>> uint64s(np.arange(3), "words")
+    Traceback (most recent call last):
+    TypeError: words are an array of uint64, not of int64
+    """
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} are an array of uint64, not {_shown(value)}")
+    if value.dtype != np.uint64 or not value.dtype.isnative:
+        raise TypeError(
+            f"{name} are an array of uint64, not of {value.dtype.str if value.dtype == '>u8' else value.dtype}"
+        )
+    if value.ndim != 1 or not value.flags.c_contiguous or not value.flags.aligned:
+        raise error(
+            f"{name} are a contiguous array of one dimension, not of shape {value.shape}, strides {value.strides}"
+        )
+    if size is not None and value.size != size:
+        raise error(f"{name} are {size} words, not {value.size}")
+    if writable and not value.flags.writeable:
+        raise error(f"{name} are to be written, and the array is read-only")
+    return value
+
+
+def separate(written: NDArray[Any], read: NDArray[Any], what: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error` if two arrays share memory, where what is written to one would change the other.
+
+    Examples
+    --------
+    >>> a = np.zeros(4, dtype=np.uint64)
+    >>> separate(a[:2], a[1:], "the mask and the host's flags")
+    Traceback (most recent call last):
+    ValueError: the mask and the host's flags share memory: pass a copy
+    """
+    # Both are contiguous, so that their bounds say it all.
+    if np.may_share_memory(written, read):
+        raise error(f"{what} share memory: pass a copy")
+
+
+def _bounds(low: int | None, high: int | None) -> str:
+    if high is None:
+        return f"{low} or more"
+    return f"at most {_number(high)}" if low is None else f"{low} to {_number(high)}"
+
+
+def _number(number: int) -> str:
+    return (
+        str(number)
+        if -(1 << 20) < number < 1 << 20
+        else hex(number)
+        if number.bit_length() <= 512
+        else "a number of many digits"
+    )
+
+
+def _shown(value: object) -> str:
+    """Return an argument for an error's text, however long it is."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - whatever it is, it isn't what was asked for
+        return type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
