@@ -1,7 +1,8 @@
 """The doors: what a public verb asks of its arguments before it changes anything.
 
 Each function returns the argument in the one form that the inside works with (a plain `int`, a `bool`, a contiguous
-array) or raises. A wrong type is a `TypeError`; a wrong value is the error that the caller names, with the value in its text.
+array) or raises. A wrong type is a `TypeError`; a wrong value is the error that the caller names, with the value in its
+text.
 """
 
 import operator
