@@ -1,6 +1,15 @@
 """The errors that hwdbm raises: few, each a builtin's subclass too, with the number that was wrong in the text."""
 
-__all__ = ["BitmapError", "GfnError", "HwdbmError", "ImageError", "InvariantError", "StaleLeaseError"]
+__all__ = [
+    "BitmapError",
+    "GfnError",
+    "HwdbmError",
+    "ImageError",
+    "InvariantError",
+    "LayoutError",
+    "StaleLeaseError",
+    "StreamError",
+]
 
 
 class HwdbmError(Exception):
@@ -51,3 +60,11 @@ class InvariantError(HwdbmError, AssertionError):
 
 class StaleLeaseError(HwdbmError, OSError):
     """A lease's bitmap is gone: its slot was deleted, or its log was switched off, since."""
+
+
+class StreamError(HwdbmError, ConnectionError):
+    """A migration stream isn't what it must be: cut short, damaged, out of order, too large, of another version."""
+
+
+class LayoutError(StreamError):
+    """A VM's memory can't be as it is described, or isn't that of the other side of a migration."""
