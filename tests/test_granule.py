@@ -42,7 +42,7 @@ def test_shift_of_the_level_above_zero() -> None:
 
 @pytest.mark.parametrize("level", [-2, 4])
 def test_shift_rejects(level: int) -> None:
-    with pytest.raises(ValueError, match=f"levels are -1 to 3, not {level}"):
+    with pytest.raises(ValueError, match=f"level is -1 to 3, not {level}"):
         Granule.K4.shift(level)
 
 

@@ -7,12 +7,13 @@ text.
 
 import operator
 from collections.abc import Iterable
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["flag", "integer", "integers", "separate", "uint64s"]
+__all__ = ["flag", "instance", "integer", "integers", "real", "separate", "uint64s"]
 
 
 def integer(
@@ -79,6 +80,51 @@ def flag(value: Any, name: str) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise TypeError(f"{name} is True or False, not {_shown(value)}")
+
+
+def real(value: Any, name: str, low: float = -inf, high: float = inf, error: type[Exception] = ValueError) -> float:
+    """Return a finite number, a float or an integer of any type, as a `float` of [low, high].
+
+    Raises
+    ------
+    TypeError
+        For anything else: strings, bools and complex numbers among it.
+
+    Examples
+    --------
+    >>> real(np.float32(0.5), "seconds", low=0)
+    0.5
+    >>> real(float("nan"), "seconds", low=0)
+    Traceback (most recent call last):
+    ValueError: seconds is a number of 0 or more, not nan
+    """
+    if isinstance(value, float | np.floating):
+        number = float(value)
+    else:
+        try:
+            number = float(integer(value, name, low=None))
+        except TypeError:
+            raise TypeError(f"{name} is a number, not {_shown(value)}") from None
+        except OverflowError:
+            number = inf if value > 0 else -inf
+    if not (isfinite(number) and low <= number <= high):
+        bounds = "" if (low, high) == (-inf, inf) else f" of {low} or more" if high == inf else f" of {low} to {high}"
+        raise error(f"{name} is a {'finite ' if not bounds else ''}number{bounds}, not {number}")
+    return number
+
+
+def instance(value: Any, kind: type | tuple[type, ...], name: str) -> None:
+    """Raise `TypeError` if an argument isn't of a class, or of one of some classes.
+
+    Examples
+    --------
+    >>> instance("4K", int, "granule")
+    Traceback (most recent call last):
+    TypeError: granule is of type int, not '4K'
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise TypeError(f"{name} is of type {' or '.join(each.__name__ for each in kinds)}, not {_shown(value)}")
 
 
 def integers(

@@ -6,6 +6,8 @@ descriptor; that is `hwdbm.pte`'s.
 
 from enum import Enum
 
+from hwdbm.check import flag, instance, integer
+
 __all__ = ["LEAF_LEVELS", "Granule"]
 
 LEAF_LEVELS = (1, 2, 3)
@@ -36,6 +38,7 @@ class Granule(Enum):
         ValueError
             If it names none of them.
         """
+        instance(text, str, "a granule")
         for granule in cls:
             if str(granule) == text.strip().upper().removesuffix("IB").removesuffix("B"):
                 return granule
@@ -65,9 +68,14 @@ class Granule(Enum):
         return 1 << self.bits_per_level
 
     def shift(self, level: int) -> int:
-        """Return the address bits below the index of `level` (-1 to 3): an entry maps ``1 << shift`` bytes."""
-        if not -1 <= level <= 3:
-            raise ValueError(f"translation levels are -1 to 3, not {level}")
+        """Return the address bits below the index of `level` (-1 to 3): an entry maps ``1 << shift`` bytes.
+
+        Raises
+        ------
+        ValueError
+            For another level.
+        """
+        level = integer(level, "a translation level", low=-1, high=3)
         return self.page_shift + self.bits_per_level * (3 - level)
 
     def pages_per_entry(self, level: int) -> int:
@@ -94,7 +102,7 @@ class Granule(Enum):
             Granule.K16: ((2,), (1,)),
             Granule.K64: ((2,), (1,)),
         }[self]
-        return added + usual if large else usual
+        return added + usual if flag(large, "large") else usual
 
     def contiguous_entries(self, level: int) -> int:
         """Return the entries in a contiguous run of `level` (Arm ARM, D8.7.1): 1 where there are none.
@@ -104,6 +112,7 @@ class Granule(Enum):
         >>> [(g.contiguous_entries(3), g.contiguous_entries(2)) for g in Granule]
         [(16, 16), (128, 32), (32, 32)]
         """
+        level = integer(level, "a translation level", low=-1, high=3)
         if level == 3:
             return {Granule.K4: 16, Granule.K16: 128, Granule.K64: 32}[self]
         if level in (1, 2):
