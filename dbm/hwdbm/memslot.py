@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from errno import EEXIST, EFAULT, EINVAL, ENOENT
 from itertools import islice
-from operator import attrgetter, index
+from operator import attrgetter
 
+from hwdbm.check import instance, integer
 from hwdbm.granule import Granule
 
 __all__ = ["KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "Change", "Memslot", "Memslots", "Plan", "slot_name"]
@@ -33,13 +34,14 @@ _BASE = attrgetter("base_gfn")
 
 
 def slot_name(slot: int) -> str:
-    """Return what a slot is called in a text.
+    """Return what a slot is called in a text; any integer has a name, since errors about ids out of range need one.
 
     Examples
     --------
     >>> slot_name(3), slot_name(0x1_0003)
     ('slot 3', 'slot 3 of address space 1')
     """
+    slot = integer(slot, "a slot's id", low=None)
     return f"slot {slot & 0xFFFF}" + (f" of address space {slot >> 16}" if slot >> 16 else "")
 
 
@@ -87,8 +89,9 @@ class Memslot:
     generation: int = 0
 
     def __post_init__(self) -> None:
-        if self.npages < 1 or self.base_gfn < 0:
-            raise ValueError(f"a slot has 1 page or more from gfn 0 on, not {self.npages} from {self.base_gfn}")
+        for name in ("id", "flags", "base_gfn", "userspace_addr", "generation"):
+            object.__setattr__(self, name, integer(getattr(self, name), f"a slot's {name}", high=_U64 - 1))
+        object.__setattr__(self, "npages", integer(self.npages, "a slot's npages", low=1, high=_U64 - 1))
 
     @property
     def as_id(self) -> int:
@@ -165,16 +168,15 @@ class Memslots:
         slot_limit: int = KVM_USER_MEM_SLOTS,
         ipa_bits: int = KVM_PHYS_SHIFT,
     ) -> None:
-        if not 1 <= address_spaces <= 1 << 16 or not 1 <= slot_limit <= 1 << 16:
-            raise ValueError(f"{address_spaces} address spaces of {slot_limit} slots: each is 1 to 65536")
-        if not granule.page_shift <= ipa_bits <= 52:
-            raise ValueError(f"a guest has {granule.page_shift} to 52 address bits, not {ipa_bits}")
-        self.granule, self.ipa_bits = granule, ipa_bits
-        self.address_spaces, self.slot_limit = address_spaces, slot_limit
+        instance(granule, Granule, "granule")
+        self.granule = granule
+        self.ipa_bits = integer(ipa_bits, "ipa_bits", low=granule.page_shift, high=52)
+        self.address_spaces = integer(address_spaces, "address_spaces", low=1, high=1 << 16)
+        self.slot_limit = integer(slot_limit, "slot_limit", low=1, high=1 << 16)
         self.generation = 0
         self._slots: dict[int, Memslot] = {}
         # The slots of each address space in the order of their bases, and so, as they don't overlap, of their ends.
-        self._by_base: list[list[Memslot]] = [[] for _ in range(address_spaces)]
+        self._by_base: list[list[Memslot]] = [[] for _ in range(self.address_spaces)]
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -182,12 +184,14 @@ class Memslots:
         """Return the slots in the order of their ids."""
         return tuple(self._slots[slot] for slot in sorted(self._slots))
 
-    def check_id(self, slot: int) -> None:
-        """Raise EINVAL if the address space or the number in `slot` is out of range, as each ioctl does."""
+    def check_id(self, slot: int) -> int:
+        """Return a slot's id as an `int`; raise EINVAL if the address space or the number in it is out of range."""
+        slot = integer(slot, "slot", low=None)
         if slot < 0 or slot >> 16 >= self.address_spaces:
             raise OSError(EINVAL, f"{slot_name(slot)}: there is no address space {slot >> 16} of {self.address_spaces}")
         if slot & 0xFFFF >= self.slot_limit:
             raise OSError(EINVAL, f"{slot_name(slot)}: number {slot & 0xFFFF} is not below {self.slot_limit}")
+        return slot
 
     def find(self, slot: int) -> Memslot:
         """Return a slot by its id.
@@ -197,13 +201,20 @@ class Memslots:
         OSError
             EINVAL if the id is out of range, ENOENT if there is no such slot.
         """
-        self.check_id(slot)
-        if slot not in self._slots:
+        found = self._slots.get(self.check_id(slot))
+        if found is None:
             raise OSError(ENOENT, f"there is no {slot_name(slot)}")
-        return self._slots[slot]
+        return found
 
     def at(self, gfn: int, as_id: int = 0) -> Memslot | None:
-        """Return the slot that a guest frame lies in, or None."""
+        """Return the slot that a guest frame lies in, or None.
+
+        Raises
+        ------
+        ValueError
+            If there is no such address space.
+        """
+        gfn, as_id = integer(gfn, "gfn", low=None), integer(as_id, "as_id", high=self.address_spaces - 1)
         before = bisect_right(self._by_base[as_id], gfn, key=_BASE)
         found = self._by_base[as_id][before - 1] if before else None
         return found if found and gfn < found.end_gfn else None
@@ -242,8 +253,12 @@ class Memslots:
             EINVAL, EEXIST where it would overlap another slot, EFAULT where it ends beyond the guest's address
             space.
         """
-        slot, flags, userspace_addr = index(slot), index(flags), index(userspace_addr)
-        guest_phys_addr, memory_size = index(guest_phys_addr), index(memory_size)
+        slot, flags = integer(slot, "slot", low=None), integer(flags, "flags", low=None)
+        guest_phys_addr = integer(guest_phys_addr, "guest_phys_addr", low=None)
+        memory_size, userspace_addr = (
+            integer(memory_size, "memory_size", low=None),
+            integer(userspace_addr, "userspace_addr", low=None),
+        )
         self._check_numbers(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         old, shift = self._slots.get(slot), self.granule.page_shift
         if memory_size == 0:
@@ -269,6 +284,7 @@ class Memslots:
 
     def commit(self, plan: Plan) -> None:
         """Make a change that `plan` checked, and that nothing changed since."""
+        instance(plan, Plan, "a plan")
         if plan.change is Change.NOTHING:
             return
         self.generation += 1
