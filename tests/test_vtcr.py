@@ -67,8 +67,8 @@ def test_decode_then_encode_is_the_identity(g: Geometry, rest: int) -> None:
         (0x806F_3558, "PS"),
         (0x10_806A_3558, "S2PIE"),
         (0x40_806A_3558, "D128"),
-        (1 << 64, "64 bits"),
-        (-1, "64 bits"),
+        (1 << 64, "VTCR_EL2 is 0 to 0xffffffffffffffff, not 0x10000000000000000"),
+        (-1, "VTCR_EL2 is 0 to 0xffffffffffffffff, not -1"),
     ],
 )
 def test_error_names_the_fields(value: int, names: str) -> None:
@@ -77,7 +77,7 @@ def test_error_names_the_fields(value: int, names: str) -> None:
 
 
 def test_fields_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"VTCR_EL2\.SL0 has 2 bits, got 0x4"):
+    with pytest.raises(ValueError, match=r"VTCR_EL2\.SL0, of 2 bits, is 0 to 3, not 4"):
         Vtcr(granule=Granule.K4, t0sz=24, sl0=4, ps=5)
     with pytest.raises(ValueError, match="bits of the fields that have names"):
         Vtcr(granule=Granule.K4, t0sz=24, sl0=1, ps=5, other=1 << 21)
@@ -149,7 +149,7 @@ class TestForVm:
     @pytest.mark.parametrize(
         ("ipa", "how", "why"),
         [
-            (31, {}, "32 to 52 bits, not 31"),
+            (31, {}, "ipa_bits is 32 to 52, not 31"),
             (53, {}, "not 53"),
             (49, {}, "T0SZ = 15"),
             (40, {"pa_bits": 41}, "not 41"),
@@ -183,7 +183,7 @@ class TestVttbr:
             Vttbr.decode(0x4100_1000, v)
         with pytest.raises(ValueError, match="beyond the 40 bits"):
             Vttbr.decode(1 << 40, v)
-        with pytest.raises(ValueError, match="64 bits"):
+        with pytest.raises(ValueError, match="VTTBR_EL2 is 0 to 0xffffffffffffffff, not 0x10000000000000000"):
             Vttbr.decode(1 << 64, v)
 
 

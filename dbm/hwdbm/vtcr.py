@@ -8,11 +8,13 @@ kvm_get_vtcr().
 from dataclasses import dataclass, replace
 from typing import Self
 
+from hwdbm.check import flag, instance, integer
 from hwdbm.granule import Granule
 from hwdbm.pte import AddressBits
 
 __all__ = ["Vtcr", "Vttbr", "hafdbs", "pa_range"]
 
+_U64 = 1 << 64
 _FIELDS = {"t0sz": (0, 6), "sl0": (6, 2), "ps": (16, 3)}  # lowest bit, width
 _TG0 = 14
 _FLAGS = {"vs": 19, "ha": 21, "hd": 22, "ds": 32, "sl2": 33, "haft": 44, "hdbss": 45}
@@ -55,7 +57,7 @@ def hafdbs(mmfr1: int) -> int:
     >>> hafdbs(0x0000_0110_1021_1122)
     2
     """
-    return mmfr1 & 0xF
+    return integer(mmfr1, "ID_AA64MMFR1_EL1", high=_U64 - 1) & 0xF
 
 
 def pa_range(mmfr0: int) -> int:
@@ -71,7 +73,7 @@ def pa_range(mmfr0: int) -> int:
     >>> pa_range(0x0000_0323_1020_1126)
     52
     """
-    code = mmfr0 & 0xF
+    code = integer(mmfr0, "ID_AA64MMFR0_EL1", high=_U64 - 1) & 0xF
     if code >= len(_PS_BITS):
         raise ValueError(f"ID_AA64MMFR0_EL1.PARange = {code:#06b} isn't one of 32 to 52 bits")
     return _PS_BITS[code]
@@ -134,10 +136,13 @@ class Vtcr:
     other: int = _WALKS
 
     def __post_init__(self) -> None:
+        instance(self.granule, Granule, "granule")
         for name, (_, width) in _FIELDS.items():
-            value: int = getattr(self, name)
-            if not 0 <= value < 1 << width:
-                raise ValueError(f"VTCR_EL2.{name.upper()} has {width} bits, got {value:#x}")
+            value = integer(getattr(self, name), f"VTCR_EL2.{name.upper()}, of {width} bits,", high=(1 << width) - 1)
+            object.__setattr__(self, name, value)
+        for name in _FLAGS:
+            object.__setattr__(self, name, flag(getattr(self, name), f"VTCR_EL2.{name.upper()}"))
+        object.__setattr__(self, "other", integer(self.other, "other", high=_U64 - 1))
         if self.other & ~_OTHER:
             raise ValueError(f"other = {self.other:#x} has bits of the fields that have names")
         for name, bit in _REFUSED.items():
@@ -194,8 +199,7 @@ class Vtcr:
 SL2 = 0, DS = 0: from level 3 of a 16K granule, with at most 16 concatenated tables, a walk \
 resolves 15 to 29 bits
         """
-        if not 0 <= value < 1 << 64:
-            raise ValueError(f"VTCR_EL2 has 64 bits, got {value:#x}")
+        value = integer(value, "VTCR_EL2", high=_U64 - 1)
         code = value >> _TG0 & 0b11
         granule = next((g for g, tg0 in _TG0_CODES.items() if tg0 == code), None)
         if granule is None:
@@ -258,14 +262,15 @@ resolves 15 to 29 bits
         >>> hex(v.encode()), v.hw_dbm, v.with_hw_dbm(True).hw_dbm
         ('0x802d3558', False, True)
         """
+        instance(granule, Granule, "granule")
+        mmfr1, hw_dbm = integer(mmfr1, "ID_AA64MMFR1_EL1", high=_U64 - 1), flag(hw_dbm, "hw_dbm")
+        pa_bits, ipa_bits = integer(pa_bits, "pa_bits"), integer(ipa_bits, "ipa_bits", low=32, high=52)
         if hw_dbm and hafdbs(mmfr1) < 2:
             raise ValueError(
                 f"this CPU has no hardware DBM: ID_AA64MMFR1_EL1.HAFDBS = {hafdbs(mmfr1)}, and it needs 2 or more"
             )
         if pa_bits not in _PS_BITS:
             raise ValueError(f"a physical address has one of {_PS_BITS} bits, not {pa_bits}")
-        if not 32 <= ipa_bits <= 52:
-            raise ValueError(f"an IPA space has 32 to 52 bits, not {ipa_bits}")
         levels = max(2, (ipa_bits - _CONCATENATED - 4) // granule.bits_per_level)
         return cls(
             granule=granule,
@@ -283,6 +288,7 @@ resolves 15 to 29 bits
 
         A TLB may hold VTCR_EL2: a change can be trusted after a TLBI of the whole VMID.
         """
+        on = flag(on, "on")
         return replace(self, ha=self.ha or on, hd=on)
 
     # --- what the fields mean -----------------------------------------------------------------
@@ -364,6 +370,11 @@ class Vttbr:
     vmid: int = 0
     cnp: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "baddr", integer(self.baddr, "VTTBR_EL2.BADDR", high=(1 << 52) - 1))
+        object.__setattr__(self, "vmid", integer(self.vmid, "VTTBR_EL2.VMID", high=0xFFFF))
+        object.__setattr__(self, "cnp", flag(self.cnp, "VTTBR_EL2.CnP"))
+
     @classmethod
     def decode(cls, value: int, vtcr: Vtcr) -> Self:
         """Return the fields of the register's 64-bit `value`, laid out as `vtcr` has it.
@@ -373,8 +384,8 @@ class Vttbr:
         ValueError
             If the base isn't aligned to the concatenated tables' size, or is beyond PS.
         """
-        if not 0 <= value < 1 << 64:
-            raise ValueError(f"VTTBR_EL2 has 64 bits, got {value:#x}")
+        value = integer(value, "VTTBR_EL2", high=_U64 - 1)
+        instance(vtcr, Vtcr, "vtcr")
         baddr = value & 0xFFFF_FFFF_FFFE
         if vtcr.pa_bits == 52:  # then bits 51:48 of the base are in 5:2
             baddr = baddr & ~0x3F | (value >> 2 & 0xF) << 48
