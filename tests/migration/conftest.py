@@ -8,8 +8,7 @@ from contextlib import suppress
 import pytest
 from migrationvm import FakeVm, ReceiverProcess
 
-from hwdbm.migration import Channel, receive
-from hwdbm.vm import PlainGuest
+from hwdbm.migration import Channel, PlainGuest, receive
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import pytest
 from migrationvm import FakeVm
 
-from hwdbm.migration import Settings, migrate
-from hwdbm.vm import PlainGuest
+from hwdbm.migration import PlainGuest, Settings, migrate
 
 SOON = Settings(max_downtime=0.02)
 

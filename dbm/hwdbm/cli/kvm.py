@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from hwdbm.cli.guest import fill, filled
 from hwdbm.kvm import KvmUnavailableError, KvmVm
-from hwdbm.migration import LayoutError
-from hwdbm.vm import MemoryMap
+from hwdbm.migration import Layout, LayoutError
 
 __all__ = ["KvmLog", "KvmLogOption", "Vm", "build_kvm", "kvm_for", "kvm_layout"]
 
@@ -96,13 +95,13 @@ def _load(memory: NDArray[np.uint8], image: Path) -> None:
             done += got
 
 
-def kvm_layout(memory: int) -> MemoryMap:
+def kvm_layout(memory: int) -> Layout:
     """Return the layout of what `build_kvm` makes: the memory, and the guest's code."""
     with KvmVm(memory, guest="idle") as vm:
-        return MemoryMap.of(vm)
+        return Layout.of(vm)
 
 
-def kvm_for(layout: MemoryMap, *, log: KvmLog) -> KvmVm:
+def kvm_for(layout: Layout, *, log: KvmLog) -> KvmVm:
     """Return a paused VM on ``/dev/kvm`` with the memory that a source describes.
 
     Raises
