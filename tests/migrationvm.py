@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Channel, Layout, PlainGuest, transport
+from hwdbm.migration import Channel, transport
+from hwdbm.vm import MemoryMap, PlainGuest
 
-LAYOUT = Layout(4096, (Memslot(0, 0, 0x40000, 2048, 0), Memslot(3, 0, 0x80000, 777, 0)))
+LAYOUT = MemoryMap(4096, (Memslot(0, 0, 0x40000, 2048, 0), Memslot(3, 0, 0x80000, 777, 0)))
 
 
 class FakeVm(PlainGuest):
     """Like a VM: pages with random content and some of zeros, and a writer that counts what it wrote."""
 
-    def __init__(self, layout: Layout = LAYOUT, *, seed: int = 1, pause_every: float = 1e-4) -> None:
+    def __init__(self, layout: MemoryMap = LAYOUT, *, seed: int = 1, pause_every: float = 1e-4) -> None:
         super().__init__(layout)
         rng = np.random.default_rng(seed)
         for slot in layout.slots:
@@ -73,7 +74,8 @@ class FakeVm(PlainGuest):
 RECEIVER = """
 import sys
 from pathlib import Path
-from hwdbm.migration import PlainGuest, receive, transport
+from hwdbm.migration import receive, transport
+from hwdbm.vm import PlainGuest
 with transport.listen_unix(Path(sys.argv[1])) as listener:
     channel = transport.accept(listener)
 try:

@@ -4,10 +4,10 @@ import struct
 import zlib
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Layout
 from hwdbm.migration.wire import VERSION, Kind
+from hwdbm.vm import MemoryMap
 
-SMALL = Layout(4096, (Memslot(0, 0, 16, 8, 0), Memslot(1, 0, 64, 3, 0)))
+SMALL = MemoryMap(4096, (Memslot(0, 0, 16, 8, 0), Memslot(1, 0, 64, 3, 0)))
 
 
 def frame(kind: int, sequence: int, body: bytes = b"", *, runs: int = 0, **wrong: int) -> bytes:
@@ -24,7 +24,7 @@ def frame(kind: int, sequence: int, body: bytes = b"", *, runs: int = 0, **wrong
     return head + struct.pack("<I", zlib.crc32(head)) + body
 
 
-def hello(layout: Layout = SMALL, *, version: int = VERSION, flags: int = 0) -> bytes:
+def hello(layout: MemoryMap = SMALL, *, version: int = VERSION, flags: int = 0) -> bytes:
     return frame(Kind.HELLO, 0, struct.pack("<II", version, flags) + layout.to_bytes())
 
 

@@ -13,7 +13,8 @@ import pytest
 from hwdbm import DirtyBitmap
 from hwdbm.cli.guest import Endpoint, endpoint
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Layout, PlainGuest, snapshot
+from hwdbm.migration import snapshot
+from hwdbm.vm import MemoryMap, PlainGuest
 
 pytest.importorskip("hwdbm.machine")
 MAIN = [sys.executable, "-W", "error", "-c", "from hwdbm.cli import main; main()"]
@@ -186,7 +187,7 @@ def test_on_a_terminal() -> None:
 
 
 def test_rebase(run, tmp_path: Path) -> None:
-    guest = PlainGuest(Layout(4096, (Memslot(0, 0, 0, 64, 0),)))
+    guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0, 64, 0),)))
     guest.memory(0)[:] = 1
     snapshot.write_full(guest, tmp_path / "base")
     for turn in range(2):

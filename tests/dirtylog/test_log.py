@@ -8,9 +8,10 @@ import pytest
 from logtools import live, make, pages_of, states, write
 
 from hwdbm import DirtyBitmap, Granule, pte
-from hwdbm.dirtylog import SharedStage2, Stats
+from hwdbm.dirtylog import Stats
 from hwdbm.errors import GfnError, InvariantError
 from hwdbm.pte import State
+from hwdbm.stage2 import Stage2
 
 GIB = 1 << 30
 RAGGED = (1, 63, 64, 65, 511, 512, 513, (GIB >> 12) + 16)
@@ -366,7 +367,7 @@ def test_clearing_a_part_of_a_block(kernels):
 
 
 def test_mutant_the_blocks_other_pages_are_forgotten(monkeypatch):
-    rewrite = SharedStage2._rewrite_part
+    rewrite = Stage2._rewrite_part
 
     def part(self, update, mask, first, *, written=True):
         kept = self.saved.bitmap.copy()
@@ -374,7 +375,7 @@ def test_mutant_the_blocks_other_pages_are_forgotten(monkeypatch):
         self.saved.bitmap.words[:] &= kept.words
         return tally
 
-    monkeypatch.setattr(SharedStage2, "_rewrite_part", part)
+    monkeypatch.setattr(Stage2, "_rewrite_part", part)
     with pytest.raises(AssertionError, match="lost writes"):
         check_clearing_a_part_of_a_block()
 

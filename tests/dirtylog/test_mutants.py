@@ -13,8 +13,8 @@ from logmachine import LogMachine
 from hwdbm import DirtyBitmap
 from hwdbm.dirtylog import lease, modes, slot
 from hwdbm.dirtylog.lease import Unflushed
-from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.dirtylog.slot import SlotLog
+from hwdbm.stage2 import Stage2
 
 HUNT = settings(
     max_examples=400,
@@ -104,7 +104,7 @@ def omits_the_rollback(patch):
 
 def protects_a_range(patch):
     """Every page from the mask's first to its last is cleaned, as KVM may under write-protection (RFC patch 4)."""
-    protect = SharedStage2.track_part
+    protect = Stage2.track_part
 
     def track_part(self, mask, first=0):
         index = mask.pages()
@@ -113,7 +113,7 @@ def protects_a_range(patch):
             mask.set_range(int(index[0]), int(index[-1] - index[0]) + 1)
         return protect(self, mask, first)
 
-    patch.setattr(SharedStage2, "track_part", track_part)
+    patch.setattr(Stage2, "track_part", track_part)
 
 
 def moves_without_its_bits(patch):
@@ -141,7 +141,7 @@ def moves_without_its_leaves(patch):
 
 def starts_unarmed(patch):
     """A log begins, and leaves go on letting the guest write unrecorded."""
-    patch.setattr(SharedStage2, "enable_dbm", lambda self, mask=None: 0)
+    patch.setattr(Stage2, "enable_dbm", lambda self, mask=None: 0)
 
 
 def starts_without_a_flush(patch):
@@ -175,12 +175,12 @@ def switches_without_arming(patch):
 
 def grants_without_a_mark(patch):
     """A write fault is resolved, and the log isn't told."""
-    relax = SharedStage2.relax
+    relax = Stage2.relax
 
     def relaxed(self, gfn, *, dbm=False):
         return relax(self, gfn, dbm=False)
 
-    patch.setattr(SharedStage2, "relax", relaxed)
+    patch.setattr(Stage2, "relax", relaxed)
     patch.setattr(slot.Meter, "fault", lambda self: None)
     write_fault = SlotLog.write_fault
 
@@ -196,17 +196,17 @@ def grants_without_a_mark(patch):
 
 def maps_untracked(patch):
     """While hardware keeps the log, a page is mapped for writing, without DBM."""
-    put = SharedStage2.map
+    put = Stage2.map
 
     def mapped(self, gfn, npages, pfn, level=3, writable=True, *, dbm=False):
         return put(self, gfn, npages, pfn, level, writable)
 
-    patch.setattr(SharedStage2, "map", mapped)
+    patch.setattr(Stage2, "map", mapped)
 
 
 def forgets_saved(patch):
     """What replaced leaves had recorded doesn't reach the log."""
-    patch.setattr(SharedStage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
+    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
 
 
 def lets_the_host_take_unflushed(patch):

@@ -24,7 +24,8 @@ import numpy as np
 
 from hwdbm.cli.kvm import KvmLog, build_kvm, kvm_for
 from hwdbm.kvm import Kvm, KvmUnavailableError, KvmVm
-from hwdbm.migration import Layout, Precopy, Settings, receive, transport
+from hwdbm.migration import Precopy, Settings, receive, transport
+from hwdbm.vm import MemoryMap
 
 LOGS = [KvmLog.BITMAP, KvmLog.CLEAR, KvmLog.RING]  # three, so that each process gets each of them
 SETTINGS = Settings(max_downtime=0.05)
@@ -83,7 +84,7 @@ class Peer:
 
     def look(self) -> dict[str, Any]:
         """Return what this process has: kibibytes beside the guest's memory, descriptors, threads."""
-        guest = 0 if self.vm is None else Layout.of(self.vm).total
+        guest = 0 if self.vm is None else MemoryMap.of(self.vm).total
         (rss,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Rss:"))
         return {
             "guest": guest,

@@ -11,10 +11,10 @@ from kvm_sides import BACKINGS, ModelSide
 
 from hwdbm import DirtyBitmap, DirtyLog
 from hwdbm.dirtylog import log, modes
-from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.dirtylog.slot import SlotLog
 from hwdbm.dirtylog.stats import Meter
 from hwdbm.memslot import Change, Memslot, Memslots, Plan
+from hwdbm.stage2 import Stage2
 
 RECORDINGS = [load(mode) for mode in MODES]
 
@@ -200,7 +200,7 @@ def a_move_forgets_the_bits(patch):
 
 def a_move_forgets_the_leaves(patch):
     """What the leaves had recorded isn't put into the bitmap that moves."""
-    patch.setattr(SharedStage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
+    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
 
 
 def stopping_keeps_the_bits(patch):
@@ -244,7 +244,7 @@ def a_write_faults_unmarked(patch):
 
 def a_log_starts_unarmed(patch):
     """Leaves go on letting the guest write unrecorded when a log begins."""
-    patch.setattr(SharedStage2, "enable_dbm", lambda self, mask=None: 0)
+    patch.setattr(Stage2, "enable_dbm", lambda self, mask=None: 0)
 
 
 def nothing_is_protected_again(patch):

@@ -13,8 +13,7 @@ from hwdbm import DirtyBitmap
 from hwdbm.errors import StaleLeaseError
 from hwdbm.kvm import GuestExitError, Kvm, KvmVm, PatternError, abi
 from hwdbm.kvm.ring import GFN, DirtyRing
-from hwdbm.migration import Layout, Source
-from hwdbm.migration.source import memory_digest
+from hwdbm.vm import MemoryMap, Source, memory_digest
 
 MODES = {
     "get": {},
@@ -403,6 +402,6 @@ def test_it_is_a_source_of_migrations(make: Make) -> None:
     assert isinstance(vm, Source)
     vm.write(BASE + 5, b"abc")
     assert vm.digest() == memory_digest(vm)
-    layout = Layout.of(vm)
+    layout = MemoryMap.of(vm)
     with KvmVm.from_slots(layout.page_size, layout.slots) as other:
-        layout.require(Layout.of(other))
+        layout.require(MemoryMap.of(other))

@@ -7,10 +7,10 @@ from hypothesis.stateful import run_state_machine_as_test
 from vmmachine import GuestMachine, TwinMachine
 
 from hwdbm import pte
-from hwdbm.dirtylog import SharedStage2
 from hwdbm.machine import Blocks, Machine, guestlog, mmu
 from hwdbm.machine.frames import Frames
 from hwdbm.machine.tlb import CLEAN, Tlb
+from hwdbm.stage2 import Stage2
 
 HUNT = settings(
     max_examples=300,
@@ -69,7 +69,7 @@ def trusts_clean_entries(patch):
 
 def forgets_what_it_replaces(patch):
     """Leaves that are shared, moved or split go without their dirty state."""
-    patch.setattr(SharedStage2, "_save", lambda self, lo, hi, *, untracked=False: None)
+    patch.setattr(Stage2, "_save", lambda self, lo, hi, *, untracked=False: None)
 
 
 def sets_af_alone(patch):

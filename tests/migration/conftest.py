@@ -8,7 +8,8 @@ from contextlib import suppress
 import pytest
 from migrationvm import FakeVm, ReceiverProcess
 
-from hwdbm.migration import Channel, PlainGuest, receive
+from hwdbm.migration import Channel, receive
+from hwdbm.vm import PlainGuest
 
 
 @pytest.fixture

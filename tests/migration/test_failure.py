@@ -16,16 +16,15 @@ from hwdbm.migration import (
     Channel,
     DigestError,
     HandoverError,
-    Layout,
     LayoutError,
     PeerError,
-    PlainGuest,
     Precopy,
     Settings,
     StreamError,
     migrate,
 )
 from hwdbm.migration.wire import Kind
+from hwdbm.vm import MemoryMap, PlainGuest
 
 SOON = Settings(max_downtime=0.01, max_iterations=4)
 
@@ -214,7 +213,7 @@ def test_really_full_disk_at_the_receiver(vm, inside, process, tmp_path):
 
 
 def test_a_receiver_with_other_memory(vm, inside):
-    mine = Layout(4096, (Memslot(0, 0, 0x40000, 2048, 0), Memslot(3, 0, 0x80000, 778, 0)))
+    mine = MemoryMap(4096, (Memslot(0, 0, 0x40000, 2048, 0), Memslot(3, 0, 0x80000, 778, 0)))
     other = inside(lambda _: PlainGuest(mine))
     vm.resume()
     vm.start_log()

@@ -7,9 +7,10 @@ import pytest
 from migrationvm import LAYOUT, FakeVm
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Layout, LayoutError, PlainGuest, Settings, memory_digest, migrate
+from hwdbm.migration import LayoutError, Settings, migrate
 from hwdbm.migration.converge import Throttle
 from hwdbm.migration.report import folded
+from hwdbm.vm import MemoryMap, PlainGuest, memory_digest
 
 SOON = Settings(max_downtime=0.02)
 
@@ -162,7 +163,7 @@ def test_settings_out_of_range(numbers):
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 @pytest.mark.parametrize("npages", [1, 63, 64, 65, 511, 513])
 def test_sizes(inside, page_size, npages):
-    layout = Layout(page_size, (Memslot(0, 0, 7, npages, 0), Memslot(1, 2, 5000, 1, 0)))
+    layout = MemoryMap(page_size, (Memslot(0, 0, 7, npages, 0), Memslot(1, 2, 5000, 1, 0)))
     guest = PlainGuest(layout)
     guest.memory(0)[:: page_size * 2] = 1
     guest.memory(1)[-1] = 1
@@ -218,26 +219,26 @@ def test_folded():
 
 def test_layouts():
     slot = Memslot(0, 1, 16, 64, 1 << 30)
-    layout = Layout(4096, (slot, Memslot(9, 2, 100, 1, 0)))
-    again = Layout.from_bytes(layout.to_bytes())
+    layout = MemoryMap(4096, (slot, Memslot(9, 2, 100, 1, 0)))
+    again = MemoryMap.from_bytes(layout.to_bytes())
     layout.require(again)
     assert again.total == 65 * 4096
     with pytest.raises(LayoutError, match=r"slot 0 overlaps slot 9|slot 9 overlaps slot 0"):
-        Layout(4096, (slot, Memslot(9, 0, 79, 1, 0)))
+        MemoryMap(4096, (slot, Memslot(9, 0, 79, 1, 0)))
     with pytest.raises(LayoutError, match="4096, 16384 or 65536 bytes, not 512"):
-        Layout(512, (slot,))
+        MemoryMap(512, (slot,))
     with pytest.raises(LayoutError, match="1 to 32767 slots"):
-        Layout(4096, ())
+        MemoryMap(4096, ())
     with pytest.raises(LayoutError, match="comes twice"):
-        Layout(4096, (slot, Memslot(0, 0, 1000, 1, 0)))
+        MemoryMap(4096, (slot, Memslot(0, 0, 1000, 1, 0)))
     with pytest.raises(LayoutError, match="beyond 52 bits"):
-        Layout(4096, (Memslot(0, 0, 1 << 40, 1, 0),))
+        MemoryMap(4096, (Memslot(0, 0, 1 << 40, 1, 0),))
     with pytest.raises(LayoutError, match="16384 bytes don't fit"):
-        layout.require(Layout(16384, layout.slots))
+        layout.require(MemoryMap(16384, layout.slots))
     with pytest.raises(LayoutError, match="1 slots don't fit"):
-        layout.require(Layout(4096, (slot,)))
+        layout.require(MemoryMap(4096, (slot,)))
     with pytest.raises(LayoutError, match=r"slot 9 \(gfn 0x65"):
-        layout.require(Layout(4096, (slot, Memslot(9, 2, 101, 1, 0))))
+        layout.require(MemoryMap(4096, (slot, Memslot(9, 2, 101, 1, 0))))
 
 
 def test_the_real_machine(inside):

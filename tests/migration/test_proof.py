@@ -3,7 +3,8 @@
 import pytest
 from migrationvm import FakeVm
 
-from hwdbm.migration import PlainGuest, Settings, migrate
+from hwdbm.migration import Settings, migrate
+from hwdbm.vm import PlainGuest
 
 SOON = Settings(max_downtime=0.02)
 

@@ -8,7 +8,8 @@ import pytest
 from migrationvm import LAYOUT, FakeVm
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Layout, PlainGuest, snapshot
+from hwdbm.migration import snapshot
+from hwdbm.vm import MemoryMap, PlainGuest
 
 
 def content(vm: PlainGuest) -> bytes:
@@ -70,7 +71,7 @@ def test_an_empty_diff_is_one_hole(tmp_path):
 
 
 def test_zeros_of_a_full_one_are_holes(tmp_path):
-    guest = PlainGuest(Layout(4096, (Memslot(0, 0, 0, 4096, 0),)))
+    guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0, 4096, 0),)))
     guest.memory(0)[5 << 20] = 1
     full = snapshot.write_full(guest, tmp_path / "full")
     assert full.data == 1 << 20

@@ -14,10 +14,11 @@ from migrationvm import FakeVm
 from streamtools import SMALL, frame, hello
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Channel, Layout, PeerError, PlainGuest, Settings, StreamError, migrate, receive
+from hwdbm.migration import Channel, PeerError, Settings, StreamError, migrate, receive
 from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.staging import BUFFERS, Shared, SharedStaging, SocketStaging, staging
 from hwdbm.migration.wire import PASS, PAYLOAD, SHARING, Kind
+from hwdbm.vm import MemoryMap, PlainGuest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memfd")
 
@@ -97,7 +98,7 @@ def test_descriptors_are_closed():
 def test_more_batches_than_buffers(size, pair):
     """Each buffer comes round again and again; a guest that is paused is copied, too."""
     source, destination = pair
-    guest = PlainGuest(Layout(size, (Memslot(0, 0, 16, 5 * BUFFERS * PAYLOAD // 2 // size + 3, 0),)))
+    guest = PlainGuest(MemoryMap(size, (Memslot(0, 0, 16, 5 * BUFFERS * PAYLOAD // 2 // size + 3, 0),)))
     rng = np.random.default_rng(1)
     guest.memory(0)[:] = rng.integers(0, 256, guest.memory(0).size, dtype=np.uint8)
     rows = guest.memory(0).reshape(-1, size)
@@ -111,7 +112,7 @@ def test_more_batches_than_buffers(size, pair):
     assert got[0].sha256 == report.source_sha256
 
 
-def offered(source: Channel, flags: int, *fds: int, layout: Layout = SMALL) -> None:
+def offered(source: Channel, flags: int, *fds: int, layout: MemoryMap = SMALL) -> None:
     socket.send_fds(source.sock, [hello(layout, flags=flags)], fds)
 
 
@@ -195,7 +196,7 @@ def test_broken(name, pair):
 def test_a_batch_larger_than_its_buffer(pair):
     source, destination = pair
     fds = (memory(), os.eventfd(0))
-    layout = Layout(4096, (Memslot(0, 0, 0, 1024, 0),))
+    layout = MemoryMap(4096, (Memslot(0, 0, 0, 1024, 0),))
     offered(source, SHARING, *fds, layout=layout)
     source.sock.sendall(shared(1, (0, PAYLOAD + 4096)))
     with pytest.raises(StreamError, match="the runs' 513 pages are more than 2097152 bytes"):
@@ -284,7 +285,7 @@ def test_where_there_is_no_memfd(monkeypatch, pair):
 def test_nothing_is_held_while_a_limit_has_the_source_wait(pair, monkeypatch):
     """The next frame may be long in coming, and the other side's patience ends."""
     source, destination = pair
-    guest, waited = PlainGuest(Layout(4096, (Memslot(0, 0, 16, 3 * PAYLOAD // 4096, 0),))), []
+    guest, waited = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 16, 3 * PAYLOAD // 4096, 0),))), []
     guest.memory(0)[:] = 1
     monkeypatch.setattr(Limiter, "wait", lambda *_: waited.append(list(source._held)))
     taker = threading.Thread(target=receive, args=(destination, PlainGuest))

@@ -15,19 +15,9 @@ from hypothesis import strategies as st
 from streamtools import SMALL, frame, hello, pages, zeros
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import (
-    Channel,
-    Layout,
-    LayoutError,
-    PeerError,
-    PlainGuest,
-    Settings,
-    StreamError,
-    migrate,
-    receive,
-    wire,
-)
+from hwdbm.migration import Channel, LayoutError, PeerError, Settings, StreamError, migrate, receive, wire
 from hwdbm.migration.wire import ACK, HEAD_SIZE, LIMITS, PASS, Head, Kind, crc32
+from hwdbm.vm import MemoryMap, PlainGuest
 
 ALL = [
     hello(),
@@ -121,7 +111,7 @@ BROKEN = {
     "a layout cut short": (frame(Kind.HELLO, 0, struct.pack("<IIIIQ", 1, 0, 4096, 3, 0)), "3 slots has 80 bytes, got"),
     "no layout": (frame(Kind.HELLO, 0, struct.pack("<II", 1, 0)), "has no head"),
     "a slot without pages": (frame(Kind.HELLO, 0, struct.pack("<IIIIIIQQ", 1, 0, 4096, 1, 0, 0, 16, 0)), "no pages"),
-    "too much memory": (hello(Layout(4096, (Memslot(0, 0, 0, 1 << 30, 0),))), "more than the 16777216 allowed"),
+    "too much memory": (hello(MemoryMap(4096, (Memslot(0, 0, 0, 1 << 30, 0),))), "more than the 16777216 allowed"),
     "2**64 pages": (
         frame(Kind.HELLO, 0, struct.pack("<IIIIIIQQ", 1, 0, 4096, 1, 0, 0, 0, (1 << 64) - 1)),
         "beyond 52 bits",
@@ -182,7 +172,7 @@ def test_an_error_ends_it():
 
 
 def test_a_layout_that_does_not_match():
-    mine = Layout(4096, (Memslot(0, 0, 16, 8, 0), Memslot(1, 0, 65, 3, 0)))
+    mine = MemoryMap(4096, (Memslot(0, 0, 16, 8, 0), Memslot(1, 0, 65, 3, 0)))
     with pytest.raises(LayoutError, match=r"slot 1 \(gfn 0x40, 3 pages.* doesn't fit into slot 1 \(gfn 0x41") as raised:
         feed(b"".join(ALL), lambda _: PlainGuest(mine))
     assert "doesn't fit" in said(raised.value)
@@ -304,10 +294,10 @@ def test_made_up_frames(frames):
 @given(st.binary(max_size=80))
 def test_any_layout(raw):
     try:
-        layout = Layout.from_bytes(raw)
+        layout = MemoryMap.from_bytes(raw)
     except LayoutError:
         return
-    assert Layout.from_bytes(layout.to_bytes()) == layout
+    assert MemoryMap.from_bytes(layout.to_bytes()) == layout
 
 
 # --- the source --------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hwdbm.migration import PlainGuest, Settings, StreamError, migrate, receive, transport
+from hwdbm.migration import Settings, StreamError, migrate, receive, transport
 from hwdbm.migration.transport import TlsDir
+from hwdbm.vm import PlainGuest
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 

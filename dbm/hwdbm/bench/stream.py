@@ -20,8 +20,9 @@ from hwdbm.bench.measure import Row
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import Lease, Unflushed
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Channel, Layout, PlainGuest, Report, Settings, migrate, receive
-from hwdbm.migration.populate import populate
+from hwdbm.migration import Channel, Report, Settings, migrate, receive
+from hwdbm.vm import MemoryMap, PlainGuest
+from hwdbm.vm.memory import populate
 
 __all__ = ["StreamSetup", "rows", "serve"]
 
@@ -58,7 +59,7 @@ class _Scattered(PlainGuest):
     """A guest that says that it runs, and of which the same random pages are always dirty."""
 
     def __init__(self, setup: StreamSetup) -> None:
-        super().__init__(Layout(4096, (Memslot(0, 0, 0x40000, setup.memory // 4096, 0),)))
+        super().__init__(MemoryMap(4096, (Memslot(0, 0, 0x40000, setup.memory // 4096, 0),)))
         rng = np.random.default_rng(1)
         words = self.memory(0).view(np.uint64)
         for start in range(0, words.size, 1 << 22):

@@ -15,7 +15,8 @@ from hwdbm.errors import BitmapError
 from hwdbm.granule import Granule
 from hwdbm.machine import Machine, Replay, parse
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Layout, LayoutError
+from hwdbm.migration import LayoutError
+from hwdbm.vm import MemoryMap
 
 __all__ = [
     "GPA",
@@ -101,7 +102,7 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
         machine.vcpus[0].store(offsets + GPA, words[offsets // 8])
 
 
-def layout_of(memory: int) -> Layout:
+def layout_of(memory: int) -> MemoryMap:
     """Return the layout of what `build` makes: one slot.
 
     Raises
@@ -112,10 +113,10 @@ def layout_of(memory: int) -> Layout:
     page = Granule.K4.page_size
     if memory % page or not memory:
         raise ValueError(f"memory is whole pages of {page} bytes, not {memory} bytes")
-    return Layout(page, (Memslot(0, 0, GPA // page, memory // page, 0),))
+    return MemoryMap(page, (Memslot(0, 0, GPA // page, memory // page, 0),))
 
 
-def machine_for(layout: Layout, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
+def machine_for(layout: MemoryMap, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
     """Return a paused machine with the memory that a source describes.
 
     Raises

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from hwdbm.cli.guest import fill, filled
 from hwdbm.kvm import KvmUnavailableError, KvmVm
-from hwdbm.migration import Layout, LayoutError
+from hwdbm.migration import LayoutError
+from hwdbm.vm import MemoryMap
 
 __all__ = ["KvmLog", "KvmLogOption", "Vm", "build_kvm", "kvm_for", "kvm_layout"]
 
@@ -95,13 +96,13 @@ def _load(memory: NDArray[np.uint8], image: Path) -> None:
             done += got
 
 
-def kvm_layout(memory: int) -> Layout:
+def kvm_layout(memory: int) -> MemoryMap:
     """Return the layout of what `build_kvm` makes: the memory, and the guest's code."""
     with KvmVm(memory, guest="idle") as vm:
-        return Layout.of(vm)
+        return MemoryMap.of(vm)
 
 
-def kvm_for(layout: Layout, *, log: KvmLog) -> KvmVm:
+def kvm_for(layout: MemoryMap, *, log: KvmLog) -> KvmVm:
     """Return a paused VM on ``/dev/kvm`` with the memory that a source describes.
 
     Raises

@@ -15,9 +15,10 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, layout_of, machine_for
 from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, kvm_for, kvm_layout
 from hwdbm.cli.live import megabytes
-from hwdbm.migration import Channel, Layout, PlainGuest, Received, Source, StreamError, transport
+from hwdbm.migration import Channel, Received, StreamError, transport
 from hwdbm.migration import receive as receive_vm
-from hwdbm.migration.populate import populate
+from hwdbm.vm import MemoryMap, PlainGuest, Source
+from hwdbm.vm.memory import populate
 
 __all__ = ["EPILOG", "receive"]
 
@@ -78,7 +79,7 @@ def receive(
     if (listen is None) == (unix is None):
         raise typer.BadParameter("give --listen HOST:PORT or --unix PATH")
 
-    def build(layout: Layout) -> Source:
+    def build(layout: MemoryMap) -> Source:
         if file is not None:
             return PlainGuest(layout, file)
         return kvm_for(layout, log=kvm_log) if vm is Vm.KVM else machine_for(layout, mode=mode, thp=thp)

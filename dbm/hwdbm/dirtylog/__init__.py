@@ -2,14 +2,13 @@
 
 `DirtyLog` is what programs use, `Lease` what it hands out on request. The modules of this package are its parts: a
 memslot's protocol (`slot`) and the ranges of it that are held (`held`, `rangelock`), the two modes (`modes`), the order
-of flush and copy as types (`lease`), the leaves as threads share them (`shared`), and the counts (`stats`).
+of flush and copy as types (`lease`), and the counts (`stats`).
 """
 
 from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
 from hwdbm.dirtylog.log import DirtyLog
 from hwdbm.dirtylog.memory import LoggedMemory
 from hwdbm.dirtylog.rangelock import RangeLock
-from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.dirtylog.stats import FlushHook, Stats
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "Lease",
     "LoggedMemory",
     "RangeLock",
-    "SharedStage2",
     "Stats",
     "Unflushed",
 ]

@@ -6,10 +6,10 @@ from errno import ENOENT
 
 from hwdbm import pte
 from hwdbm.dirtylog.rangelock import RangeLock
-from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot, slot_name
+from hwdbm.stage2 import Stage2
 
 __all__ = ["HeldSlot", "Step"]
 
@@ -31,13 +31,13 @@ class HeldSlot:
     ----------
     memslot : Memslot
         The slot as it is now; a move or a change of flags puts another there.
-    stage2 : SharedStage2
+    stage2 : Stage2
         Its leaves; a move puts another there.
     """
 
     def __init__(self, memslot: Memslot, granule: Granule) -> None:
         self.memslot = memslot
-        self.stage2 = SharedStage2(memslot.npages, memslot.base_gfn, granule)
+        self.stage2 = Stage2(memslot.npages, memslot.base_gfn, granule)
         self._deleted = False
         self._lock = RangeLock()
 

@@ -16,11 +16,11 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog.held import HeldSlot, Step
 from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
 from hwdbm.dirtylog.modes import LogMode
-from hwdbm.dirtylog.shared import SharedStage2
 from hwdbm.dirtylog.stats import Meter
 from hwdbm.errors import InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot
+from hwdbm.stage2 import Stage2
 
 __all__ = ["SlotLog"]
 
@@ -230,7 +230,7 @@ class SlotLog(HeldSlot):
         """
         with self.hold():
             self._unmap_all()
-            old, self.stage2 = self.stage2, SharedStage2(self.npages, memslot.base_gfn, self.stage2.granule)
+            old, self.stage2 = self.stage2, Stage2(self.npages, memslot.base_gfn, self.stage2.granule)
             self.stage2.host_dirty = old.host_dirty  # the pages behind are the same
             self.memslot = memslot
             if memslot.logging and self.live is None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import DirtyLog, SharedStage2
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.machine.frames import Frames
 from hwdbm.stage2 import Stage2
 
@@ -136,7 +136,7 @@ def block_runs(s2: Stage2, lo: int, hi: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _block(s2: SharedStage2, page: int) -> tuple[int | None, int, int]:
+def _block(s2: Stage2, page: int) -> tuple[int | None, int, int]:
     """Return the block that maps a page, or None, and its pages [start, stop) in the slot."""
     for level in (2, 1):
         index = s2.layout.index(level, page)
@@ -147,7 +147,7 @@ def _block(s2: SharedStage2, page: int) -> tuple[int | None, int, int]:
     return None, page, page
 
 
-def _absent(s2: SharedStage2, pages: Pages) -> Pages:
+def _absent(s2: Stage2, pages: Pages) -> Pages:
     """Return those of `pages` that no leaf maps."""
     pages = pages[s2.level(3)[pages] & np.uint64(pte.TABLE) != np.uint64(pte.TABLE)]
     for level in (2, 1):
@@ -156,7 +156,7 @@ def _absent(s2: SharedStage2, pages: Pages) -> Pages:
     return pages
 
 
-def _put(s2: SharedStage2, pages: Pages, leaves: NDArray[np.uint64]) -> None:
+def _put(s2: Stage2, pages: Pages, leaves: NDArray[np.uint64]) -> None:
     """Write leaves of pages that have none, and the tables above them."""
     for level in (1, 2):
         size = s2.layout.sizes[level]
@@ -165,7 +165,7 @@ def _put(s2: SharedStage2, pages: Pages, leaves: NDArray[np.uint64]) -> None:
     s2.level(3)[pages] = leaves
 
 
-def _map_blocks(s2: SharedStage2, pages: Pages, frames: Frames, *, writable: bool) -> None:
+def _map_blocks(s2: Stage2, pages: Pages, frames: Frames, *, writable: bool) -> None:
     size, base = s2.layout.sizes[2], s2.base_gfn
     stripes = np.unique((pages + base % size) // size)
     stripes = stripes[(s2.level(2)[stripes] == 0) & frames.blockable(stripes)]

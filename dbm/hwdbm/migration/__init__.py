@@ -1,6 +1,6 @@
 """Live migration over the dirty log: pre-copy, the stream, the receiver, and snapshots.
 
-`migrate` sends a `Source` over a `Channel`, `receive` takes it at the other end. `source` says what a VM must be able
+`migrate` sends a `Source` over a `Channel`, `receive` takes it at the other end. `hwdbm.vm` says what a VM must be able
 to do, `wire` what the stream is made of, `transport` how two sides meet. `snapshot` writes memory to files instead.
 """
 
@@ -14,12 +14,11 @@ from hwdbm.migration.errors import (
     PeerError,
     StreamError,
 )
-from hwdbm.migration.layout import Layout
-from hwdbm.migration.plain import PlainGuest
 from hwdbm.migration.precopy import Precopy, migrate
 from hwdbm.migration.receiver import Received, receive
 from hwdbm.migration.report import Pass, Report
-from hwdbm.migration.source import Source, memory_digest
+from hwdbm.vm import MemoryMap as Layout
+from hwdbm.vm import PlainGuest, Source, memory_digest
 
 __all__ = [
     "CancelledMigrationError",

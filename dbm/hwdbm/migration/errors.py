@@ -1,14 +1,8 @@
 """What can go wrong between two sides of a migration. All are `OSError`, as what a socket raises is."""
 
+from hwdbm.errors import LayoutError, StreamError
+
 __all__ = ["CancelledMigrationError", "DigestError", "HandoverError", "LayoutError", "PeerError", "StreamError"]
-
-
-class StreamError(ConnectionError):
-    """The stream isn't what it must be: cut short, damaged, out of order, too large, of another version."""
-
-
-class LayoutError(StreamError):
-    """The memory that one side describes isn't the other's."""
 
 
 class PeerError(StreamError):

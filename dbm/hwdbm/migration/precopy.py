@@ -16,13 +16,13 @@ from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.converge import Settings, Throttle
 from hwdbm.migration.errors import CancelledMigrationError, DigestError, HandoverError, StreamError
-from hwdbm.migration.layout import Layout
 from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.migration.sender import PageSender
-from hwdbm.migration.source import Pages, Provable, Source
 from hwdbm.migration.staging import Staging, staging
 from hwdbm.migration.wire import ACK, PASS, PROVING, RUNNING, SHARING, VERIFIED, VERSION, Kind
+from hwdbm.vm.memorymap import MemoryMap
+from hwdbm.vm.source import Pages, Provable, Source
 
 __all__ = ["Precopy", "migrate"]
 
@@ -92,7 +92,7 @@ class Precopy:
     ) -> None:
         self._source, self._channel, self._settings = source, channel, settings
         self._cancel, self._tell = cancel or threading.Event(), on_progress or (lambda _: None)
-        self._layout = Layout.of(source)
+        self._layout = MemoryMap.of(source)
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
         self._throttle = Throttle()
         self._lent: list[Pages] = []

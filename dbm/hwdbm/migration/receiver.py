@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 from hwdbm.memslot import slot_name
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.errors import DigestError, LayoutError, StreamError
-from hwdbm.migration.layout import Layout
-from hwdbm.migration.populate import populate
-from hwdbm.migration.source import Provable, Source
 from hwdbm.migration.staging import Shared
 from hwdbm.migration.wire import (
     ACK,
@@ -31,6 +28,9 @@ from hwdbm.migration.wire import (
     Kind,
     crc32,
 )
+from hwdbm.vm.memory import populate
+from hwdbm.vm.memorymap import MemoryMap
+from hwdbm.vm.source import Provable, Source
 
 __all__ = ["Received", "receive"]
 
@@ -67,7 +67,7 @@ class Received:
 
 
 def receive(
-    channel: Channel, build: Callable[[Layout], Source], *, most_memory: int | None = None, populated: bool = False
+    channel: Channel, build: Callable[[MemoryMap], Source], *, most_memory: int | None = None, populated: bool = False
 ) -> Received:
     """Receive a VM, and let it run.
 
@@ -105,7 +105,7 @@ def receive(
 
 class _Receiver:
     def __init__(
-        self, channel: Channel, build: Callable[[Layout], Source], most_memory: int | None, *, populated: bool
+        self, channel: Channel, build: Callable[[MemoryMap], Source], most_memory: int | None, *, populated: bool
     ) -> None:
         self._channel, self._build, self._most_memory = channel, build, most_memory
         self._populated = populated
@@ -120,10 +120,10 @@ class _Receiver:
                 self._shared = stack.enter_context(Shared(self._channel.descriptors()))
             return self._receive(layout, flags)
 
-    def _receive(self, layout: Layout, flags: int) -> Received:
+    def _receive(self, layout: MemoryMap, flags: int) -> Received:
         vm = self._build(layout)
         try:
-            Layout.of(vm).require(layout)
+            MemoryMap.of(vm).require(layout)
             if not self._populated:
                 for slot in vm.slots:
                     populate(vm.memory(slot.id))
@@ -143,13 +143,13 @@ class _Receiver:
         self._got.transferred = self._channel.received
         return self._got
 
-    def _hello(self, body: bytes) -> tuple[Layout, int]:
+    def _hello(self, body: bytes) -> tuple[MemoryMap, int]:
         if len(body) < 8:
             raise StreamError(f"a HELLO of {len(body)} bytes has no version")
         version, flags = struct.unpack_from("<II", body)
         if version != VERSION:
             raise StreamError(f"the stream is of version {version}, and this side knows {VERSION}")
-        layout = Layout.from_bytes(body[8:])
+        layout = MemoryMap.from_bytes(body[8:])
         if self._most_memory is not None and layout.total > self._most_memory:
             raise LayoutError(
                 f"{layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"

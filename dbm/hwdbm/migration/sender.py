@@ -9,9 +9,9 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.limiter import Limiter
-from hwdbm.migration.source import Source
 from hwdbm.migration.staging import Staging
 from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
+from hwdbm.vm.source import Source
 
 __all__ = ["PageSender", "runs_of"]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import StaleLeaseError
-from hwdbm.migration.source import Pages, Source
+from hwdbm.vm.source import Pages, Source
 
 __all__ = ["Written", "extents", "rebase", "write_diff", "write_full"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.errors import StreamError
-from hwdbm.migration.populate import populate
 from hwdbm.migration.wire import PAYLOAD, Kind
+from hwdbm.vm.memory import populate
 
 __all__ = ["BUFFERS", "Shared", "SharedStaging", "SocketStaging", "Staging", "staging"]
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwdbm import DirtyBitmap, pte
-from hwdbm.dirtylog import SharedStage2
+from hwdbm import DirtyBitmap, Stage2, pte
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.pte import State
 from hwdbm.testing import bitmaps, differences, stage2s
@@ -15,7 +14,7 @@ FEW = settings(max_examples=60)
 
 def shared(s2):
     """The same tables, to be shared."""
-    twin = SharedStage2(s2.npages, s2.base_gfn, s2.granule)
+    twin = Stage2(s2.npages, s2.base_gfn, s2.granule)
     for level in (1, 2, 3):
         twin.level(level)[:] = s2.level(level)
     return twin
@@ -152,7 +151,7 @@ def test_what_is_mapped(case):
 
 
 def test_parts_are_inside_of_the_slot():
-    s2 = SharedStage2(200)
+    s2 = Stage2(200)
     for call in (
         lambda: s2.track_part(DirtyBitmap(64), 192),
         lambda: s2.wrprotect_part(DirtyBitmap(64), -64),

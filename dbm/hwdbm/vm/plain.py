@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import Lease, Unflushed
 from hwdbm.memslot import Memslot, slot_name
-from hwdbm.migration.layout import Layout
-from hwdbm.migration.source import memory_digest
+from hwdbm.vm.memorymap import MemoryMap
+from hwdbm.vm.source import memory_digest
 
 __all__ = ["PlainGuest"]
 
@@ -28,7 +28,7 @@ class PlainGuest:
 
     Parameters
     ----------
-    layout : Layout
+    layout : MemoryMap
         The slots.
     file : Path, optional
         The file that is the memory, slot after slot. It is made, or must have the size. Its room is allocated at once.
@@ -40,14 +40,14 @@ class PlainGuest:
 
     Examples
     --------
-    >>> guest = PlainGuest(Layout(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
+    >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
     >>> guest.start_log()
     >>> guest.write(0x4000_1FFE, b"\x01\x02\x03")
     >>> guest.dirty(0).bitmap.pages().tolist(), guest.memory(0)[0x1FFF:0x2002].tolist()
     ([1, 2], [2, 3, 0])
     """
 
-    def __init__(self, layout: Layout, file: Path | None = None) -> None:
+    def __init__(self, layout: MemoryMap, file: Path | None = None) -> None:
         self.page_size, self.slots = layout.page_size, layout.slots
         self.layout = layout
         self.running, self.throttled, self.logging = False, 0, False

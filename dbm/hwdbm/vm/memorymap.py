@@ -1,4 +1,4 @@
-"""A VM's memory as the stream describes it: the size of a page, and the slots."""
+"""A VM's memory map: the size of a page, and the slots, by id and by address."""
 
 import struct
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.errors import LayoutError
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot, slot_name
-from hwdbm.migration.errors import LayoutError
-from hwdbm.migration.source import Source
+from hwdbm.vm.source import Source
 
-__all__ = ["Layout"]
+__all__ = ["MemoryMap"]
 
 _HEAD = struct.Struct("<II")  # page size, slots
 _SLOT = struct.Struct("<IIQQ")  # id, flags, first gfn, pages
@@ -20,7 +20,7 @@ _GPA_BITS = 52  # FEAT_LPA: no guest has more
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MemoryMap:
     """The memory of a VM.
 
     Parameters
