@@ -5,6 +5,7 @@ memslot's protocol (`slot`) and the ranges of it that are held (`held`, `rangelo
 of flush and copy as types (`lease`), and the counts (`stats`).
 """
 
+from hwdbm.dirtylog.client import LogClient, Turn
 from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
 from hwdbm.dirtylog.log import DirtyLog
 from hwdbm.dirtylog.memory import LoggedMemory
@@ -16,8 +17,10 @@ __all__ = [
     "FlushHook",
     "Flushed",
     "Lease",
+    "LogClient",
     "LoggedMemory",
     "RangeLock",
     "Stats",
+    "Turn",
     "Unflushed",
 ]

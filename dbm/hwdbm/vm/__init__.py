@@ -2,6 +2,17 @@
 
 from hwdbm.vm.memorymap import MemoryMap
 from hwdbm.vm.plain import PlainGuest
-from hwdbm.vm.source import Pages, Provable, Source, memory_digest
+from hwdbm.vm.source import Client, Durable, Exclusive, Pages, Provable, Source, client_of, memory_digest
 
-__all__ = ["MemoryMap", "Pages", "PlainGuest", "Provable", "Source", "memory_digest"]
+__all__ = [
+    "Client",
+    "Durable",
+    "Exclusive",
+    "MemoryMap",
+    "Pages",
+    "PlainGuest",
+    "Provable",
+    "Source",
+    "client_of",
+    "memory_digest",
+]

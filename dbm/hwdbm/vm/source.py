@@ -1,6 +1,12 @@
-"""What can be migrated: the interface that `migration` needs of a VM, and no more of it."""
+"""The interface that migration and snapshots need of a VM, and no more of it.
+
+Every VM is a `Source`. What it may be beyond that has a protocol of its own: `Exclusive` if its log can be given to one
+consumer, `Provable` if its guest can be asked how it does, `Durable` if its memory is a file in the end.
+"""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,7 +15,7 @@ from numpy.typing import NDArray
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
 
-__all__ = ["Pages", "Provable", "Source", "memory_digest"]
+__all__ = ["Client", "Durable", "Exclusive", "Pages", "Provable", "Source", "client_of", "memory_digest"]
 
 
 class Pages(Protocol):
@@ -24,9 +30,22 @@ class Pages(Protocol):
         """Give the pages back: they are dirty again."""
 
 
+class Client(Protocol):
+    """The only consumer of a VM's log, until it is closed."""
+
+    def take(self, slot: int) -> Pages:
+        """Collect the pages of a slot dirtied since the last time, and clean them: as `Source.dirty` does."""
+
+    def close(self) -> None:
+        """Let others use the log again."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """A VM that can be migrated, or that a migration can arrive in.
+
+    A log has one consumer at a time. A VM should be `Exclusive`, so that a migration can make sure of that; for one
+    that isn't, whoever starts it answers for it.
 
     The source of a migration may be written to while its pages are read, by threads of its own. A write is in the
     memory, and dirty in the log, before the `dirty` that follows it returns.
@@ -82,6 +101,37 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Exclusive(Protocol):
+    """A VM whose log can be given to one consumer."""
+
+    def client(self, name: str) -> Client:
+        """Give the log, which has been started, to one consumer until that is closed.
+
+        As long as it is open, `dirty`, `start_log`, `stop_log` and another `client` are refused with EBUSY and the
+        text names the client; nothing changes then.
+
+        Raises
+        ------
+        OSError
+            EBUSY if there is a client, ENOENT if the log isn't on.
+        """
+
+
+@runtime_checkable
+class Durable(Protocol):
+    """A VM whose memory is a file in the end, which appears when it is complete."""
+
+    def commit(self) -> None:
+        """Put the file in its place: all memory has arrived and is right.
+
+        Raises
+        ------
+        OSError
+            If it can't be: the migration has failed then.
+        """
+
+
+@runtime_checkable
 class Provable(Protocol):
     """A VM whose guest can be asked whether it goes on as it should."""
 
@@ -93,6 +143,29 @@ class Provable(Protocol):
         OSError, AssertionError
             If it isn't right; the text says what is wrong.
         """
+
+
+@contextmanager
+def client_of(source: Source, name: str) -> Iterator[Client]:
+    """Be the consumer of a log that has been started: the only one if the VM is `Exclusive`.
+
+    Raises
+    ------
+    OSError
+        As `Exclusive.client` has them.
+    """
+    client = source.client(name) if isinstance(source, Exclusive) else _Shared(source)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+class _Shared:
+    """A consumer that isn't alone: the VM can't see to it."""
+
+    def __init__(self, source: Source) -> None:
+        self.take, self.close = source.dirty, lambda: None
 
 
 def memory_digest(source: Source) -> str:
