@@ -55,8 +55,12 @@ class Layout:
                 f"gfn {self.base_gfn:#x} and {self.npages} pages of {self.granule} don't fit into 52 address bits"
             )
 
-    def index(self, level: int, page: int) -> int:
-        """Return the entry of `level` that maps `page`."""
+    @overload
+    def index(self, level: int, page: int) -> int: ...
+    @overload
+    def index(self, level: int, page: Ranges) -> Ranges: ...
+    def index(self, level: int, page: int | Ranges) -> int | Ranges:
+        """Return the entry of `level` that maps a page, or each page of an array."""
         size = self.sizes[level]
         return (self.base_gfn + page) // size - self.base_gfn // size
 

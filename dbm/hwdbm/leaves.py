@@ -4,6 +4,7 @@ Nothing here knows what a dirty bit is for: `hwdbm.Stage2` puts the consumers an
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Tally
 from hwdbm.layout import Layout, any_in, pieces, runs_of
 
-__all__ = ["Leaves"]
+__all__ = ["LeafAt", "Leaves"]
 
 Array = NDArray[np.uint64]
 Index = NDArray[np.intp]
@@ -25,6 +26,25 @@ ByLevel = Callable[[int], pte.Update]
 _ALL = (1 << 64) - 1
 _BRIDGE = 2  # stripes
 _CHUNK = 1 << 17  # descriptors built or compared together in split and collapse: 1 MiB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeafAt:
+    """The leaves of some pages.
+
+    Parameters
+    ----------
+    level : (n,) uint8 array
+        1 to 3; 0 where there is none.
+    index : (n,) int64 array
+        The leaf's entry of its level; where there is none, the level-3 entry.
+    desc : (n,) uint64 array
+        The descriptors, each read once; where there is none, the level-3 entry.
+    """
+
+    level: NDArray[np.uint8]
+    index: Spans
+    desc: Array
 
 
 class Leaves:
@@ -140,6 +160,21 @@ class Leaves:
         pages[:, 1] = pages[:, 1] + 63 & ~63
         widened: Spans = np.clip(pages, lo, hi)
         return widened
+
+    def leaf_at(self, pages: Spans) -> LeafAt:
+        """Return the leaf that maps each of `pages`."""
+        desc = self.level[3][pages]
+        level, index = np.where(pte.leaf(3)(desc), np.uint8(3), np.uint8(0)), pages.copy()
+        for above in (2, 1):
+            (rest,) = (level == 0).nonzero()
+            if not rest.size:
+                break
+            entry = self.layout.index(above, pages[rest])
+            found = self.level[above][entry]
+            leaf = pte.leaf(above)(found)
+            rest = rest[leaf]
+            level[rest], index[rest], desc[rest] = above, entry[leaf], found[leaf]
+        return LeafAt(level, index, desc)
 
     # --- structure -----------------------------------------------------------------------------------------
 

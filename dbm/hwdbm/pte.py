@@ -37,6 +37,8 @@ __all__ = [
     "Match",
     "State",
     "Update",
+    "allow",
+    "allow_dbm",
     "arm",
     "clean",
     "clear_dbm",
@@ -353,6 +355,18 @@ def relax_dirty(level: int) -> Update:
     With `relax` the one place where a leaf that wasn't writable becomes so: only for a write that the host allows.
     """
     return Update(leaf(level), sets=DBM | S2AP_W)
+
+
+@cache
+def allow(level: int) -> Update:
+    """Return the update read-only to untracked: only for a leaf that the log alone had write-protected."""
+    return Update(read_only(level), sets=S2AP_W)
+
+
+@cache
+def allow_dbm(level: int) -> Update:
+    """Return the update read-only to writable-clean: only for a leaf that the log alone had write-protected."""
+    return Update(read_only(level), sets=DBM)
 
 
 @cache

@@ -17,7 +17,7 @@ under one lock, and what it recorded for pages outside of the part goes to `save
 thread may be writing. Every other verb has the Stage2 to itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import Self
 
@@ -26,17 +26,19 @@ from numpy.typing import NDArray
 
 from hwdbm import kernels, pte
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import flag, integers, uint64s
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import Granule
 from hwdbm.kernels import Tally
 from hwdbm.layout import Layout, merged
-from hwdbm.leaves import Leaves
+from hwdbm.leaves import LeafAt, Leaves
 from hwdbm.saved import Saved
 
-__all__ = ["Stage2"]
+__all__ = ["LeafAt", "Stage2"]
 
 Array = NDArray[np.uint64]
 ByLevel = Callable[[int], pte.Update]
+Pages = Iterable[int] | NDArray[np.integer]
 
 
 class Stage2:
@@ -161,15 +163,19 @@ class Stage2:
         The dirty state of the leaves that were there is saved first. No TLB is invalidated.
         """
         lo, hi = self._range(gfn, npages)
-        if level != 3 and level not in self._block_levels:
-            raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
-        size = self.layout.sizes[level]
+        size = self._leaf_size(level)
         if gfn % size or npages % size:
             raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
         leaves = pte.make_leaf(self._frames(pfn, npages // size, size), level, writable=writable, dbm=dbm)
         if lo < hi:
             self._remove(lo, hi)
             self._leaves.put(level, lo, hi, leaves)
+
+    def _leaf_size(self, level: int) -> int:
+        """Return the pages of a leaf of `level`, if there are such."""
+        if level != 3 and level not in self._block_levels:
+            raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
+        return self.layout.sizes[level]
 
     @property
     def _block_levels(self) -> tuple[int, ...]:
@@ -660,6 +666,194 @@ class Stage2:
                 self.saved.widen(lo, hi)
             if untracked:
                 self._rewrite(lambda level: pte.Update(pte.untracked(level)), lo, hi, self.host_dirty)
+
+    # --- arrays of pages -----------------------------------------------------------------------------------
+
+    def leaf_at(self, pages: Pages) -> LeafAt:
+        """Return the leaf that maps each page.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            Counted from the slot's first; in any order, and they may repeat.
+
+        Returns
+        -------
+        LeafAt
+            ``level`` is 0 where no leaf maps the page.
+
+        Raises
+        ------
+        GfnError
+            If a page isn't inside of the slot.
+
+        Examples
+        --------
+        >>> s2 = Stage2(1024)
+        >>> s2.map(512, 512, pfn=512, level=2)
+        >>> s2.leaf_at([511, 512]).level
+        array([0, 2], dtype=uint8)
+        """
+        return self._leaves.leaf_at(self._at(pages))
+
+    def map_at(
+        self,
+        pages: Pages,
+        pfn: NDArray[np.integer],
+        level: int = 3,
+        writable: bool = True,
+        *,
+        dbm: bool = False,
+    ) -> None:
+        """Map pages that lie anywhere, in place of whatever maps them. `map` otherwise.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            Each once, counted from the slot's first; for blocks the first page of each.
+        pfn : (n,) integer array
+            The physical frame of each leaf.
+        level, writable, dbm
+            As for `map`.
+
+        Raises
+        ------
+        GfnError
+            If a page or frame is outside of its space, misaligned, or named twice. Nothing is changed then.
+        """
+        pages, size = self._at(pages), self._leaf_size(level)
+        writable, dbm = flag(writable, "writable"), flag(dbm, "dbm")
+        if ((pages + self.base_gfn) % size).any() or (pages.size and int(pages.max()) + size > self.npages):
+            raise GfnError(f"pages {pages[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
+        if np.unique(pages).size != pages.size:
+            raise GfnError("a page to map is named twice")
+        leaves = pte.make_leaf(self._frames(pfn, pages.size, size), level, writable=writable, dbm=dbm)
+        for page in pages[self.leaf_at(pages).level > 0].tolist():
+            self._remove(page, page + size)
+        for above in range(1, level):
+            entries = self.level(above)
+            index = np.unique(self.layout.index(above, pages))
+            entries[index[entries[index] == 0]] = pte.TABLE
+        self.level(level)[self.layout.index(level, pages)] = leaves
+
+    def relax_at(self, pages: Pages, *, dbm: bool = False) -> int:
+        """Let the guest write pages: `relax` for each of them.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            Counted from the slot's first. A block that maps one is relaxed as a whole.
+        dbm : bool
+            Whether the leaves become writable-dirty; otherwise untracked.
+
+        Returns
+        -------
+        int
+            How many of the pages have a leaf.
+
+        Raises
+        ------
+        GfnError
+            If a page isn't inside of the slot.
+        """
+        return self._update_at(pages, pte.relax_dirty if flag(dbm, "dbm") else pte.relax)[0]
+
+    def allow_at(self, pages: Pages, *, dbm: bool = False) -> int:
+        """Make the read-only leaves of pages untracked, or with `dbm` writable-clean; leave all others alone.
+
+        For pages that the host lets the guest write, and that only the log had write-protected.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            Counted from the slot's first. A block that maps one is changed as a whole.
+        dbm : bool
+            Whether hardware is to record the writes.
+
+        Returns
+        -------
+        int
+            How many leaves were changed.
+
+        Raises
+        ------
+        GfnError
+            If a page isn't inside of the slot.
+        """
+        return self._update_at(pages, pte.allow_dbm if flag(dbm, "dbm") else pte.allow)[1]
+
+    def mkyoung_at(self, pages: Pages) -> int:
+        """Set the access flag of the leaves of pages, and return how many were old. `mkyoung` otherwise.
+
+        Parameters
+        ----------
+        pages : (n,) int64 array
+            Counted from the slot's first.
+
+        Raises
+        ------
+        GfnError
+            If a page isn't inside of the slot.
+        """
+        return self._update_at(pages, pte.mkyoung)[1]
+
+    def _update_at(self, pages: Pages, update: ByLevel) -> tuple[int, int]:
+        """Apply `update` to the leaves of pages; return how many pages have one, and how many leaves changed."""
+        found, changed = self.leaf_at(pages), 0
+        for level in (3, 2, 1):
+            index = np.unique(found.index[found.level == level])
+            if index.size:
+                entries = self.level(level)[index]
+                changed += int(np.count_nonzero(update(level).where(entries)))
+                self.level(level)[index] = update(level)(entries)
+        return int(np.count_nonzero(found.level)), changed
+
+    def mmu_update(self, level: int, index: NDArray[np.integer], bits: NDArray[np.uint64]) -> None:
+        """Set bits of descriptors as the MMU does at an access: AF and S2AP[1], and no others.
+
+        Parameters
+        ----------
+        level : int
+            1 to 3.
+        index : (n,) int64 array
+            Entries of `level`; they may repeat, with the same bits.
+        bits : (n,) uint64 array
+            What to set in each.
+
+        Raises
+        ------
+        ValueError
+            For other bits, or another level.
+        GfnError
+            If there is no such entry.
+        """
+        entries = self.level(level)
+        where = integers(index, "entries", 0, entries.size - 1, GfnError)
+        bits = uint64s(bits, "bits", where.size)
+        if bits.size and int(np.bitwise_or.reduce(bits)) & ~(pte.AF | pte.S2AP_W):
+            raise ValueError("the MMU sets AF and S2AP[1] only")
+        entries[where] |= bits
+
+    def block_spans(self, first: int = 0, npages: int | None = None) -> NDArray[np.int64]:
+        """Return the pages that blocks map, as rows [start, stop) of an (n, 2) array, sorted and merged.
+
+        Parameters
+        ----------
+        first, npages : int
+            Only blocks that map one of these pages; by default all. A row goes on to the block's end in the slot.
+
+        Raises
+        ------
+        GfnError
+            If the range isn't inside of the slot.
+        """
+        lo, hi = self._pages(first, npages)
+        rows = [self.layout.spans(level, self._leaves.blocks(level, lo, hi)) for level in (1, 2)]
+        spans = np.clip(np.concatenate(rows), 0, self.npages)
+        return merged(spans[np.argsort(spans[:, 0], kind="stable")])
+
+    def _at(self, pages: Pages) -> NDArray[np.int64]:
+        return integers(pages, "pages", 0, self.npages - 1, GfnError)
 
     # --- reading ----------------------------------------------------------------------------------------------
 

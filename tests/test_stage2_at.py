@@ -1,0 +1,140 @@
+"""The verbs on arrays of pages, each against the verb on one page, or one descriptor at a time."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwdbm import Granule, Stage2, pte, walker
+from hwdbm.errors import GfnError
+from hwdbm.testing import differences, stage2s
+
+FEW = settings(max_examples=60)
+PLACES = st.lists(st.integers(0, 1 << 16), max_size=30)
+
+
+def one_by_one(s2, pages, update):
+    """Return a twin on which `update` was applied to the leaf of each page, how many have one, and how many changed."""
+    twin, found, leaves = s2.copy(), 0, set()
+    for page in pages:
+        for level in (1, 2, 3):
+            index = s2.layout.index(level, page)
+            if pte.leaf(level)(int(s2.level(level)[index])):
+                found += 1
+                leaves.add((level, index))
+    changed = 0
+    for level, index in leaves:
+        desc = int(s2.level(level)[index])
+        changed += update(level).where(desc)
+        twin.level(level)[index] = update(level)(desc)
+    return twin, found, changed
+
+
+@FEW
+@given(s2=stage2s(most=1600), places=PLACES)
+def test_leaf_at(kernels, s2, places):
+    pages = [place % s2.npages for place in places]
+    found = s2.leaf_at(np.array(pages, dtype=np.uint16))
+    for i, page in enumerate(pages):
+        want = walker._walk(s2, page)
+        got = int(found.level[i]), int(found.index[i]), int(found.desc[i])
+        assert got == ((want.level, want.entry, want.desc) if want else (0, page, int(s2.level(3)[page])))
+
+
+@FEW
+@given(s2=stage2s(most=1600), places=PLACES, dbm=st.booleans())
+def test_relaxing_aging_and_allowing(kernels, s2, places, dbm):
+    pages = np.array([place % s2.npages for place in places], dtype=np.int64)
+    for verb, update in (
+        (lambda s: s.relax_at(pages, dbm=dbm), pte.relax_dirty if dbm else pte.relax),
+        (lambda s: s.allow_at(pages, dbm=dbm), pte.allow_dbm if dbm else pte.allow),
+        (lambda s: s.mkyoung_at(pages), pte.mkyoung),
+    ):
+        work = s2.copy()
+        want, found, changed = one_by_one(s2, pages.tolist(), update)
+        assert verb(work) == (found if update in (pte.relax, pte.relax_dirty) else changed)
+        assert differences(work, want) == []
+        work.verify()
+
+
+@FEW
+@given(s2=stage2s(most=1600), places=PLACES, kind=st.sampled_from([(False, False), (True, False), (True, True)]))
+def test_map_at(kernels, s2, places, kind):
+    pages = list(dict.fromkeys(place % s2.npages for place in places))
+    frames = np.arange(len(pages)) * 7
+    want = s2.copy()
+    for page, frame in zip(pages, frames.tolist(), strict=True):
+        walker.map(want, s2.base_gfn + page, 1, frame, 3, kind[0], dbm=kind[1])
+    s2.map_at(pages, frames, 3, kind[0], dbm=kind[1])
+    assert differences(s2, want) == []
+    s2.verify()
+
+
+@pytest.mark.parametrize("granule", Granule, ids=str)
+def test_mapping_blocks_anywhere(kernels, granule):
+    size = granule.pages_per_entry(2)
+    s2 = Stage2(4 * size + 5, base_gfn=size - 3, granule=granule)
+    s2.map(s2.base_gfn, s2.npages, pfn=0, dbm=True)
+    walker.guest_write(s2, 2 * size + 1)
+    want = s2.copy()
+    for page, frame in ((size + 3, 2 * size), (3 * size + 3, 9 * size)):
+        walker.map(want, s2.base_gfn + page, size, frame, 2)
+    s2.map_at([3 * size + 3, size + 3], np.array([9, 2]) * size, level=2)
+    assert differences(s2, want) == []
+    assert s2.dirty().pages().tolist() == [size + 4]
+    assert s2.block_spans().tolist() == [[size + 3, 2 * size + 3], [3 * size + 3, 4 * size + 3]]
+    assert s2.block_spans(2 * size + 3, size).tolist() == []
+
+
+@FEW
+@given(s2=stage2s(most=1600), data=st.data())
+def test_block_spans(kernels, s2, data):
+    first = data.draw(st.integers(0, s2.npages))
+    npages = data.draw(st.integers(0, s2.npages - first))
+    blocks = {leaf.pages for leaf in walker._leaves(s2, first, first + npages) if leaf.level < 3}
+    pages = sorted(page for block in blocks for page in block)
+    spans = s2.block_spans(first, npages)
+    assert [page for start, stop in spans.tolist() for page in range(start, stop)] == pages
+    assert (spans[1:, 0] > spans[:-1, 1]).all(), "those that touch are joined"
+
+
+@FEW
+@given(s2=stage2s(most=1600), places=PLACES)
+def test_what_the_mmu_sets(kernels, s2, places):
+    for level in (1, 2, 3):
+        entries = s2.level(level)
+        index = np.array([place % entries.size for place in places], dtype=np.int64)
+        bits = np.where(index % 2, np.uint64(pte.AF), np.uint64(pte.AF | pte.S2AP_W))
+        want = entries.copy()
+        np.bitwise_or.at(want, index, bits)
+        s2.mmu_update(level, index, bits)
+        assert (entries == want).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda s: s.leaf_at([1030]), GfnError, "0 to 1029, not 1030"),
+        (lambda s: s.relax_at([-1]), GfnError, "-1"),
+        (lambda s: s.allow_at([0.5]), TypeError, "0.5"),
+        (lambda s: s.mkyoung_at(["1"]), TypeError, "'1'"),
+        (lambda s: s.relax_at([1], dbm=1), TypeError, "dbm is True or False, not 1"),
+        (lambda s: s.map_at([1, 1], [2, 3]), GfnError, "named twice"),
+        (lambda s: s.map_at([1, 2], [2]), GfnError, "2 leaves need 2 frames"),
+        (lambda s: s.map_at([512], [512], level=2), GfnError, "level-2 leaves"),
+        (lambda s: s.map_at([507], [512], level=1), GfnError, "level-1 leaves"),
+        (lambda s: s.map_at([0], [0], level=4), GfnError, "level 4"),
+        (lambda s: s.mmu_update(3, [1], np.array([1], dtype=np.uint64)), ValueError, "AF and S2AP"),
+        (lambda s: s.mmu_update(3, [1, 2], np.array([1 << 7], dtype=np.uint64)), ValueError, "2 words, not 1"),
+        (lambda s: s.mmu_update(3, [1030], np.array([1 << 7], dtype=np.uint64)), GfnError, "0 to 1029, not 1030"),
+        (lambda s: s.mmu_update(0, [0], np.array([1 << 7], dtype=np.uint64)), ValueError, "levels 1, 2 and 3"),
+        (lambda s: s.block_spans(0, 1031), GfnError, "not inside"),
+    ],
+)
+def test_bad_arguments(call, error, text):
+    s2 = Stage2(1030, base_gfn=5)
+    s2.map(5, 1030, pfn=5, dbm=True)
+    before = s2.copy()
+    with pytest.raises(error, match=text):
+        call(s2)
+    assert differences(s2, before) == []
