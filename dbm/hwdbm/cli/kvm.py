@@ -1,25 +1,22 @@
 """The real VM that the commands of a migration start, on ``/dev/kvm``, and its options."""
 
-import os
 from enum import StrEnum
-from errno import EINVAL
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from hwdbm.cli.guest import fill, filled
 from hwdbm.kvm import KvmUnavailableError, KvmVm
 from hwdbm.migration import LayoutError
 from hwdbm.vm import MemoryMap
+from hwdbm.vm.memory import load
 
 __all__ = ["KvmLog", "KvmLogOption", "Vm", "build_kvm", "kvm_for", "kvm_layout"]
 
 _RATE = 50_000  # pages a second: what a guest without hardware virtualisation below it can keep up
 _RING = 4096  # entries of each vCPU's ring
-_STEP = 1 << 26  # bytes read together
 
 
 class Vm(StrEnum):
@@ -75,7 +72,7 @@ def build_kvm(
         if image is None:
             fill(bytes_, filled(memory, percent), seed)
         else:
-            _load(bytes_, image)
+            load(bytes_, image)
         if workload == "counting":
             bytes_[:: vm.page_size] = 0
         elif workload == "random":
@@ -84,16 +81,6 @@ def build_kvm(
         vm.close()
         raise
     return vm
-
-
-def _load(memory: NDArray[np.uint8], image: Path) -> None:
-    with image.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > memory.size:
-            raise OSError(EINVAL, f"{size} bytes don't fit into {memory.size}", str(image))
-        done = 0
-        while done < size and (got := file.readinto(memory[done : min(done + _STEP, size)].data)):
-            done += got
 
 
 def kvm_layout(memory: int) -> MemoryMap:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from errno import EINVAL
-from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +12,11 @@ from hwdbm.machine.clock import Clock
 from hwdbm.machine.faults import FaultHandler
 from hwdbm.machine.frames import FramePool, Frames
 from hwdbm.machine.guestlog import GuestLog
-from hwdbm.machine.memory import GuestMemory
 from hwdbm.machine.region import Region
 from hwdbm.machine.space import AddressSpace
 from hwdbm.machine.vcpu import VCpu
 from hwdbm.memslot import KVM_MEM_READONLY, Memslot
+from hwdbm.vm.memory import GuestMemory, digest
 
 __all__ = ["Host"]
 
@@ -166,10 +165,7 @@ class Host:
 
     def digest(self) -> str:
         """Return the SHA-256 of all memory, the slots in the order of their addresses, in hex."""
-        digest = sha256()
-        for region in self.space.regions:
-            region.memory.hash_into(digest)
-        return digest.hexdigest()
+        return digest(region.memory.view for region in self.space.regions)
 
     # --- the host ------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from hwdbm.machine.frames import Frames
-from hwdbm.machine.memory import GuestMemory
+from hwdbm.vm.memory import GuestMemory
 
 __all__ = ["Region"]
 

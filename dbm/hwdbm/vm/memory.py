@@ -1,23 +1,143 @@
-"""Memory that is there before it is needed: fresh pages are slow to touch."""
+"""Guest memory: real bytes in a mapping, backed when they are first touched, or all at once before they are needed."""
 
 import ctypes
-import errno
+import hashlib
 import mmap
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from errno import EINVAL, EIO
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["populate"]
+from hwdbm import check
 
+__all__ = ["GuestMemory", "digest", "load", "populate"]
+
+_STEP = 64 << 20  # bytes that one call reads, hashes or populates, so that a signal is served in between
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-_STEP = 1 << 26  # bytes populated by one call, so that a signal is served in between
+
+Memory = NDArray[np.uint8]
 
 
-def populate(memory: NDArray[np.uint8]) -> None:
+class GuestMemory:
+    """The bytes behind memslots.
+
+    Parameters
+    ----------
+    size : int
+        In bytes.
+    name : str
+        The name that the kernel shows the mapping by.
+    fd : int, optional
+        A file of that size, which becomes the memory; it stays the caller's. By default a memfd.
+    private : bool
+        Whether the memory is this process's alone: anonymous, with huge pages where the system has them.
+
+    Attributes
+    ----------
+    view : (size,) uint8 array
+        The bytes themselves, writable.
+    words : (size / 8,) uint64 array
+        The same, as words.
+    fd : int
+        The memfd, for mapping the memory in another process; -1 if there is none.
+
+    Examples
+    --------
+    >>> memory = GuestMemory(1 << 40)  # nothing is backed until it is touched
+    >>> memory.view[12345] = 7
+    >>> int(memory.words[12345 // 8]) >> 8 * (12345 % 8)
+    7
+    >>> memory.close()
+    """
+
+    def __init__(self, size: int, name: str = "hwdbm", *, fd: int | None = None, private: bool = False) -> None:
+        self.size, self.fd = check.integer(size, "size", 1), -1
+        try:
+            if private:
+                self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                _madvise(np.frombuffer(self._map, dtype=np.uint8), _MADV_HUGEPAGE)
+            elif fd is not None:
+                self._map = mmap.mmap(fd, size)
+            else:
+                self.fd = os.memfd_create(name)
+                os.truncate(self.fd, size)
+                self._map = mmap.mmap(self.fd, size)
+        except BaseException:
+            self.close()
+            raise
+        self.view: Memory = np.frombuffer(self._map, dtype=np.uint8)
+        self.words: NDArray[np.uint64] = self.view[: size // 8 * 8].view(np.uint64)
+
+    def load(self, path: str | os.PathLike[str], offset: int = 0) -> int:
+        """Read a file into the memory; see `load`."""
+        return load(self.view, path, offset)
+
+    def populate(self) -> None:
+        """Back all of it now, rather than at each first touch; see `populate`."""
+        populate(self.view)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all bytes, in hexadecimal."""
+        return digest([self.view])
+
+    def sync(self) -> None:
+        """Write what is in a file's pages to the file."""
+        self._map.flush()
+
+    def close(self) -> None:
+        """Let go of the memory. Views that others hold stay valid, and keep it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        for name in ("view", "words", "_map"):
+            self.__dict__.pop(name, None)
+
+
+def load(memory: Memory, path: str | os.PathLike[str], offset: int = 0) -> int:
+    """Read a raw memory image into memory from its first byte on, holes left as they are.
+
+    Parameters
+    ----------
+    memory : (n,) uint8 array
+        Contiguous and writable.
+    path : path-like
+        The file.
+    offset : int
+        Where in the file to begin, in bytes.
+
+    Returns
+    -------
+    int
+        Bytes of the file, holes among them, that are in the memory now.
+
+    Raises
+    ------
+    OSError
+        EINVAL if the file's bytes don't fit, EIO if the file gets shorter meanwhile, and what else reading raises.
+    """
+    offset, raw, done = check.integer(offset, "offset"), memory.data, 0
+    with Path(path).open("rb", buffering=0) as file:
+        length = os.fstat(file.fileno()).st_size - offset
+        if not 0 <= length <= memory.size:
+            where = f" from {offset} on" if offset else ""
+            raise OSError(EINVAL, f"{length} bytes{where} don't fit into {memory.size}", os.fspath(path))
+        while (done := _next_data(file.fileno(), offset + done, offset + length) - offset) < length:
+            file.seek(offset + done)
+            got = file.readinto(raw[done : min(done + _STEP, length)])
+            if not got:
+                raise OSError(EIO, f"it ends at byte {offset + done}, and had {offset + length}", os.fspath(path))
+            done += got
+    return length
+
+
+def populate(memory: Memory) -> None:
     """Have the system back memory with pages now, huge ones where it has them; no byte changes.
 
     Parameters
@@ -34,27 +154,42 @@ def populate(memory: NDArray[np.uint8]) -> None:
     stop = memory.size - (memory.ctypes.data + memory.size) % mmap.PAGESIZE
     if start >= stop:
         return
-    address = memory.ctypes.data
-    _madvise(address + start, stop - start, _MADV_HUGEPAGE)  # advice: that it can't be had is no failure
+    pages = memory[start:stop]
+    _madvise(pages, _MADV_HUGEPAGE)  # advice: that it can't be had is no failure
 
-    def step(first: int) -> None:
-        size = min(_STEP, stop - first)
-        code = _madvise(address + first, size, _MADV_POPULATE_WRITE)
-        if code == errno.EINVAL:  # an older kernel
-            part = memory[first : first + size : mmap.PAGESIZE]
-            np.bitwise_or(part, np.uint8(0), out=part)
+    def back(part: Memory) -> None:
+        code = _madvise(part, _MADV_POPULATE_WRITE)
+        if code == EINVAL:  # an older kernel: touching a byte of each page does the same
+            part[:: mmap.PAGESIZE] |= 0
         elif code:
-            raise OSError(code, f"no room for {size} bytes of guest memory: {os.strerror(code)}")
+            raise OSError(code, f"no room for {part.size} bytes of guest memory: {os.strerror(code)}")
 
     # Two threads clear pages in little more than half the time of one.
     with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(step, range(start, stop, _STEP)):
-            pass
+        try:
+            for _ in pool.map(back, _parts(pages)):
+                pass
+        except BaseException:  # one that failed, or an interrupt: the rest isn't waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _madvise(address: int, size: int, advice: int) -> int:
+def digest(parts: Iterable[Memory]) -> str:
+    """Return the SHA-256 of the bytes of some arrays, one after another, in hexadecimal."""
+    found = hashlib.sha256()
+    for part in parts:
+        for step in _parts(part):
+            found.update(step.data)
+    return found.hexdigest()
+
+
+def _parts(memory: Memory) -> Iterator[Memory]:
+    return (memory[start : start + _STEP] for start in range(0, memory.size, _STEP))
+
+
+def _madvise(memory: Memory, advice: int) -> int:
     """Return the errno, 0 where all is well."""
-    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0:
+    if _libc().madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.size), advice) == 0:
         return 0
     return ctypes.get_errno()
 
@@ -62,3 +197,17 @@ def _madvise(address: int, size: int, advice: int) -> int:
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _next_data(fd: int, start: int, stop: int) -> int:
+    """Return where the next bytes that are no hole begin, `stop` if there are none."""
+    try:
+        return min(os.lseek(fd, start, os.SEEK_DATA), stop)
+    except OSError:  # ENXIO: a hole to the end; EINVAL: a file system that can't tell
+        return start if start >= stop or not _is_hole(fd, start) else stop
+
+
+def _is_hole(fd: int, start: int) -> bool:
+    with suppress(OSError):
+        return os.lseek(fd, start, os.SEEK_HOLE) == start
+    return False

@@ -4,7 +4,6 @@ Every VM is a `Source`. What it may be beyond that has a protocol of its own: `E
 consumer, `Provable` if its guest can be asked how it does, `Durable` if its memory is a file in the end.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
+from hwdbm.vm.memory import digest
 
 __all__ = ["Client", "Durable", "Exclusive", "Pages", "Provable", "Source", "client_of", "memory_digest"]
 
@@ -170,7 +170,4 @@ class _Shared:
 
 def memory_digest(source: Source) -> str:
     """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
-    digest = hashlib.sha256()
-    for slot in sorted(source.slots, key=lambda slot: slot.base_gfn):
-        digest.update(source.memory(slot.id).data)
-    return digest.hexdigest()
+    return digest(source.memory(slot.id) for slot in sorted(source.slots, key=lambda slot: slot.base_gfn))

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from hwdbm.machine import GuestMemory
+from hwdbm.vm.memory import GuestMemory
 
 
 @pytest.fixture
@@ -63,10 +63,28 @@ def test_an_image_with_holes(memory, tmp_path):
 def test_an_image_must_fit(memory, tmp_path):
     image = tmp_path / "image"
     image.write_bytes(bytes((1 << 20) + 1))
-    with pytest.raises(OSError, match="1048577 bytes from 0 on don't fit into 1048576"):
+    with pytest.raises(OSError, match="1048577 bytes don't fit into 1048576"):
         memory.load(image)
     with pytest.raises(OSError, match="don't fit"):
         memory.load(image, offset=1 << 21)
+    for offset in (1.0, "1", True):
+        with pytest.raises(TypeError, match="offset is an integer"):
+            memory.load(image, offset=offset)
+    assert not memory.view.any()
+
+
+def test_an_image_that_gets_shorter(memory, tmp_path, monkeypatch):
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    seek_data = os.lseek
+
+    def cut(fd, start, whence):
+        os.truncate(image, 1000)
+        return seek_data(fd, start, whence) if start < 1000 else start
+
+    monkeypatch.setattr(os, "lseek", cut)
+    with pytest.raises(OSError, match="it ends at byte 1000, and had 4096"):
+        memory.load(image)
 
 
 def test_views_outlive_it():
