@@ -10,7 +10,7 @@ from hwdbm.machine.clock import Clock, Costs
 from hwdbm.machine.faults import FaultHandler
 from hwdbm.machine.guestlog import GuestLog
 from hwdbm.machine.host import Host
-from hwdbm.machine.runner import Runner
+from hwdbm.machine.runner import VCpuRunner
 from hwdbm.machine.running import Running
 from hwdbm.machine.space import AddressSpace
 from hwdbm.machine.vcpu import VCpu
@@ -137,7 +137,7 @@ class Machine(Host, Running):
             for number in range(vcpus)
         ]
         Host.__init__(self, log, clock, space, faults, made)
-        Running.__init__(self, [Runner(vcpu, space) for vcpu in made])
+        Running.__init__(self, [VCpuRunner(vcpu, space) for vcpu in made])
         self._keeper = BlockKeeper(log, policy, chunk, self.flush, clock.add)
 
     def __repr__(self) -> str:

@@ -1,18 +1,18 @@
-"""Runner: a thread in which a vCPU runs its workload, at its rate, until it is told to pause."""
+"""VCpuRunner: a vCPU that runs its workload in a thread, at its rate, until it is told to pause."""
 
-from threading import Condition, Thread
 from time import monotonic
 
 from hwdbm.machine.space import AddressSpace
 from hwdbm.machine.vcpu import BATCH, VCpu
 from hwdbm.machine.workload import Idle, Workload
+from hwdbm.vm.runner import Runner
 
-__all__ = ["Runner"]
+__all__ = ["VCpuRunner"]
 
 _TICK = 0.001  # seconds to wait where nothing is due
 
 
-class Runner:
+class VCpuRunner:
     """What a vCPU runs, and whether it does.
 
     Parameters
@@ -38,12 +38,8 @@ class Runner:
         self.vcpu, self._space = vcpu, space
         self.workload: Workload = Idle()
         self.position, self.seconds, self.percent = 0, 0.0, 0
-        self._changed = Condition()
-        self._wanted = False  # whether it is to run
-        self._busy = False  # whether it may be in a batch; the thread alone says so
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread: Thread | None = None
+        self._runner = Runner(f"vcpu{vcpu.number}", self._run)
+        self.stop, self.close = self._runner.stop, self._runner.close
 
     def step(self, count: int) -> None:
         """Do the next `count` stores in the caller's thread."""
@@ -56,54 +52,22 @@ class Runner:
 
     def resume(self) -> None:
         """Let the thread run, starting it the first time. What it failed with is raised."""
-        with self._changed:
-            self._raise()
-            self._wanted = True
-            if self._thread is None:
-                self._thread = Thread(target=self._loop, name=f"vcpu{self.vcpu.number}", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+        self._raise()
+        self._runner.resume()
 
     def pause(self) -> None:
         """Have the thread stop after the batch that it is in, and wait until it has. What it failed with is raised."""
-        with self._changed:
-            self._wanted = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy)
-            self._raise()
-
-    def close(self) -> None:
-        """End the thread."""
-        with self._changed:
-            self._wanted, self._closing = False, True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._runner.pause()
+        self._raise()
 
     def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._runner.failure = self._runner.failure, None
+        if error is not None:
             raise error
-
-    def _loop(self) -> None:
-        while self._wait_for_work():
-            try:
-                self._run()
-            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that asks
-                with self._changed:
-                    self._error, self._wanted = error, False
-
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._wanted or self._closing)
-            self._busy = not self._closing
-            return self._busy
 
     def _run(self) -> None:
         last = monotonic()
-        while self._wanted:
+        while self._runner.wanted:
             begin = monotonic()
             self.seconds += (begin - last) * (100 - self.percent) / 100
             last = begin
@@ -111,14 +75,9 @@ class Runner:
             count = BATCH if due is None else min(BATCH, due - self.position)
             if count > 0 and self._space.writable_size:
                 self.step(count)
-                self._sleep((monotonic() - begin) * self.percent / (100 - self.percent))
+                self._runner.sleep((monotonic() - begin) * self.percent / (100 - self.percent))
             else:
-                self._sleep(_TICK)
-
-    def _sleep(self, seconds: float) -> None:
-        if seconds > 0:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._wanted, timeout=seconds)
+                self._runner.sleep(_TICK)
 
     # --- state ---------------------------------------------------------------------------------------------
 

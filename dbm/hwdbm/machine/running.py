@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hwdbm.machine.runner import Runner
+from hwdbm.machine.runner import VCpuRunner
 from hwdbm.machine.workload import Workload, from_dict
 
 __all__ = ["Running"]
@@ -17,11 +17,11 @@ class Running:
 
     Parameters
     ----------
-    runners : sequence of Runner
+    runners : sequence of VCpuRunner
         One a vCPU.
     """
 
-    def __init__(self, runners: Sequence[Runner]) -> None:
+    def __init__(self, runners: Sequence[VCpuRunner]) -> None:
         self._runners = tuple(runners)
         self._running = False
 
@@ -66,6 +66,8 @@ class Running:
         """Stop the vCPUs. When this returns, everything that they wrote is in memory and recorded."""
         self._running = False
         errors = []
+        for runner in self._runners:
+            runner.stop()
         for runner in self._runners:
             try:
                 runner.pause()

@@ -1,0 +1,205 @@
+"""Runner: a thread that works as long as it is wanted, and whose pause and end can be waited for.
+
+A signal's handler may raise in the main thread between any two steps of Python code, those of `threading.Condition`
+and `threading.Event` among them, which leaves their lock held for ever. So everything here that the main thread does is
+one call of C, or may be cut in two: plain locks, deques, and a `queue.SimpleQueue`.
+"""
+
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Lock, RLock, Thread, current_thread
+from time import monotonic
+from typing import Any
+
+__all__ = ["Gate", "Runner"]
+
+
+class Gate:
+    """Where threads wait until something changes."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Any] = deque()
+
+    def wait(self, closed: Callable[[], bool]) -> None:
+        """Wait until `closed` says False; whoever makes it so calls `open` after that."""
+        while closed():
+            waiter = Lock()
+            waiter.acquire()
+            self._waiting.append(waiter)
+            if closed():  # asked again: it may have opened before there was somebody to wake
+                waiter.acquire()
+
+    def open(self) -> None:
+        """Wake all that wait."""
+        with suppress(IndexError):
+            while True:
+                self._waiting.popleft().release()
+
+
+class Runner:
+    """A thread that works as long as it is wanted.
+
+    Parameters
+    ----------
+    name : str
+        The thread's name.
+    work : callable
+        Works until `wanted` is False, then returns. What it raises is kept as `failure`.
+    begin : callable, optional
+        What the thread does first.
+    interrupt : callable, optional
+        Called with the thread's identifier while that lives: has a `work` that blocks look at `wanted`.
+
+    Attributes
+    ----------
+    wanted : bool
+        Whether it is to work.
+    failure : BaseException or None
+        What `work` raised. It isn't wanted then.
+
+    Examples
+    --------
+    >>> count = 0
+    >>> def work():
+    ...     global count
+    ...     while runner.wanted:
+    ...         count += 1
+    ...         runner.sleep(0.001)
+    >>> runner = Runner("counter", work)
+    >>> runner.resume(); runner.pause()
+    >>> before = count
+    >>> runner.close()
+    >>> count == before
+    True
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], object],
+        *,
+        begin: Callable[[], object] = lambda: None,
+        interrupt: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.name, self.wanted = name, False
+        self.failure: BaseException | None = None
+        self._work, self._begin, self._interrupt = work, begin, interrupt
+        self._busy = False  # whether it may work; the thread alone says so
+        self._closing = False
+        self._alive = False  # whether the thread has an identifier: changed under the lock
+        self._lock = RLock()
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._idle = Gate()
+        self._thread: Thread | None = None
+
+    def resume(self) -> None:
+        """Let it work, and start the thread the first time."""
+        with self._lock:
+            if self._closing:
+                raise RuntimeError(f"{self.name} has ended")
+            if self._thread is None:
+                self._start()
+            self.wanted = True
+            self._wake.put(None)
+            self._idle.open()
+
+    def _start(self) -> None:
+        """Start the thread from another one, where no handler can raise inside of `Thread.start`."""
+        thread = Thread(target=self._live, name=self.name, daemon=True)
+        started, errors = Lock(), list[RuntimeError]()
+        started.acquire()
+
+        def start() -> None:
+            try:
+                thread.start()
+            except RuntimeError as error:  # there can be no more threads
+                self._thread = None
+                errors.append(error)
+            finally:
+                started.release()
+
+        self._thread = thread
+        try:
+            start_new_thread(start, ())
+        except RuntimeError:
+            self._thread = None
+            raise
+        started.acquire()
+        if errors:
+            raise errors[0]
+
+    def stop(self) -> None:
+        """Have it stop, and don't wait for that."""
+        self.wanted = False
+        self._wake.put(None)
+        if self._busy:
+            self.kick()
+
+    def pause(self) -> None:
+        """Have it stop, and wait until it has, or somebody else resumes it."""
+        self.stop()
+        self._idle.wait(lambda: self._busy and not self.wanted)
+
+    def kick(self) -> None:
+        """Interrupt what it does."""
+        with self._lock:
+            if self._alive and self._thread is not None and self._thread.ident is not None:
+                self._interrupt(self._thread.ident)
+
+    def close(self) -> None:
+        """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that."""
+        self._closing = True
+        self.stop()
+        thread = self._thread
+        if thread is None or thread is current_thread():
+            return
+        interrupt: BaseException | None = None
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def sleep(self, seconds: float) -> None:
+        """Wait in the thread, no longer than it is wanted."""
+        until = monotonic() + seconds
+        while self.wanted and (left := until - monotonic()) > 0:
+            with suppress(Empty):
+                self._wake.get(timeout=left)
+
+    def _live(self) -> None:
+        with self._lock:
+            self._alive = True
+        try:
+            self._attempt(self._begin)
+            while self._wait_for_work():
+                self._attempt(self._work)
+        finally:
+            with self._lock:
+                self._alive = False
+            self._rest()
+
+    def _attempt(self, what: Callable[[], object]) -> None:
+        try:
+            what()
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that asks
+            self.failure, self.wanted = error, False
+
+    def _wait_for_work(self) -> bool:
+        while True:
+            self._busy = True  # before it looks: whoever stops it sees that it is busy, or it sees that it isn't wanted
+            if self._closing:
+                return False
+            if self.wanted:
+                return True
+            self._rest()
+            self._wake.get()
+
+    def _rest(self) -> None:
+        self._busy = False
+        self._idle.open()

@@ -1,0 +1,167 @@
+"""Runner: what it is asked for is done when the call returns, and can be asked again after an interrupt."""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from effort import EFFORT
+
+from hwdbm.vm.runner import Runner
+
+
+class InterruptError(Exception):
+    pass
+
+
+class Worker:
+    """Counts as long as it is wanted; a pause that came too early would see it count on."""
+
+    def __init__(self) -> None:
+        self.count, self.inside, self.interrupts = 0, False, 0
+        self.runner = Runner("worker", self.work, interrupt=self.interrupted)
+
+    def work(self) -> None:
+        self.inside = True
+        while self.runner.wanted:
+            self.count += 1
+            self.runner.sleep(1e-5 if self.count % 7 else 0)
+        self.inside = False
+
+    def interrupted(self, ident: int) -> None:
+        assert ident == next(thread.ident for thread in threading.enumerate() if thread.name == "worker")
+        self.interrupts += 1
+
+    def check_still(self) -> None:
+        before = self.count
+        time.sleep(1e-4)
+        assert not self.inside
+        assert self.count == before
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.runner.close()
+    assert "worker" not in {thread.name for thread in threading.enumerate()}
+
+
+def until(worker: Worker, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while worker.count < count:
+        assert time.monotonic() < deadline
+        time.sleep(1e-4)
+
+
+def test_it_works_when_it_is_wanted(worker: Worker) -> None:
+    worker.runner.pause()  # nothing to pause
+    for _ in range(200):
+        seen = worker.count
+        worker.runner.resume()
+        worker.runner.resume()
+        until(worker, seen + 1)
+        worker.runner.pause()
+        worker.check_still()
+    assert worker.interrupts > 0
+
+
+def test_many_may_pause_it(worker: Worker) -> None:
+    def pause() -> None:
+        for _ in range(200):
+            worker.runner.pause()
+            worker.runner.resume()
+
+    threads = [threading.Thread(target=pause) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    worker.runner.pause()
+    worker.check_still()
+
+
+def test_a_sleep_ends_when_it_is_not_wanted() -> None:
+    runner = Runner("sleeper", lambda: runner.sleep(1e6))
+    runner.resume()
+    runner.pause()
+    runner.close()
+
+
+def test_what_the_work_raises_is_kept(worker: Worker) -> None:
+    def begin() -> None:
+        raise ZeroDivisionError
+
+    runner = Runner("failing", worker.work, begin=begin)
+    runner.resume()
+    deadline = time.monotonic() + 30
+    while runner.wanted and time.monotonic() < deadline:
+        time.sleep(1e-4)
+    runner.pause()
+    assert isinstance(runner.failure, ZeroDivisionError)
+    assert not runner.wanted
+    runner.close()
+    with pytest.raises(RuntimeError, match="failing has ended"):
+        runner.resume()
+
+
+def test_no_more_threads(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            worker.runner.resume()
+    assert not worker.runner.wanted
+    worker.runner.resume()
+    until(worker, 1)
+
+
+def test_the_thread_itself_may_close_it(worker: Worker) -> None:
+    runner = Runner("own", lambda: runner.close())  # noqa: PLW0108 - it is not there yet
+    runner.resume()
+    runner.pause()
+    runner.close()
+    assert runner.failure is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a finalizer
+def test_interrupts_leave_nothing_held(worker: Worker) -> None:
+    """A handler raises at any moment of a verb; the verb asked again does what it should, and nothing hangs."""
+
+    fired = interrupted = 0
+
+    def handler(*_: object) -> None:
+        nonlocal fired
+        fired += 1
+        raise InterruptError
+
+    rng = random.Random(1)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for turn in range(1000 * EFFORT):
+            verb = worker.runner.close if turn % 50 == 49 else rng.choice([worker.runner.resume, worker.runner.pause])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-4))
+                verb()
+                while fired == turn:  # until it comes: in the verb, or after it
+                    pass
+            except InterruptError:
+                interrupted += 1
+            if verb == worker.runner.close:
+                worker.runner.close()
+                worker.check_still()
+                worker = Worker()
+            elif turn % 10 == 0:
+                worker.runner.pause()
+                worker.check_still()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        worker.runner.close()
+    assert fired == 1000 * EFFORT
+    assert interrupted > 900 * EFFORT
