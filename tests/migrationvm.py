@@ -77,7 +77,7 @@ from pathlib import Path
 from hwdbm.migration import receive, transport
 from hwdbm.vm import PlainGuest
 with transport.listen_unix(Path(sys.argv[1])) as listener:
-    channel = transport.accept(listener)
+    channel = listener.accept()
 try:
     print(receive(channel, lambda layout: PlainGuest(layout, Path(sys.argv[2]) if sys.argv[2:] else None)).sha256)
 except OSError as error:

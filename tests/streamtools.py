@@ -25,7 +25,7 @@ def frame(kind: int, sequence: int, body: bytes = b"", *, runs: int = 0, **wrong
 
 
 def hello(layout: MemoryMap = SMALL, *, version: int = VERSION, flags: int = 0) -> bytes:
-    return frame(Kind.HELLO, 0, struct.pack("<II", version, flags) + layout.to_bytes())
+    return frame(Kind.HELLO, 0, struct.pack("<II16s", version, flags, b"") + layout.to_bytes())
 
 
 def pages(sequence: int, *runs: tuple[int, int], payload: bytes | None = None) -> bytes:

@@ -2,13 +2,19 @@
 
 __all__ = [
     "BitmapError",
+    "CancelledMigrationError",
+    "ConvergenceError",
+    "DigestError",
     "GfnError",
+    "HandoverError",
     "HwdbmError",
     "ImageError",
     "InvariantError",
     "LayoutError",
+    "PeerError",
     "StaleLeaseError",
     "StreamError",
+    "printable",
 ]
 
 
@@ -68,3 +74,39 @@ class StreamError(HwdbmError, ConnectionError):
 
 class LayoutError(StreamError):
     """A VM's memory can't be as it is described, or isn't that of the other side of a migration."""
+
+
+class PeerError(StreamError):
+    """The other side of a migration gave up, and said why. No guest of this migration runs there, or ever will."""
+
+
+class DigestError(StreamError):
+    """The memory differs after the last pass. The source goes on; the destination never ran."""
+
+
+class HandoverError(StreamError):
+    """The destination was told to run, and nothing that came since says whether it does. The source stays paused.
+
+    Two running copies of a guest ruin its disks, so neither side decides this alone. Find out whether the guest runs at
+    the destination. If it doesn't, and its receiver has ended so that it never will, `resume` of the source that was
+    migrated lets the guest go on there; all of its dirty pages were put back into the log. Don't migrate it before.
+    """
+
+
+class CancelledMigrationError(HwdbmError, InterruptedError):
+    """The migration was cancelled from this side. The source goes on."""
+
+
+class ConvergenceError(HwdbmError, OSError):
+    """The guest dirties memory too fast for the downtime that is allowed. The source goes on."""
+
+
+def printable(text: str) -> str:
+    r"""Return a foreign text with escapes in place of what a terminal would obey or wouldn't show.
+
+    Examples
+    --------
+    >>> printable("no\x1b[2J room")
+    'no\\x1b[2J room'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -48,7 +48,7 @@ def test_migrate_as_text_and_with_pictures(run, tmp_path: Path) -> None:
     result = run("migrate", *SMALL, "--report", tmp_path / "report.html", "--bandwidth", "100M", "--auto-converge")
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in page
-    assert page.count("<tr>") == result.out.count("Mbit/s") + 1
+    assert page.count("<tr>") == result.out.count("MiB/s") + 1
 
 
 def test_an_image(run, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Peer:
     def receive(self, path: str, log: str) -> dict[str, Any]:
         with transport.listen_unix(Path(path)) as listener:
             say({"listening": path})
-            channel = transport.accept(listener, 30)
+            channel = listener.accept(30)
         with channel:
             received = receive(channel, lambda layout: kvm_for(layout, log=KvmLog(log)))
         assert isinstance(received.destination, KvmVm)

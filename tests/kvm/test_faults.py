@@ -539,7 +539,7 @@ def test_the_source_stands_still_for_too_long(start: Start) -> None:
     with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
         to = f"127.0.0.1:{listener.getsockname()[1]}"
         source = start(*MIGRATE, "--to", to, "--insecure", "--attempts", "2")
-        first, go_on = transport.accept_tcp(listener, None, timeout=20), partial(source.send, signal.SIGCONT)
+        first, go_on = listener.accept(20), partial(source.send, signal.SIGCONT)
         first.timeout = 0.3
         first.sock.settimeout(0.3)
         timer = later(0.2, source.send, signal.SIGSTOP)
@@ -549,7 +549,7 @@ def test_the_source_stands_still_for_too_long(start: Start) -> None:
         ):
             arrive(channel)
         timer.join()
-        with transport.accept_tcp(listener, None, timeout=20) as channel:
+        with listener.accept(20) as channel:
             received = arrive(channel)
             with received.destination as vm:
                 vm.prove()

@@ -26,7 +26,7 @@ from hwdbm.migration import (
 from hwdbm.migration.wire import Kind
 from hwdbm.vm import MemoryMap, PlainGuest
 
-SOON = Settings(max_downtime=0.01, max_iterations=4)
+SOON = Settings(max_downtime=0.01, max_iterations=4, on_limit="pause")
 
 
 class TrappedChannel(Channel):
@@ -144,7 +144,7 @@ def test_cancelled(vm, inside, at):
     vm.resume()
     vm.start_log()
     cancel, other = threading.Event(), inside()
-    settings = Settings(max_downtime=0.0, max_iterations=2, bandwidth=200e6)
+    settings = Settings(max_downtime=0.0, max_iterations=2, bandwidth=200e6, on_limit="pause")
     precopy = Precopy(vm, trap(other.channel, at, cancel.set), settings, cancel=cancel)
     if at is Kind.GO:  # too late
         precopy.run()
@@ -296,7 +296,7 @@ def test_silence(vm):
     here, there = socket.socketpair()
     vm.resume()
     vm.start_log()
-    with Channel(here, timeout=0.3) as channel, there, pytest.raises(StreamError, match=r"nothing came for 0.3 s"):
+    with Channel(here, timeout=0.3) as channel, there, pytest.raises(StreamError, match=r"nothing came for 0.[3-9] s"):
         migrate(vm, channel, SOON)
     check_back(vm)
 
@@ -317,42 +317,16 @@ def test_silence_after_go_leaves_the_source_paused(vm, inside, monkeypatch):
     monkeypatch.setattr(Channel, "send", send)
 
     def hurry():
-        other.channel._timeout = 0.3
-        other.channel.sock.settimeout(0.3)
+        other.channel.timeout = 0.3
 
     precopy = Precopy(vm, trap(other.channel, Kind.GO, hurry), SOON)
-    with pytest.raises(HandoverError, match="whether the destination runs is unknown"):
+    with pytest.raises(HandoverError, match="whether the guest runs at the destination is unknown"):
         precopy.run()
     wait.set()
     assert not vm.running
     for slot in LAYOUT.slots:
         lease = vm.dirty(slot.id)
         assert all(page in lease.bitmap for id_, page in vm.written if id_ == slot.id)
-
-
-def test_the_destination_that_cannot_say_so_does_not_run(inside, monkeypatch):
-    made = []
-
-    def build(layout):
-        made.append(PlainGuest(layout))
-        return made[0]
-
-    vm = FakeVm()
-    vm.resume()
-    other = inside(build)
-    real = Channel.send
-
-    def send(self, kind, *args, **options):
-        if kind is Kind.RESUMED:
-            self.sock.shutdown(2)
-        real(self, kind, *args, **options)
-
-    monkeypatch.setattr(Channel, "send", send)
-    with pytest.raises(StreamError):
-        migrate(vm, other.channel, SOON)
-    other.join()
-    assert (vm.running, made[0].running) == (True, False)
-    vm.close()
 
 
 def test_a_source_that_cannot_run_again(vm, inside):

@@ -12,7 +12,7 @@ from hwdbm.migration.converge import Throttle
 from hwdbm.migration.report import folded
 from hwdbm.vm import MemoryMap, PlainGuest, memory_digest
 
-SOON = Settings(max_downtime=0.02)
+SOON = Settings(max_downtime=0.02, on_limit="pause")
 
 
 def arrived(vm, inside, settings=SOON, build=PlainGuest, **options):
@@ -46,13 +46,14 @@ def test_the_report_is_query_migrates(vm, inside):
     said = report.to_dict()
     assert said["status"] == "completed"
     assert set(said) == {
-        "status", "total-time", "setup-time", "downtime", "verify-time", "downtime-limit", "ram", "source-sha256",
+        "status", "total-time", "setup-time", "downtime", "verify-time", "downtime-limit", "converged", "ram",
+        "source-sha256",
         "destination-sha256", "passes",
     }  # fmt: skip
     ram, passes = said["ram"], said["passes"]
     assert set(ram) == {
-        "transferred", "remaining", "total", "duplicate", "normal", "normal-bytes", "dirty-pages-rate", "mbps",
-        "dirty-sync-count", "page-size", "pages-per-second", "precopy-bytes", "downtime-bytes",
+        "transferred", "remaining", "total", "duplicate", "normal", "normal-bytes", "dirty-rate", "bandwidth",
+        "dirty-sync-count", "page-size", "precopy-bytes", "downtime-bytes",
     }  # fmt: skip
     assert ram["total"] == LAYOUT.total == passes[0]["remaining"]
     assert ram["remaining"] == 0
@@ -117,8 +118,9 @@ def test_without_proof(vm, inside):
 def test_most_iterations(inside):
     vm = FakeVm(pause_every=1e-5)
     vm.resume()
-    report, received = arrived(vm, inside, Settings(max_downtime=0, max_iterations=3, bandwidth=40e6))
-    assert len(report.passes) == 4
+    report, received = arrived(vm, inside, Settings(0, 3, 40e6, on_limit="pause"))
+    assert len(report.passes) >= 5  # the first, the one that leaves least so far, three without progress
+    assert not report.converged
     assert received.destination.digest() == vm.digest()
     vm.close()
 
@@ -136,7 +138,7 @@ def test_auto_converge(inside, monkeypatch):
     percents = []
     monkeypatch.setattr(vm, "throttle", percents.append)
     vm.resume()
-    report, received = arrived(vm, inside, Settings(0, 8, auto_converge=True, bandwidth=100e6))
+    report, received = arrived(vm, inside, Settings(0, 8, auto_converge=True, bandwidth=100e6, on_limit="pause"))
     assert percents[:2] == [20, 30]
     assert percents[-1] == 0
     assert received.destination.digest() == vm.digest()

@@ -15,7 +15,7 @@ from streamtools import SMALL, frame, hello
 
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, PeerError, Settings, StreamError, migrate, receive
-from hwdbm.migration.limiter import Limiter
+from hwdbm.migration.sender import Limiter
 from hwdbm.migration.staging import BUFFERS, Shared, SharedStaging, SocketStaging, staging
 from hwdbm.migration.wire import PASS, PAYLOAD, SHARING, Kind
 from hwdbm.vm import MemoryMap, PlainGuest

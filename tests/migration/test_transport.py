@@ -5,13 +5,15 @@ import socket
 import ssl
 import stat
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from streamtools import SMALL
 
-from hwdbm.migration import Settings, StreamError, migrate, receive, transport
+from hwdbm.migration import Channel, PeerError, Settings, StreamError, migrate, receive, transport
 from hwdbm.migration.transport import TlsDir
+from hwdbm.migration.wire import Hello, Kind
 from hwdbm.vm import PlainGuest
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
@@ -20,17 +22,20 @@ TLS = Path(__file__).parents[1] / "data" / "tls"
 class Server:
     """A receiver behind TCP, in a thread."""
 
-    def __init__(self, tls: TlsDir | None, *, insecure: bool = False, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, tls: TlsDir | None, *, insecure: bool = False, host: str = "127.0.0.1", timeout: float = 20
+    ) -> None:
         self.listener = transport.listen_tcp(host, 0, tls, insecure=insecure)
-        self.host, self.port = self.listener.getsockname()[:2]
+        self.host, self.port = self.listener.sock.getsockname()[:2]
         self.result = self.error = None
-        self._tls = tls
+        self.refused: list[str] = []
+        self._timeout = timeout
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            with transport.accept_tcp(self.listener, self._tls, timeout=10) as channel:
+            with self.listener.accept(self._timeout, on_refused=self.refused.append) as channel:
                 self.result = receive(channel, PlainGuest)
         except Exception as error:  # noqa: BLE001  # for the test to look at
             self.error = error
@@ -55,68 +60,123 @@ def test_tls(vm, host):
     server = Server(TlsDir(TLS))
     with transport.connect_tcp(host, server.port, TlsDir(TLS)) as channel:
         assert channel.sock.version() == "TLSv1.3"
-        report = migrate(vm, channel, Settings(max_downtime=0.02))
+        report = migrate(vm, channel, Settings(max_downtime=0.02, on_limit="pause"))
     received = server.join().result
     assert server.error is None
     assert received.destination.digest() == report.source_sha256 == report.destination_sha256
 
 
-def test_tls_receiver_fails(vm):
-    vm.resume()
-    server = Server(TlsDir(TLS))
-    with transport.connect_tcp("localhost", server.port, TlsDir(TLS)) as channel:
-        channel.sock.sendall(bytes(40))
-        with pytest.raises(StreamError, match="begins with 00000000"):
-            migrate(vm, channel, Settings())
-    assert isinstance(server.join().error, StreamError)
-    assert vm.running
+def anonymous(server: Server) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(TLS / "ca-cert.pem")
+    greet(server, context)
 
 
-def test_a_client_of_another_authority():
-    server = Server(TlsDir(TLS))
+def of_another_authority(server: Server) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(TLS / "ca-cert.pem")
     context.load_cert_chain(TLS / "other" / "client-cert.pem", TLS / "other" / "client-key.pem")
     greet(server, context)
-    assert "no TLS with the other side" in str(server.join().error)
 
 
-def test_a_client_without_a_certificate():
+def says(*parts: bytes):
+    def say(server: Server) -> None:
+        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+            for part in parts:
+                sock.sendall(part)
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1 << 12):
+                    pass
+
+    return say
+
+
+STRANGERS = {
+    "connects": says(),
+    "http": says(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "no tls": says(b"hDBM" + bytes(60)),
+    "no certificate": anonymous,
+    "another authority": of_another_authority,
+}
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+@pytest.mark.parametrize("tls", [None, TlsDir(TLS)], ids=["tcp", "tls"])
+def test_strangers_end_nothing(vm, who, tls):
+    """A silent one holds it no more than others do: the source that comes after them arrives."""
+    server = Server(tls, insecure=tls is None)
+    with socket.create_connection(("127.0.0.1", server.port)):  # it never says a word
+        STRANGERS[who](server)
+        vm.resume()
+        with transport.connect_tcp("localhost", server.port, tls, insecure=tls is None) as channel:
+            report = migrate(vm, channel, Settings(max_downtime=0.02, on_limit="pause"))
+        assert server.join().result.destination.digest() == report.source_sha256
+    assert len(server.refused) == 1
+    if tls and who in {"no certificate", "another authority"}:
+        assert "no TLS with the other side" in server.refused[0]
+
+
+def test_a_hello_that_is_none_is_told_why():
+    server = Server(None, insecure=True, timeout=1)
+    with transport.connect_tcp("127.0.0.1", server.port, None, insecure=True) as channel:
+        channel.send(Kind.HELLO, b"\7\0\0\0")
+        with pytest.raises(PeerError, match="of version 7, and this side knows 2"):
+            channel.expect(Kind.READY)
+    assert isinstance(server.join().error, TimeoutError)
+    assert server.refused == ["the stream is of version 7, and this side knows 2"]
+
+
+def test_one_source_at_a_time():
+    """The first that says HELLO has it; one whose HELLO comes a moment later is told so."""
+    hello = Hello(0, "", PlainGuest(SMALL).layout).to_bytes()
+    with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
+        address = listener.sock.getsockname()
+        channels = [Channel(socket.create_connection(address)) for _ in range(3)]
+        channels[1].send(Kind.HELLO, hello)
+        with listener.accept(5) as accepted:
+            channels[0].send(Kind.HELLO, hello)
+            with pytest.raises(PeerError, match="another source came before"):
+                channels[0].expect(Kind.READY)
+            accepted.expect(Kind.HELLO)
+            accepted.send(Kind.READY)
+            channels[1].expect(Kind.READY)
+        for channel in channels:
+            channel.close()
+
+
+def test_more_strangers_than_may_wait(vm):
+    """The oldest gives way, also with TLS."""
     server = Server(TlsDir(TLS))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(TLS / "ca-cert.pem")
-    greet(server, context)
-    assert "no TLS with the other side" in str(server.join().error)
-
-
-def test_a_client_without_tls():
-    server = Server(TlsDir(TLS))
-    with socket.create_connection(("127.0.0.1", server.port)) as sock:
-        sock.sendall(b"hDBM" + bytes(60))
-        with suppress(OSError):
-            sock.recv(1)
-    assert "no TLS with the other side" in str(server.join().error)
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        vm.resume()
+        with transport.connect_tcp("localhost", server.port, TlsDir(TLS)) as channel:
+            migrate(vm, channel, Settings(max_downtime=0.02, on_limit="pause"))
+        assert server.join().result is not None
 
 
 def test_a_server_of_another_authority():
-    server = Server(TlsDir(TLS / "other"))
+    server = Server(TlsDir(TLS / "other"), timeout=1)
     with pytest.raises(StreamError, match=r"self.signed|unable to get local issuer"):
         transport.connect_tcp("localhost", server.port, TlsDir(TLS))
     server.join()
 
 
 def test_a_server_of_another_name(monkeypatch):
-    server = Server(TlsDir(TLS), host="127.0.0.2")
+    server = Server(TlsDir(TLS), host="127.0.0.2", timeout=1)
     with pytest.raises(StreamError, match=r"IP address mismatch|doesn't match|not valid for '127.0.0.2'"):
         transport.connect_tcp("127.0.0.2", server.port, TlsDir(TLS))
     server.join()
 
 
 def test_a_server_without_tls():
-    server = Server(None, insecure=True)
+    server = Server(None, insecure=True, timeout=1)
     with pytest.raises(StreamError, match="no TLS with the other side"):
         transport.connect_tcp("localhost", server.port, TlsDir(TLS), timeout=5)
-    assert isinstance(server.join().error, StreamError)
+    server.join()
+    assert len(server.refused) == 1
 
 
 def test_insecure_is_for_loopback():
@@ -135,7 +195,7 @@ def test_insecure(vm):
     vm.resume()
     server = Server(None, insecure=True)
     with transport.connect_tcp("127.0.0.1", server.port, None, insecure=True) as channel:
-        report = migrate(vm, channel, Settings(max_downtime=0.02))
+        report = migrate(vm, channel, Settings(max_downtime=0.02, on_limit="pause"))
     assert server.join().result.destination.digest() == report.source_sha256
 
 
@@ -159,22 +219,61 @@ def test_missing_certificates(tmp_path):
 
 
 def test_the_socket_is_its_owners():
-    with transport.private_socket() as path, transport.listen_unix(path) as listener:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        assert path.parent.stat().st_uid == os.geteuid()
-        with transport.connect_unix(path), transport.accept(listener, 5):
-            pass
-        with pytest.raises(OSError, match="in use"):
-            transport.listen_unix(path)
+    with transport.private_socket() as path:
+        with transport.listen_unix(path) as listener:
+            assert listener.address == f"unix:{path}"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+            assert path.parent.stat().st_uid == os.geteuid()
+            with pytest.raises(OSError, match="in use"):
+                transport.listen_unix(path)
+            with transport.connect_unix(path):
+                pass
+        assert not path.exists()
     assert not path.parent.exists()
 
 
+def test_a_dead_socket_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("s")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with transport.listen_unix(path) as first, transport.connect_unix(path):
+        pass
+    first.close()
+    assert not path.exists()
+    with transport.listen_unix(path) as old:
+        path.unlink()
+        with transport.listen_unix(path):
+            old.close()
+            assert path.exists()  # it isn't the old one's
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_socket_stays(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = Path("s")
+    {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[kind]()
+    with pytest.raises(OSError, match="no socket: 's'"):
+        transport.listen_unix(path)
+    assert path.lstat()
+
+
+def test_a_path_that_is_too_long():
+    for verb in (transport.listen_unix, transport.connect_unix):
+        with pytest.raises(OSError, match="107 bytes at most: '/x"):
+            verb(Path("/" + "x" * 107))
+
+
 def test_another_user(monkeypatch):
+    refused = []
     with transport.private_socket() as path, transport.listen_unix(path) as listener:
         real = os.geteuid()
+        here = socket.socket(socket.AF_UNIX)
+        here.connect(str(path))
         monkeypatch.setattr(os, "geteuid", lambda: real + 1)
         with pytest.raises(PermissionError, match=f"is user {real}, and not this one"):
             transport.connect_unix(path)
-        with pytest.raises(PermissionError):
-            transport.accept(listener, 5)
+        with here, pytest.raises(TimeoutError):
+            listener.accept(0.5, on_refused=refused.append)
+    assert refused == [f"the other side is user {real}, and not this one, {real + 1}"] * 2

@@ -53,8 +53,8 @@ def _picture(report: Report) -> Table:
             str(one.number),
             megabytes(one.remaining),
             megabytes(remaining) if current else "",
-            f"{one.dirty_rate:,.0f} pages/s" if one.dirty_rate else "",
-            f"{one.mbps:,.0f} Mbit/s" if one.time else "",
+            f"{one.dirty_rate / (1 << 20):,.1f} MiB/s" if one.dirty_rate else "",
+            f"{one.bandwidth / (1 << 20):,.1f} MiB/s" if one.time else "",
             f"{one.expected_downtime * 1e3:,.0f} ms" if one.expected_downtime is not None else "",
             ProgressBar(total=one.remaining or 1, completed=one.remaining - remaining, width=24),
         )

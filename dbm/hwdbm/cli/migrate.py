@@ -203,7 +203,7 @@ def _text(report: Report) -> str:
                 megabytes(one.transferred),
                 f"{one.duplicate:,}",
                 f"{one.time * 1e3:,.1f} ms",
-                f"{one.mbps:,.0f} Mbit/s",
+                f"{one.bandwidth / (1 << 20):,.1f} MiB/s",
                 expected,
             )
         )

@@ -85,8 +85,8 @@ def _amounts(axes: Axes, report: Report) -> None:
 
 def _rates(axes: Axes, report: Report) -> None:
     x = np.array([one.number for one in report.passes])
-    axes.plot(x, [one.mbps / 8 / 1.048576 for one in report.passes], "o-", color=_SENT, label="bandwidth")
-    rates = [(one.number, one.dirty_rate * report.page_size / _MIB) for one in report.passes if one.number > 1]
+    axes.plot(x, [one.bandwidth / _MIB for one in report.passes], "o-", color=_SENT, label="bandwidth")
+    rates = [(one.number, one.dirty_rate / _MIB) for one in report.passes if one.number > 1]
     if rates:
         axes.plot(*zip(*rates, strict=True), "s-", color=_DIRTY, label="dirtied")
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
@@ -176,7 +176,7 @@ th, td {{ padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #ddd
 </style></head><body><h1>Migration</h1>{failed}
 <img alt="{title}" src="data:image/png;base64,{b64encode(picture).decode()}">
 {digests}
-<p>Times in ms, bandwidth in Mbit/s, rates in pages a second.</p>
+<p>Times in ms, sizes in bytes, rates in bytes a second; dirty-pages, normal and duplicate are pages.</p>
 <table><tr>{head}</tr>
 {body}
 </table></body></html>

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -108,18 +107,13 @@ def receive(
 def _accepted(listen: Endpoint | None, unix: Path | None, tls_dir: Path | None, *, insecure: bool) -> Channel:
     if unix is not None:
         with transport.listen_unix(unix) as listener:
-            return transport.accept(listener)
+            return listener.accept()
     assert listen is not None  # noqa: S101  # one of the two was given
     tls = None if tls_dir is None else transport.TlsDir(tls_dir)
     with transport.listen_tcp(listen.host, listen.port, tls, insecure=insecure) as listener:
         if listen.port == 0:
-            typer.echo(f"hwdbm: listening on {_address(listener)}", err=True)
-        return transport.accept_tcp(listener, tls)
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            typer.echo(f"hwdbm: listening on {listener.address}", err=True)
+        return listener.accept()
 
 
 def _physical() -> int:

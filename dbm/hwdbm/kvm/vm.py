@@ -1,6 +1,7 @@
 """KvmVm: a VM of the kernel's, with real memory, the kernel's dirty log, and vCPUs that run in threads."""
 
 import mmap
+import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from errno import ETIMEDOUT
@@ -86,6 +87,9 @@ class KvmVm(Host):
             vm.pause()
             vm.check()
     """
+
+    kind = f"kvm {platform.machine()}"
+    """What a migration asks whether two VMs fit."""
 
     def __init__(
         self,

@@ -85,6 +85,9 @@ class Machine(Host, Running):
     >>> machine.close()
     """
 
+    kind = "machine"
+    """What a migration asks whether two VMs fit."""
+
     def __init__(
         self,
         *,

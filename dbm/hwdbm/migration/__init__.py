@@ -4,16 +4,17 @@
 to do, `wire` what the stream is made of, `transport` how two sides meet. `snapshot` writes memory to files instead.
 """
 
-from hwdbm.migration.channel import Channel
-from hwdbm.migration.converge import Settings
-from hwdbm.migration.errors import (
+from hwdbm.errors import (
     CancelledMigrationError,
+    ConvergenceError,
     DigestError,
     HandoverError,
     LayoutError,
     PeerError,
     StreamError,
 )
+from hwdbm.migration.channel import Channel
+from hwdbm.migration.converge import Settings
 from hwdbm.migration.precopy import Precopy, migrate
 from hwdbm.migration.receiver import Received, receive
 from hwdbm.migration.report import Pass, Report
@@ -23,6 +24,7 @@ from hwdbm.vm import PlainGuest, Source, memory_digest
 __all__ = [
     "CancelledMigrationError",
     "Channel",
+    "ConvergenceError",
     "DigestError",
     "HandoverError",
     "Layout",

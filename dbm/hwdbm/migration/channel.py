@@ -6,27 +6,39 @@ import select
 import socket
 import ssl
 import struct
+import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self, TypeVar
 
-from hwdbm.migration.errors import PeerError, StreamError
+from hwdbm.errors import PeerError, StreamError, printable
 from hwdbm.migration.wire import HEAD_SIZE, LIMITS, Head, Kind, crc32
 
 __all__ = ["BUFFER", "TIMEOUT", "Channel"]
 
 TIMEOUT = 30.0
-"""Seconds without a byte after which the other side counts as gone."""
+"""Seconds without a frame after which the other side counts as gone."""
 
 BUFFER = 1 << 22
 """Bytes that the kernel may hold for a socket, in each direction, if its limits allow."""
 
+_SLICE = 0.1  # seconds that one call of the system may wait, so that a cancel is heard
+_SLOWEST = 1 << 10  # bytes a second, below which a link counts as silent
+_ALIVE = 6  # signs of life in the time after which a side counts as gone
 _DESCRIPTORS = 2  # that a frame can bring
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DRAIN_SECONDS = 2.0
 _COPY = 1 << 16  # bytes in front of a body below which it is joined with its head, rather than sent after it
+
+T = TypeVar("T")
+
+
+class _BrokenError(StreamError):
+    """The socket said that the link is gone."""
 
 
 class Channel:
@@ -37,7 +49,8 @@ class Channel:
     sock : socket
         Connected; a stream. An `ssl.SSLSocket` too.
     timeout : float
-        Seconds without a byte after which an operation fails.
+        Seconds that a frame may take to come or go, and some more for a large one. A peer that is busy says so with
+        ALIVE, and then has as long again.
 
     Attributes
     ----------
@@ -45,17 +58,25 @@ class Channel:
         Bytes, with the heads, and with those beside the socket.
     local : bool
         Whether the other side is a process of this machine, that memory can be shared with.
+    check : callable
+        Called ten times a second while an operation waits; it raises to end that.
     """
+
+    check: Callable[[], object] = staticmethod(lambda: None)
 
     def __init__(self, sock: socket.socket, timeout: float = TIMEOUT) -> None:
         self.sock, self.sent, self.received = sock, 0, 0
+        self.timeout = timeout
+        self._until, self._until_what = float("inf"), ""
         self._next_out = self._next_in = 0
+        self._spoke = time.monotonic()
         self._held: list[memoryview | bytes] = []
         self._whole = True  # whether what was sent ends with a frame
+        self._said: PeerError | None = None
+        self._greeting: tuple[Head, bytes] | None = None
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._head = bytearray(HEAD_SIZE)
-        sock.settimeout(timeout)
-        self.timeout = timeout
+        sock.settimeout(_SLICE)
         self.local = sock.family == socket.AF_UNIX and not self._tls
         self._descriptors: list[int] = []
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -74,6 +95,61 @@ class Channel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def within(self, seconds: float, what: str) -> Iterator[None]:
+        """Have all operations of a block end within `seconds` together: those that take longer raise `StreamError`."""
+        before = self._until, self._until_what
+        until = time.monotonic() + seconds
+        if until < self._until:
+            self._until, self._until_what = until, f"{what} took longer than {seconds:.1f} s"
+        try:
+            yield
+        finally:
+            self._until, self._until_what = before
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Send signs of life during a block that uses the channel for nothing else."""
+        done = threading.Event()
+
+        def say() -> None:
+            with contextlib.suppress(OSError):  # the next operation will say so, too
+                while not done.wait(self.timeout / _ALIVE):
+                    self.send(Kind.ALIVE)
+
+        thread = threading.Thread(target=say, name="hwdbm-alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def keep_alive(self) -> None:
+        """Send a sign of life if nothing was sent for some time."""
+        if time.monotonic() - self._spoke > self.timeout / _ALIVE:
+            self.send(Kind.ALIVE)
+
+    def _patiently(self, operation: Callable[[], T], start: float, nbytes: int, silence: str, grace: float = 0) -> T:
+        """Return what a call of the socket returns; it is called again while there is time."""
+        until = start + self.timeout + nbytes / _SLOWEST
+        while True:
+            now = time.monotonic()
+            if now >= self._until:
+                raise StreamError(self._until_what)
+            if now >= until:
+                raise StreamError(f"{silence} for {now - start:.1f} s")
+            try:
+                return operation()
+            except TimeoutError:
+                pass  # the slice is over; what `check` raises is not to be taken for an error of the socket
+            except OSError as error:
+                raise _BrokenError(f"the link broke: {error.strerror or error}") from error
+            if time.monotonic() - start > grace:
+                self.check()
 
     # --- sending -------------------------------------------------------------------------------------------
 
@@ -112,7 +188,7 @@ class Channel:
         PeerError
             If the other side said why it hung up.
         StreamError
-            If the link is gone, or silent for too long.
+            If the link is gone, or silent for too long. The frame didn't go whole then, and no other ever will.
         """
         crc, length = crc32(body), len(body)
         for part in payload:
@@ -132,49 +208,55 @@ class Channel:
 
     def flush(self, descriptors: Sequence[int] = ()) -> None:
         """Send the frames that are held. Parameters and errors are `send`'s."""
+        if not self._whole:
+            raise StreamError("the link broke before")
         self._whole = False
         try:
             parts, self._held = self._held, []
             self._write(parts, descriptors)
-        except TimeoutError as error:
-            raise StreamError(f"the other side took nothing for {self.timeout:g} s") from error
-        except OSError as error:
+        except _BrokenError as error:
             self._raise_peer(error)
         self._whole = True
+        self._spoke = time.monotonic()
 
     def _write(self, parts: list[memoryview | bytes], descriptors: Sequence[int]) -> None:
-        if self._tls:  # no sendmsg there
-            for part in parts:
-                self.sock.sendall(part)
-            return
         beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
+        start, nbytes = time.monotonic(), sum(len(part) for part in parts)
+
+        def step() -> int:
+            # TLS has no sendmsg.
+            return self.sock.send(parts[0]) if self._tls else self.sock.sendmsg(parts, beside)
+
         while parts:
-            done = self.sock.sendmsg(parts, beside)
+            # A cancel waits for a moment, so that the frame goes whole and the other side can be told.
+            done = self._patiently(step, start, nbytes, "the other side took nothing", _DRAIN_SECONDS)
             beside = []
             while parts and done >= len(parts[0]):
                 done -= len(parts.pop(0))
             if done:
                 parts[0] = memoryview(parts[0])[done:]
 
-    def _raise_peer(self, error: OSError) -> None:
+    def _raise_peer(self, error: _BrokenError) -> NoReturn:
         """Raise what the other side said before it hung up, or else that it hung up."""
-        with contextlib.suppress(StreamError, OSError):
-            self.sock.settimeout(1.0)
+        with contextlib.suppress(StreamError, OSError), self.within(1.0, "hanging up"):
             for _ in range(4):  # an ACK may be on its way before it
                 self.receive()
-        # PeerError is a StreamError: `suppress` would have swallowed it, so receive() keeps it.
+        # PeerError is a StreamError: `suppress` would have swallowed it, so head() keeps it.
         if self._said is not None:
             raise self._said from error
-        raise StreamError(f"the link broke: {error.strerror or error}") from error
-
-    _said: PeerError | None = None
+        raise error
 
     def fail(self, reason: str) -> None:
-        """Tell the other side why this one gives up, if it can still be told; never raises."""
+        """Tell the other side why this one gives up, if it can still be told; never raises.
+
+        A destination only says so when its guest doesn't run and never will: the source goes on then.
+        """
+        self.check = lambda: None
         if self._whole:
-            with contextlib.suppress(OSError):
-                self.sock.settimeout(_DRAIN_SECONDS)
-                self.send(Kind.ERROR, reason.encode("utf-8", "replace")[: LIMITS[Kind.ERROR]])
+            self._held.clear()
+            text = reason.encode("utf-8", "replace")[: LIMITS[Kind.ERROR]]
+            with contextlib.suppress(OSError), self.within(_DRAIN_SECONDS, "saying why"):
+                self.send(Kind.ERROR, text)
         self._drain()
 
     def _drain(self) -> None:
@@ -193,6 +275,19 @@ class Channel:
         """Return whether the other side has said something, or hung up."""
         return bool(self._poll.poll(0))
 
+    def heed(self) -> None:
+        """Take what came, while nothing is due: a sign of life, or else the end.
+
+        Raises
+        ------
+        StreamError
+            If it is anything else.
+        """
+        if self.pending():
+            kind = self._next(descriptors=False).kind
+            if kind is not Kind.ALIVE:
+                raise StreamError(f"{kind.name} came, and nothing was due")
+
     def head(self, *, descriptors: bool = False) -> Head:
         """Receive the head of the next frame; its body is to be read next, with `read` and `end`.
 
@@ -208,6 +303,13 @@ class Channel:
         StreamError
             If it can't be, or the stream ends here, or nothing comes for too long.
         """
+        while True:
+            head = self._next(descriptors=descriptors)
+            if head.kind is not Kind.ALIVE:
+                return head
+            self.check()
+
+    def _next(self, *, descriptors: bool) -> Head:
         if descriptors and self.local:
             self._read_with_descriptors()
         else:
@@ -215,7 +317,7 @@ class Channel:
         head = Head.from_bytes(self._head, self._next_in)
         self._next_in = self._next_in + 1 & 0xFFFFFFFF
         if head.kind is Kind.ERROR:
-            text = self.body(head).decode("utf-8", "replace")
+            text = printable(self.body(head).decode("utf-8", "replace"))
             self._said = PeerError(f"the other side gave up: {text}")
             raise self._said
         return head
@@ -226,35 +328,32 @@ class Channel:
         Raises
         ------
         StreamError
-            If the stream ends before, or nothing comes for too long.
+            If the stream ends before, or it takes too long.
         """
-        got, size = 0, into.nbytes
+        got, size, start = 0, into.nbytes, time.monotonic()
         while got < size:
-            try:
-                done = self.sock.recv_into(into[got:])
-            except TimeoutError as error:
-                raise StreamError(f"nothing came for {self.timeout:g} s") from error
-            except OSError as error:
-                raise StreamError(f"the link broke: {error.strerror or error}") from error
+            done = self._patiently(partial(self.sock.recv_into, into[got:]), start, size, "nothing came")
             if not done:
                 raise StreamError(f"the stream ends inside of frame {self._next_in}: {size - got} bytes are missing")
             got += done
         self.received += size
 
     def descriptors(self) -> list[int]:
-        """Return the descriptors that came, once: whoever has them closes them."""
+        """Return the descriptors that came, once: the caller closes them."""
         taken, self._descriptors = self._descriptors, []
         return taken
 
     def _read_with_descriptors(self) -> None:
         """Fill the head; descriptors come with its first byte."""
-        try:
+
+        def step() -> tuple[bytes, list[int]]:
             raw, came, _, _ = socket.recv_fds(self.sock, HEAD_SIZE, _DESCRIPTORS, _CLOEXEC)
-        except TimeoutError as error:
-            raise StreamError(f"nothing came for {self.timeout:g} s") from error
-        except OSError as error:
-            raise StreamError(f"the link broke: {error.strerror or error}") from error
+            return raw, came
+
+        raw, came = self._patiently(step, time.monotonic(), HEAD_SIZE, "nothing came")
         self._descriptors += came
+        if len(self._descriptors) > _DESCRIPTORS:
+            raise StreamError(f"{len(self._descriptors)} descriptors came, and {_DESCRIPTORS} at most were due")
         self._head[: len(raw)] = raw
         self.received += len(raw)
         self.read(memoryview(self._head)[len(raw) :])
@@ -275,8 +374,17 @@ class Channel:
             self.end(head, crc32(raw))
         return bytes(raw)
 
+    def greet(self) -> bytes:
+        """Receive HELLO, and keep it for the next `expect` of it."""
+        body = self.expect(Kind.HELLO, descriptors=True)
+        self._greeting = Head(Kind.HELLO, 0, 0, len(body), 0), body
+        return body
+
     def receive(self, *, descriptors: bool = False) -> tuple[Kind, bytes]:
         """Receive a frame whole."""
+        if self._greeting is not None:
+            (head, body), self._greeting = self._greeting, None
+            return head.kind, body
         head = self.head(descriptors=descriptors)
         return head.kind, self.body(head)
 

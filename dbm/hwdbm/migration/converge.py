@@ -1,8 +1,17 @@
 """When a migration converges, and what to do if it doesn't."""
 
 from dataclasses import dataclass
+from math import ceil
+from numbers import Real
+from typing import Any, Literal, get_args
 
-__all__ = ["Settings", "Throttle"]
+from hwdbm import check
+
+__all__ = ["OnLimit", "Progress", "Settings", "Throttle"]
+
+OnLimit = Literal["abort", "wait", "pause"]
+_PROGRESS = 0.95  # of what remained: less is progress
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,18 +21,23 @@ class Settings:
     Parameters
     ----------
     max_downtime : float
-        Seconds that the last pass may take. QEMU's default, too.
+        Seconds that the guest may stand still. QEMU's default, too.
     max_iterations : int
-        Passes while the guest runs, at most; then it is paused, whatever remains.
+        Passes in a row without progress, after which `on_limit` says what happens.
     bandwidth : float, optional
         Bytes a second at most.
     auto_converge : bool
         Whether the vCPUs are slowed down where they dirty more than is sent.
     verify : bool
         Whether both sides compare the SHA-256 of all memory before the destination runs.
+    on_limit : {"abort", "wait", "pause"}
+        What to do if the rest doesn't fit into `max_downtime`: end the migration with `ConvergenceError`, go on until
+        it does or is cancelled, or pause the guest for as long as it takes.
 
     Raises
     ------
+    TypeError
+        If a number or a flag is of another type.
     ValueError
         If a number is out of range.
     """
@@ -33,14 +47,66 @@ class Settings:
     bandwidth: float | None = None
     auto_converge: bool = False
     verify: bool = True
+    on_limit: OnLimit = "abort"
 
     def __post_init__(self) -> None:
-        if not self.max_downtime >= 0:
+        if not _real(self.max_downtime, "max_downtime") >= 0:
             raise ValueError(f"a downtime is 0 s or more, not {self.max_downtime}")
-        if self.max_iterations < 1:
-            raise ValueError(f"a migration has 1 pass or more, not {self.max_iterations}")
-        if self.bandwidth is not None and not self.bandwidth > 0:
+        check.integer(self.max_iterations, "max_iterations", 1)
+        if self.bandwidth is not None and not 0 < _real(self.bandwidth, "bandwidth") < float("inf"):
             raise ValueError(f"a bandwidth is more than 0 bytes a second, not {self.bandwidth}")
+        check.flag(self.auto_converge, "auto_converge")
+        check.flag(self.verify, "verify")
+        if self.on_limit not in get_args(OnLimit):
+            raise ValueError(f"on_limit is one of {', '.join(get_args(OnLimit))}, not {self.on_limit!r}")
+
+
+def _real(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    return float(value)
+
+
+class Progress:
+    """Whether passes leave less and less.
+
+    Parameters
+    ----------
+    settings : Settings
+        The limits.
+
+    Attributes
+    ----------
+    best : int
+        The number of the pass after which no later one left notably less.
+    flat : int
+        Passes since.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._least, self._shortest = float("inf"), float("inf")
+        self.best = self.flat = 0
+
+    def add(self, number: int, remaining: int, expected: float | None) -> None:
+        """Take note of the bytes that a pass is about to send, and of the downtime that would take, in seconds."""
+        self._shortest = min(self._shortest, float("inf") if expected is None else expected)
+        if remaining < self._least * _PROGRESS:
+            self._least, self.best, self.flat = remaining, number, 0
+        else:
+            self.flat += 1
+
+    def why(self) -> str:
+        """Return why the migration can't go on like that, and what would have helped."""
+        limit = self._settings.max_downtime
+        text = (
+            f"the guest dirties memory as fast as it is sent: no pass after pass {self.best} left notably less than "
+            f"{self._least / _MIB:.1f} MiB, which takes {self._shortest * 1e3:,.0f} ms, and {limit * 1e3:g} ms are "
+            f"allowed; a downtime of {ceil(self._shortest * 110) * 10:,} ms would have done"
+        )
+        if limit:
+            text += f", or a bandwidth of {ceil(self._least / limit / _MIB):,} MiB/s"
+        return text
 
 
 class Throttle:

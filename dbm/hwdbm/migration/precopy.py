@@ -1,32 +1,49 @@
 """Pre-copy: passes while the guest runs, a short pause, and the destination goes on.
 
-What is taken from the dirty log is lent (`Pages`), and stays so until the destination runs. Whatever happens before is
-answered in one way: every bit goes back, the throttle goes, the guest runs.
+What is taken from the dirty log is lent (`Pages`), and stays so until the destination runs. A failure before that has
+one answer: every bit goes back, the throttle goes, the guest runs. From GO on the guest stays paused until something
+that can't be wrong says that the destination never ran: its own ERROR, or the end of its process.
 """
 
 import contextlib
-import struct
+import logging
+import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.errors import StaleLeaseError
+from hwdbm.errors import (
+    CancelledMigrationError,
+    ConvergenceError,
+    DigestError,
+    HandoverError,
+    PeerError,
+    StaleLeaseError,
+    StreamError,
+    printable,
+)
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
-from hwdbm.migration.converge import Settings, Throttle
-from hwdbm.migration.errors import CancelledMigrationError, DigestError, HandoverError, StreamError
-from hwdbm.migration.limiter import Limiter
+from hwdbm.migration.converge import Progress, Settings, Throttle
 from hwdbm.migration.report import Pass, Report, folded
-from hwdbm.migration.sender import PageSender
-from hwdbm.migration.staging import Staging, staging
-from hwdbm.migration.wire import ACK, PASS, PROVING, RUNNING, SHARING, VERIFIED, VERSION, Kind
-from hwdbm.vm.memorymap import MemoryMap
-from hwdbm.vm.source import Pages, Provable, Source
+from hwdbm.migration.sender import Limiter, PageSender
+from hwdbm.migration.staging import staging
+from hwdbm.migration.wire import ACK, PASS, PROVING, RUNNING, SHARING, VERIFIED, Hello, Kind
+from hwdbm.vm import Client, MemoryMap, Pages, Provable, Source, client_of
 
-__all__ = ["Precopy", "migrate"]
+__all__ = ["Precopy", "kind_of", "migrate"]
 
 _TELL = 0.1  # seconds between two calls of on_progress
+_POPULATE = 128 << 20  # bytes a second that a destination gets its memory ready at, or faster
+_DIGEST = 4  # times as long as here that the digest may take at the destination
+_DYING = 2.0  # seconds between the end of a process's sockets and its own
+_OVERTIME = 0.5  # seconds over the downtime's limit, after which the guest goes on for another pass
+
+_log = logging.getLogger(__name__)
 
 
 def migrate(
@@ -50,7 +67,8 @@ def migrate(
     cancel : threading.Event, optional
         Set by another thread, or a signal handler, to cancel.
     on_progress : callable
-        Called with the report now and then, and after each pass.
+        Called with the report now and then, and after each pass. What it raises ends the migration, unless the guest
+        is at the destination already: then it is logged.
 
     Returns
     -------
@@ -60,12 +78,13 @@ def migrate(
     Raises
     ------
     OSError
-        `StreamError` and its kin if it failed, `CancelledMigrationError` if it was cancelled, or what the source
-        raised. The source runs on if it ran before, but for `HandoverError`: then it is paused. Its log stays on, with
-        every bit that was taken put back, those of acknowledged passes too: the next attempt begins anew, and others
-        may wait for them. To have the report of a failure, use `Precopy`.
+        `StreamError` and its kin if it failed, `CancelledMigrationError` if it was cancelled, `ConvergenceError` if the
+        guest dirties too much, or what the source raised: EBUSY if its log has another client. The source runs on if it
+        ran before, but for `HandoverError`: then it is paused. Its log stays on, with every bit that was taken put
+        back, those of acknowledged passes too: the next attempt begins anew, and others may wait for them. To have the
+        report of a failure, use `Precopy`.
     """
-    return Precopy(source, channel, settings or Settings(), cancel=cancel, on_progress=on_progress).run()
+    return Precopy(source, channel, settings, cancel=cancel, on_progress=on_progress).run()
 
 
 class Precopy:
@@ -76,7 +95,7 @@ class Precopy:
     report : Report
         What it did, also if it failed.
     failure : OSError or None
-        For whoever keeps what `run` raised beside the report.
+        A place for the caller to keep what `run` raised, beside the report.
     """
 
     failure: OSError | None = None
@@ -85,59 +104,77 @@ class Precopy:
         self,
         source: Source,
         channel: Channel,
-        settings: Settings,
+        settings: Settings | None = None,
         *,
         cancel: threading.Event | None = None,
         on_progress: Callable[[Report], object] | None = None,
     ) -> None:
+        settings = Settings() if settings is None else settings
+        for value, kind, name in ((channel, Channel, "channel"), (settings, Settings, "settings")):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is a {kind.__name__}, not {value!r}")
         self._source, self._channel, self._settings = source, channel, settings
-        self._cancel, self._tell = cancel or threading.Event(), on_progress or (lambda _: None)
+        self._cancel, self._on_progress = cancel or threading.Event(), on_progress or (lambda _: None)
         self._layout = MemoryMap.of(source)
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
-        self._throttle = Throttle()
+        self._throttle, self._progress = Throttle(), Progress(settings)
         self._lent: list[Pages] = []
         self._collected = self._told = 0.0
+        self._paused: float | None = None  # since when the guest stands still for the last pass
+        self._one: Pass | None = None  # the pass that goes on
+        self._peer = -1  # a pidfd of the receiver's process
         self._ran = source.running
         self._gone = False  # whether the destination may be running
+        self._begun = False
 
     def run(self) -> Report:
         """Migrate; once."""
-        start = self._start = time.perf_counter()
+        if self._begun:
+            raise ValueError("an attempt runs once: make another Precopy")
+        self._begun, self._start = True, time.perf_counter()
         try:
-            with staging(self._channel) as stage:
-                self._run(stage)
-        except BaseException as error:
-            self.report.total_time = time.perf_counter() - start
-            self._undo(error)
-            raise
-        self._settle()
-        self.report.total_time = time.perf_counter() - start
-        self.report.status = "completed"
+            with ExitStack() as stack:
+                try:
+                    self._run(stack)
+                except BaseException as error:
+                    self._undo(error)
+                    raise
+                self._settle()
+        finally:
+            self.report.total_time = time.perf_counter() - self._start
+            self._channel.check = lambda: None
+            self._close_peer()
+        # The guest is at the destination: nothing that happens from here on may look like a failure.
         if isinstance(self._source, Provable) and self._ran:
             self._await_proof()
-        self._tell(self.report)
+        self._tell()
         return self.report
 
-    def _run(self, stage: Staging) -> None:
+    def _run(self, stack: ExitStack) -> None:
+        stage = stack.enter_context(staging(self._channel))
+        self._channel.check = self._tick
         limiter = Limiter(self._settings.bandwidth)
         self._sender = PageSender(self._source, self._channel, stage, limiter, self._check)
         self._setup(stage.descriptors)
         if not all(slot.logging for slot in self._source.slots):
             self._source.start_log()
+        self._client: Client = stack.enter_context(client_of(self._source, "migration"))
         self._precopy()
         self._hand_over()
 
     # --- passes --------------------------------------------------------------------------------------------
 
     def _setup(self, descriptors: tuple[int, ...]) -> None:
-        """Agree on the version and the memory, and wait until there is room for it."""
+        """Agree on the version, the kind of VM and the memory, and wait until there is room for it."""
         self.report.status = "setup"
         flags = VERIFIED * self._settings.verify | RUNNING * self._ran | SHARING * bool(descriptors)
         if isinstance(self._source, Provable) and self._ran:
             flags |= PROVING
-        hello = struct.pack("<II", VERSION, flags) + self._layout.to_bytes()
-        self._channel.send(Kind.HELLO, hello, descriptors=descriptors)
-        self._channel.expect(Kind.READY)
+        hello = Hello(flags, kind_of(self._source), self._layout)
+        self._channel.send(Kind.HELLO, hello.to_bytes(), descriptors=descriptors)
+        with self._channel.within(2 * self._channel.timeout + self._layout.total / _POPULATE, "getting ready there"):
+            self._channel.expect(Kind.READY, descriptors=True)
+        self._keep_peer(self._channel.descriptors())
         self.report.setup_time = time.perf_counter() - self._start
         self.report.status = "active"
 
@@ -150,14 +187,19 @@ class Precopy:
                 self._slow_down(one, self.report.passes[-2])
                 self._send(one, pages, last=False)
                 continue
-            self._source.pause()
-            self.report.status = "device"
-            self._paused = time.perf_counter()
+            self.report.converged |= not self._ran
+            self._pause()
             for slot_id, late in self._collect().items():  # what was written until the pause
                 pages[slot_id] |= late
             self._describe(one, pages)
-            self._send(one, pages, last=True)
-            return
+            if self._send(one, pages, last=True):
+                return
+
+    def _pause(self) -> None:
+        # Set first: whatever happens meanwhile, `_undo` sees that the guest has to go on.
+        self._paused = time.perf_counter()
+        self._source.pause()
+        self.report.status = "device"
 
     def _send_all(self) -> None:
         """Send every page, whatever the log says: only now are they all needed."""
@@ -176,7 +218,7 @@ class Precopy:
         now = time.perf_counter()
         pages = {}
         for slot in self._source.slots:
-            lease = self._source.dirty(slot.id)
+            lease = self._client.take(slot.id)
             self._lent.append(lease)
             pages[slot.id] = lease.bitmap.copy()
         self._collected, self._collect_time = now, time.perf_counter() - now
@@ -185,11 +227,13 @@ class Precopy:
     def _begin(self, pages: dict[int, DirtyBitmap], began: float) -> Pass:
         one = Pass(len(self.report.passes) + 1, 0, 0, throttle=self._throttle.percent)
         self._describe(one, pages)
-        one.dirty_rate = one.dirty / max(self._collected - began, 1e-9)
+        one.dirty_rate = one.remaining / max(self._collected - began, 1e-9)
         one.collect_time = self._collect_time
-        if self.report.bandwidth:
-            one.expected_downtime = one.remaining / self._bandwidth()
+        bandwidth = self._bandwidth()
+        if bandwidth:
+            one.expected_downtime = one.remaining / bandwidth
         self.report.passes.append(one)
+        self._progress.add(one.number, one.remaining, one.expected_downtime)
         return one
 
     def _describe(self, one: Pass, pages: dict[int, DirtyBitmap]) -> None:
@@ -198,16 +242,27 @@ class Precopy:
         one.cells = folded(list(pages.values()))
 
     def _bandwidth(self) -> float:
-        """Bytes a second: the last pass's that was long enough to say, and else that of all."""
+        """Bytes of pages a second: as in the last pass that sent enough to say, and else as in all of them."""
         for one in reversed(self.report.passes):
-            if one.time >= 0.05 and one.transferred >= 1 << 20:
-                return one.transferred / one.time
-        return self.report.bandwidth
+            if one.time - one.zero_time >= 0.05 and one.transferred >= 1 << 20:
+                return one.bandwidth
+        if self.report.transferred >= 1 << 20:
+            return self.report.bandwidth
+        # They were all of zeros: what is known is how fast pages are looked at, and what the link may carry.
+        seconds = sum(one.time for one in self.report.passes)
+        rate = sum(one.normal + one.duplicate for one in self.report.passes) * self._source.page_size / seconds
+        return min(rate, self._settings.bandwidth or rate)
 
     def _enough(self, one: Pass) -> bool:
+        """Return whether the guest is to be paused now."""
         if one.expected_downtime is not None and one.expected_downtime <= self._settings.max_downtime:
+            self.report.converged = True
             return True
-        return len(self.report.passes) > self._settings.max_iterations
+        if self._progress.flat < self._settings.max_iterations or self._settings.on_limit == "wait":
+            return False
+        if self._settings.on_limit == "pause":
+            return True
+        raise ConvergenceError(f"{self._progress.why()} (in {len(self.report.passes) - 1} passes)")
 
     def _slow_down(self, one: Pass, before: Pass) -> None:
         if self._settings.auto_converge:
@@ -216,22 +271,31 @@ class Precopy:
                 one.throttle = percent
                 self._source.throttle(percent)
 
-    def _send(self, one: Pass, pages: dict[int, DirtyBitmap], *, last: bool) -> None:
+    def _send(self, one: Pass, pages: dict[int, DirtyBitmap], *, last: bool) -> bool:
+        """Send a pass; return whether it was the last."""
         start, sent = time.perf_counter(), self._channel.sent
         self._one, self._pass_start, self._pass_sent = one, start, sent
-        self._sender.normal = self._sender.duplicate = 0
+        self._sender.restart()
         for slot in self._source.slots:
             self._send_slot(slot, pages[slot.id])
-        body = PASS.pack(one.number, last, self._sender.normal, self._sender.duplicate)
-        self._channel.send(Kind.PASS, body)
-        (acknowledged,) = self._channel.unpack(ACK, self._channel.expect(Kind.ACK))
+        last = last and self._paused is not None  # and not too long ago
+        if last:
+            self._count()
+            self._one = None  # from here on it is the last
+        patience = self._channel.timeout + 2 * (one.expected_downtime or 0) if last else float("inf")
+        with self._channel.within(patience, "the last pass"):
+            self._channel.send(Kind.PASS, PASS.pack(one.number, last, self._sender.normal, self._sender.duplicate))
+            (acknowledged,) = self._channel.unpack(ACK, self._channel.expect(Kind.ACK))
         if acknowledged != one.number:
             raise StreamError(f"pass {acknowledged} was acknowledged, and not pass {one.number}")
+        self._one = one
         self._count()
+        self._one = None
         self.report.remaining = 0
         if last:
             self.report.downtime_bytes = self._channel.sent - sent
-        self._tell(self.report)
+        self._tell()
+        return last
 
     def _send_slot(self, slot: Memslot, pages: DirtyBitmap) -> None:
         weight = pages.weight()
@@ -240,9 +304,10 @@ class Precopy:
 
     def _count(self) -> None:
         """Bring the numbers of the pass that goes on up to date."""
-        one = self._one
+        if (one := self._one) is None:
+            return
         one.normal, one.duplicate = self._sender.normal, self._sender.duplicate
-        one.time = time.perf_counter() - self._pass_start
+        one.time, one.zero_time = time.perf_counter() - self._pass_start, self._sender.zero_time
         one.transferred = self._channel.sent - self._pass_sent
         self.report.transferred = self._channel.sent
         done = (one.normal + one.duplicate) * self._source.page_size
@@ -250,74 +315,159 @@ class Precopy:
 
     def _check(self) -> None:
         """Between two frames: go on, or raise."""
-        if self._cancel.is_set():
-            raise CancelledMigrationError("the migration was cancelled")
-        if self._channel.pending():  # nothing is due, so it is an error, or the end
-            kind, _ = self._channel.receive()
-            raise StreamError(f"{kind.name} came, and nothing was due")
+        self._channel.heed()
+        self._channel.keep_alive()
+        self._tick()
+
+    def _tick(self) -> None:
+        """Also while an answer is awaited: go on, or raise."""
+        self._check_cancel()
         now = time.perf_counter()
+        if self._paused is not None and self._one is not None:
+            self._limit_pause(self._one, now - self._paused)
         if now - self._told > _TELL:
-            self._told = now
             self._count()
             self.report.total_time = now - self._start
-            self._tell(self.report)
+            self._tell()
+
+    def _limit_pause(self, one: Pass, paused: float) -> None:
+        """While the last pass is sent: let the guest go on if that takes too long, and end it if that can't be."""
+        limit = self._settings.max_downtime
+        if paused > limit + self._channel.timeout + 2 * (one.expected_downtime or 0):
+            raise StreamError(f"the last pass isn't over after {paused:.1f} s")
+        if self._ran and self._settings.on_limit != "pause" and paused > limit + max(limit, _OVERTIME):
+            self._source.resume()
+            one.paused = paused
+            self._paused, self.report.status, self.report.converged = None, "active", False
+
+    def _check_cancel(self) -> None:
+        if self._cancel.is_set():
+            raise CancelledMigrationError("the migration was cancelled")
+
+    def _tell(self) -> None:
+        """Call on_progress. Once the destination runs, no error of it may be taken for one of the migration."""
+        self._told = time.perf_counter()
+        try:
+            self._on_progress(self.report)
+        except Exception:
+            if not self._gone:
+                raise
+            _log.exception("on_progress failed after the handover")
 
     # --- the end -------------------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
         channel, verify = self._channel, 0.0
-        channel.send(Kind.STATE, self._source.state())
+        with channel.within(channel.timeout, "taking the state"):
+            channel.send(Kind.STATE, self._source.state())
         digest = b""
         if self._settings.verify:
             start = time.perf_counter()
             channel.send(Kind.VERIFY)
-            self.report.source_sha256 = self._source.digest()  # meanwhile the other side does the same
-            self.report.destination_sha256 = channel.expect(Kind.DIGEST).hex()
+            with channel.alive():
+                self.report.source_sha256 = self._source.digest()  # meanwhile the other side does the same
+            patience = channel.timeout + _DIGEST * (time.perf_counter() - start)
+            with channel.within(patience, "the digest there"):
+                self.report.destination_sha256 = channel.expect(Kind.DIGEST).hex()
             digest = bytes.fromhex(self.report.source_sha256)
             verify = self.report.verify_time = time.perf_counter() - start
             if self.report.source_sha256 != self.report.destination_sha256:
                 raise DigestError(
                     f"SHA-256 {self.report.source_sha256} here, {self.report.destination_sha256} at the destination"
                 )
-        if self._cancel.is_set():
-            raise CancelledMigrationError("the migration was cancelled")
-        channel.send(Kind.GO, digest)
-        self._gone = True
-        self._await_resumed()
-        self.report.downtime = time.perf_counter() - self._paused - verify
+        self._renew()
+        self._check_cancel()
+        channel.check = self._check_cancel
+        self._gone = True  # from before the first byte of GO, so that no interrupt comes between
+        with channel.within(channel.timeout, "starting the guest there"):
+            self._say_go(digest)
+            self._await_resumed()
+        if self._paused is not None:
+            self.report.downtime = time.perf_counter() - self._paused - verify
         self.report.transferred = channel.sent
+        self.report.status = "completed"
+
+    def _renew(self) -> None:
+        """Give all pages back and take them anew, as one lease a slot: a lease that went stale shows here."""
+        while self._lent:
+            try:
+                self._lent[-1].rollback()
+            except StaleLeaseError as error:
+                raise StreamError(f"the log was lost while it was used: {error.strerror or error}") from error
+            finally:
+                self._lent.pop()
+        for slot in self._source.slots:
+            self._lent.append(self._client.take(slot.id))
+
+    def _say_go(self, digest: bytes) -> None:
+        try:
+            self._channel.send(Kind.GO, digest)
+        except (StreamError, CancelledMigrationError):
+            self._gone = False  # the socket didn't take all of it, and half a GO is none
+            raise
 
     def _await_resumed(self) -> None:
-        """Wait until the destination runs.
-
-        It says so before it does. So if the stream ends without that, it never will, and the source may go on; only
-        silence leaves the question open.
-        """
+        """Wait until the destination runs: it says so after it does, and ERROR if it never will."""
         try:
             self._channel.expect(Kind.RESUMED)
-        except StreamError as error:
-            if isinstance(error.__cause__, TimeoutError):
-                raise HandoverError(
-                    f"{error}: whether the destination runs is unknown, so the source is paused"
-                ) from error
+        except PeerError:
             self._gone = False
             raise
+        except (StreamError, CancelledMigrationError) as error:
+            if isinstance(error, StreamError) and self._peer_is_gone():
+                self._gone = False
+                raise StreamError(f"{error}; the receiver's process is gone, and a guest in it too") from error
+            raise HandoverError(
+                f"{error}: whether the guest runs at the destination is unknown, so it is paused here; "
+                "if it doesn't run there, and never will, resume the source by hand"
+            ) from error
+
+    def _keep_peer(self, descriptors: list[int]) -> None:
+        """Keep the pidfd that came with READY, if that is what came."""
+        for fd in descriptors:
+            try:
+                signal.pidfd_send_signal(fd, 0)
+                self._close_peer()
+                self._peer = fd
+            except (OSError, AttributeError):  # it is none, or one that can't be seen from here
+                os.close(fd)
+
+    def _close_peer(self) -> None:
+        if self._peer >= 0:
+            os.close(self._peer)
+            self._peer = -1
+
+    def _peer_is_gone(self) -> bool:
+        """Return whether the process that received has ended, and so can't run anything."""
+        if self._peer < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._peer, select.POLLIN)
+        return bool(poll.poll(_DYING * 1e3))
 
     def _await_proof(self) -> None:
         """Wait until the destination has seen whether its guest goes on. It does have it, whatever comes now."""
+        self._channel.check = self._check_cancel
         try:
-            said = self._channel.expect(Kind.PROVED).decode("utf-8", "replace")
-        except StreamError as error:
+            with self._channel.within(2 * self._channel.timeout, "looking at the guest there"):
+                said = printable(self._channel.expect(Kind.PROVED).decode("utf-8", "replace"))
+        except (StreamError, CancelledMigrationError) as error:
             said = str(error)
+        finally:
+            self._channel.check = lambda: None
         self.report.guest_resumed = not said
         self.report.error = said and f"the guest at the destination: {said}"
 
     def _settle(self) -> None:
-        for lease in self._lent:
-            with contextlib.suppress(StaleLeaseError):  # a slot that went has no more bits to lose
-                lease.commit()
-        self._lent.clear()
-        self._source.throttle(0)
+        """Commit what was lent. The destination runs: what fails here is no failure of the migration."""
+        try:
+            for lease in self._lent:
+                with contextlib.suppress(StaleLeaseError):  # a slot that went has no more bits to lose
+                    lease.commit()
+            self._lent.clear()
+            self._source.throttle(0)
+        except Exception:  # noqa: BLE001  # whatever it is, a caller must not take it for a reason to try again
+            _log.exception("the source couldn't be put away after the handover")
 
     def _undo(self, error: BaseException) -> None:
         """Put everything back, and let the guest run; then tell the other side, which may take its time."""
@@ -335,6 +485,16 @@ class Precopy:
                     error.add_note(f"and the source doesn't run: {stuck}")
         cancelled = isinstance(error, CancelledMigrationError | KeyboardInterrupt)
         self.report.status = "cancelled" if cancelled else "failed"
+        self.report.handover_unknown = self._gone
         self.report.error = str(error) or type(error).__name__
         self.report.transferred = self._channel.sent
-        self._channel.fail(self.report.error)
+        if self._gone:
+            if not isinstance(error, HandoverError):
+                error.add_note("whether the guest runs at the destination is unknown, so it is paused here")
+        else:
+            self._channel.fail(self.report.error)
+
+
+def kind_of(vm: Source) -> str:
+    """Return the kind of a VM, 16 letters at most: its state only fits into one of the same kind."""
+    return str(getattr(vm, "kind", ""))

@@ -1,7 +1,7 @@
 """The destination: frames into memory, and the VM's start."""
 
 import contextlib
-import struct
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
+from hwdbm.errors import DigestError, LayoutError, StreamError
 from hwdbm.memslot import slot_name
 from hwdbm.migration.channel import Channel
-from hwdbm.migration.errors import DigestError, LayoutError, StreamError
+from hwdbm.migration.precopy import kind_of
 from hwdbm.migration.staging import Shared
 from hwdbm.migration.wire import (
     ACK,
@@ -23,14 +25,13 @@ from hwdbm.migration.wire import (
     RUNNING,
     SHARING,
     VERIFIED,
-    VERSION,
     Head,
+    Hello,
     Kind,
     crc32,
 )
+from hwdbm.vm import Durable, MemoryMap, PlainGuest, Provable, Source
 from hwdbm.vm.memory import populate
-from hwdbm.vm.memorymap import MemoryMap
-from hwdbm.vm.source import Provable, Source
 
 __all__ = ["Received", "receive"]
 
@@ -55,6 +56,8 @@ class Received:
         The digest of all memory, in hexadecimal; empty if the source didn't ask for it.
     proved : bool, optional
         Whether the guest was found to go on right; None if nobody asked.
+    told : bool
+        Whether the source could be told that the guest runs here. If not, it stays paused there.
     """
 
     destination: Source
@@ -64,6 +67,7 @@ class Received:
     duplicate: int = 0
     sha256: str = ""
     proved: bool | None = None
+    told: bool = True
 
 
 def receive(
@@ -96,10 +100,18 @@ def receive(
     OSError
         If there is no memory, or no room in the file behind it. The other side is told that, too.
     """
+    if not isinstance(channel, Channel):
+        raise TypeError(f"channel is a Channel, not {channel!r}")
+    if not callable(build):
+        raise TypeError(f"build is a function of a layout, not {build!r}")
+    if most_memory is not None:
+        most_memory = check.integer(most_memory, "most_memory")
+    receiver = _Receiver(channel, build, most_memory, populated=check.flag(populated, "populated"))
     try:
-        return _Receiver(channel, build, most_memory, populated=populated).run()
-    except (Exception, KeyboardInterrupt) as error:
-        channel.fail(f"{error}" or type(error).__name__)
+        return receiver.run()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if receiver.stands:
+            channel.fail(f"{error}" or type(error).__name__)
         raise
 
 
@@ -112,49 +124,74 @@ class _Receiver:
         self._stage = np.zeros(PAYLOAD, dtype=np.uint8)
         self._shared: Shared | None = None
         self._pages = [0, 0]  # normal and zero, of this pass
+        self._arrived = False  # whether the guest runs here
+        self.stands = True  # whether it is certain that no guest runs here: what the source takes an ERROR for
 
     def run(self) -> Received:
-        layout, flags = self._hello(self._channel.expect(Kind.HELLO, descriptors=True))
+        hello = Hello.from_bytes(self._channel.expect(Kind.HELLO, descriptors=True))
+        if self._most_memory is not None and hello.layout.total > self._most_memory:
+            raise LayoutError(
+                f"{hello.layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"
+            )
         with ExitStack() as stack:
-            if flags & SHARING:
+            if hello.flags & SHARING:
                 self._shared = stack.enter_context(Shared(self._channel.descriptors()))
-            return self._receive(layout, flags)
+            return self._receive(hello)
 
-    def _receive(self, layout: MemoryMap, flags: int) -> Received:
-        vm = self._build(layout)
+    def _receive(self, hello: Hello) -> Received:
+        with self._channel.alive():
+            vm = self._build(hello.layout)
         try:
-            MemoryMap.of(vm).require(layout)
-            if not self._populated:
-                for slot in vm.slots:
-                    populate(vm.memory(slot.id))
-            self._layout, self._vm = layout, vm
-            self._rows = {slot.id: vm.memory(slot.id).reshape(-1, layout.page_size) for slot in vm.slots}
-            self._got = Received(vm)
-            # A byte a page, since setting bits one by one is slow.
-            self._came = {slot.id: np.zeros(slot.npages, dtype=np.bool_) for slot in vm.slots}
-            self._channel.send(Kind.READY)
+            self._prepare(vm, hello)
+            self._ready()
             while not self._pass():
                 pass
-            self._take_over(flags)
+            self._take_over(hello.flags)
         except BaseException:
-            with contextlib.suppress(OSError):
-                vm.close()
+            self._put_away(vm)
             raise
         self._got.transferred = self._channel.received
         return self._got
 
-    def _hello(self, body: bytes) -> tuple[MemoryMap, int]:
-        if len(body) < 8:
-            raise StreamError(f"a HELLO of {len(body)} bytes has no version")
-        version, flags = struct.unpack_from("<II", body)
-        if version != VERSION:
-            raise StreamError(f"the stream is of version {version}, and this side knows {VERSION}")
-        layout = MemoryMap.from_bytes(body[8:])
-        if self._most_memory is not None and layout.total > self._most_memory:
-            raise LayoutError(
-                f"{layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"
-            )
-        return layout, flags
+    def _prepare(self, vm: Source, hello: Hello) -> None:
+        layout = hello.layout
+        MemoryMap.of(vm).require(layout)
+        if isinstance(vm, PlainGuest):  # it runs nothing, and keeps any state
+            vm.kind = hello.vm or vm.kind
+        elif hello.vm and kind_of(vm) and hello.vm != kind_of(vm):
+            raise LayoutError(f"the source is a VM of kind {hello.vm!r}, which doesn't fit into one of {kind_of(vm)!r}")
+        if not self._populated:
+            with self._channel.alive():
+                for slot in vm.slots:
+                    populate(vm.memory(slot.id))
+        self._layout, self._vm = layout, vm
+        self._rows = {slot.id: vm.memory(slot.id).reshape(-1, layout.page_size) for slot in vm.slots}
+        self._got = Received(vm)
+        # A byte a page, since setting bits one by one is slow.
+        self._came = {slot.id: np.zeros(slot.npages, dtype=np.bool_) for slot in vm.slots}
+
+    def _ready(self) -> None:
+        """Say READY; with it goes a descriptor by which a source on this machine sees that this process is gone."""
+        if not self._channel.local or not hasattr(os, "pidfd_open"):
+            self._channel.send(Kind.READY)
+            return
+        fd = os.pidfd_open(os.getpid())
+        try:
+            self._channel.send(Kind.READY, descriptors=[fd])
+        finally:
+            os.close(fd)
+
+    def _put_away(self, vm: Source) -> None:
+        """Close what was built; if it may have begun to run, see that it stands, or else say nothing to the source."""
+        if self._arrived:  # an interrupt, say: it ran, and the source must not take an ERROR for the opposite
+            vm.close()
+            return
+        started, self.stands = not self.stands, False
+        if started:
+            vm.pause()
+        with contextlib.nullcontext() if started else contextlib.suppress(OSError):
+            vm.close()
+        self.stands = True
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -162,6 +199,7 @@ class _Receiver:
         """Receive a pass; return whether it was the last."""
         self._pages = [0, 0]
         while True:
+            self._channel.keep_alive()
             head = self._channel.head()
             if head.kind is Kind.PAGES:
                 self._receive_pages(head)
@@ -260,19 +298,27 @@ class _Receiver:
         self._import()
         if flags & VERIFIED:
             self._channel.expect(Kind.VERIFY)
-            self._got.sha256 = self._vm.digest()
+            with self._channel.alive():
+                self._got.sha256 = self._vm.digest()
             self._channel.send(Kind.DIGEST, bytes.fromhex(self._got.sha256))
         theirs = self._channel.expect(Kind.GO).hex()
         if theirs != self._got.sha256:
             raise DigestError(f"SHA-256 {self._got.sha256 or 'not asked for'} here, {theirs or 'none'} at the source")
-        # Said before it is done: whoever can't say it any more doesn't run, and the source may.
-        self._channel.send(Kind.RESUMED)
+        if isinstance(self._vm, Durable):
+            self._vm.commit()
         if flags & RUNNING:
+            self.stands = False
             self._vm.resume()
+            self._arrived = True  # whether the source hears of it or not
+        try:
+            self._channel.send(Kind.RESUMED)
+        except StreamError:
+            self._got.told = False
         if flags & PROVING:
-            wrong = self._prove()
+            with self._channel.alive():
+                wrong = self._prove()
             self._got.proved = not wrong
-            with contextlib.suppress(StreamError):  # the VM is here, and runs, whether the source hears of it or not
+            with contextlib.suppress(StreamError):
                 self._channel.send(Kind.PROVED, wrong.encode()[: LIMITS[Kind.PROVED]])
 
     def _prove(self) -> str:

@@ -1,4 +1,4 @@
-"""What a migration did, in QEMU's names and units."""
+"""What a migration did, in QEMU's names. Times are in ms, sizes in bytes, rates in bytes a second."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class Pass:
     remaining : int
         Bytes that it was to send.
     dirty_rate : float
-        Pages a second that were dirtied before it, since the pass before it began.
+        Bytes a second that were dirtied before it, since the pass before it began.
     collect_time : float
         Seconds that harvest and clear took.
     throttle : int
@@ -40,6 +40,10 @@ class Pass:
         Bytes sent.
     time : float
         Seconds until the receiver acknowledged it.
+    zero_time : float
+        The part of it that pages of zeros took at the source, when the link wasn't used.
+    paused : float
+        Seconds that the guest stood still in it, and then went on because that took too long.
     cells : (n,) float32 array
         The dirty part of each cell of memory, 0 to 1.
     """
@@ -55,32 +59,37 @@ class Pass:
     duplicate: int = 0
     transferred: int = 0
     time: float = 0.0
+    zero_time: float = 0.0
+    paused: float = 0.0
     cells: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), repr=False)
 
     @property
-    def mbps(self) -> float:
-        """Megabit a second."""
-        return self.transferred * 8e-6 / self.time if self.time else 0.0
+    def bandwidth(self) -> float:
+        """Bytes a second while the link was used."""
+        seconds = self.time - self.zero_time
+        return self.transferred / seconds if seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it in QEMU's units: ms, bytes, pages, pages a second, megabit a second."""
+        """Return it in ms, bytes, bytes a second, and numbers of pages."""
         record: dict[str, Any] = {
             "pass": self.number,
             "dirty-pages": self.dirty,
             "remaining": self.remaining,
-            "dirty-pages-rate": round(self.dirty_rate),
+            "dirty-rate": round(self.dirty_rate),
             "collect-time": _ms(self.collect_time),
         }
         if self.expected_downtime is not None:
             record["expected-downtime"] = _ms(self.expected_downtime)
         if self.throttle:
             record["cpu-throttle-percentage"] = self.throttle
+        if self.paused:
+            record["paused-time"] = _ms(self.paused)
         return record | {
             "normal": self.normal,
             "duplicate": self.duplicate,
             "transferred": self.transferred,
             "time": _ms(self.time),
-            "mbps": round(self.mbps, 3),
+            "bandwidth": round(self.bandwidth),
         }
 
 
@@ -104,6 +113,8 @@ class Report:
         Until the receiver was ready: its memory allocated and populated.
     total_time : float
         Of all of it.
+    converged : bool
+        Whether the guest was paused because the rest fitted into the limit.
     downtime : float, optional
         From the pause at the source to the start at the destination, without `verify_time`.
     verify_time : float, optional
@@ -116,6 +127,8 @@ class Report:
         In order.
     source_sha256, destination_sha256 : str
         The digests, in hexadecimal; empty where there is none.
+    handover_unknown : bool
+        Whether the destination was told to run, and nobody here knows whether it does: the source is paused.
     guest_resumed : bool, optional
         Whether the guest was found to go on right at the destination; None where nobody could tell.
     error : str
@@ -128,6 +141,7 @@ class Report:
     status: str = "none"
     setup_time: float = 0.0
     total_time: float = 0.0
+    converged: bool = False
     downtime: float | None = None
     verify_time: float | None = None
     remaining: int = 0
@@ -136,6 +150,7 @@ class Report:
     passes: list[Pass] = field(default_factory=list)
     source_sha256: str = ""
     destination_sha256: str = ""
+    handover_unknown: bool = False
     guest_resumed: bool | None = None
     error: str = ""
 
@@ -151,12 +166,16 @@ class Report:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second over all passes; 0 before the first has ended."""
-        seconds = sum(one.time for one in self.passes)
-        return sum(one.transferred for one in self.passes) / seconds if seconds else 0.0
+        """Bytes a second over all passes while the link was used; 0 before the first has ended."""
+        seconds = sum(one.time - one.zero_time for one in self.passes)
+        return sum(one.transferred for one in self.passes) / seconds if seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as ``query-migrate`` does, with the digests and a record a pass; what isn't known is absent."""
+        """Return it as ``query-migrate`` does, with the digests and a record a pass; what isn't known is absent.
+
+        Times are in milliseconds, sizes in bytes, rates in bytes a second; ``normal``, ``duplicate`` and
+        ``dirty-pages`` are numbers of pages.
+        """
         last = self.passes[-1] if self.passes else Pass(0, 0, 0)
         record: dict[str, Any] = {"status": self.status, "total-time": _ms(self.total_time)}
         record["setup-time"] = _ms(self.setup_time)
@@ -167,6 +186,7 @@ class Report:
         if self.verify_time is not None:
             record["verify-time"] = _ms(self.verify_time)
         record["downtime-limit"] = _ms(self.limit)
+        record["converged"] = self.converged
         if last.throttle:
             record["cpu-throttle-percentage"] = last.throttle
         record["ram"] = self._ram(last)
@@ -174,6 +194,8 @@ class Report:
             record["source-sha256"] = self.source_sha256
         if self.destination_sha256:
             record["destination-sha256"] = self.destination_sha256
+        if self.handover_unknown:
+            record["handover-unknown"] = True
         if self.guest_resumed is not None:
             record["guest-resumed"] = self.guest_resumed
         if self.error:
@@ -181,7 +203,6 @@ class Report:
         return record | {"passes": [one.to_dict() for one in self.passes]}
 
     def _ram(self, last: Pass) -> dict[str, Any]:
-        seconds = sum(one.time for one in self.passes)
         return {
             "transferred": self.transferred,
             "remaining": self.remaining,
@@ -189,11 +210,10 @@ class Report:
             "duplicate": self.duplicate,
             "normal": self.normal,
             "normal-bytes": self.normal * self.page_size,
-            "dirty-pages-rate": round(last.dirty_rate),
-            "mbps": round(self.bandwidth * 8e-6, 3),
+            "dirty-rate": round(last.dirty_rate),
+            "bandwidth": round(self.bandwidth),
             "dirty-sync-count": len(self.passes),
             "page-size": self.page_size,
-            "pages-per-second": round((self.normal + self.duplicate) / seconds) if seconds else 0,
             "precopy-bytes": self.transferred - self.downtime_bytes,
             "downtime-bytes": self.downtime_bytes,
         }

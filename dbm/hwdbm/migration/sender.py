@@ -1,5 +1,6 @@
-"""Pages into frames."""
+"""Pages into frames, at a bandwidth."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -8,14 +9,44 @@ from numpy.typing import NDArray
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
-from hwdbm.migration.limiter import Limiter
 from hwdbm.migration.staging import Staging
 from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
-from hwdbm.vm.source import Source
+from hwdbm.vm import Source
 
-__all__ = ["PageSender", "runs_of"]
+__all__ = ["Limiter", "PageSender", "runs_of"]
 
 _WINDOW = 1 << 18  # pages of a slot looked at together where a listing costs 8 bytes a page: 2 MiB
+_SLICE = 0.05  # seconds of sleep between two looks at whether to go on
+_BURST = 0.02  # seconds of the bandwidth that may be made up for at once
+_FRAME = 0.25  # seconds of the bandwidth that a frame takes, if that is a page or more
+
+
+class Limiter:
+    """Lets so many bytes through in a second.
+
+    Parameters
+    ----------
+    bandwidth : float, optional
+        Bytes a second; None for no limit.
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        self.bandwidth, self._due = bandwidth, 0.0
+
+    def pages(self, page_size: int) -> int:
+        """Return the pages of a frame, at most: so few that a cancel, or what the guest does, is seen in time."""
+        most = PAYLOAD if self.bandwidth is None else min(PAYLOAD, self.bandwidth * _FRAME)
+        return max(int(most) // page_size, 1)
+
+    def wait(self, nbytes: int, check: Callable[[], object]) -> None:
+        """Return when `nbytes` may be sent; `check` is called while waiting, and ends it by raising."""
+        if self.bandwidth is None:
+            return
+        now = time.monotonic()
+        self._due = max(self._due, now - _BURST) + nbytes / self.bandwidth
+        while (left := self._due - time.monotonic()) > _BURST:
+            time.sleep(min(left, _SLICE))
+            check()
 
 
 class PageSender:
@@ -41,6 +72,8 @@ class PageSender:
     ----------
     normal, duplicate : int
         Pages sent with their bytes, and pages of zeros sent as such.
+    zero_time : float
+        Seconds that the pages of zeros took here: time that the link wasn't used for.
     """
 
     def __init__(
@@ -50,15 +83,21 @@ class PageSender:
         self._limiter, self._check = limiter, check
         self._size = source.page_size
         self._zero_runs: list[NDArray[np.uint64]] = []
-        self._zero_count = 0
+        self._zero_count, self._began = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from 0 again."""
         self.normal = self.duplicate = 0
+        self.zero_time = 0.0
 
     def send(self, slot: Memslot, pages: DirtyBitmap | None = None) -> None:
         """Send pages of a slot, all of them by default."""
         rows = self._source.memory(slot.id).reshape(-1, self._size)
         base = slot.base_gfn * self._size
-        for batch in _batches(slot.npages, pages, PAYLOAD // self._size):
+        for batch in _batches(slot.npages, pages, self._limiter.pages(self._size)):
             self._check()
+            self._began = time.perf_counter()
             if isinstance(batch, slice):
                 stage = self._stage(batch.stop - batch.start)
                 np.copyto(stage, rows[batch])
@@ -82,6 +121,7 @@ class PageSender:
                 index = np.arange(batch.start, batch.stop) if isinstance(batch, slice) else batch
                 self._add_zeros(base, index[zero])
                 left, rest = index[~zero], stage[~zero]
+                self.zero_time += (time.perf_counter() - self._began) * (index.size - left.size) / index.size
                 if not left.size:
                     return
                 batch, stage = left, stage[: left.size]

@@ -10,13 +10,14 @@ import fcntl
 import mmap
 import os
 import select
+import time
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.errors import StreamError
 from hwdbm.migration.channel import Channel
-from hwdbm.migration.errors import StreamError
 from hwdbm.migration.wire import PAYLOAD, Kind
 from hwdbm.vm.memory import populate
 
@@ -27,6 +28,7 @@ BUFFERS = 8
 
 _TOGETHER = 2  # frames sent by one call, and so by one wake
 _RETURNED = 2  # buffers returned by one
+_SLICE = 0.1  # seconds between two looks at whether to go on
 _SIZE = BUFFERS * PAYLOAD
 
 
@@ -123,15 +125,18 @@ class SharedStaging:
         """
         if not self._free:
             self._channel.flush()
+        until = time.monotonic() + self._channel.timeout
         while not self._free:
-            ready = dict(self._poll.poll(self._channel.timeout * 1e3))
+            ready = dict(self._poll.poll(_SLICE * 1e3))
             if self._open[1] in ready:
                 self._free = os.eventfd_read(self._open[1])
-            elif ready:
-                kind, _ = self._channel.receive()
-                raise StreamError(f"{kind.name} came, and nothing was due")
-            else:
+                break
+            if ready:
+                self._channel.heed()  # a sign of life, or it raises
+                until = time.monotonic() + self._channel.timeout
+            if time.monotonic() > until:
                 raise StreamError(f"the other side took nothing for {self._channel.timeout:g} s")
+            self._channel.check()
         buffer: NDArray[np.uint8] = self._buffers[self._next]
         return buffer
 

@@ -1,25 +1,31 @@
 """How the two sides meet: a Unix socket in a private directory, or TCP with TLS and certificates on both sides."""
 
 import contextlib
+import fcntl
 import ipaddress
 import os
+import select
 import socket
 import ssl
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EACCES
+from errno import EACCES, EEXIST, ENAMETOOLONG, ETIMEDOUT
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Self
 
+from hwdbm.errors import StreamError, printable
 from hwdbm.migration.channel import TIMEOUT, Channel
-from hwdbm.migration.errors import StreamError
+from hwdbm.migration.wire import Hello
 
 __all__ = [
+    "Listener",
     "TlsDir",
-    "accept",
-    "accept_tcp",
     "connect_tcp",
     "connect_unix",
     "listen_tcp",
@@ -28,13 +34,16 @@ __all__ = [
 ]
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
+_LONGEST = 107  # bytes of a path in struct sockaddr_un
+_BACKLOG = 16
+_MOST_WAITING = 16  # connections that haven't said HELLO; the oldest gives way to the next
 
 
 class TlsDir:
     """A folder of certificates, laid out as QEMU's ``tls-creds-x509``.
 
-    ``ca-cert.pem``, and ``client-cert.pem`` with ``client-key.pem`` for who connects, ``server-cert.pem`` with
-    ``server-key.pem`` for who listens. Both sides must have a certificate of that authority; who connects checks the
+    ``ca-cert.pem``, and ``client-cert.pem`` with ``client-key.pem`` for the source, ``server-cert.pem`` with
+    ``server-key.pem`` for the destination. Both sides must have a certificate of that authority; the source checks the
     host's name, too.
 
     Parameters
@@ -47,12 +56,12 @@ class TlsDir:
         self.path = path
 
     def client(self) -> ssl.SSLContext:
-        """Return the context of who connects."""
+        """Return the context of the source, which connects."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return self._load(context, "client")
 
     def server(self) -> ssl.SSLContext:
-        """Return the context of who listens: no client goes without a certificate."""
+        """Return the context of the destination: no source goes without a certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.verify_mode = ssl.CERT_REQUIRED
         context.num_tickets = 0  # no session comes back
@@ -74,6 +83,154 @@ class TlsDir:
         return context
 
 
+# --- listening ---------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A socket that listens, on Unix or TCP, until a source has come; see `listen_unix` and `listen_tcp`.
+
+    Parameters
+    ----------
+    sock : socket
+        It listens.
+    tls : TlsDir, optional
+        The certificates.
+    path : Path, optional
+        The socket's file, which is removed with it.
+
+    Attributes
+    ----------
+    address : str
+        Where it is reached: ``HOST:PORT`` or ``unix:PATH``.
+    """
+
+    def __init__(self, sock: socket.socket, tls: TlsDir | None = None, path: Path | None = None) -> None:
+        self.sock, self._path = sock, path
+        self._context = tls.server() if tls else None
+        if path is not None:
+            self.address, self._made = f"unix:{path}", path.lstat()
+        else:
+            host, port = sock.getsockname()[:2]
+            self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def accept(
+        self,
+        timeout: float | None = None,
+        *,
+        patience: float = TIMEOUT / 3,
+        on_refused: Callable[[str], object] | None = None,
+    ) -> Channel:
+        """Return the channel of the first source that says HELLO, and may.
+
+        Whoever else connects doesn't end or hold this: other users, clients without a certificate, other protocols,
+        the silent. The channel has its HELLO already, so that only `receive` can go on with it.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for one; without limit by default.
+        patience : float
+            Seconds that each has to say HELLO.
+        on_refused : callable, optional
+            Called with a text for each that was refused.
+
+        Raises
+        ------
+        TimeoutError
+            If none came.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        came: SimpleQueue[Channel | str] = SimpleQueue()
+        # Second descriptors of the connections that haven't said HELLO: TLS takes the first ones for its own.
+        waiting: dict[socket.socket, None] = {}
+        lock, over = Lock(), False
+        wake, woken = socket.socketpair()
+        self.sock.settimeout(0)
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(woken, select.POLLIN)
+
+        def meet(sock: socket.socket, handle: socket.socket) -> None:
+            found: Channel | str
+            try:
+                found = self._greet(sock, patience)
+            except Exception as error:  # noqa: BLE001  # whatever a stranger did, the next one may be the source
+                sock.close()
+                found = printable(getattr(error, "strerror", None) or str(error))
+            with lock:
+                waiting.pop(handle, None)
+                handle.close()
+                if not over:
+                    came.put(found)
+                    wake.send(b"x")
+                    return
+            refuse(found)
+
+        def refuse(late: Channel | str) -> None:
+            if isinstance(late, Channel):
+                late.fail("another source came before")
+                late.close()
+
+        try:
+            while True:
+                left = None if until is None else max(until - time.monotonic(), 0) * 1e3
+                ready = [fd for fd, _ in poll.poll(left)]
+                if not ready:
+                    raise TimeoutError(ETIMEDOUT, f"no source came in {timeout:g} s")
+                if self.sock.fileno() in ready:
+                    with contextlib.suppress(OSError), lock:  # it went again
+                        sock, _ = self.sock.accept()
+                        if len(waiting) >= _MOST_WAITING:
+                            with contextlib.suppress(OSError):
+                                next(iter(waiting)).shutdown(socket.SHUT_RDWR)
+                        waiting[handle := sock.dup()] = None
+                        Thread(target=meet, args=(sock, handle), name="hwdbm-meet", daemon=True).start()
+                while not came.empty():
+                    woken.recv(1)
+                    found = came.get()
+                    if isinstance(found, Channel):
+                        return found
+                    if on_refused is not None:
+                        on_refused(found)
+        finally:
+            with lock:
+                over = True
+                wake.close()
+                woken.close()
+            while not came.empty():
+                refuse(came.get())
+
+    def _greet(self, sock: socket.socket, patience: float) -> Channel:
+        """Return a channel that has a HELLO."""
+        sock.settimeout(patience)
+        if self._path is not None:
+            _check_owner(sock)
+        channel = _secured(sock, self._context, server=True, host=None, timeout=patience)
+        try:
+            with channel.within(patience, "saying HELLO"):
+                Hello.from_bytes(channel.greet())
+        except BaseException as error:
+            channel.fail(str(error))
+            channel.close()
+            raise
+        channel.timeout = TIMEOUT
+        return channel
+
+    def close(self) -> None:
+        """Listen no more, and remove the socket's file."""
+        self.sock.close()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(self._path.lstat(), self._made):
+                    self._path.unlink()
+
+
 # --- Unix --------------------------------------------------------------------------------------------------
 
 
@@ -84,27 +241,63 @@ def private_socket() -> Iterator[Path]:
         yield Path(folder) / "migrate.sock"
 
 
-def listen_unix(path: Path) -> socket.socket:
-    """Listen on a Unix socket, which is only its owner's.
+def listen_unix(path: Path) -> Listener:
+    """Listen on a Unix socket, which is only its owner's. One that nobody listens on any more is replaced.
 
     Raises
     ------
     OSError
-        If something is there already, or it can't be made.
+        If something else is there, or it can't be made.
     """
+    _check_path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        listener.bind(str(path))
-        path.chmod(stat.S_IRUSR | stat.S_IWUSR)  # nobody can connect before listen()
-        listener.listen(1)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Between another's bind and its listen, its socket would look dead.
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if _is_dead(path):
+                path.unlink()
+            listener.bind(str(path))
+            path.chmod(stat.S_IRUSR | stat.S_IWUSR)  # nobody can connect before listen()
+            listener.listen(_BACKLOG)
+        finally:
+            os.close(folder)
     except OSError as error:
         listener.close()
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return listener
+    return Listener(listener, path=path)
+
+
+def _is_dead(path: Path) -> bool:
+    """Return whether a path is a socket of this user's that nobody listens on."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(EEXIST, "something is there that is no socket")
+    if found.st_uid != os.geteuid():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # a backlog that is full: somebody listens
+            return False
+    return False
+
+
+def _check_path(path: Path) -> None:
+    if len(os.fsencode(path)) > _LONGEST:
+        raise OSError(ENAMETOOLONG, f"the path of a Unix socket has {_LONGEST} bytes at most", str(path))
 
 
 def connect_unix(path: Path, timeout: float = TIMEOUT) -> Channel:
     """Connect to a Unix socket of this user's."""
+    _check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.settimeout(timeout)
@@ -112,20 +305,8 @@ def connect_unix(path: Path, timeout: float = TIMEOUT) -> Channel:
         _check_owner(sock)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return Channel(sock, timeout)
-
-
-def accept(listener: socket.socket, timeout: float | None = None) -> Channel:
-    """Accept one connection on a Unix socket, from this user."""
-    listener.settimeout(timeout)
-    sock, _ = listener.accept()
-    try:
-        _check_owner(sock)
-    except OSError:
-        sock.close()
-        raise
-    return Channel(sock)
 
 
 def _check_owner(sock: socket.socket) -> None:
@@ -140,7 +321,7 @@ def _check_owner(sock: socket.socket) -> None:
 # --- TCP ---------------------------------------------------------------------------------------------------
 
 
-def listen_tcp(host: str, port: int, tls: TlsDir | None, *, insecure: bool = False) -> socket.socket:
+def listen_tcp(host: str, port: int, tls: TlsDir | None, *, insecure: bool = False) -> Listener:
     """Listen on TCP.
 
     Parameters
@@ -164,31 +345,17 @@ def listen_tcp(host: str, port: int, tls: TlsDir | None, *, insecure: bool = Fal
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address[1])
-        listener.listen(1)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
-    return listener
-
-
-def accept_tcp(listener: socket.socket, tls: TlsDir | None, timeout: float | None = None) -> Channel:
-    """Accept one connection on TCP; with `tls`, of a client that shows a certificate of the authority.
-
-    Raises
-    ------
-    StreamError
-        If the client has none.
-    """
-    context = tls.server() if tls else None
-    listener.settimeout(timeout)
-    sock, _ = listener.accept()
-    return _secured(sock, context, server=True, host=None, timeout=TIMEOUT)
+    return Listener(listener, tls)
 
 
 def connect_tcp(
     host: str, port: int, tls: TlsDir | None, *, insecure: bool = False, timeout: float = TIMEOUT
 ) -> Channel:
-    """Connect over TCP. Parameters and errors are `listen_tcp`'s; a server without a certificate is no server."""
+    """Connect over TCP. Parameters and errors are `listen_tcp`'s. With `tls` the server must present a certificate."""
     context = tls.client() if tls else None
     family, address = _resolve(host, port, secure=tls is not None, insecure=insecure)
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -213,7 +380,7 @@ def _secured(
         with contextlib.suppress(OSError):
             sock.close()
         reason = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.strerror or error
-        raise StreamError(f"no TLS with the other side: {reason}") from error
+        raise StreamError(f"no TLS with the other side: {printable(str(reason))}") from error
 
 
 def _resolve(

@@ -14,11 +14,14 @@ A frame is a head of 32 bytes and a body. All numbers are little-endian::
 
 The source says HELLO and waits for READY. Then it sends PAGES and ZERO; a PASS ends them, and the destination answers
 ACK. After the PASS that is flagged as the last come STATE, VERIFY (answered by DIGEST) if the source wants it, and GO
-(answered by RESUMED, and then by PROVED if it was wanted, with what is wrong with the guest as a text). Either side may
-send ERROR instead of anything, with a text, and hang up.
+(answered by RESUMED once the guest runs, and then by PROVED if it was wanted, with what is wrong with the guest as a
+text). Either side may send ERROR instead of anything, with a text, and hang up; a destination never does so once its
+guest has run. ALIVE may come at any time, from a side that is busy. The documentation's page on migration says
+what each side does where an answer is lost.
 
 On a Unix socket, HELLO can bring memory that both sides map (`staging`). SHARED frames then stand for PAGES: their body
-has the runs only, their CRC goes on over the pages, which lie in that memory.
+has the runs only, their CRC goes on over the pages, which lie in that memory. READY brings a pidfd of the receiver's
+process there, by which the source learns that it is gone.
 
 The CRC is zlib's, whoever computes it: zlib-ng, if it is there, folds with carry-less multiplication, and is some ten
 times as fast as zlib 1.2 (50 and 3 GiB/s were measured, on data in the cache).
@@ -30,9 +33,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import import_module
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
-from hwdbm.migration.errors import StreamError
+from hwdbm.errors import StreamError, printable
+from hwdbm.vm import MemoryMap
 
 __all__ = [
     "ACK",
@@ -49,11 +53,12 @@ __all__ = [
     "VERSION",
     "ZERO_RUNS",
     "Head",
+    "Hello",
     "Kind",
     "crc32",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 PAYLOAD: Final = 1 << 21
 """Bytes of guest memory in a frame, at most."""
@@ -118,6 +123,7 @@ class Kind(IntEnum):
     ERROR = 12
     SHARED = 13
     PROVED = 14
+    ALIVE = 15
 
 
 LIMITS: Final[dict[Kind, int]] = {
@@ -135,6 +141,7 @@ LIMITS: Final[dict[Kind, int]] = {
     Kind.ERROR: 4096,
     Kind.SHARED: RUNS * RUN_SIZE,
     Kind.PROVED: 4096,
+    Kind.ALIVE: 0,
 }
 """Bytes of a body, at most."""
 
@@ -208,3 +215,49 @@ class Head:
             raise StreamError(f"{name}: {self.length} bytes are more than {LIMITS[self.kind]}")
         if self.runs > _MOST_RUNS.get(self.kind, 0) or self.runs * RUN_SIZE > self.length:
             raise StreamError(f"{name}: {self.runs} runs in {self.length} bytes are too many")
+
+
+_HELLO = struct.Struct("<II16s")  # version, flags, kind of VM in ASCII; the memory map follows
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The body of HELLO.
+
+    Parameters
+    ----------
+    flags : int
+        `VERIFIED`, `RUNNING`, `SHARING` and `PROVING`, added.
+    vm : str
+        The kind of VM, which only fits into one of the same kind; empty for one that fits into any.
+    layout : MemoryMap
+        Its memory.
+    """
+
+    flags: int
+    vm: str
+    layout: MemoryMap
+
+    def to_bytes(self) -> bytes:
+        """Return the body."""
+        return _HELLO.pack(VERSION, self.flags, self.vm.encode("ascii")) + self.layout.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """Return what a body says.
+
+        Raises
+        ------
+        StreamError
+            If it is of another version, or no HELLO.
+        """
+        if len(raw) < 4:
+            raise StreamError(f"a HELLO of {len(raw)} bytes has no version")
+        (version,) = struct.unpack_from("<I", raw)
+        if version != VERSION:
+            raise StreamError(f"the stream is of version {version}, and this side knows {VERSION}")
+        if len(raw) < _HELLO.size:
+            raise StreamError(f"a HELLO of {len(raw)} bytes is cut short")
+        _, flags, vm = _HELLO.unpack_from(raw)
+        name = printable(vm.rstrip(b"\0").decode("ascii", "replace"))
+        return cls(flags, name, MemoryMap.from_bytes(raw[_HELLO.size :]))

@@ -50,6 +50,7 @@ class PlainGuest:
     def __init__(self, layout: MemoryMap, file: Path | None = None) -> None:
         self.page_size, self.slots = layout.page_size, layout.slots
         self.layout = layout
+        self.kind = "memory"
         self.running, self.throttled, self.logging = False, 0, False
         self._state = b""
         self._lock = threading.Lock()
