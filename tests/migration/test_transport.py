@@ -5,6 +5,7 @@ import socket
 import ssl
 import stat
 import threading
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def test_strangers_end_nothing(vm, who, tls):
     server = Server(tls, insecure=tls is None)
     with socket.create_connection(("127.0.0.1", server.port)):  # it never says a word
         STRANGERS[who](server)
+        until = time.monotonic() + 10
+        while not server.refused and time.monotonic() < until:
+            time.sleep(0.01)
         vm.resume()
         with transport.connect_tcp("localhost", server.port, tls, insecure=tls is None) as channel:
             report = migrate(vm, channel, Settings(max_downtime=0.02, on_limit="pause"))
