@@ -5,14 +5,17 @@ import importlib
 import inspect
 import pkgutil
 import re
+import resource
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,6 +27,8 @@ from hwdbm import DirtyBitmap
 
 # --- the surface ------------------------------------------------------------------------------------------------
 
+_SECONDS = 10.0  # that a call may take, which does next to nothing
+_ROOM = 2 << 30  # bytes of addresses that it may take
 _OPERATORS = ("__call__", "__contains__", "__getitem__", "__matmul__")
 
 
@@ -35,16 +40,20 @@ def surface() -> dict[str, Any]:
     part of the library.
     """
     found: dict[str, Any] = {}
-    seen: set[int] = set()
+    named: dict[int, str] = {}
     for info in pkgutil.iter_modules(hwdbm.__path__):
         if info.name.startswith("_") or info.name == "cli":
             continue
         module = importlib.import_module(f"hwdbm.{info.name}")
         for name in getattr(module, "__all__", ()):
             item = getattr(module, name)
-            if isinstance(item, ModuleType) or not (inspect.isclass(item) or _is_function(item)) or id(item) in seen:
+            if not (inspect.isclass(item) or _is_function(item)) or getattr(item, "_is_protocol", False):
                 continue
-            seen.add(id(item))
+            if item.__module__.split(".")[1:2] == [info.name]:  # another room may pass it on
+                found.pop(named.get(id(item), ""), None)
+            elif id(item) in named:
+                continue
+            named[id(item)] = f"{info.name}.{name}"
             found[f"{info.name}.{name}"] = item
     return found
 
@@ -68,8 +77,8 @@ def verbs(item: type) -> list[str]:
 
 
 def made(item: type) -> bool:
-    """Return whether a class is one that programs make: no enumeration, error or protocol."""
-    return not (issubclass(item, Enum | BaseException) or getattr(item, "_is_protocol", False))
+    """Return whether a class is one that programs make: no enumeration or error."""
+    return not issubclass(item, Enum | BaseException)
 
 
 # --- wrong arguments --------------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ def _state(item: Any, seen: dict[int, int]) -> object:
         return kind.__name__, [_state(each, seen) for each in item]
     if isinstance(item, set | frozenset):
         return kind.__name__, sorted(repr(each) for each in item)
-    if hasattr(item, "locked"):
+    if kind.__module__ == "_thread" and hasattr(item, "locked"):
         return kind.__name__, item.locked()
     if kind.__module__.partition(".")[0] != "hwdbm":
         return kind.__name__, getattr(item, "closed", None)
@@ -272,6 +281,32 @@ def _attributes(item: object) -> Iterator[tuple[str, Any]]:
     yield from getattr(item, "__dict__", {}).items()
 
 
+# --- bounds -----------------------------------------------------------------------------------------------------
+
+
+class UnboundedError(Exception):
+    """A call took too long."""
+
+
+@contextmanager
+def _bounded(name: str | None) -> Iterator[None]:
+    """Bound what a call takes: nothing that a caller gives may make it go on for ever, or take all memory."""
+
+    def stop(*_: object) -> None:
+        raise UnboundedError(f"{name} makes it go on for ever")
+
+    before, (soft, hard) = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, hard))
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 # --- scenes -----------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +316,9 @@ class Recipe:
 
     `make` returns a new one in an interesting state, None for what are functions. `given` returns good arguments by
     their names, for the object made; ``verb.name`` is for one verb alone. `skip` has verbs and parameters
-    (``verb.name``) that aren't walked over, each with the reason. `fields` are parameters that are made of fields: an
+    (``verb.name``) that aren't walked over, each with the reason. `dry` are verbs that are only given what must be
+    refused, and aren't run otherwise. `amounts` are parameters that say how much is to be done, and so may take as long
+    as they say. `fields` are parameters that are made of fields: an
     error names the field.
     """
 
@@ -289,6 +326,8 @@ class Recipe:
     given: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     skip: Mapping[str, str] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
+    dry: frozenset[str] = frozenset()
+    amounts: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -308,8 +347,9 @@ class Scene:
         try:
             bound = inspect.signature(self.call).bind_partial()
             bound.arguments.update(self._grouped(arguments))
-            result = self.call(*bound.args, **bound.kwargs)
-            return Outcome(None, state(_used(result)), self.state())
+            with _bounded(name):
+                result = state(_used(self.call(*bound.args, **bound.kwargs)))
+            return Outcome(None, result, self.state())
         except Exception as error:  # noqa: BLE001 - which ones it may be is what is tested
             return Outcome(error, None, self.state())
 

@@ -1,6 +1,9 @@
 """Every public verb of the library, with every wrong kind of argument: refused means unchanged."""
 
+import dataclasses
 import inspect
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,8 +13,29 @@ import numpy as np
 import pytest
 from doors import Recipe, Scene, Wrong
 
-from hwdbm import DirtyBitmap, Granule, Stage2, pte
+from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, kernels, pte
+from hwdbm.bench import Setup
+from hwdbm.dirtylog import Stats
+from hwdbm.image import Registers, Slot, open_image
+from hwdbm.layout import Layout
+from hwdbm.machine import (
+    Bursty,
+    Clock,
+    Costs,
+    GuestMemory,
+    HotSet,
+    Idle,
+    Machine,
+    ReferenceVCpu,
+    Replay,
+    Sequential,
+    Uniform,
+    Workload,
+    Zipf,
+)
 from hwdbm.memslot import Memslots
+from hwdbm.migration import Channel, Settings
+from hwdbm.vm import MemoryMap, PlainGuest
 from hwdbm.vtcr import Vtcr, Vttbr
 
 GPA = 0x4000_0000
@@ -44,6 +68,42 @@ def three_slots() -> Memslots:
     slots.set_memory_region(1, 0, GPA + 0x10_0000, 0x10_0000, 2 << 30)
     slots.set_memory_region(0x1_0001, 0, GPA, 0x10_0000, 2 << 30)
     return slots
+
+
+def memory_map() -> MemoryMap:
+    return MemoryMap(4096, (Memslot(0, 0, GPA >> 12, NPAGES, 0), Memslot(1, 0, 1 << 20, 65, 0)))
+
+
+def plain_guest() -> PlainGuest:
+    guest = PlainGuest(memory_map())
+    guest.start_log()
+    guest.write(GPA + 5000, bytes(range(200)))
+    return guest
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+def logging() -> DirtyLog:
+    """Return a log with a slot that is dirty, in the log and in its leaves, and one that doesn't log."""
+    log = DirtyLog(address_spaces=2, slot_limit=64)
+    log.set_memory_region(0, 1, BASE << 12, NPAGES << 12, 1 << 30)
+    log.map(0, BASE, NPAGES, pfn=0x8_0000)
+    log.stage2(0).level(3)[5:900:7] |= pte.S2AP_W
+    log.sync(0, 0, 640)
+    log.set_memory_region(1, 0, 1 << 32, 1 << 20, 2 << 30)
+    return log
+
+
+def machine() -> Machine:
+    """Return a machine that logs, whose memory was written to by its vCPUs and by the VMM."""
+    made = Machine(vcpus=2, tlb_entries=64)
+    made.add_memslot(4 << 20, GPA)
+    made.start_log()
+    made.vcpus[0].store(GPA + np.arange(0, 1 << 20, 8192), np.arange(128, dtype=np.uint64))
+    made.write(GPA + 3000, bytes(3000))
+    return made
 
 
 STAGE2 = {
@@ -150,6 +210,320 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+RECIPES |= {
+    "bitmap.word_count": Recipe(given=lambda _: {"npages": 640}),
+    "pte.Match": Recipe(
+        lambda: pte.dirty(3), lambda _: {"mask": 0xFF, "value": 0x81, "desc": 0x6C3, "ones": 1 << 55, "zeros": 1 << 56}
+    ),
+    "pte.Update": Recipe(
+        lambda: pte.clean(3), lambda _: {"where": pte.dirty(3), "sets": 1 << 10, "clears": 1 << 7, "desc": 0x6C3}
+    ),
+    "pte": Recipe(
+        given=lambda _: {
+            "level": 2,
+            "desc": 0x0008_0000_8000_04C1,
+            "pa": 0x8000_0000,
+            "shift": 21,
+            "writable": True,
+            "dbm": True,
+            "dirty": True,
+            "bits": pte.AddressBits.PA48,
+        }
+    ),
+    "layout.Layout": Recipe(
+        lambda: Layout(1000, 0x1F0, Granule.K4),
+        lambda _: {
+            "npages": 1000,
+            "base_gfn": 0x1F0,
+            "granule": Granule.K4,
+            "level": 2,
+            "page": 700,
+            "index": 1,
+            "lo": 3,
+            "hi": 900,
+            "spans.index": np.array([0, 1]),
+            "runs": np.array([[0, 1]]),
+        },
+    ),
+    "stage2.Stage2": Recipe(
+        slot_stage2,
+        lambda s2: {
+            **STAGE2,
+            "new.npages": NPAGES,
+            "new.base_gfn": BASE,
+            "new.granule": Granule.K4,
+            "harvest.npages": 640,
+            "harvest_into.npages": 640,
+            "out": DirtyBitmap(NPAGES),
+            "mask": some_pages(),
+        },
+    ),
+    "walker": Recipe(
+        given=lambda _: {
+            **STAGE2,
+            "s2": slot_stage2(),
+            "harvest.npages": 640,
+            "out": DirtyBitmap(NPAGES),
+            "mask": some_pages(),
+        }
+    ),
+    "dirtylog.DirtyLog": Recipe(
+        logging,
+        lambda _: {
+            "granule": Granule.K4,
+            "hw_dbm": True,
+            "manual_protect": True,
+            "initially_set": True,
+            "ipa_bits": 36,
+            "flush": nothing,
+            "step_pages": 128,
+            "workers": 2,
+            "address_spaces": 2,
+            "slot_limit": 64,
+            "slot": 0,
+            "lease": False,
+            "first_page": 64,
+            "num_pages": 128,
+            "npages": 512,
+            "bitmap": some_pages(128),
+            "enable": False,
+            "gfn": BASE + 256,
+            "pfn": 0x600,
+            "level": 3,
+            "writable": True,
+            "gpa": (BASE << 12) + 5000,
+            "length": 5000,
+            "flags": 0,
+            "guest_phys_addr": BASE << 12,
+            "memory_size": NPAGES << 12,
+            "userspace_addr": 1 << 30,
+            "name": "backup",
+        },
+        fields=frozenset({"slot"}),
+    ),
+    "machine.Machine": Recipe(
+        machine,
+        lambda made: {
+            "granule": Granule.K4,
+            "hw_dbm": True,
+            "manual_protect": False,
+            "initially_set": False,
+            "step_pages": 128,
+            "thp": True,
+            "blocks": "write",
+            "chunk_pages": 1024,
+            "vcpus": 2,
+            "tlb_entries": 64,
+            "ha": True,
+            "seed": 5,
+            "costs": Costs(),
+            "size": 1 << 20,
+            "read.gpa": GPA + 5000,
+            "write.gpa": GPA + 5000,
+            "gpa": 1 << 32,
+            "add_memslot.slot": 5,
+            "slot": 0,
+            "readonly": False,
+            "hva": 1 << 32,
+            "memory_image": "/dev/null",
+            "shared": False,
+            "length": 5000,
+            "data": b"some bytes",
+            "flush.slot": made and made.log.slot(0),
+            "first_page": 64,
+            "npages": 512,
+            "collapse": True,
+            "enable": False,
+            "percent": 40,
+            "state": made.state() if made else b"",
+            "workload": Uniform(seed=3),
+            "vcpu": 0,
+            "count": 100,
+            "stores": 100,
+            "name": "backup",
+            "workloads": [Uniform(seed=3)],
+        },
+        fields=frozenset({"slot"}),
+        amounts=frozenset({"stores"}),
+    ),
+    "machine.GuestMemory": Recipe(
+        lambda: GuestMemory(1 << 20),
+        lambda _: {
+            "size": 1 << 20,
+            "name": "memory",
+            "path": "/dev/null",
+            "offset": 0,
+            "fd": None,
+            "private": True,
+        },
+    ),
+    "machine.Clock": Recipe(
+        lambda: Clock(Costs()), lambda _: {"costs": Costs(), "log": Stats, "add.**": {"stores": 3}}
+    ),
+    "machine.Costs": Recipe(given=lambda _: {field.name: 0.5 for field in dataclasses.fields(Costs)}),
+    "machine.ReferenceVCpu": Recipe(
+        lambda: ReferenceVCpu(machine()),
+        lambda _: {
+            "machine": machine(),
+            "split_blocks": True,
+            "thp": True,
+            "ha": True,
+            "gpa": GPA + 4096,
+            "value": 7,
+            "slot": 0,
+            "first_page": 64,
+            "npages": 512,
+        },
+        fields=frozenset({"slot"}),
+    ),
+    "machine.VCpu": Recipe(
+        lambda: machine().vcpus[0],
+        lambda _: {
+            "gpas": np.array([GPA, GPA + 4096]),
+            "values": np.array([1, 2], dtype=np.uint64),
+            "slot": 0,
+            "first_page": 64,
+            "npages": 512,
+        },
+        skip={"new": "the machine makes its vCPUs", "attach": "the machine does, for each new slot"},
+        fields=frozenset({"slot"}),
+    ),
+    **{
+        f"machine.{kind.__name__}": Recipe(
+            kind if kind is not Replay else lambda: Replay(bitmaps=[some_pages(64)]),
+            lambda _: {
+                "seed": 3,
+                "rate": 1e6,
+                "on": 0.5,
+                "off": 0.25,
+                "share": 0.5,
+                "weight": 0.5,
+                "exponent": 0.5,
+                "stores_per_page": 2,
+                "bitmaps": [some_pages(64)],
+                "interval": 0.5,
+                "position": 5,
+                "count": 10,
+                "size": 1 << 20,
+                "page_size": 4096,
+                "numbers": np.arange(5, dtype=np.uint64),
+                "npages": 100,
+                "seconds": 0.5,
+            },
+            skip={"to_dict": "it takes nothing"}
+            if kind is not Workload
+            else {"pages": "abstract", "offsets": "abstract"},
+            amounts=frozenset({"count"}),
+        )
+        for kind in (Bursty, HotSet, Idle, Replay, Sequential, Uniform, Workload, Zipf)
+    },
+    "machine.parse": Recipe(given=lambda _: {"text": "hot,rate=5M", "seed": 3}),
+    "image.Slot": Recipe(
+        lambda: Slot(0, 0x1000, 0x4000), lambda _: {"id": 0, "gpa": 0x1000, "size": 0x4000, "granule": Granule.K16}
+    ),
+    "image.Registers": Recipe(
+        lambda: Registers(*REGISTERS),
+        lambda _: {
+            "vttbr": REGISTERS[0],
+            "vtcr": REGISTERS[1],
+            "hcr": 1,
+            "mmfr0": 5,
+            "mmfr1": 2,
+            "large_blocks.vtcr": Vtcr.decode(REGISTERS[1]),
+        },
+    ),
+    "image.Image": Recipe(
+        lambda: open_image(CAPTURE),
+        lambda image: {
+            "memory": open_image(CAPTURE).memory,
+            "registers": Registers(*REGISTERS),
+            "slots": [Slot(0, 0x8000_0000, 0xC00_0000)],
+            "capture": None,
+            "number": 0,
+            "stage2.slot": 0,
+            "dirty.slot": 0,
+            "slot": image and image.slots[0],
+            "bitmap.stage2": image and image.stage2(0),
+            "policy": "dbm",
+            "page_size": 4096,
+            "runs": None,
+            "contiguous": False,
+            "visitors": nothing,
+        },
+    ),
+    "image.open_image": Recipe(
+        given=lambda _: {
+            "path": CAPTURE,
+            "ram_base": None,
+            "vttbr": None,
+            "vtcr": None,
+            "slots": [Slot(0, 0x8000_0000, 0xC00_0000)],
+        }
+    ),
+    "vm.MemoryMap": Recipe(
+        memory_map,
+        lambda _: {
+            "page_size": 4096,
+            "slots": memory_map().slots,
+            "raw": memory_map().to_bytes(),
+            "source": PlainGuest(memory_map()),
+            "other": memory_map(),
+            "gpa": np.array([GPA], dtype=np.uint64),
+            "length": np.array([4096], dtype=np.uint64),
+        },
+    ),
+    "vm.PlainGuest": Recipe(
+        plain_guest,
+        lambda _: {
+            "layout": memory_map(),
+            "memory_map": memory_map(),
+            "file": None,
+            "slot": 0,
+            "slot_id": 0,
+            "first_page": 64,
+            "npages": 100,
+            "state": b"state",
+            "percent": 40,
+            "gpa": GPA + 5000,
+            "data": b"some bytes",
+            "name": "backup",
+        },
+        fields=frozenset({"slot", "slot_id"}),
+    ),
+    "vm": Recipe(given=lambda _: {"source": plain_guest(), "name": "backup"}),
+    "migration.Settings": Recipe(
+        given=lambda _: {
+            "max_downtime": 0.25,
+            "max_iterations": 10,
+            "bandwidth": 1e6,
+            "auto_converge": True,
+            "verify": True,
+        }
+    ),
+    "migration": Recipe(
+        given=lambda _: {
+            "source": plain_guest(),
+            "channel": Channel(socket.socketpair()[0]),
+            "settings": Settings(),
+            "cancel": threading.Event(),
+            "on_progress": nothing,
+            "build": PlainGuest,
+            "most_memory": 1 << 30,
+            "populated": False,
+        },
+        dry=frozenset({"migrate", "receive"}),
+    ),
+    "bench.Setup": Recipe(given=lambda _: {"npages": 640, "repeat": 2}),
+    "bench.smallest": Recipe(
+        given=lambda _: {"work": {"nothing": nothing}, "before": nothing, "repeat": 2}, amounts=frozenset({"repeat"})
+    ),
+    "bench.run": Recipe(given=lambda _: {"setup": Setup(640, 1), "names": ["harvest"]}, dry=frozenset({"run"})),
+    "kernels": Recipe(given=lambda _: {"name": kernels.current()}),
+}
+CAPTURE = "tests/data/captures/4k_blocks/round1.npz"
+REGISTERS = 0x0002_0000_4838_0000, 0x802D_3558
+
+
 def recipe_of(name: str) -> Recipe | None:
     return RECIPES.get(name) or RECIPES.get(name.partition(".")[0])
 
@@ -165,15 +539,41 @@ def all_doors() -> Iterator[tuple[str, Any, str | None]]:
             yield f"{name}.{verb}", item, verb
 
 
-# What only the library itself makes: results that come out, and never in.
-RESULTS = {"memslot.Plan"}
-
-# The rooms that are walked over.
-ROOMS = {"granule", "memslot", "vtcr"}
-
-DOORS = {
-    name: (item, verb) for name, item, verb in all_doors() if name not in RESULTS and name.partition(".")[0] in ROOMS
+# What isn't walked over, and why.
+NOT_WALKED = {
+    "check": "the checks themselves; tests/test_check.py",
+    "errors": "errors are made where they are raised",
+    "leaves": "below the doors: Stage2 calls them with what it has checked",
+    "saved": "below the doors: Stage2 calls them with what it has checked",
+    "layout.any_in": "below the doors",
+    "layout.merged": "below the doors",
+    "layout.pieces": "below the doors",
+    "layout.runs_of": "below the doors",
+    "testing": "strategies and a state machine of Hypothesis, which calls them",
+    "memslot.Plan": "a result",
+    "kernels.Tally": "a result",
+    "bench.Row": "a result",
+    "dirtylog.Stats": "a result",
+    "machine.Reading": "a result",
+    "migration.Pass": "a result",
+    "migration.Report": "a result",
+    "migration.Received": "a result",
+    "migration.Channel": "the two sides of a migration call it; a peer's frames are tests/migration's",
+    "migration.Precopy": "`migrate` makes and runs it",
 }
+
+# Rooms that don't hold to it yet.
+PENDING = {
+    "bench", "bitmap", "dirtylog", "image", "kernels", "kvm", "layout", "machine", "migration", "newfile", "pte",
+    "stage2", "vm", "walker",
+}  # fmt: skip
+
+
+def walked_over(name: str) -> bool:
+    return not any(name == each or name.startswith(f"{each}.") for each in NOT_WALKED)
+
+
+DOORS = {name: (item, verb) for name, item, verb in all_doors() if walked_over(name)}
 
 
 def walked(name: str) -> Iterator[str]:
@@ -190,8 +590,11 @@ def walked(name: str) -> Iterator[str]:
     def twin(parameter: str, wrong: Wrong) -> doors.Outcome:
         return new().run(parameter, wrong.twin)
 
-    good = new().run()
-    if good.error is not None:
+    own = (verb or name.rpartition(".")[2]) in recipe.dry
+    if verb in recipe.skip or (verb is None and "new" in recipe.skip):
+        return
+    good = None if own else new().run()
+    if good is not None and good.error is not None:
         yield f"its own arguments are refused: {good.error!r}"
         return
     scene = new()
@@ -201,6 +604,8 @@ def walked(name: str) -> Iterator[str]:
         if key in recipe.skip:
             continue
         for wrong in doors.wrong(value, parameter in scene.optional):
+            if (own and not wrong.refused) or (parameter in recipe.amounts and large(wrong.value)):
+                continue
             outcome = scene.run(parameter, wrong.value)
             named = parameter not in recipe.fields
             for complaint in judged(wrong, outcome, before, partial(twin, parameter, wrong), named=named):
@@ -241,7 +646,17 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-@pytest.mark.parametrize("name", DOORS)
+def large(value: object) -> bool:
+    return is_number(value) and value > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=False)) if name.partition(".")[0] in PENDING else name
+        for name in DOORS
+    ],
+)
 def test_refused_means_unchanged(name: str) -> None:
     complaints = list(walked(name))
     assert not complaints, f"{name}:\n  " + "\n  ".join(complaints)
