@@ -45,6 +45,15 @@ THOROUGH = tests/test_stage2.py tests/test_stage2_machine.py tests/kernels tests
 thorough: $(VENV)/.dev ## run the tests that draw at random, EFFORT times as long
 	HWDBM_EFFORT=$(EFFORT) $(BIN)/python -m pytest --numprocesses auto $(THOROUGH) $(PYTEST_ARGS)
 
+# Random mutants of the package, each against the tests that cover it: an hour for 300 on two cores. It goes on where it
+# was stopped. SAMPLE and SEED choose others.
+SAMPLE ?= 300
+SEED ?= 1
+
+.PHONY: mutants
+mutants: $(VENV)/.dev ## do the tests bite? random mutants of the package against them
+	$(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) --least 0.95 $(MUTANTS_ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100

@@ -1,0 +1,421 @@
+"""Do the tests bite? Random mutants of the package, each against the tests that cover it; `make mutants` runs this.
+
+The mutations are cosmic-ray's. Its runner isn't used: it changes the sources in place, and runs one command for every
+mutant, which here would be all the tests, five minutes each. mutmut knows which tests cover a function, but leaves out
+whatever has a decorator, and so all kernels, properties and class methods.
+
+So: the package and its tests are copied to a work folder with an environment of its own. There all tests run once,
+with coverage's contexts, which say the tests that ran each line. A mutant is a copy of one module with one change; the
+tests of its line run, those of its room first and the fastest first, until one fails. What numba compiles leaves no
+trace, nor does what runs in another process or at an import: for such lines the tests of the room run.
+
+Results are appended to build/mutants/results-SEED.jsonl, and a run goes on where the one before it ended. What
+survives is looked for in harmless.toml, which argues for each mutant there why no test can catch it.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import venv
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cosmic_ray.plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from coverage.numbits import numbits_to_nums
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+BUILD = ROOT / "build" / "mutants"
+COPIED = ("dbm", "tests", "docs", "asv_bench", ".ci", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md")
+
+MOST_SECONDS = 90.0
+"""Seconds of tests for one mutant at most, as they took without one: the core's lines are covered by thousands."""
+
+# Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
+ROOMS = {
+    "kernels": ("tests/kernels", "tests/test_stage2.py", "tests/test_stage2_parts.py"),
+    "bench": ("tests/test_bench.py", "tests/migration/test_bench.py", "tests/cli"),
+    "leaves": ("tests/test_stage2.py", "tests/test_layout.py"),
+    "errors": ("tests/test_doors.py",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change of one module."""
+
+    module: str
+    operator: str
+    occurrence: int
+    line: int
+    before: str
+    after: str
+
+
+# --- what there is to change --------------------------------------------------------------------------------------
+
+
+def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
+    """Return the mutations of a module by place and kind: binary operators alone have eleven others each."""
+    source = path.read_text()
+    tree, dead = get_ast(source), set(_dead_places(ast.parse(source)))
+    places: dict[tuple[int, int, str], list[tuple[str, int]]] = defaultdict(list)
+    nodes = list(ast_nodes(tree))
+    for name in sorted(cosmic_ray.plugins.operator_names()):
+        if "Variable" in name:  # they need to be told a variable
+            continue
+        operator = cosmic_ray.plugins.get_operator(name)()
+        kind, count = name.partition("/")[2].partition("_")[0], 0
+        for node in nodes:
+            for start, _ in operator.mutation_positions(node):
+                if start not in dead:
+                    places[*start, kind].append((name, count))
+                count += 1
+    return places
+
+
+def _dead_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
+    """Yield the places where a change says nothing about the tests: in types, which only mypy reads."""
+    for node in ast.walk(tree):
+        dead: list[ast.AST | None] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
+            dead = [node.returns, *(each.annotation for each in every if each)]
+            if any("overload" in ast.unparse(each) for each in node.decorator_list):
+                dead = [node, *node.decorator_list]
+        elif isinstance(node, ast.AnnAssign):
+            dead = [node.annotation]
+        elif isinstance(node, ast.Assign) and _is_type(node.value):
+            dead = [node.value]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("cast", "TypeVar"):
+            dead = [node]
+        for each in dead:
+            if each is None:
+                continue
+            for line in range(each.lineno, each.end_lineno + 1):  # type: ignore[attr-defined]
+                first = each.col_offset if line == each.lineno else 0  # type: ignore[attr-defined]
+                last = each.end_col_offset if line == each.end_lineno else 200  # type: ignore[attr-defined]
+                yield from ((line, column) for column in range(max(first - 1, 0), last + 1))
+
+
+def _is_type(value: ast.expr) -> bool:
+    return isinstance(value, ast.Subscript | ast.BinOp) and any(
+        name in ast.unparse(value) for name in ("NDArray[", "Callable[", "Literal[", "DirtyBitmap |", "tuple[", "list[")
+    )
+
+
+def drawn(modules: list[str], count: int, seed: int) -> list[Mutant]:
+    """Return a sample of the mutants of some modules: a place and a kind at random, then one of its changes."""
+    places = [(module, *place) for module in modules for place in sorted(mutations(module))]
+    rng = random.Random(seed)
+    chosen = rng.sample(places, min(count, len(places)))
+    found = []
+    for module, line, column, kind in chosen:
+        operator, occurrence = rng.choice(mutations(module)[line, column, kind])
+        found.append(_mutant(module, operator, occurrence, line))
+    return found
+
+
+@cache
+def mutations(module: str) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
+    """Return `mutants_of` a module."""
+    return mutants_of(ROOT / module)
+
+
+def mutated(module: str, operator: str, occurrence: int) -> str:
+    """Return a module's source with one change."""
+    made = mutate_code((ROOT / module).read_text(), cosmic_ray.plugins.get_operator(operator)(), occurrence)
+    if made is None:
+        raise LookupError(f"{module} has no mutation {occurrence} of {operator}")
+    return str(made)
+
+
+def _mutant(module: str, operator: str, occurrence: int, line: int) -> Mutant:
+    before, after = (ROOT / module).read_text().splitlines(), mutated(module, operator, occurrence).splitlines()
+    # A change may take lines away, a decorator's; from the first that differs on one line of each is shown.
+    at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), line - 1)
+    return Mutant(module, operator, occurrence, at + 1, before[at].strip(), after[at].strip())
+
+
+# --- where it is tried ------------------------------------------------------------------------------------------
+
+
+class Workshop:
+    """A copy of the package and its tests, with an environment in which the copy is what is installed."""
+
+    def __init__(self, number: int) -> None:
+        self.folder = BUILD / f"work{number}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy2(source, self.folder / name)
+        home = self.folder / ".venv"
+        venv.create(home, symlinks=True)
+        self.python = home / "bin" / "python"
+        site = next(home.glob("lib/python*/site-packages"))
+        packages = next(path for path in sys.path if path.endswith("site-packages"))
+        # The copy comes before the packages, and an editable install's .pth among those isn't read a second time.
+        (site / "hwdbm.pth").write_text(f"{self.folder / 'dbm'}\n{packages}\n")
+        script = home / "bin" / "hwdbm"
+        script.write_text(f"#!{self.python}\nfrom hwdbm.cli import main\nmain()\n")
+        script.chmod(0o755)
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))},
+            "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+            "NUMBA_CACHE_DIR": str(self.folder / "numba"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_PROFILE": "ci",
+        }
+        where = self.run(["-c", "import hwdbm; print(hwdbm.__file__)"], 60)[1].strip()
+        if not Path(where).is_relative_to(self.folder):
+            raise RuntimeError(f"hwdbm would come from {where}, not from {self.folder}")
+
+    def run(self, arguments: list[str], seconds: float, **environ: str) -> tuple[int | None, str]:
+        """Run Python in the workshop; return its status, None where it took too long, and what it wrote."""
+        with subprocess.Popen(
+            [self.python, *arguments],
+            cwd=self.folder,
+            env={**self.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=seconds)
+                status: int | None = process.returncode
+            except subprocess.TimeoutExpired:
+                output, status = "", None
+            # Whatever a broken migration left running goes with it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return status, output
+
+    def try_mutant(self, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
+        """Return what came of a mutant: caught, or not."""
+        target, listed = self.folder / mutant.module, self.folder / "selected"
+        original = target.read_text()
+        listed.write_text("\n".join(tests))
+        started = time.monotonic()
+        try:
+            target.write_text(mutated(mutant.module, mutant.operator, mutant.occurrence))
+            status, output = self.run(
+                ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"@{listed}"],
+                30 + 4 * seconds,
+            )
+        finally:
+            target.write_text(original)
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        by = "time" if status is None else failed[0][:200] if failed else f"status {status}"
+        return {
+            **asdict(mutant),
+            "caught": status != 0,
+            "by": by if status != 0 else "",
+            "tests": len(tests),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+
+# --- which tests ------------------------------------------------------------------------------------------------
+
+
+class Coverage:
+    """Which tests ran which line, and how long they took."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seconds: dict[str, float] = json.loads((folder / "times.json").read_text())
+        self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        with sqlite3.connect(folder / "coverage") as data:
+            files = dict(data.execute("SELECT id, path FROM file"))
+            names = dict(data.execute("SELECT id, context FROM context"))
+            arcs = data.execute("SELECT file_id, context_id, abs(fromno), abs(tono) FROM arc").fetchall()
+            lines = [
+                (file, context, line)
+                for file, context, bits in data.execute("SELECT file_id, context_id, numbits FROM line_bits")
+                for line in numbits_to_nums(bits)
+            ]
+        lines += [(file, context, line) for file, context, *both in arcs for line in both]
+        for file, context, line in lines:
+            test = names[context].partition("|")[0]
+            if test in self.seconds:
+                module = "dbm/" + files[file].rpartition("/dbm/")[2]
+                self._tests[module][line].add(test)
+
+    def select(self, mutant: Mutant) -> tuple[list[str], float]:
+        """Return the tests for a mutant in the order to run them, and the seconds that they took."""
+        covering = self._tests[mutant.module].get(mutant.line, set())
+        own = rooms_of(mutant.module)
+        if not covering or "/kernels/" in mutant.module:
+            covering = covering | {test for test in self.seconds if test.startswith(own)}
+        order = sorted(covering, key=lambda test: (not test.startswith(own), self.seconds[test]))
+        # The room's own come first, unless they are slow: most mutants are caught by the first tests that run.
+        order.sort(key=lambda test: self.seconds[test] > 1.0)
+        chosen, total = [], 0.0
+        for test in order:
+            if total + self.seconds[test] <= MOST_SECONDS:
+                chosen.append(test)
+                total += self.seconds[test]
+        return chosen, total
+
+
+def rooms_of(module: str) -> tuple[str, ...]:
+    """Return where a module's own tests are, as the beginnings of their names."""
+    parts = Path(module).relative_to("dbm/hwdbm").with_suffix("").parts
+    room = parts[0]
+    return (f"tests/{room}/", f"tests/test_{room}", *ROOMS.get(room, ()), module)
+
+
+def covered(workshop: Workshop, jobs: int) -> Coverage:
+    """Return what a run of all tests covers, from a run before if nothing changed since."""
+    folder = BUILD / "coverage"
+    stamp = _digest()
+    if not (folder / "stamp").exists() or (folder / "stamp").read_text() != stamp:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        print("all tests once, to see what they cover", flush=True)
+        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "clock", f"--numprocesses={jobs}"]
+        arguments += ["--cov", "--cov-context=test", "--cov-report="]
+        status, output = workshop.run(
+            arguments,
+            3600,
+            PYTHONPATH=str(workshop.folder / "tests" / "mutants"),
+            COVERAGE_FILE=str(folder / "coverage"),
+            HWDBM_MUTANTS_TIMES=str(folder / "times.json"),
+        )
+        if status != 0:
+            print(output[-4000:])
+        if status not in (0, 1):  # what fails without a mutant catches none, and isn't run
+            raise RuntimeError(f"the tests ended with status {status}")
+        (folder / "stamp").write_text(stamp)
+    return Coverage(folder)
+
+
+def _digest() -> str:
+    paths = sorted(path for name in ("dbm", "tests") for path in (ROOT / name).rglob("*.py"))
+    return json.dumps({str(path.relative_to(ROOT)): hash_of(path) for path in paths})
+
+
+def hash_of(path: Path) -> int:
+    """Return a number that changes with a file."""
+    import zlib
+
+    return zlib.crc32(path.read_bytes())
+
+
+# --- the run ----------------------------------------------------------------------------------------------------
+
+
+def argued() -> dict[tuple[str, str, str], str]:
+    """Return why a mutant is harmless, by its module and its line before and after."""
+    path = HERE / "harmless.toml"
+    entries = tomllib.loads(path.read_text()).get("mutant", []) if path.exists() else []
+    return {(entry["module"], entry["before"], entry["after"]): entry["why"] for entry in entries}
+
+
+def tried(mutants: list[Mutant], results: Path, jobs: int, seconds: float) -> list[dict[str, Any]]:
+    """Return what came of each mutant, those of runs before among them; `seconds` bounds when one may begin."""
+    known = {}
+    if results.exists():
+        for line in results.read_text().splitlines():
+            result = json.loads(line)
+            known[result["module"], result["line"], result["before"], result["after"]] = result
+    todo = [m for m in mutants if (m.module, m.line, m.before, m.after) not in known]
+    if todo:
+        workshops = [Workshop(number) for number in range(jobs)]
+        coverage = covered(workshops[0], jobs)
+        lock, free, end = threading.Lock(), list(workshops), time.monotonic() + seconds
+
+        def attempt(mutant: Mutant) -> None:
+            if time.monotonic() > end:
+                return
+            with lock:
+                workshop = free.pop()
+            try:
+                tests, took = coverage.select(mutant)
+                result = workshop.try_mutant(mutant, tests, took) if tests else {
+                    **asdict(mutant), "caught": False, "by": "", "tests": 0, "seconds": 0.0,
+                }  # fmt: skip
+            finally:
+                with lock:
+                    free.append(workshop)
+            with lock, results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+                known[mutant.module, mutant.line, mutant.before, mutant.after] = result
+                mark = "caught  " if result["caught"] else "SURVIVED"
+                print(f"{mark} {mutant.module}:{mutant.line}  {mutant.before}  ->  {mutant.after}", flush=True)
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(attempt, todo))
+    keys = [(m.module, m.line, m.before, m.after) for m in mutants]
+    return [known[key] for key in dict.fromkeys(keys) if key in known]
+
+
+def report(results: list[dict[str, Any]]) -> float:
+    """Print what survived, by module, and return the share that was caught."""
+    reasons, by_module = argued(), Counter(result["module"] for result in results)
+    caught = Counter(result["module"] for result in results if result["caught"])
+    for module in sorted(by_module):
+        print(f"{caught[module]:4} of {by_module[module]:4}  {module}")
+        for result in results:
+            if result["module"] == module and not result["caught"]:
+                why = reasons.get((module, result["before"], result["after"]))
+                print(f"      line {result['line']}: {result['before']}\n        ->  {result['after']}")
+                print(f"        {'argued: ' + why if why else 'not argued'}")
+    survived = [result for result in results if not result["caught"]]
+    open_ones = [r for r in survived if (r["module"], r["before"], r["after"]) not in reasons]
+    total, share = len(results), 1 - len(survived) / max(len(results), 1)
+    print(f"{total - len(survived)} of {total} caught ({share:.1%}), {len(survived) - len(open_ones)} argued, "
+          f"{len(open_ones)} neither")  # fmt: skip
+    return share
+
+
+def main() -> None:
+    """Run a sample."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=300, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=1, help="another seed, another sample")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at once")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no mutant after so long")
+    parser.add_argument("--least", type=float, default=0.0, help="the share that must be caught or argued, 0 to 1")
+    parser.add_argument("modules", nargs="*", help="paths of modules or rooms; by default the whole package")
+    options = parser.parse_args()
+    paths = [Path(each).resolve() for each in options.modules] or [ROOT / "dbm" / "hwdbm"]
+    files = sorted({file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])})
+    modules = [str(file.relative_to(ROOT)) for file in files]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    mutants = drawn(modules, options.sample, options.seed)
+    results = tried(mutants, BUILD / f"results-{options.seed}.jsonl", options.jobs, options.seconds)
+    report(results)
+    reasons = argued()
+    held = sum(r["caught"] or (r["module"], r["before"], r["after"]) in reasons for r in results)
+    if held < options.least * len(results):
+        sys.exit(f"{held} of {len(results)} were caught or argued: fewer than {options.least:.0%}")
+
+
+if __name__ == "__main__":
+    main()
