@@ -41,7 +41,7 @@ LIMIT = 2 / 3
 """Of QEMU's total time, at most."""
 
 _QEMU = "qemu-system-x86_64"
-_HWDBM = (sys.executable, "-c", "from hwdbm.cli import main; main()")
+_HWDBM = (sys.executable, "-P", "-c", "from hwdbm.cli import main; main()")
 _TMPFS = Path("/dev/shm")
 _PATIENCE = 600.0  # seconds for a migration, or for an answer
 _POLL = 0.1

@@ -90,7 +90,7 @@ class ReceiverProcess:
 
     def __init__(self, folder: Path, *args: object) -> None:
         self._path = folder / f"{random.randrange(1 << 30):x}.sock"
-        command = [sys.executable, "-c", RECEIVER, str(self._path), *map(str, args)]
+        command = [sys.executable, "-P", "-c", RECEIVER, str(self._path), *map(str, args)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def connect(self) -> Channel:

@@ -1,5 +1,6 @@
 """Running the command in this process."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,9 @@ class Result(NamedTuple):
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Return a function that runs ``hwdbm`` with arguments."""
+
+    # The command leaves its own handler behind, as its process is about to end.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def run_(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["hwdbm", *map(str, args)])

@@ -2,7 +2,7 @@
 
 import errno
 import json
-import tempfile
+import os
 from pathlib import Path
 
 import numpy as np
@@ -244,17 +244,21 @@ class TestFailures:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "chmod", full)
+        monkeypatch.setattr(os, "fsync", full)
         result = run("harvest", ODD, "--output", tmp_path)
         self.is_one_line(result, f"{tmp_path / 'slot0.bitmap'}: No space left on device")
         assert [p.name for p in tmp_path.iterdir()] == ["slot0.bitmap"]
         assert (tmp_path / "slot0.bitmap").read_text() == "before"
 
     def test_a_folder_that_is_closed(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def closed(*_: object, **__: object) -> None:
-            raise PermissionError(errno.EACCES, "Permission denied")
+        real = os.open
 
-        monkeypatch.setattr(tempfile, "mkstemp", closed)
+        def closed(path: str, flags: int, *args: int, **options: int) -> int:
+            if flags & os.O_RDWR:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return real(path, flags, *args, **options)
+
+        monkeypatch.setattr(os, "open", closed)
         self.is_one_line(run("harvest", ODD, "--output", tmp_path), f"{tmp_path / 'slot0.bitmap'}: Permission denied")
 
     def test_out_of_memory(self, run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,9 @@ class TestPlot:
     def test_is_a_picture(self, run, path: Path, tmp_path: Path) -> None:
         from matplotlib.image import imread
 
-        result = run("inspect", path, "--plot", tmp_path / "new" / "a.png")
+        result = run("inspect", path, "--plot", tmp_path / "a.png")
         assert (result.status, result.err) == (0, "")
-        picture = (imread(tmp_path / "new" / "a.png")[:, :, :3] * 255).round().astype(int)
+        picture = (imread(tmp_path / "a.png")[:, :, :3] * 255).round().astype(int)
         for colour in ("e8e8e8", "56b4e9", "f0e442", "009e73", "d55e00"):
             rgb = np.array(list(bytes.fromhex(colour)))
             assert (picture == rgb).all(axis=2).sum() > 500, colour

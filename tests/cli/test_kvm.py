@@ -12,7 +12,7 @@ import pytest
 
 from hwdbm.kvm import KvmVm
 
-MAIN = [sys.executable, "-W", "error", "-c", "from hwdbm.cli import main; main()"]
+MAIN = [sys.executable, "-P", "-W", "error", "-c", "from hwdbm.cli import main; main()"]
 SMALL = ["--source", "kvm", "--memory", "16M"]
 
 real = pytest.mark.skipif(

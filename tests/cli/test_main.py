@@ -15,7 +15,7 @@ MAIN = "from hwdbm.cli import main; main()"
 
 
 def process(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
+    command = [sys.executable, "-P", "-W", "error", "-c", code, *map(str, args)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 

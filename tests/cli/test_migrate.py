@@ -17,7 +17,7 @@ from hwdbm.migration import snapshot
 from hwdbm.vm import MemoryMap, PlainGuest
 
 pytest.importorskip("hwdbm.machine")
-MAIN = [sys.executable, "-W", "error", "-c", "from hwdbm.cli import main; main()"]
+MAIN = [sys.executable, "-P", "-W", "error", "-c", "from hwdbm.cli import main; main()"]
 TLS = Path(__file__).parents[1] / "data" / "tls"
 SMALL = ["--memory", "16M", "--rate", "5000"]
 
@@ -153,11 +153,14 @@ def test_another_attempt(run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupt() -> None:
     """SIGINT cancels, and says so; the receiver goes too, and so does its folder."""
     source = start("migrate", *SMALL, "--bandwidth", "200K", "--json")
-    time.sleep(2.5)
-    children = Path(f"/proc/{source.pid}/task/{source.pid}/children").read_text().split()
+    children: list[str] = []
+    while not children:
+        time.sleep(0.1)
+        children = Path(f"/proc/{source.pid}/task/{source.pid}/children").read_text().split()
+    time.sleep(0.5)
     source.send_signal(signal.SIGINT)
     out, err = source.communicate(timeout=20)
-    assert (source.returncode, err) == (1, "hwdbm: the migration was cancelled\n")
+    assert (source.returncode, err) == (130, "hwdbm: the migration was cancelled\n")
     assert json.loads(out)["status"] == "cancelled"
     assert len(children) == 1
     assert not Path(f"/proc/{children[0]}").exists()

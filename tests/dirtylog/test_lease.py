@@ -257,7 +257,8 @@ def test_mypy_says_so_too(tmp_path):
     root = Path(__file__).parents[2]
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(root / "pyproject.toml"), str(wrong)]
+    mypy = [sys.executable, "-P", "-m", "mypy", "--strict"]
+    command = [*mypy, "--config-file", str(root / "pyproject.toml"), str(wrong)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if "wrong.py" in line and "error" in line]
     lines = [number for number, line in enumerate(WRONG.splitlines(), 1) if "# no-" in line]

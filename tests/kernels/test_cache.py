@@ -49,7 +49,7 @@ NAMES = ("_scan", "_rewrite", "_rewrite_within", "_rewrite_runs", "_fill")
 def run(program: str, **environment: str) -> list[str]:
     """Run a program with warnings as errors, and return the lines that it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-P", "-W", "error", "-c", program],
         env=os.environ | {"PYTHONPATH": str(SOURCE)} | environment,
         capture_output=True,
         text=True,

@@ -153,7 +153,7 @@ class Process:
 
 @contextmanager
 def processes() -> Iterator[tuple[Process, Process]]:
-    command = [sys.executable, "-W", "error", __file__, "--peer"]
+    command = [sys.executable, "-P", "-W", "error", __file__, "--peer"]
     with ExitStack() as stack:
         both = [Process(name, command) for name in "AB"]
         for each in both:

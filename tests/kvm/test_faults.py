@@ -153,7 +153,7 @@ class Commands:
         # Threads and fork() don't go together; and who is killed leaves what was temporary.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": folder}
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", SERVER],
+            [sys.executable, "-P", "-W", "error", "-c", SERVER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         assert self._server.stdout

@@ -11,7 +11,7 @@ SMALL = ["--memory", "32", "--stay", "0.01"]
 
 
 def soak(script: Path, *options: str) -> tuple[int, list[str], str]:
-    command = [sys.executable, "-W", "error", str(script), *SMALL, *options]
+    command = [sys.executable, "-P", "-W", "error", str(script), *SMALL, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     return done.returncode, done.stdout.splitlines(), done.stderr
 

@@ -6,8 +6,6 @@ all memory, and passes over scattered pages, as many bytes each. Both sides' mem
 
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import Lease, Unflushed
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, Report, Settings, migrate, receive
+from hwdbm.process import child, python
 from hwdbm.vm import MemoryMap, PlainGuest
 from hwdbm.vm.memory import populate
 
@@ -107,14 +106,26 @@ def rows(setup: StreamSetup | None = None) -> Iterator[Row]:
 def _floor(sock: socket.socket, guest: PlainGuest, size: int, repeat: int) -> float:
     """Return the seconds that `size` bytes take, plain."""
     data, best = guest.memory(0)[:size].data, float("inf")
-    for _ in range(repeat):
-        sock.sendall(_COMMAND.pack(b"F", size))
-        sock.recv(1)
-        start = time.perf_counter()
-        sock.sendall(data)
-        sock.recv(1)
-        best = min(best, time.perf_counter() - start)
+    with _plain(sock):
+        for _ in range(repeat):
+            sock.sendall(_COMMAND.pack(b"F", size))
+            sock.recv(1)
+            start = time.perf_counter()
+            sock.sendall(data)
+            sock.recv(1)
+            best = min(best, time.perf_counter() - start)
     return best
+
+
+@contextmanager
+def _plain(sock: socket.socket) -> Iterator[None]:
+    """Have the socket wait without the time limit of a channel."""
+    limit = sock.gettimeout()
+    sock.settimeout(None)
+    try:
+        yield
+    finally:
+        sock.settimeout(limit)
 
 
 def _migrate(channel: Channel, guest: _Scattered, setup: StreamSetup) -> Report:
@@ -128,12 +139,10 @@ def _migrate(channel: Channel, guest: _Scattered, setup: StreamSetup) -> Report:
 def _receiver(setup: StreamSetup) -> Iterator[Channel]:
     here, there = socket.socketpair() if setup.transport == "unix" else _tcp_pair()
     code = f"from hwdbm.bench.stream import serve; serve({there.fileno()}, {setup.memory})"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, pass_fds=[there.fileno()]) as process:  # noqa: S603  # ourselves
+    with child(python("-c", code), pass_fds=[there.fileno()]):
         there.close()
         with Channel(here) as channel:
             yield channel
-        process.wait(30)
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -150,14 +159,18 @@ def serve(fd: int, memory: int) -> None:
         plain = np.zeros(memory, dtype=np.uint8)
         populate(plain)
         while True:
-            command, size = _COMMAND.unpack(sock.recv(_COMMAND.size, socket.MSG_WAITALL))
-            if command == b"F":
-                sock.sendall(b"r")
-                left = plain[:size].data
-                while left:
-                    left = left[sock.recv_into(left[: 1 << 20]) :]
-                sock.sendall(b"k")
-            elif command == b"M":
+            with _plain(sock):
+                order = sock.recv(_COMMAND.size, socket.MSG_WAITALL)
+                if len(order) < _COMMAND.size:  # the other side is gone
+                    return
+                command, size = _COMMAND.unpack(order)
+                if command == b"F":
+                    sock.sendall(b"r")
+                    left = plain[:size].data
+                    while left:
+                        left = left[sock.recv_into(left[: 1 << 20]) :]
+                    sock.sendall(b"k")
+            if command == b"M":
                 receive(channel, PlainGuest).destination.close()
-            else:
+            elif command == b"Q":
                 return

@@ -1,8 +1,6 @@
 """The benchmarks of the engine, each a function from a set-up to rows."""
 
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm import kernels, pte
+from hwdbm import files, kernels, pte
 from hwdbm.bench import visitor
 from hwdbm.bench.measure import Row, smallest
 from hwdbm.bench.stream import StreamSetup, rows
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.image import Slot, open_image
+from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
 
 __all__ = ["BENCHMARKS", "Setup", "dirtied", "mapped", "raw_image", "resident", "run"]
@@ -146,8 +145,8 @@ def sparse(setup: Setup) -> Iterator[Row]:
 
 def tables(setup: Setup) -> Iterator[Row]:
     """Read a raw image's tables into a slot's arrays, at 0.5 GB/s of table bytes or more."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, slot, vttbr, vtcr = raw_image(Path(folder), setup.npages)
+    with files.scratch() as folder:
+        path, slot, vttbr, vtcr = raw_image(folder, setup.npages)
         image = open_image(path, ram_base=0, vttbr=vttbr, vtcr=vtcr, slots=[slot])
         data = np.fromfile(path, dtype=np.uint64)
         times = smallest({"read": lambda: image.stage2(slot.id)}, repeat=max(2, setup.repeat // 3))
@@ -199,8 +198,9 @@ def resident(npages: int) -> int:
         "s2.harvest()\n"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)  # noqa: S603
-    return int(done.stdout) << 10
+    with child(python("-c", code), stdout=subprocess.PIPE, text=True) as process:
+        out, _ = process.communicate()
+    return int(out) << 10
 
 
 def raw_image(folder: Path, npages: int) -> tuple[Path, Slot, int, int]:

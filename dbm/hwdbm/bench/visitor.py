@@ -3,15 +3,14 @@
 import ctypes
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
-from importlib.resources import as_file, files
-from pathlib import Path
+from importlib.resources import as_file
+from importlib.resources import files as resources
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm import pte
+from hwdbm import files, pte
 
 __all__ = ["load"]
 
@@ -35,8 +34,8 @@ def load() -> Callable[[Array, Array], None] | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    with tempfile.TemporaryDirectory() as folder, as_file(files("hwdbm.bench") / "visitor.c") as source:
-        target = Path(folder) / "visitor.so"
+    with files.scratch() as folder, as_file(resources("hwdbm.bench") / "visitor.c") as source:
+        target = folder / "visitor.so"
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(target), str(source)]
         subprocess.run(command, check=True, capture_output=True)  # noqa: S603
         library = ctypes.CDLL(str(target))  # stays loaded when the file goes

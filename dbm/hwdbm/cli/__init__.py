@@ -1,7 +1,7 @@
 """The command `hwdbm`: one module a command. See ``hwdbm --help``.
 
 Results go to stdout, in JSON with ``--json``; everything else goes to stderr. Exit status: 0 all is
-well, 1 failure, 2 wrong usage, 3 a check found a mismatch.
+well, 1 failure, 2 wrong usage, 3 a check found a mismatch, 130 interrupted.
 """
 
 import sys
@@ -16,25 +16,53 @@ def main() -> None:
 
     What goes wrong is one line on stderr, and never a traceback.
     """
-    try:
-        # Here, so that the message below can be given where the extra isn't installed.
-        from hwdbm.cli.app import app  # noqa: PLC0415
+    # Imports stand in functions, so that an interrupt is answered from the first one on.
+    from hwdbm import files, process  # noqa: PLC0415
+    from hwdbm.cli import interrupt, streams  # noqa: PLC0415
 
-        app(prog_name="hwdbm")
+    interrupt.install(files.abandon, process.kill_children)
+    streams.prepare()
+    status = _run()
+    interrupt.ignore()
+    streams.finish()
+    sys.exit(status)
+
+
+def _run() -> int:
+    from hwdbm.cli.streams import StdoutError  # noqa: PLC0415
+
+    try:
+        from hwdbm.cli.app import run  # noqa: PLC0415
+
+        return run()
+    except StdoutError as error:
+        return _failed(str(error))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
-            raise
-        _fail(f"this needs {error.name}, which isn't installed: pip install 'hwdbm[{extra}]'")
+            return _bug(error)
+        return _failed(f"this needs {error.name}, which isn't installed: pip install 'hwdbm[{extra}]'")
     except MemoryError as error:
-        _fail(f"out of memory: {error}")
+        return _failed(": ".join(filter(None, ("out of memory", str(error)))))
     except OSError as error:
-        what = error.strerror or str(error)
-        _fail(f"{error.filename}: {what}" if error.filename is not None else what)
+        what = error.strerror or (str(error) if error.errno is None and error.args else type(error).__name__)
+        return _failed(f"{error.filename}: {what}" if error.filename is not None else what)
     except ValueError as error:  # what the library raises for bad input
-        _fail(str(error))
+        return _failed(str(error))
+    except Exception as error:  # noqa: BLE001  # whatever it is, it ends in one line
+        return _bug(error)
 
 
-def _fail(message: str) -> None:
-    sys.stderr.write(f"hwdbm: {' '.join(message.split())}\n")
-    sys.exit(1)
+def _failed(message: str) -> int:
+    from hwdbm.cli.streams import note  # noqa: PLC0415
+
+    note(message)
+    return 1
+
+
+def _bug(error: Exception) -> int:
+    if sys.flags.dev_mode:
+        raise error
+    return _failed(
+        f"an error in hwdbm, please report it: {type(error).__name__}: {error} (PYTHONDEVMODE=1 shows its traceback)"
+    )

@@ -11,6 +11,7 @@ from rich.console import Console
 from hwdbm.bench import BENCHMARKS, Row, Setup, run
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns
+from hwdbm.cli.streams import result
 
 __all__ = ["EPILOG", "bench"]
 
@@ -55,7 +56,7 @@ def bench(
             rows.append(row)
             if status is not None:
                 status.update(f"measured {row.what}: {row.ratio:.2f} times {row.floor}")
-    typer.echo(json.dumps([_record(row) for row in rows], indent=2) if as_json else _table(rows))
+    result(json.dumps([_record(row) for row in rows], indent=2) if as_json else _table(rows))
 
 
 def _table(rows: list[Row]) -> str:

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from hwdbm import files
 from hwdbm.cli import options, parse
-from hwdbm.cli.output import columns, hexadecimal, progress, size_name, warn, write_whole
+from hwdbm.cli.output import columns, hexadecimal, progress, size_name, warn
 from hwdbm.cli.slotwise import Ask, Found, harvest_slots
+from hwdbm.cli.streams import note, result
 from hwdbm.image import Image
 from hwdbm.image.slots import SLOT_UNIT
 
@@ -92,6 +94,7 @@ def harvest(
     ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
     folders = _folders(images, output)
     reports, differ = [], False
+    done = "" if output is None else "the bitmaps were written"
     for path in images:
         image = options.open_for(path, ram_base, vttbr, vtcr, slot)
         if not image.slots:
@@ -106,13 +109,14 @@ def harvest(
         if output is not None:
             for one in found.slots:
                 one.file = folders[path] / f"slot{one.slot.id}.bitmap"
-                write_whole(one.file, one.bitmap.to_bytes())
+                one.file.parent.mkdir(parents=True, exist_ok=True)
+                files.write(one.file, one.bitmap.to_bytes())
         differ |= _say_differences(path, found)
         reports.append(_report(path, image, found))
         if not as_json:
-            typer.echo(_text(reports[-1]))
+            result(_text(reports[-1]), done)
     if as_json:
-        typer.echo(json.dumps(reports[0] if len(images) == 1 else {"images": reports}, indent=2))
+        result(json.dumps(reports[0] if len(images) == 1 else {"images": reports}, indent=2), done)
     if differ:
         raise typer.Exit(_MISMATCH)
 
@@ -142,10 +146,9 @@ def _say_differences(path: Path, found: Found) -> bool:
         page = int(one.wrong.pages()[0])
         gfn = one.slot.gpa // SLOT_UNIT + page
         now, then = ("dirty", "clean") if one.found_dirty(page) else ("clean", "dirty")
-        typer.echo(
-            f"hwdbm: {path}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
-            f"pages of 4K, the first is gfn {gfn:#x}: found {now}, in truth {then}",
-            err=True,
+        note(
+            f"{path}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
+            f"pages of 4K, the first is gfn {gfn:#x}: found {now}, in truth {then}"
         )
     return differ
 

@@ -10,6 +10,7 @@ import typer
 
 from hwdbm.cli import options
 from hwdbm.cli.output import columns, hexadecimal, progress, size_name
+from hwdbm.cli.streams import result
 from hwdbm.image import Image
 from hwdbm.image.census import Census, page_states
 from hwdbm.image.fill import Filler
@@ -67,7 +68,7 @@ def inspect(
         "levels": _levels(image, census),
         "slots": _slots(image, stage2s),
     }
-    typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
+    result(json.dumps(report, indent=2) if as_json else _text(report))
     if plot is not None:
         from hwdbm.cli.plot import draw  # noqa: PLC0415  # matplotlib is an extra of its own
 

@@ -1,7 +1,6 @@
 """``hwdbm migrate``: a running machine to another process, proved by digest."""
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,12 +15,15 @@ import typer
 from hwdbm import kernels
 from hwdbm.cli import options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, build, endpoint, workload_for
+from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, build_kvm
 from hwdbm.cli.live import display, megabytes
 from hwdbm.cli.output import columns
+from hwdbm.cli.streams import note, result
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, Precopy, Report, Settings, StreamError, transport
+from hwdbm.process import child, python
 
 __all__ = ["EPILOG", "migrate"]
 
@@ -138,7 +139,7 @@ def migrate(
         vm = build(memory, mode=mode, thp=thp, seed=seed, image=memory_image, percent=filled)
         workload_for(vm, workload, seed=seed, rate=rate, replay=replay, interval=interval)
     kernels.warm_up()
-    with vm, _switching_often(), _cancelled_by_sigint() as cancel:
+    with vm, _switching_often(), as_event() as cancel:
         vm.resume()
 
         def attempt(tell: Callable[[Report], None]) -> Precopy:
@@ -148,7 +149,10 @@ def migrate(
                 return precopy
 
         done = _attempts(attempts, attempt, cancel)
-    _say(done, report, as_json=as_json)
+        _say(done, report, as_json=as_json)
+        if done.failure is not None:
+            status = _MISMATCH if isinstance(done.failure, DigestError) else 1
+            raise typer.Exit(INTERRUPTED if cancel.is_set() else status)
 
 
 def _check(report: Path | None, to: Endpoint | None, tls_dir: Path | None, *, insecure: bool) -> None:
@@ -174,7 +178,7 @@ def _attempts(
             done = attempt(tell)
         if done.failure is None or cancel.is_set() or not left:
             return done
-        typer.echo(f"hwdbm: {done.failure}; trying again", err=True)
+        note(f"{done.failure}; trying again")
     raise AssertionError("there is one attempt or more")
 
 
@@ -183,13 +187,13 @@ def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
         from hwdbm.cli.passes import draw  # noqa: PLC0415  # matplotlib is an extra of its own
 
         draw(picture, done.report)
-    typer.echo(json.dumps(done.report.to_dict(), indent=2) if as_json else _text(done.report))
+    text = json.dumps(done.report.to_dict(), indent=2) if as_json else _text(done.report)
+    result(text, done="the migration completed" if done.failure is None else "the migration failed")
     if done.report.guest_resumed is False:
-        typer.echo(f"hwdbm: {done.report.error}", err=True)
+        note(done.report.error)
         raise typer.Exit(1)
     if done.failure is not None:
-        typer.echo(" ".join((f"hwdbm: {done.failure}", *getattr(done.failure, "__notes__", ()))), err=True)
-        raise typer.Exit(_MISMATCH if isinstance(done.failure, DigestError) else 1)
+        note(" ".join((str(done.failure), *getattr(done.failure, "__notes__", ()))))
 
 
 def _text(report: Report) -> str:
@@ -231,13 +235,10 @@ def _connected(to: Endpoint | None, tls_dir: Path | None, options: list[str], *,
             yield stack.enter_context(transport.connect_tcp(to.host, to.port, tls, insecure=insecure))
             return
         path = stack.enter_context(transport.private_socket())
-        command = [sys.executable, "-c", "from hwdbm.cli import main; main()", "receive", "--unix", str(path), "--json"]
-        command += options
-        # A session of its own: an interrupt from the keyboard is for the source, which then says so to it.
-        receiver = subprocess.Popen(  # noqa: S603  # ourselves
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        command = python("-m", "hwdbm", "receive", "--unix", str(path), "--json", *options)
+        receiver = stack.enter_context(
+            child(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         )
-        stack.callback(_reap, receiver)
         yield stack.enter_context(_connect(receiver, path))
 
 
@@ -255,17 +256,6 @@ def _connect(receiver: subprocess.Popen[bytes], path: Path) -> Channel:
             time.sleep(0.02)
 
 
-def _reap(receiver: subprocess.Popen[bytes]) -> None:
-    """Wait until the receiver is done; it has no reason not to be, soon after its channel closed."""
-    try:
-        receiver.wait(10)
-    except subprocess.TimeoutExpired:
-        receiver.kill()
-        receiver.wait()
-    if receiver.stderr:
-        receiver.stderr.close()
-
-
 @contextmanager
 def _switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()
@@ -274,22 +264,3 @@ def _switching_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-@contextmanager
-def _cancelled_by_sigint() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT sets; the second is what it always was."""
-    cancel = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield cancel
-        return
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        cancel.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield cancel
-    finally:
-        signal.signal(signal.SIGINT, before)

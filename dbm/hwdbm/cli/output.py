@@ -1,19 +1,16 @@
-"""Writing: tables of text and numbers for people, progress on a terminal, files that are whole."""
+"""Writing: tables of text and numbers for people, progress on a terminal."""
 
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-import typer
 from rich.console import Console
 
+from hwdbm.cli.streams import note
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
-__all__ = ["columns", "hexadecimal", "progress", "size_name", "warn", "write_whole"]
+__all__ = ["columns", "hexadecimal", "progress", "size_name", "warn"]
 
 
 def hexadecimal(value: int) -> str:
@@ -59,7 +56,7 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
 
 def warn(message: str) -> None:
     """Print a warning on stderr."""
-    typer.echo(f"hwdbm: warning: {message}", err=True)
+    note(f"warning: {message}")
 
 
 @contextmanager
@@ -84,34 +81,3 @@ def progress(what: str) -> Iterator[list[Visitor]]:
             status.update(f"reading {what}: {done / (1 << 20):,.0f} MiB of tables")
 
         yield [count]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; folders are made as needed.
-
-    Raises
-    ------
-    OSError
-        If it can't be written, with the name of the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

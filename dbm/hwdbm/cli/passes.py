@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
+from hwdbm import files
 from hwdbm.cli.live import megabytes
-from hwdbm.cli.output import write_whole
 from hwdbm.migration import Report
 
 __all__ = ["draw"]
@@ -42,7 +42,7 @@ def draw(path: Path, report: Report) -> None:
         If the file can't be written.
     """
     picture = _picture(report)
-    write_whole(path, picture if path.suffix == ".png" else _page(report, picture).encode())
+    files.write(path, picture if path.suffix == ".png" else _page(report, picture).encode())
 
 
 def _picture(report: Report) -> bytes:

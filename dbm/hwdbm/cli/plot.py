@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from hwdbm.cli.output import size_name, write_whole
+from hwdbm import files
+from hwdbm.cli.output import size_name
 from hwdbm.errors import ImageError
 from hwdbm.image import Image, Slot
 from hwdbm.image.census import page_states
@@ -142,7 +143,7 @@ def draw(path: Path, title: str, image: Image, stage2s: Sequence[Stage2]) -> Non
         )
         picture = BytesIO()
         figure.savefig(picture, format="png")
-    write_whole(path, picture.getvalue())
+    files.write(path, picture.getvalue())
 
 
 def _panel(panel: Axes, slot: Slot, of: Map) -> None:

@@ -14,6 +14,7 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, layout_of, machine_for
 from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, kvm_for, kvm_layout
 from hwdbm.cli.live import megabytes
+from hwdbm.cli.streams import note, result
 from hwdbm.migration import Channel, Received, StreamError, transport
 from hwdbm.migration import receive as receive_vm
 from hwdbm.vm import MemoryMap, PlainGuest, Source
@@ -101,7 +102,7 @@ def receive(
         there = stack.enter_context(closing(received.destination))
         time.sleep(run)
         there.pause()
-    typer.echo(json.dumps(_report(received), indent=2) if as_json else _text(received))
+    result(json.dumps(_report(received), indent=2) if as_json else _text(received), done="the guest arrived")
 
 
 def _accepted(listen: Endpoint | None, unix: Path | None, tls_dir: Path | None, *, insecure: bool) -> Channel:
@@ -112,7 +113,7 @@ def _accepted(listen: Endpoint | None, unix: Path | None, tls_dir: Path | None, 
     tls = None if tls_dir is None else transport.TlsDir(tls_dir)
     with transport.listen_tcp(listen.host, listen.port, tls, insecure=insecure) as listener:
         if listen.port == 0:
-            typer.echo(f"hwdbm: listening on {listener.address}", err=True)
+            note(f"listening on {listener.address}")
         return listener.accept()
 
 

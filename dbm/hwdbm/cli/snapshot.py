@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hwdbm.cli import options
+from hwdbm.cli.streams import result
 from hwdbm.migration import snapshot as files
 
 __all__ = ["EPILOG", "rebase"]
@@ -30,7 +31,7 @@ def rebase(
     """
     copied = {str(diff): files.rebase(base, diff) for diff in diffs}
     if as_json:
-        typer.echo(json.dumps({"base": str(base), "copied": copied}, indent=2))
+        result(json.dumps({"base": str(base), "copied": copied}, indent=2))
         return
     for diff, size in copied.items():
-        typer.echo(f"{diff}: {size} bytes copied to {base}")
+        result(f"{diff}: {size} bytes copied to {base}")

@@ -9,7 +9,6 @@ import socket
 import ssl
 import stat
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Self
 
+from hwdbm import files
 from hwdbm.errors import StreamError, printable
 from hwdbm.migration.channel import TIMEOUT, Channel
 from hwdbm.migration.wire import Hello
@@ -237,8 +237,8 @@ class Listener:
 @contextmanager
 def private_socket() -> Iterator[Path]:
     """Yield the path of a socket to be, in a new folder that only its owner can enter, and remove both after."""
-    with tempfile.TemporaryDirectory(prefix="hwdbm-") as folder:  # mode 0700
-        yield Path(folder) / "migrate.sock"
+    with files.scratch() as folder:
+        yield folder / "migrate.sock"
 
 
 def listen_unix(path: Path) -> Listener:

@@ -1,4 +1,4 @@
-"""NewFile: whole or not at all, with and without a file system that has unnamed files."""
+"""Files: whole or not at all, with and without a file system that has unnamed files."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hwdbm.newfile import NewFile
+from hwdbm import files
+from hwdbm.files import NewFile
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -134,7 +135,75 @@ def test_a_child_removes_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path) -> None:
-    code = "import os, sys; from hwdbm.newfile import NewFile; file = NewFile(sys.argv[1]); os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=False)
+    code = "import os, sys; from hwdbm.files import NewFile; file = NewFile(sys.argv[1]); os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path / "a")], check=False)
     assert done.returncode == -signal.SIGKILL
     assert held(tmp_path) == {}
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, before: bytes | None) -> None:
+    """And what a living one has isn't."""
+    if before is not None:
+        (tmp_path / "a").write_bytes(before)
+    code = """
+import os, sys
+from hwdbm.files import NewFile
+real = os.open
+def named(path, flags, *args, **options):
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(95, "no unnamed files here")
+    return real(path, flags, *args, **options)
+os.open = named
+file = NewFile(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "a")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other, subprocess.Popen(command, **pipes) as living:
+        assert other.stdout.readline() == living.stdout.readline() == b"ready\n"
+        other.communicate()
+        assert len([name for name in held(tmp_path) if name.startswith(".hwdbm-")]) == 2
+        files.write(tmp_path / "b", b"new")
+        assert len([name for name in held(tmp_path) if name.startswith(".hwdbm-")]) == 1
+        living.communicate()
+    files.write(tmp_path / "b", b"newer")
+    assert held(tmp_path) == {"b": b"newer"} | ({} if before is None else {"a": before})
+
+
+def test_abandon(tmp_path: Path) -> None:
+    file, closed = NewFile(tmp_path / "a"), NewFile(tmp_path / "b")
+    closed.close()
+    with files.scratch() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "c").write_bytes(b"")
+        files.abandon()
+        assert not folder.exists()
+        folder.mkdir()  # so that there is something to remove
+    assert held(tmp_path) == {}
+    file.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20])
+def test_write(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[: 1 << 18]))  # a system may take less
+    files.write(tmp_path / "a", bytes(range(1, 2)) * size)
+    assert held(tmp_path) == {"a": b"\x01" * size}
+    with pytest.raises(OSError, match="No such file") as raised:
+        files.write(tmp_path / "no" / "a", b"")
+    assert raised.value.filename == str(tmp_path / "no" / "a")
+
+
+def test_only_what_can_be_read_to_its_end_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    os.mkfifo(tmp_path / "pipe")
+    with files.open_regular(tmp_path / "a") as file:
+        assert file.read() == b"1"
+    wrong = {tmp_path: EISDIR, tmp_path / "pipe": EINVAL, Path("/dev/zero"): EINVAL, tmp_path / "b": ENOENT}
+    for path, errno in wrong.items():
+        with pytest.raises(OSError, match=str(path)) as raised:
+            files.open_regular(path)
+        assert raised.value.errno == errno

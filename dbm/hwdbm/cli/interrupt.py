@@ -1,0 +1,77 @@
+"""Ctrl-C: whenever it comes, the command says "interrupted" in one line, leaves nothing behind, and exits with 130.
+
+An exception that is raised wherever Python happens to be gets lost in a finalizer, turns an import into an
+``ImportError``, and unwinds compiled code that can't be unwound. So the handler cleans up itself and ends the process.
+A command that has more to do first, such as telling a peer, asks for an event instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import contextmanager, suppress
+
+TYPE_CHECKING = False  # this is imported first, before anything that takes a while
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+__all__ = ["INTERRUPTED", "as_event", "ignore", "install", "on_interrupt"]
+
+INTERRUPTED = 130
+"""The exit status."""
+
+_cleanups: list[Callable[[], object]] = []
+
+
+def install(*cleanups: Callable[[], object]) -> None:
+    """Answer interrupts from here on, and call `cleanups` then."""
+    _cleanups[:] = cleanups
+    signal.signal(signal.SIGINT, _leave)
+
+
+def ignore() -> None:
+    """Ignore interrupts from here on: the work is done, and its answer is on its way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def on_interrupt(cleanup: Callable[[], object]) -> Iterator[None]:
+    """Have `cleanup` called if an interrupt ends the process meanwhile: to kill a child, to remove a file."""
+    _cleanups.append(cleanup)
+    try:
+        yield
+    finally:
+        _cleanups.remove(cleanup)
+
+
+@contextmanager
+def as_event() -> Iterator[threading.Event]:
+    """Yield an event that the first interrupt sets; the second ends the process.
+
+    A command that sees the event set exits with `INTERRUPTED` when it has cleaned up.
+    """
+    import threading  # noqa: PLC0415
+
+    event = threading.Event()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, _leave)
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a cleanup that hangs can be interrupted too
+    for cleanup in reversed(_cleanups):
+        with suppress(Exception):
+            cleanup()
+    with suppress(OSError):
+        os.write(2, b"hwdbm: interrupted\n")
+    os._exit(INTERRUPTED)

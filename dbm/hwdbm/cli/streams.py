@@ -1,0 +1,94 @@
+"""stdout and stderr, which may be closed, full, or a pipe that nobody reads any more.
+
+A result that stdout can't take is a failure of the command, unless the command did something: that stays done, and is
+not called failed. What stderr can't take is lost.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from io import TextIOWrapper
+
+from hwdbm.errors import printable
+
+__all__ = ["StdoutError", "finish", "note", "prepare", "result"]
+
+
+class StdoutError(Exception):
+    """stdout can't be written."""
+
+
+class _Stdout(TextIOWrapper):
+    """A stdout whose errors can't be taken for those of a file, nor be silenced on their way."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise StdoutError(f"stdout can't be written: {error.strerror}") from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise StdoutError(f"stdout can't be written: {error.strerror}") from error
+
+
+def prepare() -> None:
+    """Make both streams usable: a closed one must not become the number of the next file that is opened."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Reading from stdin and writing to stdout stay errors; what goes to stderr is dropped.
+            os.open(os.devnull, os.O_RDONLY if fd == 1 else os.O_WRONLY)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if type(sys.stdout) is TextIOWrapper:  # and not what a test put there
+        encoding, lines = sys.stdout.encoding, sys.stdout.line_buffering
+        # A file's name may be any bytes, and any locale must do.
+        sys.stdout = _Stdout(sys.stdout.detach(), encoding, "backslashreplace", line_buffering=lines)
+
+
+def result(text: str, done: str = "") -> None:
+    """Print a command's result.
+
+    Parameters
+    ----------
+    text : str
+        One line or several.
+    done : str
+        What the command did, be it told or not: "the migration completed".
+
+    Raises
+    ------
+    StdoutError
+        If stdout can't take it, and nothing was done.
+    """
+    try:
+        sys.stdout.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
+        sys.stdout.flush()
+    except StdoutError as error:
+        if not done:
+            raise
+        note(f"{done}, but {error}")
+
+
+def note(message: str) -> None:
+    """Print one line on stderr, with the command's name."""
+    with suppress(OSError):
+        sys.stderr.write(f"hwdbm: {printable(' '.join(message.split()))}\n")
+        sys.stderr.flush()
+
+
+def finish() -> None:
+    """Drop what a stream couldn't take: Python would try again at its end, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, StdoutError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -1,0 +1,236 @@
+"""What holds for every command as a process: interrupts, streams that are gone, and where its code comes from."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hwdbm
+
+ROOT = Path(__file__).parents[2]
+ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
+COMMAND = [sys.executable, "-P", "-W", "error", "-m", "hwdbm"]
+MIGRATE = ["migrate", "--memory", "4M", "--workload", "idle"]
+
+
+def start(*args: object, **options) -> "subprocess.Popen[str]":
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*COMMAND, *map(str, args)], text=True, **pipes)
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize(
+        "module", ["hwdbm.cli.app", "typer", "numpy", "numpy.linalg", "rich", "hwdbm.machine", "llvmlite", "numba"]
+    )
+    def test_during_imports(self, module: str) -> None:
+        """The process interrupts itself as it begins to import a module."""
+        code = (
+            "import os, sys\n"
+            f"sys.addaudithook(lambda event, args: args[:1] == ({module!r},) and os.kill(os.getpid(), 2))\n"
+            "from hwdbm.__main__ import main; main()"
+        )
+        command = [sys.executable, "-P", "-W", "error", "-c", code, *MIGRATE]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "hwdbm: interrupted\n")
+
+    def test_little_is_imported_before_the_handler(self) -> None:
+        code = "import sys; old = set(sys.modules); from hwdbm.cli import interrupt; print(*(set(sys.modules) - old))"
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
+        assert len(done.stdout.split()) < 20, done.stdout
+
+    @pytest.mark.parametrize("after", [0.6, 1.2, 2.4])
+    @pytest.mark.parametrize(
+        "args", [["migrate", "--memory", "64M", "--bandwidth", "1M"], ["bench", "--memory", "4G"]], ids=lambda a: a[0]
+    )
+    def test_later(self, args: list[str], after: float) -> None:
+        process = start(*args)
+        time.sleep(after)
+        began = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 130, err
+        assert err.startswith("hwdbm: "), err
+        assert err.count("\n") == 1
+        assert "Traceback" not in out + err
+        assert not [pid for pid in began if lives(pid)]
+
+    def test_twice(self) -> None:
+        process = start("migrate", "--memory", "64M", "--bandwidth", "1M")
+        time.sleep(1.5)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+
+    def test_leaves_no_files(self, tmp_path: Path) -> None:
+        """A draft and a temporary folder are removed by the process that is interrupted."""
+        code = (
+            "import os, sys, time; from pathlib import Path; from hwdbm import files; from hwdbm.cli import interrupt\n"
+            "def named(path, flags, *args, **options):\n"
+            "    if flags & os.O_TMPFILE == os.O_TMPFILE: raise OSError(95, 'no unnamed files here')\n"
+            "    return real(path, flags, *args, **options)\n"
+            "interrupt.install(files.abandon)\n"
+            "real = os.open; os.open = named; file = files.NewFile('a')\n"
+            "scratch = files.scratch(); Path(scratch.__enter__(), 'b').write_text('')\n"
+            "print('ready', flush=True); time.sleep(20)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert not list(tmp_path.iterdir())
+
+
+class TestStreams:
+    """A result that stdout can't take is a failure, but not that of what was done."""
+
+    KINDS = ("full", "closed", "no reader")
+
+    @pytest.fixture(params=KINDS)
+    def stdout(self, request) -> Iterator[dict]:
+        if request.param == "full":
+            with Path("/dev/full").open("w") as full:
+                yield {"stdout": full}
+        elif request.param == "closed":
+            yield {"stdout": None, "preexec_fn": lambda: os.close(1)}
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            yield {"stdout": writer}
+            os.close(writer)
+
+    @pytest.mark.parametrize("args", [["harvest", ODD], ["inspect", ODD, "--json"], ["--help"], ["--version"]])
+    def test_a_result(self, stdout, args) -> None:
+        process = start(*args, **stdout)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert err.startswith("hwdbm: stdout can't be written: ")
+        assert err.count("\n") == 1
+
+    def test_a_migration_that_completed(self, stdout) -> None:
+        process = start(*MIGRATE, **stdout)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert err.startswith("hwdbm: the migration completed, but stdout can't be written: ")
+        assert err.count("\n") == 1
+
+    def test_files_that_were_written(self, stdout, tmp_path: Path) -> None:
+        process = start("harvest", ODD, "--output", tmp_path / "dirty", **stdout)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "but stdout can't be written" in err
+        # With stdout closed, number 1 wasn't taken by one of the files.
+        one = hwdbm.DirtyBitmap.from_bytes((tmp_path / "dirty" / "slot0.bitmap").read_bytes(), 8192)
+        assert one.weight()
+
+    @pytest.mark.parametrize("args", [["harvest", ODD.parent], ["harvest", "--no-such-option"], ["harvest", ODD]])
+    def test_stderr_is_gone(self, args, tmp_path: Path) -> None:
+        """It can't be told, and changes nothing: not the status, not what is on stdout."""
+        want = start(*args)
+        out, _ = want.communicate(timeout=60)
+        with Path("/dev/full").open("w") as full:
+            for stderr in ({"stderr": full}, {"stderr": None, "preexec_fn": lambda: os.close(2)}):
+                process = start(*args, **stderr)
+                got, _ = process.communicate(timeout=60)
+                assert process.returncode == want.returncode
+                assert got.rpartition(" in ")[0] == out.rpartition(" in ")[0]  # but for the time that it took
+
+
+class TestOnlyTheInstalledPackage:
+    """No process runs what lies in the current folder."""
+
+    @pytest.fixture
+    def traps(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "traps"
+        (folder / "hwdbm").mkdir(parents=True)
+        sprung = f"from pathlib import Path; Path({str(folder / 'sprung')!r}).touch(); raise SystemExit(99)\n"
+        for name in ("typer", "rich", "numpy", "numba", "numexpr", "matplotlib", "ctypes", "json", "socket", "re"):
+            (folder / f"{name}.py").write_text(sprung)
+        for name in ("sitecustomize.py", "usercustomize.py", "hwdbm/__init__.py", "hwdbm/__main__.py"):
+            (folder / name).write_text(sprung)
+        return folder
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["harvest", ODD, "--output", "out"],
+            ["inspect", ODD, "--plot", "map.png"],
+            MIGRATE,
+            ["bench", "--memory", "16M", "--repeat", "1"],
+        ],
+        ids=lambda args: args[0],
+    )
+    def test_commands(self, traps: Path, args) -> None:
+        command = [Path(sys.executable).with_name("hwdbm"), *args]
+        done = subprocess.run(command, check=False, cwd=traps, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not (traps / "sprung").exists()
+
+    def test_as_a_module(self, traps: Path) -> None:
+        """Without -P Python itself finds the folder's `hwdbm`; where it doesn't, nothing else is taken from there."""
+        (traps / "hwdbm" / "__init__.py").unlink()
+        (traps / "hwdbm" / "__main__.py").unlink()
+        (traps / "hwdbm").rmdir()
+        command = [sys.executable, "-m", "hwdbm", "inspect", ODD]
+        done = subprocess.run(command, check=False, cwd=traps, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not (traps / "sprung").exists()
+
+    @pytest.mark.parametrize("folder", ["dbm", "tests", "asv_bench"])
+    def test_every_start_of_python(self, folder: str) -> None:
+        """A list or tuple that begins with `sys.executable` goes on with -P or -I."""
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.List | ast.Tuple) and path != Path(__file__).resolve():
+                    texts = [ast.unparse(each) for each in node.elts[:2]]
+                    if texts[:1] == ["sys.executable"]:
+                        assert texts[1] in {"'-P'", "'-I'"}, f"{path}:{node.lineno}"
+
+    def test_no_other_way_to_start_python(self) -> None:
+        """The package starts processes through `subprocess` alone, and Python through `hwdbm.process` alone."""
+        other = {"os.system", "os.popen", "os.fork", "runpy", "multiprocessing", "concurrent.futures.process"}
+        for path in sorted((ROOT / "dbm").rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name | ast.alias) else ""
+                assert text not in other, f"{path}: {text}"
+                assert not text.startswith(("os.exec", "os.spawn", "os.posix_spawn")), f"{path}: {text}"
+                assert text != "sys.executable" or path.name == "process.py", f"{path}: {text}"
+
+
+def test_names_are_imported_at_their_first_use() -> None:
+    """Importing the package costs next to nothing; all that it names is there."""
+    code = (
+        "import sys, hwdbm; assert 'numpy' not in sys.modules\n"
+        "assert all(getattr(hwdbm, name) is not None for name in hwdbm.__all__)\n"
+        "assert set(hwdbm.__all__) <= set(dir(hwdbm)); hwdbm.nothing"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'hwdbm' has no attribute 'nothing'"
