@@ -54,6 +54,10 @@ SEED ?= 1
 mutants: $(VENV)/.dev ## do the tests bite? random mutants of the package against them
 	$(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) --least 0.95 $(MUTANTS_ARGS)
 
+.PHONY: handover
+handover: $(VENV)/.dev ## cut the link, and kill either side, at every message of a migration
+	HWDBM_HANDOVER=all $(BIN)/python -m pytest --numprocesses auto tests/migration/test_handover.py $(PYTEST_ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100

@@ -125,7 +125,6 @@ def memory(size: int = BUFFERS * PAYLOAD, *, sealed: bool = True) -> int:
 
 
 OFFERS = {
-    "nothing": (lambda: (), "0 descriptors, and not with 2"),
     "one": (lambda: (memory(),), "1 descriptors, and not with 2"),
     "no memory": (os.pipe, "is none"),
     "too little": (lambda: (memory(PAYLOAD), os.eventfd(0)), "2097152 bytes"),

@@ -85,6 +85,13 @@ def test_the_literal_stream_arrives():
     assert kinds == [Kind.READY, Kind.ACK, Kind.ACK, Kind.RESUMED]
 
 
+def test_memory_that_was_offered_and_never_came():
+    """The descriptors got lost on the way: it goes without them."""
+    _, answer = feed(hello(flags=wire.SHARING) + b"".join(ALL[1:]))
+    assert answer[4] == Kind.READY
+    assert struct.unpack_from("<I", answer, HEAD_SIZE) == (0,)
+
+
 def test_the_checksum_is_zlibs():
     assert crc32(b"123456789") == zlib.crc32(b"123456789") == 0xCBF43926
     assert crc32(b"6789", crc32(b"12345")) == 0xCBF43926
@@ -134,7 +141,6 @@ BROKEN = {
         ALL[0] + frame(Kind.SHARED, 1, bytes(16), runs=1),
         "frame 1 is SHARED, and no memory is",
     ),
-    "sharing without memory": (hello(flags=4), "0 descriptors, and not with 2"),
     "runs in a pass": (ALL[0] + frame(Kind.PASS, 1, bytes(24), runs=1), "1 runs in 24 bytes are too many"),
     "pages too large": (ALL[0] + frame(Kind.PAGES, 1, b"", length=1 << 31, runs=1), "bytes are more than"),
     "no runs": (ALL[0] + frame(Kind.PAGES, 1), "has no runs"),
@@ -312,8 +318,11 @@ ANSWERS = {
     "nothing": (b"", "stream ends inside of frame 0"),
     "garbage": (bytes(64), "begins with 00000000"),
     "an acknowledgement too early": (frame(Kind.ACK, 0, ACK.pack(1)), "ACK, and READY was due"),
-    "ready twice": (frame(Kind.READY, 0) + frame(Kind.READY, 1), "READY came, and nothing was due"),
-    "another pass": (frame(Kind.READY, 0) + frame(Kind.ACK, 1, ACK.pack(7)), "ACK came|pass 7 was acknowledged"),
+    "ready twice": (frame(Kind.READY, 0, bytes(4)) + frame(Kind.READY, 1, bytes(4)), "READY came, and nothing was due"),
+    "another pass": (
+        frame(Kind.READY, 0, bytes(4)) + frame(Kind.ACK, 1, ACK.pack(7)),
+        "ACK came|pass 7 was acknowledged",
+    ),
     "a version it doesn't know": (frame(Kind.ERROR, 0, b"version 9"), "the other side gave up: version 9"),
 }
 

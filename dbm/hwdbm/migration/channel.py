@@ -134,14 +134,18 @@ class Channel:
             self.send(Kind.ALIVE)
 
     def _patiently(self, operation: Callable[[], T], start: float, nbytes: int, silence: str, grace: float = 0) -> T:
-        """Return what a call of the socket returns; it is called again while there is time."""
-        until = start + self.timeout + nbytes / _SLOWEST
+        """Return what a call of the socket returns; it is called again while there is time.
+
+        A byte now and then, of the `nbytes` that began to go at `start`, isn't enough.
+        """
+        began = time.monotonic()
+        until = min(began, start + nbytes / _SLOWEST) + self.timeout
         while True:
             now = time.monotonic()
             if now >= self._until:
                 raise StreamError(self._until_what)
             if now >= until:
-                raise StreamError(f"{silence} for {now - start:.1f} s")
+                raise StreamError(f"{silence} for {now - began:.1f} s")
             try:
                 return operation()
             except TimeoutError:

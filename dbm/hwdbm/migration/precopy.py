@@ -31,8 +31,8 @@ from hwdbm.migration.channel import Channel
 from hwdbm.migration.converge import Progress, Settings, Throttle
 from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.migration.sender import Limiter, PageSender
-from hwdbm.migration.staging import staging
-from hwdbm.migration.wire import ACK, PASS, PROVING, RUNNING, SHARING, VERIFIED, Hello, Kind
+from hwdbm.migration.staging import SocketStaging, staging
+from hwdbm.migration.wire import ACK, PASS, PROVING, READY, RUNNING, SHARING, VERIFIED, Hello, Kind
 from hwdbm.vm import Client, MemoryMap, Pages, Provable, Source, client_of
 
 __all__ = ["Precopy", "kind_of", "migrate"]
@@ -153,9 +153,10 @@ class Precopy:
     def _run(self, stack: ExitStack) -> None:
         stage = stack.enter_context(staging(self._channel))
         self._channel.check = self._tick
+        if not self._setup(stage.descriptors):
+            stage = stack.enter_context(SocketStaging(self._channel))
         limiter = Limiter(self._settings.bandwidth)
         self._sender = PageSender(self._source, self._channel, stage, limiter, self._check)
-        self._setup(stage.descriptors)
         if not all(slot.logging for slot in self._source.slots):
             self._source.start_log()
         self._client: Client = stack.enter_context(client_of(self._source, "migration"))
@@ -164,8 +165,11 @@ class Precopy:
 
     # --- passes --------------------------------------------------------------------------------------------
 
-    def _setup(self, descriptors: tuple[int, ...]) -> None:
-        """Agree on the version, the kind of VM and the memory, and wait until there is room for it."""
+    def _setup(self, descriptors: tuple[int, ...]) -> bool:
+        """Agree on the version, the kind of VM and the memory, and wait until there is room for it.
+
+        Return whether the other side has the memory of the descriptors.
+        """
         self.report.status = "setup"
         flags = VERIFIED * self._settings.verify | RUNNING * self._ran | SHARING * bool(descriptors)
         if isinstance(self._source, Provable) and self._ran:
@@ -173,10 +177,11 @@ class Precopy:
         hello = Hello(flags, kind_of(self._source), self._layout)
         self._channel.send(Kind.HELLO, hello.to_bytes(), descriptors=descriptors)
         with self._channel.within(2 * self._channel.timeout + self._layout.total / _POPULATE, "getting ready there"):
-            self._channel.expect(Kind.READY, descriptors=True)
+            (flags,) = self._channel.unpack(READY, self._channel.expect(Kind.READY, descriptors=True))
         self._keep_peer(self._channel.descriptors())
         self.report.setup_time = time.perf_counter() - self._start
         self.report.status = "active"
+        return bool(flags & SHARING)
 
     def _precopy(self) -> None:
         self._send_all()

@@ -21,6 +21,7 @@ from hwdbm.migration.wire import (
     PASS,
     PAYLOAD,
     PROVING,
+    READY,
     RUN_SIZE,
     RUNNING,
     SHARING,
@@ -134,8 +135,9 @@ class _Receiver:
                 f"{hello.layout.total} bytes of guest memory are more than the {self._most_memory} allowed here"
             )
         with ExitStack() as stack:
-            if hello.flags & SHARING:
-                self._shared = stack.enter_context(Shared(self._channel.descriptors()))
+            # Something between the sides that only passes bytes on loses the descriptors: then it goes without.
+            if hello.flags & SHARING and (offered := self._channel.descriptors()):
+                self._shared = stack.enter_context(Shared(offered))
             return self._receive(hello)
 
     def _receive(self, hello: Hello) -> Received:
@@ -172,12 +174,13 @@ class _Receiver:
 
     def _ready(self) -> None:
         """Say READY; with it goes a descriptor by which a source on this machine sees that this process is gone."""
+        body = READY.pack(0 if self._shared is None else SHARING)
         if not self._channel.local or not hasattr(os, "pidfd_open"):
-            self._channel.send(Kind.READY)
+            self._channel.send(Kind.READY, body)
             return
         fd = os.pidfd_open(os.getpid())
         try:
-            self._channel.send(Kind.READY, descriptors=[fd])
+            self._channel.send(Kind.READY, body, descriptors=[fd])
         finally:
             os.close(fd)
 

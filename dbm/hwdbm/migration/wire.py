@@ -45,6 +45,7 @@ __all__ = [
     "PASS",
     "PAYLOAD",
     "PROVING",
+    "READY",
     "RUNNING",
     "RUNS",
     "RUN_SIZE",
@@ -76,6 +77,9 @@ PASS: Final = struct.Struct("<IIQQ")
 
 ACK: Final = struct.Struct("<I")
 """The body of ACK: the number of the pass."""
+
+READY: Final = struct.Struct("<I")
+"""The body of READY: `SHARING` if the memory that HELLO offered is used."""
 
 VERIFIED: Final = 1
 """A flag of HELLO: the source wants the destination's digest."""
@@ -128,7 +132,7 @@ class Kind(IntEnum):
 
 LIMITS: Final[dict[Kind, int]] = {
     Kind.HELLO: 1 << 20,
-    Kind.READY: 0,
+    Kind.READY: 4,
     Kind.PAGES: PAYLOAD + RUNS * RUN_SIZE,
     Kind.ZERO: ZERO_RUNS * RUN_SIZE,
     Kind.PASS: 32,
