@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "mutants"
 COPIED = ("dbm", "tests", "docs", "asv_bench", ".ci", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md")
 
-MOST_SECONDS = 90.0
+MOST_SECONDS = 45.0
 """Seconds of tests for one mutant at most, as they took without one: the core's lines are covered by thousands."""
 
 # Tests with other processes, sockets and seconds in them.
@@ -227,14 +227,14 @@ class Workshop:
         try:
             target.write_text(mutated(mutant.module, mutant.operator, mutant.occurrence))
             while rest and not by:
-                status, failed = self._pytest(rest, 30 + 4 * seconds)
+                status, failed = self._pytest(rest, 30 + 2 * seconds)
                 if status == 0:
                     break
                 by = failed or ("it took too long" if status is None else f"pytest's status {status}")
                 # With a loaded machine a test may fail for its time. Only one that fails twice has caught something.
                 if failed.startswith(_BY_THE_CLOCK) and failed in rest:
                     rest = rest[rest.index(failed) + 1 :]
-                    by = by if self._pytest([failed], 120)[0] != 0 else ""
+                    by = by if self._pytest([failed], 60)[0] != 0 else ""
         finally:
             target.write_text(original)
         took = round(time.monotonic() - started, 1)
