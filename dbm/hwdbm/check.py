@@ -6,14 +6,19 @@ text.
 """
 
 import operator
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from math import inf, isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["flag", "instance", "integer", "integers", "real", "separate", "uint64s"]
+__all__ = ["flag", "instance", "instances", "integer", "integers", "one_of", "path", "real", "separate", "uint64s"]
+
+
+T = TypeVar("T")
 
 
 def integer(
@@ -113,8 +118,8 @@ def real(value: Any, name: str, low: float = -inf, high: float = inf, error: typ
     return number
 
 
-def instance(value: Any, kind: type | tuple[type, ...], name: str) -> None:
-    """Raise `TypeError` if an argument isn't of a class, or of one of some classes.
+def instance(value: Any, kind: Any, name: str) -> None:
+    """Raise `TypeError` if an argument isn't of a class, an abstract one among them, or of one of a tuple of classes.
 
     Examples
     --------
@@ -125,6 +130,69 @@ def instance(value: Any, kind: type | tuple[type, ...], name: str) -> None:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         raise TypeError(f"{name} is of type {' or '.join(each.__name__ for each in kinds)}, not {_shown(value)}")
+
+
+def instances(value: Any, kind: type[T], name: str) -> tuple[T, ...]:
+    """Return the elements of an iterable, all of one class, as a tuple.
+
+    Raises
+    ------
+    TypeError
+        If it is no iterable, or one of them is of another class.
+
+    Examples
+    --------
+    >>> instances([1, "2"], int, "numbers")
+    Traceback (most recent call last):
+    TypeError: numbers are of type int, not '2'
+    """
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} are several, not {_shown(value)}")
+    elements = tuple(value)
+    for each in elements:
+        if not isinstance(each, kind):
+            raise TypeError(f"{name} are of type {kind.__name__}, not {_shown(each)}")
+    return elements
+
+
+def one_of(value: Any, names: Collection[str], name: str, error: type[Exception] = ValueError) -> None:
+    """Raise if a text isn't one of some: `TypeError` if it is no text.
+
+    Examples
+    --------
+    >>> one_of("dbn", ("dbm", "writable"), "policy")
+    Traceback (most recent call last):
+    ValueError: policy is dbm or writable, not 'dbn'
+    """
+    instance(value, str, name)
+    if value not in names:
+        raise error(f"{name} is {' or '.join(names)}, not {_shown(value)}")
+
+
+def path(value: Any, name: str) -> Path:
+    r"""Return a path that a file can have.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a text nor path-like.
+    ValueError
+        If no file's name can have a character of it.
+
+    Examples
+    --------
+    >>> path("a\0b", "image")
+    Traceback (most recent call last):
+    ValueError: image is a path, and 'a\x00b' can't be one
+    """
+    instance(value, (str, os.PathLike), name)
+    try:
+        possible = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{name} is a path, and {_shown(value)} can't be one")
+    return Path(value)
 
 
 def integers(

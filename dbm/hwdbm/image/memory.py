@@ -1,6 +1,6 @@
 """What a walk needs of an image: memory that holds tables, one granule each."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ __all__ = ["Array", "TableMemory", "gather"]
 Array = NDArray[np.uint64]
 
 
+@runtime_checkable
 class TableMemory(Protocol):
     """Physical memory that tables are read from.
 

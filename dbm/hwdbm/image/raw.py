@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.check import integer
 from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 from hwdbm.image.memory import Array, gather
@@ -35,7 +36,8 @@ class RawTables:
     """
 
     def __init__(self, path: Path, ram_base: int, granule: Granule) -> None:
-        if ram_base < 0 or ram_base % 4096:
+        ram_base = integer(ram_base, "the RAM's base", high=(1 << 64) - 1, error=ImageError)
+        if ram_base % 4096:
             raise ImageError(f"the RAM's base {ram_base:#x} isn't a multiple of 4 KiB")
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from os import PathLike
-from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import flag, instance, integer, one_of
+from hwdbm.check import path as check_path
 from hwdbm.errors import ImageError
 from hwdbm.image.capture import Capture, CapturedTables, is_capture
 from hwdbm.image.fill import Filler
@@ -21,6 +22,8 @@ __all__ = ["Image", "Policy", "Visitor", "open_image"]
 
 Policy = Literal["dbm", "writable"]
 """Which leaves count as dirty: DBM = 1 and S2AP[1] = 1; or S2AP[1] = 1 whatever DBM says."""
+
+POLICIES = get_args(Policy)
 
 Visitor = Callable[[Batch], object]
 """What is called with every batch of a walk."""
@@ -55,6 +58,8 @@ class Image:
         slots: Iterable[Slot],
         capture: Capture | None = None,
     ) -> None:
+        instance(memory, TableMemory, "memory")
+        instance(registers, Registers, "registers")
         self.memory, self.registers, self.capture = memory, registers, capture
         self.vtcr, self.vttbr = registers.decode()
         self.granule = self.vtcr.granule
@@ -68,6 +73,7 @@ class Image:
         ImageError
             If there is none.
         """
+        number = integer(number, "a slot's id", low=None)
         for slot in self.slots:
             if slot.id == number:
                 return slot
@@ -87,6 +93,8 @@ class Image:
         ImageError
             At the first entry that can't be; see `hwdbm.image.walk.walk`.
         """
+        for visitor in visitors:
+            instance(visitor, Callable, "a visitor")
         tables: dict[int, int] = {}
         large = self.registers.large_blocks(self.vtcr)
         for batch in walk(self.memory, self.vtcr, self.vttbr.baddr, large_blocks=large):
@@ -97,6 +105,7 @@ class Image:
 
     def empty_stage2(self, slot: Slot) -> Stage2:
         """Return a Stage2 for the slot, in whole granules, with nothing mapped."""
+        instance(slot, Slot, "slot")
         first, npages = slot.frames(self.granule)
         return Stage2(npages, base_gfn=first, granule=self.granule)
 
@@ -149,6 +158,8 @@ class Image:
         """
         of = self.slot(slot)
         size = check_page_size(of, self.granule, page_size)
+        one_of(policy, POLICIES, "policy", ImageError)
+        contiguous = flag(contiguous, "contiguous")
         stage2 = self.empty_stage2(of)
         visitors: list[Visitor] = [Filler(stage2, self.vtcr)]
         runs = RunMarker(of, self.granule, writable=policy == "writable") if contiguous else None
@@ -166,6 +177,14 @@ class Image:
         runs: RunMarker | None = None,
     ) -> DirtyBitmap:
         """Return the slot's bitmap from what a walk filled; `dirty` in its second half."""
+        instance(slot, Slot, "slot")
+        instance(stage2, Stage2, "stage2")
+        one_of(policy, POLICIES, "policy", ImageError)
+        page_size = check_page_size(slot, self.granule, integer(page_size, "page_size", low=None))
+        if runs is not None:
+            instance(runs, RunMarker, "runs")
+        if stage2.npages != slot.frames(self.granule)[1]:
+            raise ImageError(f"the slot has {slot.frames(self.granule)[1]} pages, and the leaves {stage2.npages}")
         dirty = stage2.writable() if policy == "writable" else stage2.dirty()
         if runs:
             dirty |= runs.bitmap()
@@ -179,6 +198,9 @@ class Image:
         ImageError
             If that is of another size than the slot.
         """
+        instance(slot, Slot, "slot")
+        one_of(policy, POLICIES, "policy", ImageError)
+        contiguous = flag(contiguous, "contiguous")
         if self.capture is None:
             return None
         if policy == "writable":
@@ -234,7 +256,7 @@ def open_image(
     >>> image.dirty(0)
     <DirtyBitmap: 24064 of 49152 pages dirty>
     """
-    path = Path(path)
+    path = check_path(path, "path")
     if is_capture(path):
         if ram_base is not None:
             raise ImageError(f"{path} is a capture: a RAM base is for raw images only")

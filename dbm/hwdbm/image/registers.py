@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hwdbm.check import instance, integer
 from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 from hwdbm.vtcr import Vtcr, Vttbr, pa_range
@@ -27,6 +28,13 @@ class Registers:
     mmfr0: int | None = None
     mmfr1: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("vttbr", "vtcr", "hcr", "mmfr0", "mmfr1"):
+            value = getattr(self, name)
+            if value is not None or name in ("vttbr", "vtcr"):
+                number = integer(value, name.upper(), high=(1 << 64) - 1, error=ImageError)
+                object.__setattr__(self, name, number)
+
     def decode(self) -> tuple[Vtcr, Vttbr]:
         """Return the fields of VTCR_EL2 and VTTBR_EL2.
 
@@ -47,6 +55,7 @@ class Registers:
         With 4K and 16K granules that is for VTCR_EL2.DS to say. With 64K it depends on the CPU: as
         far as its ID register isn't known, on whether VTCR_EL2 uses its 52 bits.
         """
+        instance(vtcr, Vtcr, "vtcr")
         if vtcr.granule is not Granule.K64:
             return vtcr.ds
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import instance, instances, integer
 from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 
@@ -38,11 +39,12 @@ class Slot:
     size: int
 
     def __post_init__(self) -> None:
-        if self.id < 0:
-            raise ImageError(f"a slot's id is 0 or more, not {self.id}")
-        if self.gpa < 0 or self.gpa % SLOT_UNIT:
+        for name in ("id", "gpa", "size"):
+            number = integer(getattr(self, name), f"a slot's {name}", high=(1 << 64) - 1, error=ImageError)
+            object.__setattr__(self, name, number)
+        if self.gpa % SLOT_UNIT:
             raise ImageError(f"slot {self.id}: gpa {self.gpa:#x} isn't a multiple of 4 KiB")
-        if self.size <= 0 or self.size % SLOT_UNIT:
+        if self.size == 0 or self.size % SLOT_UNIT:
             raise ImageError(f"slot {self.id}: size {self.size:#x} isn't a multiple of 4 KiB, or isn't more than 0")
 
     @property
@@ -58,11 +60,13 @@ class Slot:
         >>> Slot(0, 0x1000, 0x4000).frames(Granule.K16)
         (0, 2)
         """
+        instance(granule, Granule, "granule")
         first = self.gpa >> granule.page_shift
         return first, (self.end - 1 >> granule.page_shift) - first + 1
 
     def finest(self, granule: Granule) -> int:
         """Return the page size that always works: the granule's, or 4 KiB if the slot is odd."""
+        instance(granule, Granule, "granule")
         aligned = (self.gpa | self.size) % granule.page_size == 0
         return granule.page_size if aligned else SLOT_UNIT
 
@@ -76,7 +80,7 @@ def check_slots(slots: Iterable[Slot], ipa_bits: int) -> tuple[Slot, ...]:
         If two have the same id or share memory, or one doesn't fit into the IPA space. KVM doesn't
         take such slots either.
     """
-    by_id = sorted(slots, key=lambda slot: slot.id)
+    by_id = sorted(instances(slots, Slot, "slots"), key=lambda slot: slot.id)
     for one, next_one in pairwise(by_id):
         if one.id == next_one.id:
             raise ImageError(f"two slots have the id {one.id}")
@@ -113,7 +117,7 @@ def check_page_size(slot: Slot, granule: Granule, page_size: int | None) -> int:
     ImageError
         If it isn't a power of two of 4 KiB or more, or the slot isn't made of whole such pages.
     """
-    size = granule.page_size if page_size is None else page_size
+    size = granule.page_size if page_size is None else integer(page_size, "page_size", low=None)
     if size < SLOT_UNIT or size & size - 1:
         raise ImageError(f"a page is a power of two of 4 KiB or more, not {size:#x} bytes")
     if (slot.gpa | slot.size) % size:
