@@ -5,6 +5,7 @@ Documentation/virt/kvm/api.rst. Guest memory is a version a page; a TLB holds th
 and isn't asked again until a flush throws them out. What the guest writes that way is recorded nowhere.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from logtools import live
 
 from hwdbm import DirtyBitmap, DirtyLog, pte, walker
+from hwdbm.errors import StaleLeaseError
 from hwdbm.walker import Access
 
 RAGGED = (1, 63, 64, 65, 127, 200, 511, 512, 513)
@@ -117,6 +119,11 @@ class LogMachine(RuleBasedStateMachine):
             self.map((0, 8), "block", writable=True)  # while it logs there are no new ones
         self.region(flags=draw(st.sampled_from([1, 1, 0]), label="flags"))
         self.lease = None
+
+    def teardown(self):
+        if getattr(self, "lease", None):
+            with suppress(StaleLeaseError):
+                self.lease[0].commit()
 
     # --- helpers -----------------------------------------------------------------------------------------
 

@@ -26,6 +26,12 @@ def pages_of(bitmap):
     return bitmap.pages().tolist()
 
 
+def take(lease):
+    """The pages of a lease, for good."""
+    lease.commit()
+    return lease.bitmap
+
+
 def live(log, slot=0):
     """The slot's bitmap as it is, without a sync."""
     return log._slots[slot].live

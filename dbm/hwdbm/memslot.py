@@ -135,6 +135,13 @@ class Plan:
     old: Memslot | None
     new: Memslot | None
 
+    @property
+    def id(self) -> int:
+        """The slot's id."""
+        slot = self.old if self.new is None else self.new
+        assert slot is not None  # noqa: S101 - no change is of nothing
+        return slot.id
+
 
 class Memslots:
     """The memslots of a VM.
@@ -283,18 +290,24 @@ class Memslots:
         return Plan(change, old, new)
 
     def commit(self, plan: Plan) -> None:
-        """Make a change that `plan` checked, and that nothing changed since."""
-        instance(plan, Plan, "a plan")
+        """Make a change that `plan` checked, and that nothing changed since.
+
+        One that was interrupted is made whole by a further call.
+        """
         if plan.change is Change.NOTHING:
             return
-        self.generation += 1
-        if plan.old is not None:
-            by_base = self._by_base[plan.old.as_id]
-            del by_base[bisect_left(by_base, plan.old.base_gfn, key=_BASE)], self._slots[plan.old.id]
-        if plan.new is not None:
+        for slot in (plan.old, plan.new):
+            by_base = [] if slot is None else self._by_base[slot.as_id]
+            at = bisect_left(by_base, slot.base_gfn, key=_BASE) if slot is not None else 0
+            if at < len(by_base) and slot is not None and by_base[at].id == slot.id:
+                del by_base[at]
+        if plan.new is None:
+            self._slots.pop(plan.id, None)
+        else:
             by_base = self._by_base[plan.new.as_id]
             by_base.insert(bisect_left(by_base, plan.new.base_gfn, key=_BASE), plan.new)
-            self._slots[plan.new.id] = plan.new
+            self._slots[plan.id] = plan.new
+        self.generation = max(self.generation + 1, 0 if plan.new is None else plan.new.generation)
 
     def _check_numbers(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
         if slot & 0xFFFF >= self.slot_limit:  # the ioctl's own check, before all others

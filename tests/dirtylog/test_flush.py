@@ -5,17 +5,17 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
-from logtools import frozen, live, make, pages_of, write
+from logtools import frozen, live, make, pages_of, take, write
 
 from hwdbm import DirtyBitmap, pte
-from hwdbm.dirtylog.lease import Unflushed
+from hwdbm.dirtylog import faults
 from hwdbm.dirtylog.slot import SlotLog
 
 LIMIT = 10.0
 ALL = b"\xff" * 32  # a mask of 200 pages
 VERBS = {
-    "get": lambda log: log.get_dirty_log(0, lease=True).bitmap,
-    "clear": lambda log: log.clear_dirty_log(0, 0, 200, ALL, lease=True).bitmap,
+    "get": lambda log: take(log.get_dirty_log(0, lease=True)),
+    "clear": lambda log: take(log.clear_dirty_log(0, 0, 200, ALL, lease=True)),
     "sync": lambda log: log.sync(0),
 }
 CASES = [(verb, hw) for verb, hw in product(VERBS, (True, False)) if verb != "sync" or hw]
@@ -29,7 +29,7 @@ def ready(hw, flush, **kwargs):
     log.mark_dirty(0, 3)
     log.mark_dirty(0, 130)
     write(log, 3, 130)
-    log._meter._hook = flush
+    log._shared.flush = flush
     return log
 
 
@@ -70,7 +70,7 @@ def test_nothing_can_be_read_before_the_flush_has_returned(verb, hw):
     assert inside.wait(LIMIT)
     others = {
         "get": lambda: log.get_dirty_log(0),
-        "clear": lambda: log.clear_dirty_log(0, 0, 64, b"\xff" * 8, lease=True).bitmap,
+        "clear": lambda: take(log.clear_dirty_log(0, 0, 64, b"\xff" * 8, lease=True)),
         "host": lambda: log.take_host_dirty(0),
         "fault": lambda: log.write_fault(0, 0x45),
         "mark": lambda: log.mark_dirty(0, 4),
@@ -109,7 +109,7 @@ def test_a_hook_that_raises_loses_nothing(verb, hw, step, fails_at):
     assert pages_of(live(log) | log.stage2(0).dirty()) == [3, 130]
     log.verify()
     calls[:] = [-1] * -99
-    log._meter._hook = None
+    log._shared.flush = None
     assert pages_of(log.get_dirty_log(0)) == [3, 130]
 
 
@@ -163,7 +163,7 @@ def check_a_part_waits_for_its_own_flush(manual):
             inside.set()
             assert leave.wait(LIMIT)
 
-    log._meter._hook = hook
+    log._shared.flush = hook
     thread = Thread(target=log.sync, args=(0, 0, 64), daemon=True)
     thread.start()
     assert inside.wait(LIMIT)
@@ -171,9 +171,9 @@ def check_a_part_waits_for_its_own_flush(manual):
         assert not pte.dirty(2)(int(log.stage2(0).level(2)[0]))
         if manual:
             log._slots[0].get([(256, 320)], take=False)
-            lent = log.clear_dirty_log(0, 256, 64, b"\xff" * 8, lease=True).bitmap
+            lent = take(log.clear_dirty_log(0, 256, 64, b"\xff" * 8, lease=True))
         else:
-            lent = log._slots[0].get([(256, 320)], take=True).bitmap.part(256, 64)
+            lent = take(log._slots[0].get([(256, 320)], take=True)).part(256, 64)
         assert lent.weight() == 64
         assert flushed == [(0, 64), (256, 64)], "lost: pages were lent that a TLB lets the guest write"
     finally:
@@ -192,7 +192,7 @@ def test_the_mutant_that_flushes_for_what_it_changed_itself(manual, monkeypatch)
     """ "Flush if anything was cleaned" is one thread's rule: with several it hands pages out too early."""
     changed = []
     for name in ("renew", "protect"):
-        mode = type(straddled(manual)._mode)
+        mode = type(straddled(manual)._mechanism)
         verb = getattr(mode, name)
 
         def counted(self, *args, verb=verb):
@@ -201,10 +201,12 @@ def test_the_mutant_that_flushes_for_what_it_changed_itself(manual, monkeypatch)
             return tally
 
         monkeypatch.setattr(mode, name, counted)
-    flush = Unflushed.flush
-    monkeypatch.setattr(
-        Unflushed, "flush", lambda self, hook: flush(self, hook if changed and changed[-1] else lambda: None)
-    )
+    flush = SlotLog.flush
+
+    def hasty(self, due, *, needed):
+        flush(self, due, needed=needed and bool(not changed or changed[-1]))
+
+    monkeypatch.setattr(SlotLog, "flush", hasty)
     with pytest.raises(AssertionError, match="lost"):
         check_a_part_waits_for_its_own_flush(manual)
 
@@ -257,7 +259,7 @@ def test_a_page_that_faults_is_marked_before_the_flush_and_granted_before_that(h
         assert pages_of(live(log)) == [5]
         raise ConnectionResetError
 
-    log._meter._hook = hook
+    log._shared.flush = hook
     with pytest.raises(ConnectionResetError):
         log.write_fault(0, 0x205)
     assert pages_of(live(log)) == [5]
@@ -274,13 +276,13 @@ def test_mutant_a_page_is_marked_though_nothing_was_granted(monkeypatch):
         assert not live(log).any(), "a page is dirty that nobody could write"
 
     check()
-    fault = SlotLog.write_fault
+    steps = faults.write_fault_steps
 
-    def early(self, gfn, pfn):
-        self.live.set_range(gfn - self.memslot.base_gfn, 1)
-        fault(self, gfn, pfn)
+    def early(slot, pages, *args, **options):
+        faults.mark(slot.live, pages)
+        return steps(slot, pages, *args, **options)
 
-    monkeypatch.setattr(SlotLog, "write_fault", early)
+    monkeypatch.setattr(faults, "write_fault_steps", early)
     with pytest.raises(AssertionError, match="nobody could write"):
         check()
 
@@ -295,9 +297,10 @@ def test_masks_are_exact_over_every_subset_of_a_few_pages():
         if hw:
             write(log, *range(6))
         before = log.stage2(0).level(3).copy()
-        lease = log.clear_dirty_log(0, 0, 6, DirtyBitmap.from_words(np.array([mask], np.uint64), 6), lease=True)
+        words = np.array([mask], np.uint64)
+        cleared = take(log.clear_dirty_log(0, 0, 6, DirtyBitmap.from_words(words, 6), lease=True))
         changed = (before != log.stage2(0).level(3)).nonzero()[0].tolist()
         both = [page for page in range(6) if dirty & mask & 1 << page]
         assert changed == both
-        assert pages_of(lease.bitmap) == both
+        assert pages_of(cleared) == both
         assert pages_of(live(log)) == [page for page in range(6) if dirty & ~mask & 1 << page]

@@ -1,16 +1,13 @@
-"""Leases: commit, rollback, staleness, and the types that put the flush before the copy."""
+"""Leases: commit, rollback, staleness, what consumers do to the bitmap, and leases that are forgotten."""
 
-import subprocess
-import sys
 from errno import ENOENT
-from pathlib import Path
 
+import numpy as np
 import pytest
 from logtools import live, make, pages_of, write
 
 from hwdbm import DirtyBitmap, DirtyLog, Lease
-from hwdbm.dirtylog import Flushed, Unflushed
-from hwdbm.errors import StaleLeaseError
+from hwdbm.errors import BitmapError, StaleLeaseError
 
 
 def fail(after):
@@ -193,73 +190,122 @@ def test_a_stale_lease_does_not_hide_the_consumers_error():
         delete(log)
 
 
-# --- the order, by types --------------------------------------------------------------------------------------
+# --- what consumers do to the bitmap --------------------------------------------------------------------------
 
 
-def test_what_is_not_flushed_shows_no_pages():
-    unflushed = Unflushed(DirtyBitmap(64), 0, DirtyBitmap.from_pages([1], 64))
-    assert [name for name in dir(unflushed) if not name.startswith("_")] == ["flush"]
-    assert not hasattr(unflushed, "__dict__")
-    with pytest.raises(TypeError, match="receipts of flushes"):
-        Lease(DirtyLog(), [unflushed], first_page=0, npages=64, generation=0)
+@pytest.mark.parametrize("npages", [1, 63, 64, 65, 100, 511, 512, 513])
+def test_bits_beyond_the_end_never_reach_the_log(npages):
+    log = make(npages)
+    log.mark_dirty(0, 0)
+    for spoil in (
+        lambda lease: lease.bitmap.bits.setall(True),
+        lambda lease: lease.bitmap.words.fill(np.uint64((1 << 64) - 1)),
+    ):
+        lease = log.get_dirty_log(0, lease=True)
+        spoil(lease)
+        lease.rollback()
+        assert log.get_dirty_log(0).weight() == npages
+        log.mark_dirty(0, npages - 1)
+        assert pages_of(log.get_dirty_log(0)) == [npages - 1]
+        log.verify()
 
 
-def test_only_a_flush_makes_a_receipt():
-    for key in (None, "flushed", object()):
-        with pytest.raises(TypeError, match=r"made by Unflushed\.flush"):
-            Flushed(key, 0, DirtyBitmap(64), taken=True)
+def test_a_lease_keeps_its_size():
+    log, lease = leased()
+    for wrong, error in ((DirtyBitmap(64), BitmapError), (DirtyBitmap(201), BitmapError), (b"", TypeError)):
+        with pytest.raises(error):
+            lease.bitmap = wrong
+    assert pages_of(lease.bitmap) == [3, 100]
+    with pytest.raises(AttributeError):
+        lease.first_page = 64
+    lease.bitmap = DirtyBitmap.from_pages([7], 200)
+    lease.rollback()
+    assert pages_of(log.get_dirty_log(0)) == [7]
 
 
-def test_the_bits_leave_when_the_flush_has_returned():
-    live_bits = DirtyBitmap.from_pages([1, 70], 128)
-    seen = []
-    receipt = Unflushed(live_bits, 64, live_bits.part(64, 64)).flush(lambda: seen.append(live_bits.copy()))
-    assert (pages_of(seen[0]), pages_of(live_bits)) == ([1, 70], [1])
-    assert (receipt.first_page, pages_of(receipt.pages), receipt.taken) == (64, [6], True)
+def test_a_bitmap_that_was_spoilt_is_refused_and_the_lease_stays_open():
+    log, lease = leased()
+    words, npages = lease.bitmap.words, lease.bitmap.npages
+    lease.bitmap.npages = 64
+    with pytest.raises(BitmapError):
+        lease.rollback()
+    assert "open" in repr(lease)
+    lease.bitmap.npages = npages
+    assert lease.bitmap.words is words
+    lease.rollback()
+    assert pages_of(log.get_dirty_log(0)) == [3, 100]
 
 
-def test_a_flush_that_fails_gives_no_receipt_and_takes_nothing():
-    live_bits = DirtyBitmap.from_pages([1], 64)
-    unflushed = Unflushed(live_bits, 0, live_bits.copy())
-    with pytest.raises(ZeroDivisionError):
-        unflushed.flush(lambda: 1 / 0)
-    assert pages_of(live_bits) == [1]
-    with pytest.raises(ValueError, match="flushed before"):
-        unflushed.flush(lambda: None)  # bits that were set since would go
-    assert pages_of(live_bits) == [1]
+# --- leases that are forgotten --------------------------------------------------------------------------------
 
 
-def test_nothing_is_flushed_for_nothing():
-    called = []
-    empty = Unflushed(DirtyBitmap(64), 0, DirtyBitmap(64)).flush(lambda: called.append(1))
-    assert empty.taken
-    full = DirtyBitmap.from_pages([1], 64)
-    shown = Unflushed(full, 0, full.copy(), take=False).flush(lambda: called.append(1))
-    assert not shown.taken
-    assert (called, pages_of(full)) == ([], [1])
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("hw", [True, False])
+def test_a_forgotten_lease_gives_its_pages_back(hw, manual):
+    log = make(200, hw_dbm=hw, manual_protect=manual)
+    log.map(0, 0x40, 200, 0)
+    write(log, 3, 100)
+    lease = log.lend(0)
+    write(log, 4)
+    with pytest.warns(ResourceWarning, match="a lease of slot 0 was neither committed nor rolled back: its 2 pages"):
+        del lease
+    assert pages_of(log.get_dirty_log(0)) == [3, 4, 100]
+    log.verify()
 
 
-WRONG = """
-from hwdbm import DirtyBitmap, DirtyLog, Lease
-from hwdbm.dirtylog import Unflushed
-from hwdbm.dirtylog.slot import SlotLog
+def test_what_a_forgetful_consumer_left_of_the_bitmap_counts():
+    for spoil, want in (
+        (lambda lease: lease.bitmap.set_range(3, 1, False), [100]),
+        (lambda lease: lease.bitmap.bits.setall(True), list(range(200))),
+        (lambda lease: setattr(lease.bitmap, "npages", 64), list(range(200))),  # no bitmap of them: all are dirty
+    ):
+        log, lease = leased()
+        spoil(lease)
+        with pytest.warns(ResourceWarning):
+            del lease
+        assert pages_of(log.get_dirty_log(0)) == want
 
-def early(lender: SlotLog, live: DirtyBitmap) -> DirtyBitmap:
-    unflushed = Unflushed(live, 0, live)
-    unflushed.pages                                                              # no-attr
-    Lease(lender, [unflushed], first_page=0, npages=1, generation=0)             # no-receipt
-    return DirtyLog().get_dirty_log(0, lease=True)                               # no-bitmap
-"""
+
+def test_a_lease_that_is_forgotten_while_its_pages_are_held():
+    """The garbage collector runs where it likes: also where the pages are held by the very thread."""
+    kept, log = [], make(200, flush=lambda *_: kept.clear())
+    log.map(0, 0x40, 200, 0)
+    write(log, 3)
+    kept.append(log.get_dirty_log(0, lease=True))
+    write(log, 4)
+    with pytest.warns(ResourceWarning):
+        assert pages_of(log.get_dirty_log(0)) == [4]
+    assert pages_of(log.get_dirty_log(0)) == [3]
 
 
-def test_mypy_says_so_too(tmp_path):
-    pytest.importorskip("mypy")
-    root = Path(__file__).parents[2]
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text(WRONG)
-    mypy = [sys.executable, "-P", "-m", "mypy", "--strict"]
-    command = [*mypy, "--config-file", str(root / "pyproject.toml"), str(wrong)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    found = [line for line in done.stdout.splitlines() if "wrong.py" in line and "error" in line]
-    lines = [number for number, line in enumerate(WRONG.splitlines(), 1) if "# no-" in line]
-    assert [int(line.split(":")[1]) for line in found] == lines, done.stdout + done.stderr
+def test_what_needs_no_giving_back_is_forgotten_in_silence():
+    log, lease = leased()
+    lease.commit()
+    del lease
+    lease = log.get_dirty_log(0, lease=True)  # of no pages
+    del lease
+    log, lease = leased(manual_protect=True)  # shown only
+    del lease
+    log, lease = leased()
+    delete(log)
+    del lease
+    assert len(DirtyLog().memslots) == 0
+
+
+def test_a_lease_of_a_bitmap_that_is_gone_is_put_back_nowhere():
+    log, lease = leased()
+    off_and_on(log)
+    del lease
+    assert not log.get_dirty_log(0).any()
+
+
+def test_many_get_and_none_is_kept():
+    """A GET without a lease leaves nothing behind: neither pages nor the bitmap."""
+    log = make(200)
+    for page in range(150):
+        log.mark_dirty(0, page)
+        assert pages_of(log.get_dirty_log(0)) == [page]
+    loans = log._slots[0].loans
+    log.get_dirty_log(0, lease=True).commit()
+    assert len(loans) <= 1
+    assert not log.get_dirty_log(0).any()

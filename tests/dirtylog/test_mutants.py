@@ -11,10 +11,13 @@ from hypothesis.stateful import run_state_machine_as_test
 from logmachine import LogMachine
 
 from hwdbm import DirtyBitmap
-from hwdbm.dirtylog import lease, modes, slot
-from hwdbm.dirtylog.lease import Unflushed
-from hwdbm.dirtylog.slot import SlotLog
+from hwdbm.dirtylog import Lease, faults, mechanism
+from hwdbm.dirtylog.slot import Point, SlotLog
+from hwdbm.kernels import Tally
 from hwdbm.stage2 import Stage2
+
+# A machine that is caught ends where it is, with whatever lease it has.
+pytestmark = pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
 
 HUNT = settings(
     max_examples=400,
@@ -47,54 +50,47 @@ class Software(Blind):
 def clears_what_it_is_asked_to(patch):
     """CLEAR without ``mask &= bitmap``: pages that were never shown are cleaned (QEMU 9f4bf4ba)."""
 
-    def clear(self, steps, first, npages, mask):
-        def step(lo, hi, generation):
-            with self.hold(lo, hi):
-                asked = DirtyBitmap(hi - lo)
-                asked.fill()
-                asked.words[:] &= mask[lo - first >> 6 : hi - first + 63 >> 6]
-                self.mode.protect(self.stage2, asked, lo)
-                shown = asked & self.logging(generation).part(lo, hi - lo)
-                return Unflushed(self.logging(generation), lo, shown).flush(lambda: self._flush(lo, hi))
+    def clear_steps(self, lease, lo, hi, mask, consumer=None):
+        yield Point.CLEAN
+        due = self.changing(lo, hi)
+        asked = DirtyBitmap(hi - lo)
+        asked.fill()
+        asked.words[:] &= mask[lo - lease.first_page >> 6 : hi - lease.first_page + 63 >> 6]
+        self.mechanism.protect(self.stage2, asked, lo)
+        words, taken = self.live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
+        np.bitwise_and(asked.words, words, out=taken)
+        yield from self._take(due, words, taken)
 
-        return self._lend(steps, step, first, npages)
-
-    patch.setattr(SlotLog, "clear", clear)
+    patch.setattr(SlotLog, "clear_steps", clear_steps)
 
 
 def copies_before_the_flush(patch):
     """A bitmap is handed out, and the TLB flushed some time later."""
-    patch.setattr(Unflushed, "flush", late_flush)
 
+    def late(self, due, words, taken):
+        yield Point.TAKE
+        words &= ~taken
+        self.flush(due, needed=False)
 
-def late_flush(self, flush):
-    words = self._mask.words
-    if self._take:
-        self._live.words[self._first_page >> 6 : (self._first_page >> 6) + words.size] &= ~words
-    return lease.Flushed(lease._Key.FLUSHED, self._first_page, self._mask, taken=self._take)
+    patch.setattr(SlotLog, "_take", late)
 
 
 def takes_before_the_flush(patch):
     """The bits leave the log, then the flush fails, and nobody puts them back."""
 
-    def flush(self, flush):
-        receipt = late_flush(self, flush)
-        if self._take and self._mask.any():
-            flush()
-        return receipt
+    def early(self, due, words, taken):
+        yield Point.TAKE
+        words &= ~taken
+        yield Point.FLUSH
+        self.flush(due, needed=bool(taken.any()))
 
-    patch.setattr(Unflushed, "flush", flush)
+    patch.setattr(SlotLog, "_take", early)
+    patch.setattr(Lease, "abandon", Lease.commit)
 
 
 def forgets_the_steps_before_a_failure(patch):
     """A GET that failed at its second step keeps what the first had taken."""
-
-    def lend(self, steps, step, first, npages):
-        generation = self.generation
-        receipts = [step(lo, hi, generation) for lo, hi in steps]
-        return lease.Lease(self, receipts, first_page=first, npages=npages, generation=generation)
-
-    patch.setattr(SlotLog, "_lend", lend)
+    patch.setattr(Lease, "abandon", Lease.commit)
 
 
 def omits_the_rollback(patch):
@@ -118,25 +114,27 @@ def protects_a_range(patch):
 
 def moves_without_its_bits(patch):
     """A slot that moves gets a new bitmap."""
-    move = SlotLog.move
+    move = SlotLog.move_steps
 
     def moved(self, memslot, *, full):
-        move(self, memslot, full=full)
+        yield from move(self, memslot, full=full)
         if self.live is not None:
             self.live.clear()
 
-    patch.setattr(SlotLog, "move", moved)
+    patch.setattr(SlotLog, "move_steps", moved)
 
 
 def moves_without_its_leaves(patch):
     """A slot that moves keeps its bitmap, and forgets what its leaves had recorded."""
 
     def unmap_all(self):
+        yield Point.CLEAN
+        due = self.changing(0, self.npages)
         self.stage2.unmap(self.memslot.base_gfn, self.npages)
         self.stage2.take_saved_into(DirtyBitmap(self.npages))
-        self._flush(0, self.npages)
+        self.flush(due, needed=True)
 
-    patch.setattr(SlotLog, "_unmap_all", unmap_all)
+    patch.setattr(SlotLog, "_unmap_steps", unmap_all)
 
 
 def starts_unarmed(patch):
@@ -147,14 +145,16 @@ def starts_unarmed(patch):
 def starts_without_a_flush(patch):
     """A log begins, and the TLB still has the leaves from before."""
 
-    def start(self, *, full):
-        self.live = DirtyBitmap(self.npages)
+    def start(self, memslot, *, full):
+        yield Point.CLEAN
+        live = DirtyBitmap(self.npages)
         if full:
-            self.live.fill()
+            live.fill()
         else:
-            self.mode.start(self.stage2)
+            self.mechanism.start(self.stage2)
+        self.live, self.memslot = live, memslot
 
-    patch.setattr(SlotLog, "_start", start)
+    patch.setattr(SlotLog, "start_steps", start)
 
 
 def switches_without_a_harvest(patch):
@@ -163,35 +163,19 @@ def switches_without_a_harvest(patch):
     def leave(self, s2, bitmap):
         s2.disable_dbm() if bitmap is None else s2.wrprotect()
         s2.take_saved_into(DirtyBitmap(s2.npages))
-        return modes.Tally()
+        return Tally()
 
-    patch.setattr(modes._Hardware, "leave", leave)
+    patch.setattr(mechanism.HardwareDbm, "leave", leave)
 
 
 def switches_without_arming(patch):
     """Hardware DBM is switched on, and what write faults had granted stays as it is."""
-    patch.setattr(modes._Software, "leave", lambda self, s2, bitmap: modes.Tally())
+    patch.setattr(mechanism.WriteProtect, "leave", lambda self, s2, bitmap: Tally())
 
 
 def grants_without_a_mark(patch):
     """A write fault is resolved, and the log isn't told."""
-    relax = Stage2.relax
-
-    def relaxed(self, gfn, *, dbm=False):
-        return relax(self, gfn, dbm=False)
-
-    patch.setattr(Stage2, "relax", relaxed)
-    patch.setattr(slot.Meter, "fault", lambda self: None)
-    write_fault = SlotLog.write_fault
-
-    def fault(self, gfn, pfn):
-        bitmap, page = self.live, gfn - self.memslot.base_gfn
-        was = bitmap is not None and page in bitmap
-        write_fault(self, gfn, pfn)
-        if bitmap is not None and not was:
-            bitmap.set_range(page, 1, False)
-
-    patch.setattr(SlotLog, "write_fault", fault)
+    patch.setattr(faults, "mark", lambda live, pages: None)
 
 
 def maps_untracked(patch):
@@ -206,17 +190,13 @@ def maps_untracked(patch):
 
 def forgets_saved(patch):
     """What replaced leaves had recorded doesn't reach the log."""
-    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
+    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: Tally())
 
 
 def lets_the_host_take_unflushed(patch):
     """The host takes its flags, writes the pages back, and the TLB still lets the guest write them unrecorded."""
 
-    def take(self):
-        with self.hold():
-            return self.stage2.take_host_dirty()
-
-    patch.setattr(SlotLog, "take_host_dirty", take)
+    patch.setattr(SlotLog, "take_host_dirty", lambda self: self.stage2.take_host_dirty())
 
 
 MUTANTS = [

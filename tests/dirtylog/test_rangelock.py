@@ -1,6 +1,7 @@
 """RangeLock: who waits for whom, in which order; with threads that are joined, never waited for without a limit."""
 
 import random
+import signal
 import time
 from threading import Event, Thread
 
@@ -26,7 +27,7 @@ def start(target, *args):
 def waiting(lock, count):
     """Wait until so many claims are there, held or not."""
     end = time.monotonic() + LIMIT
-    while len(lock._claims) < count:
+    while len(lock) < count:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -47,7 +48,7 @@ def test_disjoint_ranges_are_held_together():
         time.sleep(0.001)
     release.set()
     join(*threads)
-    assert lock._claims == []
+    assert len(lock) == 0
 
 
 def test_overlapping_ranges_come_in_order():
@@ -93,20 +94,27 @@ def test_it_is_free_after_an_error():
         pass
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timer")
 def test_an_interrupted_wait_leaves_nothing_behind(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     lock, log, release = RangeLock(), [], Event()
     thread = start(holder, lock, 0, 64, log, release)
     waiting(lock, 1)
-
-    def interrupt(predicate):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lock._changed, "wait_for", interrupt)
-    with pytest.raises(KeyboardInterrupt), lock.hold(0, 64):
-        pass
-    assert len(lock._claims) == 1
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt), lock.hold(0, 64):
+            pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(lock) == 1
     release.set()
     join(thread)
+    with lock.hold(0, 64):
+        assert len(lock) == 1
 
 
 def test_no_two_hold_the_same_place():
@@ -127,4 +135,4 @@ def test_no_two_hold_the_same_place():
 
     join(*[start(work, name) for name in range(6)])
     assert not wrong
-    assert lock._claims == []
+    assert len(lock) == 0

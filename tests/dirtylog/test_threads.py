@@ -9,7 +9,7 @@ from threading import Event, Lock, Thread
 
 import numpy as np
 import pytest
-from logtools import live, make, pages_of, write
+from logtools import live, make, pages_of, take, write
 
 from hwdbm import DirtyBitmap, pte, walker
 from hwdbm.errors import GfnError
@@ -111,7 +111,7 @@ def test_clears_in_parallel():
         for start in range(first, npages, 4 * 64):
             count = min(64, npages - start)
             mask = b"\xff" * 8
-            cleared.append((start, log.clear_dirty_log(0, start, count, mask, lease=True).bitmap))
+            cleared.append((start, take(log.clear_dirty_log(0, start, count, mask, lease=True))))
 
     run(*(lambda first=first: work(first) for first in range(0, 256, 64)))
     union = DirtyBitmap(npages)
@@ -139,7 +139,7 @@ def test_nobody_is_held_for_longer_than_a_step(verb):
     log = make(192, base=0x40, step_pages=64)
     log.map(0, 0x40, 192, 0)
     write(log, 0, 64, 128)
-    log._meter._hook = hook
+    log._shared.flush = hook
     faults = []
 
     def fault(page):
@@ -179,14 +179,14 @@ def test_a_whole_slot_operation_gets_its_turn_between_two_steps():
     log = make(192, base=0x40, step_pages=64)
     log.map(0, 0x40, 192, 0)
     write(log, 0, 64, 128)
-    log._meter._hook = hook
+    log._shared.flush = hook
     result = []
     main = Thread(target=lambda: result.append(log.get_dirty_log(0)), daemon=True)
     main.start()
     assert inside.wait(LIMIT)
     mover = Thread(target=log.set_memory_region, args=(0, 1, 0x4000 << 12, 192 << 12, 0), daemon=True)
     mover.start()
-    while len(log._slots[0]._lock._claims) < 2:
+    while len(log._slots[0]._lock) < 2:
         mover.join(0.001)
     go.set()
     for thread in (main, mover):
@@ -206,7 +206,7 @@ def test_a_slot_that_is_deleted_meanwhile():
     log = make(192, base=0x40, step_pages=64)
     log.map(0, 0x40, 192, 0)
     write(log, 0, 64, 128)
-    log._meter._hook = hook
+    log._shared.flush = hook
     errors = []
 
     def get():
@@ -220,7 +220,7 @@ def test_a_slot_that_is_deleted_meanwhile():
     assert inside.wait(LIMIT)
     killer = Thread(target=log.set_memory_region, args=(0, 0, 0, 0, 0), daemon=True)
     killer.start()
-    while len(log._slots[0]._lock._claims) < 2:
+    while len(log._slots[0]._lock) < 2:
         killer.join(0.001)
     go.set()
     for thread in (main, killer):
@@ -320,8 +320,7 @@ class Machine:
         """Stop, take what is left, and compare the guest's memory with the copy."""
         self.log.verify()
         self.log.sync(0)
-        last = self.log.clear_dirty_log(0, 0, self.npages, ~DirtyBitmap(self.npages), lease=True)
-        self.copy(last.bitmap)
+        self.copy(take(self.log.clear_dirty_log(0, 0, self.npages, ~DirtyBitmap(self.npages), lease=True)))
         lost = np.flatnonzero(self.memory != self.copied)
         assert not lost.size, f"lost writes to pages {lost[:9].tolist()}"
         assert self.memory.any()
@@ -368,7 +367,7 @@ def test_the_vcpus_catch_a_flush_that_is_left_out():
     """What the threads are there for: without its flush a GET hands out pages that vCPUs go on writing."""
     machine = Machine(vcpus=2)
     machine.log.map(0, 0x40, machine.npages, 0)
-    machine.log._meter._hook = None
+    machine.log._shared.flush = None
     run(machine.migrate, *(vcpu.run for vcpu in machine.vcpus))
     with pytest.raises(AssertionError, match="lost writes"):
         machine.finish()

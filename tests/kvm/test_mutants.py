@@ -10,9 +10,9 @@ from kvm_record import MODES, load
 from kvm_sides import BACKINGS, ModelSide
 
 from hwdbm import DirtyBitmap, DirtyLog
-from hwdbm.dirtylog import log, modes
+from hwdbm.dirtylog import MECHANISMS, faults, log
 from hwdbm.dirtylog.slot import SlotLog
-from hwdbm.dirtylog.stats import Meter
+from hwdbm.kernels import Tally
 from hwdbm.memslot import Change, Memslot, Memslots, Plan
 from hwdbm.stage2 import Stage2
 
@@ -53,8 +53,8 @@ def _asking(patch, change):
     """CLEAR is asked for other pages than it was."""
     clear = SlotLog.clear
 
-    def changed(self, steps, first, npages, mask):
-        return clear(self, steps, first, npages, change(mask, npages))
+    def changed(self, steps, first, npages, mask, **options):
+        return clear(self, steps, first, npages, change(mask, npages), **options)
 
     patch.setattr(SlotLog, "clear", changed)
 
@@ -97,10 +97,10 @@ def clear_counts_from_the_slots_start(patch):
     """Bit 0 is page 0, and not `first_page`."""
     clear = SlotLog.clear
 
-    def changed(self, steps, first, npages, mask):
+    def changed(self, steps, first, npages, mask, **options):
         if npages & 63:  # it ends with the slot, and couldn't anywhere else
-            return clear(self, steps, first, npages, mask)
-        return clear(self, ((lo - first, hi - first) for lo, hi in steps), 0, npages, mask)
+            return clear(self, steps, first, npages, mask, **options)
+        return clear(self, [(lo - first, hi - first) for lo, hi in steps], 0, npages, mask, **options)
 
     patch.setattr(SlotLog, "clear", changed)
 
@@ -178,46 +178,46 @@ def clear_pads_its_mask(patch):
 
 def never_starts_full(patch):
     """INITIALLY_SET is ignored."""
-    always(patch, "_start", full=False)
+    always(patch, "start_steps", full=False)
 
 
 def always_starts_full(patch):
     """Every log begins with all bits set."""
-    always(patch, "_start", full=True)
+    always(patch, "start_steps", full=True)
 
 
 def a_move_forgets_the_bits(patch):
     """A slot that moves gets a new bitmap."""
-    move = SlotLog.move
+    move = SlotLog.move_steps
 
     def moved(self, memslot, *, full):
-        move(self, memslot, full=full)
+        yield from move(self, memslot, full=full)
         if self.live is not None:
             self.live.clear()
 
-    patch.setattr(SlotLog, "move", moved)
+    patch.setattr(SlotLog, "move_steps", moved)
 
 
 def a_move_forgets_the_leaves(patch):
     """What the leaves had recorded isn't put into the bitmap that moves."""
-    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: modes.Tally())
+    patch.setattr(Stage2, "take_saved_into", lambda self, out, first=0, npages=None: Tally())
 
 
 def stopping_keeps_the_bits(patch):
     """The bitmap of a log that ended is there again when it is switched on."""
-    stop, start = SlotLog._stop, SlotLog._start
+    stop, start = SlotLog.stop_steps, SlotLog.start_steps
 
-    def stopped(self):
+    def stopped(self, memslot):
         self.kept = self.live
-        stop(self)
+        yield from stop(self, memslot)
 
-    def started(self, *, full):
-        start(self, full=full)
+    def started(self, memslot, *, full):
+        yield from start(self, memslot, full=full)
         if getattr(self, "kept", None) is not None:
             self.live.words[:] |= self.kept.words
 
-    patch.setattr(SlotLog, "_stop", stopped)
-    patch.setattr(SlotLog, "_start", started)
+    patch.setattr(SlotLog, "stop_steps", stopped)
+    patch.setattr(SlotLog, "start_steps", started)
 
 
 # --- writes ---------------------------------------------------------------------------------------------------
@@ -230,16 +230,7 @@ def a_write_marks_its_first_page(patch):
 
 def a_write_faults_unmarked(patch):
     """A write fault is resolved, and the log isn't told."""
-    fault = SlotLog.write_fault
-
-    def unmarked(self, gfn, pfn):
-        live, self.live = self.live, None
-        try:
-            fault(self, gfn, pfn)
-        finally:
-            self.live = live
-
-    patch.setattr(SlotLog, "write_fault", unmarked)
+    patch.setattr(faults, "mark", lambda live, pages: None)
 
 
 def a_log_starts_unarmed(patch):
@@ -249,13 +240,13 @@ def a_log_starts_unarmed(patch):
 
 def nothing_is_protected_again(patch):
     """A CLEAR takes the bits, and the leaves stay writable."""
-    for mode in (modes._Hardware, modes._Software):
-        patch.setattr(mode, "protect", lambda self, s2, mask, first: modes.Tally())
+    for kind in MECHANISMS.values():
+        patch.setattr(kind, "protect", lambda self, s2, mask, first: Tally())
 
 
 def the_tlb_is_not_flushed(patch):
     """The vCPU goes on with the leaves that it has cached."""
-    patch.setattr(Meter, "flush", lambda self, slot, first_page, npages: None)
+    patch.setattr(SlotLog, "flush", lambda self, due, *, needed: None)
 
 
 # --- memslots -------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def test_the_guest_goes_on_elsewhere(make: Make, kind: str, vcpus: int, options:
             changed = (other.memory(0) != before).reshape(-1, 4096).any(axis=1).nonzero()[0]
             if kind == "counting":
                 assert changed.size
-            assert set(changed.tolist()) <= set(other.dirty(0).bitmap.pages().tolist())
+            with other.dirty(0) as lease:
+                assert set(changed.tolist()) <= set(lease.bitmap.pages().tolist())
             assert other.iteration == number
 
 

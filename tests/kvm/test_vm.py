@@ -37,7 +37,7 @@ def idle(make: Make, mode: dict[str, object]) -> KvmVm:
     """Return an idle VM that logs, and has nothing dirty."""
     vm = make(SIZE, guest="idle", **mode)
     vm.start_log()
-    first = vm.dirty(0).bitmap.weight()
+    first = len(dirty(vm))
     assert first == (NPAGES if mode.get("manual_protect") == "initially-set" else 0)
     return vm
 
@@ -303,7 +303,7 @@ def test_closing_gives_everything_back(make: Make, mode: dict[str, object]) -> N
     vm.start_log()
     vm.resume()
     memory = vm.memory(0)
-    vm.dirty(0)
+    vm.dirty(0).commit()
     assert maps() > before
     vm.close()
     vm.close()
@@ -333,7 +333,7 @@ def test_a_ring_that_is_full_stops_the_vcpu_until_it_was_emptied(make: Make, mon
     assert max(full) < 256
     # 192 are the limit; in the first round, 1,024 pages long, each is written once.
     assert min(full[:4]) >= 192 - 32
-    assert vm.dirty(0).bitmap.weight() >= sum(full[:4])
+    assert len(dirty(vm)) >= sum(full[:4])
 
 
 class Queue(DirtyRing):

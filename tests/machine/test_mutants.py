@@ -7,13 +7,17 @@ from hypothesis.stateful import run_state_machine_as_test
 from vmmachine import GuestMachine, TwinMachine
 
 from hwdbm import pte
-from hwdbm.machine import Blocks, Machine, guestlog, mmu
+from hwdbm.dirtylog import DirtyLog, faults
+from hwdbm.machine import Blocks, Machine, mmu
 from hwdbm.machine.frames import Frames
 from hwdbm.machine.tlb import CLEAN, Tlb
 from hwdbm.stage2 import Stage2
 
+# A machine that is caught ends where it is, with whatever lease it has.
+pytestmark = pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
+
 HUNT = settings(
-    max_examples=300,
+    max_examples=800,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -85,18 +89,17 @@ def sets_af_alone(patch):
 
 def grants_without_marking(patch):
     """A write fault is resolved, and the log doesn't hear of it."""
-    patch.setattr(guestlog, "_mark", lambda live, pages: None)
+    patch.setattr(faults, "mark", lambda live, pages: None)
 
 
 def marks_the_page_of_a_block(patch):
     """A block that is logged as a whole has a write to it, and one page is marked."""
-    block = guestlog._block
+    blocks = faults._blocks
 
-    def one_page(s2, page):
-        desc, _, _ = block(s2, page)
-        return desc, page, page + 1
+    def one_page(s2, found):
+        return [(start, start + 1) for start, _ in blocks(s2, found)]
 
-    patch.setattr(guestlog, "_block", one_page)
+    patch.setattr(faults, "_blocks", one_page)
 
 
 def tells_nobody_of_devices(patch):
@@ -121,14 +124,14 @@ def shares_without_protecting(patch):
 
 def maps_shared_pages_writable(patch):
     """The handler maps what is there without asking whether others have it too."""
-    populate = guestlog.GuestLog.populate
+    populate = DirtyLog.populate
 
     def careless(self, slot, pages, frames, *, write, blocks):
         shared, frames.shared = frames.shared, np.zeros_like(frames.shared)
         populate(self, slot, pages, frames, write=write, blocks=blocks)
         frames.shared = shared
 
-    patch.setattr(guestlog.GuestLog, "populate", careless)
+    patch.setattr(DirtyLog, "populate", careless)
 
 
 def copies_to_no_new_frame(patch):

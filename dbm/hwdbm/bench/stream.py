@@ -16,7 +16,7 @@ import numpy as np
 
 from hwdbm.bench.measure import Row
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import Lease, Unflushed
+from hwdbm.dirtylog import Lease
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, Report, Settings, migrate, receive
 from hwdbm.process import child, python
@@ -77,8 +77,7 @@ class _Scattered(PlainGuest):
     def dirty(self, slot_id: int) -> Lease:
         self._calls += 1
         pages = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
-        receipt = Unflushed(pages.copy(), 0, pages).flush(lambda: None)
-        return Lease(self._logs[slot_id], [receipt], first_page=0, npages=pages.npages, generation=0)
+        return Lease(self._logs[slot_id], pages, generation=0)
 
 
 def rows(setup: StreamSetup | None = None) -> Iterator[Row]:

@@ -1,26 +1,33 @@
 """The dirty log: KVM's GET and CLEAR over memslots, with hardware DBM or write-protection behind it.
 
-`DirtyLog` is what programs use, `Lease` what it hands out on request. The modules of this package are its parts: a
-memslot's protocol (`slot`) and the ranges of it that are held (`held`, `rangelock`), the two modes (`modes`), the order
-of flush and copy as types (`lease`), and the counts (`stats`).
+`DirtyLog` is what programs use, `Lease` what it hands out on request. The modules of this package are its parts: the
+log with KVM's calls (`log`), a memslot's protocol (`slot`) and the ranges of it that are held (`rangelock`), what
+changes leaves (`faults`), how writes are learnt of (`mechanism`), pages that are lent (`lease`) and to whom (`client`),
+and the counts (`stats`).
 """
 
 from hwdbm.dirtylog.client import LogClient, Turn
-from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
+from hwdbm.dirtylog.faults import Backing
+from hwdbm.dirtylog.lease import Lease, Lender, Loans
 from hwdbm.dirtylog.log import DirtyLog
-from hwdbm.dirtylog.memory import LoggedMemory
+from hwdbm.dirtylog.mechanism import MECHANISMS, Mechanism
 from hwdbm.dirtylog.rangelock import RangeLock
-from hwdbm.dirtylog.stats import FlushHook, Stats
+from hwdbm.dirtylog.slot import FlushHook, Point, SlotLog
+from hwdbm.dirtylog.stats import Stats
 
 __all__ = [
+    "MECHANISMS",
+    "Backing",
     "DirtyLog",
     "FlushHook",
-    "Flushed",
     "Lease",
+    "Lender",
+    "Loans",
     "LogClient",
-    "LoggedMemory",
+    "Mechanism",
+    "Point",
     "RangeLock",
+    "SlotLog",
     "Stats",
     "Turn",
-    "Unflushed",
 ]

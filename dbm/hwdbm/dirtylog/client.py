@@ -28,13 +28,18 @@ class Turn:
         # Weak, so that a client that was forgotten holds the log no longer: no finalizer has to take the lock for it.
         self._holder: weakref.ref[LogClient] | None = None
 
-    def check(self, what: str) -> None:
-        """Raise EBUSY with the client's name if the log is a client's; `what` is what was asked for.
+    @property
+    def holder(self) -> "LogClient | None":
+        """The client that the log belongs to, if there is one."""
+        return None if self._holder is None else self._holder()
 
-        The caller holds the lock.
+    def check(self, what: str, client: "LogClient | None" = None) -> None:
+        """Raise EBUSY with the holder's name if the log is that of another client; `what` is what was asked for.
+
+        The caller holds the lock, or what else keeps the answer true for as long as it matters.
         """
-        holder = None if self._holder is None else self._holder()
-        if holder is not None:
+        holder = self.holder
+        if holder is not None and holder is not client:
             raise OSError(EBUSY, f"{what}: the dirty log belongs to its client {holder.name!r} until that closes")
 
     def client(self, name: str, take: Callable[[int], Lease]) -> "LogClient":
@@ -59,7 +64,7 @@ class Turn:
 
     def _end(self, client: "LogClient") -> None:
         with self._lock:
-            if self._holder is not None and self._holder() is client:
+            if self.holder is client:
                 self._holder = None
 
 
@@ -114,4 +119,5 @@ class LogClient:
 
     def __del__(self) -> None:
         if not self.closed and os.getpid() == self._owner:
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+            # Without `source`: who records the warning would keep the client, and so the log.
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)

@@ -1,128 +1,32 @@
-"""Leases: dirty pages that the log hands out, and takes back if their consumer fails.
+"""Leases: dirty pages that a log lends, and takes back if their consumer fails or forgets them.
 
-The order "clean, publish, flush, then copy" is a chain of types. Who cleaned leaves and published what they had
-recorded has an `Unflushed`, which shows no bitmap. Its only way on is `Unflushed.flush`, and that gives a `Flushed`
-once the TLB was flushed, and the bits leave the log in the same moment. Only of such receipts is a `Lease` made. If
-the flush fails there is no receipt, and every bit is where it was.
+A log lends pages once the TLB was flushed for what it cleaned. Until the lease is settled the pages belong to neither
+side alone: the lender keeps a `Loans` of them, and puts back those of a lease that the consumer dropped open.
 """
 
-from collections.abc import Callable, Sequence
-from enum import Enum
+import warnings
+from collections import deque
+from collections.abc import Callable
 from errno import ENOENT
+from threading import Lock
 from types import TracebackType
 from typing import Protocol, Self
+from weakref import ref
 
-from hwdbm.bitmap import DirtyBitmap
-from hwdbm.errors import StaleLeaseError
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Flushed", "Lease", "Lender", "Unflushed"]
+from hwdbm import check
+from hwdbm.bitmap import DirtyBitmap, word_count
+from hwdbm.errors import BitmapError, StaleLeaseError
 
+__all__ = ["Lease", "Lender", "Loans"]
 
-class _Key(Enum):
-    """What a receipt is made with. Nothing but `Unflushed.flush` has a reason to hold it."""
-
-    FLUSHED = "flushed"
-
-
-class Flushed:
-    """The receipt of a flush: pages that may be copied now.
-
-    Parameters
-    ----------
-    key : object
-        Nobody's: `Unflushed.flush` makes receipts.
-    first_page : int
-        The page of bit 0, counted from the slot's first.
-    pages : DirtyBitmap
-        The pages.
-    taken : bool
-        Whether they left the log, rather than being shown only.
-
-    Raises
-    ------
-    TypeError
-        If anything else makes one.
-    """
-
-    __slots__ = ("first_page", "pages", "taken")
-
-    def __init__(self, key: _Key, first_page: int, pages: DirtyBitmap, *, taken: bool) -> None:
-        if key is not _Key.FLUSHED:
-            raise TypeError("the receipt of a flush is made by Unflushed.flush")
-        self.first_page, self.pages, self.taken = first_page, pages, taken
-
-
-class Unflushed:
-    """Pages whose leaves are re-protected and whose bits are published, before the TLB flush for them.
-
-    It may be flushed once, under the lock that it was made under.
-
-    Parameters
-    ----------
-    live : DirtyBitmap
-        The slot's bitmap, in which the bits are set.
-    first_page : int
-        The page of bit 0 of `mask`, counted from the slot's first; a multiple of 64.
-    mask : DirtyBitmap
-        The pages, a part of `live` from there.
-    take : bool
-        False where nothing was re-protected, since the pages are only shown: no flush is needed, and no bit goes.
-
-    Examples
-    --------
-    >>> live = DirtyBitmap.from_pages([3, 70], 128)
-    >>> unflushed = Unflushed(live, 64, live.part(64, 64))
-    >>> unflushed
-    <Unflushed: 64 pages from 64>
-    >>> unflushed.flush(lambda: print("TLB")).pages.pages(), live.pages()
-    TLB
-    (array([6]), array([3]))
-    """
-
-    __slots__ = ("_first_page", "_live", "_mask", "_spent", "_take")
-
-    def __init__(self, live: DirtyBitmap, first_page: int, mask: DirtyBitmap, *, take: bool = True) -> None:
-        self._live, self._first_page, self._mask, self._take = live, first_page, mask, take
-        self._spent = False
-
-    def __repr__(self) -> str:
-        return f"<Unflushed: {self._mask.npages} pages from {self._first_page}>"
-
-    def flush(self, flush: Callable[[], object]) -> Flushed:
-        """Flush the TLB, then let the bits leave the log.
-
-        Parameters
-        ----------
-        flush : callable
-            Returns when no vCPU has a translation of these pages from before. Called if there are any pages: also
-            where no leaf of theirs was changed just now, since whoever cleaned a block that reaches into this part
-            may not have flushed yet.
-
-        Returns
-        -------
-        Flushed
-            The receipt, with the pages.
-
-        Raises
-        ------
-        ValueError
-            If it was called before: bits set since would be lost.
-        Exception
-            What `flush` raises. No bit has left the log then.
-        """
-        if self._spent:
-            raise ValueError(f"{self!r} was flushed before")
-        self._spent = True
-        if self._take and self._mask.any():
-            flush()
-            words = self._mask.words
-            start = self._first_page >> 6
-            self._live.words[start : start + words.size] &= ~words
-        return Flushed(_Key.FLUSHED, self._first_page, self._mask, taken=self._take)
+PutBack = Callable[[DirtyBitmap, int, int], bool]
 
 
 class Lender(Protocol):
-    """Whoever lends pages and takes them back: one slot's log."""
+    """A log that lends pages and takes them back: one slot's."""
 
     @property
     def name(self) -> str:
@@ -132,61 +36,158 @@ class Lender(Protocol):
     def generation(self) -> int:
         """Which bitmap this is: another one when the slot was deleted or its log switched off."""
 
+    @property
+    def loans(self) -> "Loans":
+        """The leases that are open. Every verb that lends calls its `Loans.take_back` first."""
+
     def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
         """Set the bits again; return False, and set none, if the bitmap isn't that of `generation`."""
+
+
+class Loans:
+    """The open leases of one lender, and the pages of those that were forgotten.
+
+    A lease may be forgotten in any thread, and at any moment of a lender's own verbs, so its pages are only noted
+    then, by a call that no signal can cut in two. The lender's next verb puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[_Loan] = set()
+        self._forgotten: deque[_Loan] = deque()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def take_back(self, put_back: PutBack) -> None:
+        """Put the pages of forgotten leases back. To be called with no page held."""
+        if not self._forgotten:
+            return
+        with self._lock:  # a thread that finds it held must not lend before the pages are back
+            while self._forgotten:
+                loan = self._forgotten[0]
+                if loan.pages is not None:
+                    put_back(loan.left(), loan.first_page, loan.generation)
+                self._forgotten.popleft()
+                self._open.discard(loan)
+
+    def _lend(self, lease: "Lease", pages: DirtyBitmap, generation: int) -> "_Loan":
+        # The callback is a method of a deque and no Python function: a signal's handler can't raise in its place.
+        loan = _Loan(lease, self._forgotten.append)
+        loan.pages, loan.npages, loan.first_page, loan.generation = pages, pages.npages, lease.first_page, generation
+        self._open.add(loan)
+        return loan
+
+    def _settle(self, loan: "_Loan") -> None:
+        loan.pages = None  # the lease has it still, so that its callback will be called
+        self._open.discard(loan)
+
+
+class _Loan(ref["Lease"]):
+    """What a lease has, for the time after it."""
+
+    __slots__ = ("first_page", "generation", "npages", "pages")
+
+    pages: DirtyBitmap | None
+    npages: int
+    first_page: int
+    generation: int
+
+    def left(self) -> DirtyBitmap:
+        """Return what is to be put back: nothing once it is settled, all pages if no bitmap of them is left."""
+        if self.pages is None:
+            return DirtyBitmap(self.npages)
+        try:
+            return _sound(self.pages, self.npages)
+        except (TypeError, BitmapError):
+            return ~DirtyBitmap(self.npages)
 
 
 class Lease:
     """Dirty pages that a consumer has on terms: it commits what it copied, or rolls back what it failed to.
 
-    As a context manager it commits at the end of the block, and rolls back where the block raises. Whatever was settled
-    inside of the block stays. If it must roll back and the bitmap is gone, the block's own exception is raised, with
-    a note.
+    As a context manager it commits at the end of the block, and rolls back where the block raises. A lease that was
+    settled inside of the block stays as it is. If it must roll back and the bitmap is gone, the block's own exception
+    is raised, with a note. The pages of a lease that is dropped open are dirty again, with a `ResourceWarning`.
 
     Parameters
     ----------
     lender : Lender
-        The log that it is from.
-    receipts : sequence of Flushed
-        One for each part, in order; together they cover the range.
-    first_page, npages : int
-        The range, in pages counted from the slot's first.
-    generation : int
-        The lender's, when the first part was taken.
-
-    Attributes
-    ----------
+        The log that lends.
     bitmap : DirtyBitmap
-        The pages; bit 0 is `first_page`. Writing to it changes what a rollback puts back.
+        The pages; bit 0 is `first_page`.
     first_page : int
-        The page of bit 0.
-
-    Raises
-    ------
-    TypeError
-        If a receipt isn't one.
+        The page of bit 0, counted from the slot's first; a multiple of 64.
+    generation : int
+        The lender's, before the first page was taken.
+    taken : bool
+        Whether the pages leave the log, rather than being shown only.
 
     Notes
     -----
+    A lender makes the lease first, and moves bits from its log to the lease's bitmap while it flushes: so that at any
+    moment each is in one of them, whatever interrupts it.
+
     A slot that was moved keeps its bitmap, and a lease its terms. When the slot was deleted, or its log was switched
     off, be it on again or not, the bitmap that the bits are from is gone: `commit` and `rollback` raise
     `StaleLeaseError`.
+
+    Examples
+    --------
+    >>> from hwdbm import DirtyLog
+    >>> log = DirtyLog()
+    >>> log.set_memory_region(0, 1, 0, 0x10000, 0)
+    <Change.CREATE: 'create'>
+    >>> log.mark_dirty(0, 7)
+    >>> with log.get_dirty_log(0, lease=True) as lease:
+    ...     lease.bitmap.pages()
+    array([7])
+    >>> lease
+    <Lease of slot 0: <DirtyBitmap: 1 of 16 pages dirty>, committed>
     """
 
+    _settled: str | None = None
+    _loan: _Loan | None = None
+
     def __init__(
-        self, lender: Lender, receipts: Sequence[Flushed], *, first_page: int, npages: int, generation: int
+        self, lender: Lender, bitmap: DirtyBitmap, first_page: int = 0, *, generation: int, taken: bool = True
     ) -> None:
-        for receipt in receipts:
-            if not isinstance(receipt, Flushed):
-                raise TypeError(f"a lease is made of receipts of flushes, not of {receipt!r}")
         self._lender, self._generation = lender, generation
-        self._settled: str | None = None
-        self._takes = any(receipt.taken for receipt in receipts)
-        self.first_page = first_page
-        self.bitmap = _joined(receipts, first_page, npages)
+        self._bitmap, self._npages, self._first_page = bitmap, bitmap.npages, first_page
+        if taken:
+            self._loan = lender.loans._lend(self, bitmap, generation)
 
     def __repr__(self) -> str:
         return f"<Lease of {self._lender.name}: {self.bitmap!r}, {self._settled or 'open'}>"
+
+    @property
+    def first_page(self) -> int:
+        """The page of bit 0, counted from the slot's first."""
+        return self._first_page
+
+    @property
+    def bitmap(self) -> DirtyBitmap:
+        """The pages; bit 0 is `first_page`. Writing to it changes what a rollback puts back.
+
+        Another bitmap may be put in its place, of the same number of pages.
+        """
+        return self._bitmap
+
+    @bitmap.setter
+    def bitmap(self, bitmap: DirtyBitmap) -> None:
+        _words(bitmap, self._npages)
+        if self._loan is not None:
+            self._loan.pages = bitmap
+        self._bitmap = bitmap
+
+    @property
+    def generation(self) -> int:
+        """The lender's generation that the pages are of."""
+        return self._generation
+
+    def words(self, lo: int, hi: int) -> NDArray[np.uint64]:
+        """Return the words of the pages [lo, hi), counted from the slot's first, for the lender to fill."""
+        return self._bitmap.words[lo - self._first_page >> 6 : hi - self._first_page + 63 >> 6]
 
     def commit(self) -> None:
         """Say that the pages were copied: they are the consumer's for good.
@@ -201,25 +202,34 @@ class Lease:
         self._check_open()
         if self._lender.generation != self._generation:
             raise self._stale()
-        self._settled = "committed"
+        self._settle("committed")
 
     def rollback(self) -> None:
-        """Give the pages back: each is dirty again, together with whatever was dirtied since.
+        """Give the pages back: each is dirty again, together with what was dirtied since.
 
-        Pages that were only shown (GET under manual protection) never left, and nothing is put back.
+        Pages that were only shown (GET under manual protection) never left, and none is put back.
 
         Raises
         ------
         ValueError
             If the lease was settled before.
+        BitmapError
+            If `bitmap` isn't one of the lease's pages any more. The lease stays open.
         StaleLeaseError
-            If the bitmap is gone.
+            If the bitmap of the log is gone.
         """
         self._check_open()
-        back = self.bitmap if self._takes else DirtyBitmap(0)
-        if not self._lender.put_back(back, self.first_page, self._generation):
+        back = DirtyBitmap(0) if self._loan is None else _sound(self._bitmap, self._npages)
+        if not self._lender.put_back(back, self._first_page, self._generation):
             raise self._stale()
-        self._settled = "rolled back"
+        self._settle("rolled back")
+
+    def abandon(self) -> None:
+        """Put back what the lender had filled in when it failed to go on: the lease never reached a consumer."""
+        try:
+            self.rollback()
+        except StaleLeaseError:
+            self._settled = "abandoned"
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -238,22 +248,58 @@ class Lease:
         except StaleLeaseError as stale:
             error.add_note(stale.strerror or str(stale))
 
+    def __del__(self) -> None:
+        # The loan's own callback notes the pages; all that is left to do here is to say so.
+        if self._loan is None or self._settled or self._lender.generation != self._generation:
+            return
+        if self._bitmap.any():
+            warnings.warn(
+                f"a lease of {self._lender.name} was neither committed nor rolled back: "
+                f"its {self._loan.left().weight()} pages are dirty again",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def _settle(self, how: str) -> None:
+        self._settled = how
+        if self._loan is not None:
+            self._lender.loans._settle(self._loan)
+
     def _check_open(self) -> None:
         if self._settled:
             raise ValueError(f"the lease of {self._lender.name} was {self._settled} before")
 
     def _stale(self) -> StaleLeaseError:
+        # It can be settled no more, and there is nothing that its pages could be put back into.
+        if self._loan is not None:
+            self._lender.loans._settle(self._loan)
         return StaleLeaseError(
             ENOENT, f"{self._lender.name} was deleted or its log switched off, and the lease's bitmap is gone"
         )
 
 
-def _joined(receipts: Sequence[Flushed], first_page: int, npages: int) -> DirtyBitmap:
-    """Return the receipts' pages as one bitmap of the range; a single one's is not copied."""
-    if len(receipts) == 1 and receipts[0].pages.npages == npages:
-        return receipts[0].pages
-    joined = DirtyBitmap(npages)
-    for receipt in receipts:
-        start, words = receipt.first_page - first_page >> 6, receipt.pages.words
-        joined.words[start : start + words.size] = words
-    return joined
+def kept(lease: Lease) -> DirtyBitmap:
+    """Return the pages of a lease that its lender made for a caller who wants no lease: they are the caller's."""
+    bitmap, loan = lease._bitmap, lease._loan
+    lease._settled = "kept"
+    if loan is not None:
+        loan.pages = None
+    # Between here and the caller's own assignment Python handles no signal: the pages are either side's throughout.
+    return bitmap
+
+
+def _words(bitmap: DirtyBitmap, npages: int) -> NDArray[np.uint64]:
+    """Return the words of a bitmap that is one of `npages` pages."""
+    if not isinstance(bitmap, DirtyBitmap):
+        raise TypeError(f"a lease's bitmap is a DirtyBitmap, not {type(bitmap).__name__}")
+    if bitmap.npages != npages:
+        raise BitmapError(f"the lease is of {npages} pages, its bitmap of {bitmap.npages}")
+    return check.uint64s(bitmap.words, "a lease's words", word_count(npages), error=BitmapError)
+
+
+def _sound(bitmap: DirtyBitmap, npages: int) -> DirtyBitmap:
+    """Return a bitmap of its own with the same pages and a clean tail, whatever a consumer did to it."""
+    words = _words(bitmap, npages).copy()
+    if npages & 63:
+        words[-1] &= np.uint64((1 << (npages & 63)) - 1)
+    return DirtyBitmap.from_words(words, npages)

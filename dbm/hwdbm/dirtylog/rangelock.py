@@ -2,34 +2,51 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Condition, get_ident
+from threading import Lock, get_ident
 
-__all__ = ["RangeLock"]
+__all__ = ["Claim", "RangeLock"]
 
 
-@dataclass(slots=True, eq=False)
-class _Claim:
-    lo: int
-    hi: int
-    owner: int
+class Claim:
+    """A range of one thread, from when it asks for it to when it lets go.
 
-    def overlaps(self, other: "_Claim") -> bool:
+    Parameters
+    ----------
+    lo, hi : int
+        The range [lo, hi).
+
+    Attributes
+    ----------
+    held, mine : Lock
+        The claim lasts as long as both are locked, `held` first: ``with claim.held, claim.mine:``. Leaving that block
+        is no line of Python, so a signal's handler that raises can't keep a claim from ending. Others wait by taking
+        `held`, for a moment; `mine` is the owner's alone, so that nobody takes such a moment for a claim.
+    """
+
+    __slots__ = ("held", "hi", "lo", "mine", "owner")
+
+    def __init__(self, lo: int, hi: int) -> None:
+        self.lo, self.hi, self.owner = lo, hi, get_ident()
+        self.held, self.mine = Lock(), Lock()
+
+    def overlaps(self, other: "Claim") -> bool:
+        """Return whether the ranges have a number in common."""
         return max(self.lo, other.lo) < min(self.hi, other.hi)
 
 
 class RangeLock:
     """A lock of ranges of integers.
 
-    Who asks for a range waits for everyone who asked for an overlapping one before, whether they hold it yet or not,
-    and for nobody else. So a whole-slot operation gets its turn between two steps of a harvest, and the next step
-    waits for it: nobody starves, and nobody waits longer than for those before.
+    A claim waits for all overlapping ones that came before it, whether these are held yet or wait too, and for no
+    other. So an operation on everything gets its turn between two steps of a harvest, the next step waits for it, and
+    no thread starves.
 
     Examples
     --------
     >>> lock = RangeLock()
     >>> with lock.hold(0, 64), lock.hold(64, 128):
-    ...     pass
+    ...     len(lock)
+    2
     >>> with lock.hold(0, 64), lock.hold(63, 65):
     ...     pass
     Traceback (most recent call last):
@@ -37,45 +54,40 @@ class RangeLock:
     """
 
     def __init__(self) -> None:
-        self._claims: list[_Claim] = []  # in the order of arrival, held and waiting
-        self._changed = Condition()
+        self._claims: list[Claim] = []  # in the order of arrival; those that have ended go when the next one comes
+        self._changed = Lock()
 
-    @contextmanager
-    def hold(self, lo: int, hi: int) -> Iterator[None]:
-        """Hold [lo, hi) for the length of a ``with`` block. An empty range is held at once.
+    def __len__(self) -> int:
+        return sum(claim.mine.locked() for claim in self._claims)
 
-        Yields
-        ------
-        None
-            Once nobody else holds a part of it.
+    def wait(self, claim: Claim) -> None:
+        """Return when all overlapping claims that came before have ended. The caller holds the claim's two locks.
 
         Raises
         ------
         RuntimeError
-            If this thread holds a part of it already: it would wait for itself.
+            If this thread has an overlapping claim already: it would wait for itself.
         """
-        claim = _Claim(lo, hi, get_ident())
         with self._changed:
-            for other in self._claims:
-                if other.owner == claim.owner and claim.overlaps(other):
+            claims = [each for each in self._claims if each.mine.locked()]
+            before = [each for each in claims if each.overlaps(claim)]
+            for each in before:
+                if each.owner == claim.owner:
                     raise RuntimeError(
-                        f"{lo}..{hi - 1} overlaps {other.lo}..{other.hi - 1}, which this thread holds already"
+                        f"{claim.lo}..{claim.hi - 1} overlaps {each.lo}..{each.hi - 1}, which this thread holds already"
                     )
-            self._claims.append(claim)
-            try:
-                self._changed.wait_for(lambda: self._first(claim))
-            except BaseException:  # an interrupt while it waited must not leave the claim behind
-                self._drop(claim)
-                raise
-        try:
+            self._claims = [*claims, claim]
+        for each in before:
+            with each.held:
+                pass
+
+    @contextmanager
+    def hold(self, lo: int, hi: int) -> Iterator[None]:
+        """Hold [lo, hi) for the length of a ``with`` block. An empty range is held at once. Errors are `wait`'s.
+
+        A signal's handler that raises as the block ends may keep the range held for as long as its exception lives.
+        """
+        claim = Claim(lo, hi)
+        with claim.held, claim.mine:
+            self.wait(claim)
             yield
-        finally:
-            with self._changed:
-                self._drop(claim)
-
-    def _first(self, claim: _Claim) -> bool:
-        return not any(claim.overlaps(other) for other in self._claims[: self._claims.index(claim)])
-
-    def _drop(self, claim: _Claim) -> None:
-        self._claims.remove(claim)
-        self._changed.notify_all()

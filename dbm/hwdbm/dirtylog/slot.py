@@ -1,31 +1,99 @@
 """One memslot under a dirty log: its leaves, its bitmap, and the protocol between them.
 
-Every operation holds a range of the slot, and does all of its work under it: clean, publish, flush, take. One rule
-makes the order safe: a bit leaves the live bitmap, and a flag the host's, only after a flush that began when its leaf
-was clean. So it doesn't matter who cleaned the leaf, and a flush that fails has nothing to undo.
+The protocol's steps are generators. Each yields the `Point` that it comes to next, with the pages of its step held, and
+production runs it to the end (`SlotLog.run`). Two rules make the order safe, whatever interrupts it:
+
+* A bit leaves the live bitmap, and a flag the host's, only after a flush that began when its leaf was clean. So it
+  doesn't matter which thread cleaned the leaf, and a flush that fails has nothing to undo.
+* Before leaves are changed it is noted that a flush is due for their pages, and the note goes after a flush that
+  succeeded. So a flush that failed, or never began, is made up for by the next step that touches these pages.
 """
 
-from collections.abc import Callable, Iterable
-from errno import EFAULT, ENOENT
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from errno import ENOENT
+from threading import RLock, Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog.held import HeldSlot, Step
-from hwdbm.dirtylog.lease import Flushed, Lease, Unflushed
-from hwdbm.dirtylog.modes import LogMode
+from hwdbm.dirtylog.client import LogClient, Turn
+from hwdbm.dirtylog.lease import Lease, Loans
+from hwdbm.dirtylog.mechanism import UNLOGGED, Leaf, Mechanism
+from hwdbm.dirtylog.rangelock import Claim, RangeLock
 from hwdbm.dirtylog.stats import Meter
-from hwdbm.errors import InvariantError
+from hwdbm.errors import GfnError, InvariantError
 from hwdbm.granule import Granule
-from hwdbm.memslot import Memslot
+from hwdbm.memslot import Memslot, slot_name
 from hwdbm.stage2 import Stage2
 
-__all__ = ["SlotLog"]
+__all__ = ["FlushHook", "Point", "Shared", "SlotLog"]
+
+FlushHook = Callable[[Memslot, int, int], object]
+"""Called with (slot, first page, pages): no vCPU may use a translation of them from before when it returns."""
+
+Span = tuple[int, int]
+"""Pages [lo, hi) of a slot."""
+Steps = Iterator["Point"]
+Place = Callable[[], Span]
 
 
-class SlotLog(HeldSlot):
+class Point(Enum):
+    """What a step of the protocol does next."""
+
+    CLEAN = "clean"
+    """Change leaves; what they had recorded is published, or saved, in the same pass."""
+    PUBLISH = "publish"
+    """Set bits in the live bitmap."""
+    FLUSH = "flush"
+    """Flush the TLBs, if that is due."""
+    TAKE = "take"
+    """Move bits from the live bitmap to the lease."""
+    COPY = "copy"
+    """Hand the pages to their consumer."""
+
+
+@dataclass(eq=False, slots=True)
+class Shared:
+    """What all slots of a log have in common.
+
+    Parameters
+    ----------
+    flush : callable or None
+        The flush hook; None where there is no TLB.
+    workers : int
+        Threads that the steps of one call run in.
+    meter : Meter
+        The counts.
+    turn : Turn
+        Whose turn it is to take pages.
+    """
+
+    flush: FlushHook | None
+    workers: int = 1
+    meter: Meter = field(default_factory=Meter)
+    turn: Turn = field(default_factory=lambda: Turn(RLock()))
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class _Due:
+    """A flush that is due for the pages [lo, hi); with `missed` also for changes of theirs before.
+
+    `wider` are earlier notes that reach beyond these pages.
+    """
+
+    lo: int
+    hi: int
+    wider: "tuple[_Due, ...]"
+    missed: bool
+
+
+class SlotLog:
     """The log of one memslot, from its creation to its deletion.
 
     Parameters
@@ -34,24 +102,49 @@ class SlotLog(HeldSlot):
         The slot.
     granule : Granule
         The size of a page.
-    mode : LogMode
+    mechanism : Mechanism
         How writes are learnt of.
-    meter : Meter
-        Where flushes and passes are counted; it has the flush hook.
+    shared : Shared
+        What all slots have in common.
 
     Attributes
     ----------
+    memslot : Memslot
+        The slot as it is now; a move or a change of flags puts another there.
+    stage2 : Stage2
+        Its leaves; a move puts another there.
     live : DirtyBitmap or None
-        The bitmap, while the slot logs. Its words belong to whoever holds their pages.
+        The bitmap, while the slot logs. Its words belong to the thread that holds their pages.
     generation : int
         Counts the bitmaps that are gone.
+    loans : Loans
+        The leases that are open.
     """
 
-    def __init__(self, memslot: Memslot, granule: Granule, mode: LogMode, meter: Meter) -> None:
-        super().__init__(memslot, granule)
-        self.mode, self.meter = mode, meter
+    def __init__(self, memslot: Memslot, granule: Granule, mechanism: Mechanism, shared: Shared) -> None:
+        self.memslot, self.mechanism, self.shared = memslot, mechanism, shared
+        self.stage2 = Stage2(memslot.npages, memslot.base_gfn, granule)
         self.live: DirtyBitmap | None = None
         self.generation = 0
+        self.loans = Loans()
+        self._deleted = False
+        self._lock = RangeLock()
+        self._due: set[_Due] = set()
+
+    @property
+    def name(self) -> str:
+        """What the slot is called in an error's text."""
+        return slot_name(self.memslot.id)
+
+    @property
+    def npages(self) -> int:
+        """Pages of the slot, which never change."""
+        return self.memslot.npages
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the slot is gone."""
+        return self._deleted
 
     def logging(self, generation: int | None = None) -> DirtyBitmap:
         """Return the live bitmap.
@@ -65,225 +158,430 @@ class SlotLog(HeldSlot):
             raise OSError(ENOENT, f"{self.name} has no dirty bitmap")
         return self.live
 
-    def _flush(self, lo: int, hi: int) -> None:
-        self.meter.flush(self.memslot, lo, hi - lo)
+    # --- holding pages, and running steps with them held ---------------------------------------------------
+
+    def run(self, steps: Steps, lo: int = 0, hi: int | None = None) -> None:
+        """Run steps to their end, with the pages [lo, hi) held, out to whole words; by default the slot.
+
+        Raises
+        ------
+        OSError
+            ENOENT if the slot was deleted.
+        """
+        claim = self._claim(lo, self.npages if hi is None else hi)
+        with claim.held, claim.mine:
+            self._wait(claim)
+            for _ in steps:
+                pass
+
+    def run_leaves(self, place: Place, steps: Callable[[int, int], Steps]) -> None:
+        """Run steps with pages held out to where leaves end, so that leaves can be put there, split and removed.
+
+        Parameters
+        ----------
+        place : callable
+            Returns the pages [lo, hi). It is asked again where the slot has moved before they were held.
+        steps : callable
+            Given the pages.
+        """
+        while True:
+            lo, hi = place()
+            span = self.leaf_span(lo, hi)
+            claim = self._claim(*span)
+            with claim.held, claim.mine:
+                self._wait(claim)
+                if place() == (lo, hi) and self.leaf_span(lo, hi) == span:
+                    for _ in steps(lo, hi):
+                        pass
+                    return
+
+    @contextmanager
+    def hold_leaves(self, place: Place) -> Iterator[Span]:
+        """Hold pages as `run_leaves` does, for the length of a ``with`` block."""
+        while True:
+            lo, hi = place()
+            span = self.leaf_span(lo, hi)
+            claim = self._claim(*span)
+            with claim.held, claim.mine:
+                self._wait(claim)
+                if place() == (lo, hi) and self.leaf_span(lo, hi) == span:
+                    yield lo, hi
+                    return
+
+    def _claim(self, lo: int, hi: int) -> Claim:
+        return Claim(lo & ~63, min(hi + 63 & ~63, self.npages))
+
+    def _wait(self, claim: Claim) -> None:
+        self._lock.wait(claim)
+        if self._deleted:
+            raise OSError(ENOENT, f"{self.name} was deleted")
+
+    def leaf_span(self, lo: int, hi: int) -> Span:
+        """Return pages out to where leaves end that could be there."""
+        if lo == hi:
+            return lo, hi
+        s2 = self.stage2
+        start, stop = lo, hi
+        for page in (lo, hi - 1):
+            large = pte.leaf(1)(int(s2.level(1)[s2.layout.index(1, page)]))
+            level = 1 if large else 2
+            first, after = s2.layout.span(level, s2.layout.index(level, page))
+            start, stop = min(start, first), max(stop, after)
+        return max(start, 0), min(stop, self.npages)
+
+    def pages(self, first: int, npages: int) -> Span:
+        """Return pages as [lo, hi).
+
+        Raises
+        ------
+        GfnError
+            If they aren't inside of the slot.
+        """
+        if first < 0 or npages < 0 or first + npages > self.npages:
+            raise GfnError(f"{self.name}: pages {first}..{first + npages - 1} are not inside of its {self.npages}")
+        return first, first + npages
+
+    def pages_at(self, gfn: int, npages: int) -> Span:
+        """Return guest frames as pages [lo, hi), where the slot is now. Errors are those of `pages`."""
+        slot = self.memslot
+        if gfn < slot.base_gfn or npages < 0 or gfn + npages > slot.end_gfn:
+            raise GfnError(
+                f"{self.name}: gfn {gfn:#x}..{gfn + npages - 1:#x} is not inside of its "
+                f"{slot.base_gfn:#x}..{slot.end_gfn - 1:#x}"
+            )
+        return gfn - slot.base_gfn, gfn - slot.base_gfn + npages
+
+    # --- flushes that are due ------------------------------------------------------------------------------
+
+    def changing(self, lo: int, hi: int) -> _Due:
+        """Note that a flush is due for pages whose leaves are about to be changed; these pages are held."""
+        # Notes that overlap are of steps that ended without their flush: nothing else can hold these pages now.
+        missed = [due for due in tuple(self._due) if due.lo < hi and lo < due.hi]
+        wider = tuple(due for due in missed if due.lo < lo or hi < due.hi)
+        due = _Due(lo, hi, wider, bool(missed))
+        self._due.add(due)
+        self._due.difference_update(set(missed).difference(wider))
+        return due
+
+    def flush(self, due: _Due, *, needed: bool, spans: Sequence[Span] | None = None) -> None:
+        """Flush the TLBs for what was noted, or only take the note back where nothing was changed, now or before.
+
+        With `spans` only these pages are flushed, if there was nothing before.
+        """
+        if needed or due.missed:
+            if spans is None or due.missed:
+                notes = (due, *due.wider)
+                spans = [(min(each.lo for each in notes), max(each.hi for each in notes))]
+            for lo, hi in spans:
+                if self.shared.flush is not None:
+                    self.shared.flush(self.memslot, lo, hi - lo)
+                self.shared.meter.flush()
+            self._due.difference_update(due.wider)
+        self._due.discard(due)
+
+    @property
+    def flush_is_due(self) -> bool:
+        """Whether a flush of any page is due."""
+        return bool(self._due)
 
     # --- sync, get, clear ----------------------------------------------------------------------------------
 
     def sync(self, lo: int, hi: int) -> None:
         """Publish what was recorded in a part, clean it, and flush."""
-        with self.hold(lo, hi):
-            if self.meter.add(self.mode.sync(self.stage2, self.logging(), lo, hi - lo)).words:
-                self._flush(lo, hi)
+        self.run(self.sync_steps(lo, hi), lo, hi)
 
-    def get(self, steps: Iterable[Step], *, take: bool) -> Lease:
-        """Lend the slot's dirty pages, a step at a time; without `take` only show them (manual protection)."""
+    def sync_all(self, parts: Sequence[Span]) -> None:
+        """Do as `sync` for each part, in as many threads as there are workers."""
+        in_threads(parts, self.sync, self.shared.workers, lambda: None)
 
-        def step(lo: int, hi: int, generation: int) -> Flushed:
-            with self.hold(lo, hi):
-                live = self.logging(generation)
-                publish = self.mode.renew if take else self.mode.peek
-                self.meter.add(publish(self.stage2, live, lo, hi - lo))
-                # A step begins with a word, and the bits beyond the slot's end are zero: its words are its bitmap.
-                pages = DirtyBitmap.from_words(live.words[lo >> 6 : hi + 63 >> 6].copy(), hi - lo)
-                unflushed = Unflushed(live, lo, pages, take=take)
-                return unflushed.flush(lambda: self._flush(lo, hi))
+    def sync_steps(self, lo: int, hi: int) -> Steps:
+        """Take the steps of a sync."""
+        live = self.logging()
+        yield Point.CLEAN
+        due = self.changing(lo, hi)
+        tally = self.shared.meter.add(self.mechanism.sync(self.stage2, live, lo, hi - lo))
+        yield Point.FLUSH
+        self.flush(due, needed=tally.words > 0)
 
-        return self._lend(steps, step, 0, self.npages)
+    def get(self, parts: Sequence[Span], *, take: bool, consumer: LogClient | None = None) -> Lease:
+        """Lend the slot's dirty pages, a part at a time; without `take` only show them (manual protection)."""
+        lease = self._lease(0, self.npages, taken=take)
+        steps = self.get_steps if take else self.peek_steps
+        self._fill(lease, parts, lambda lo, hi: steps(lease, lo, hi, consumer))
+        return lease
 
-    def clear(self, steps: Iterable[Step], first: int, npages: int, mask: NDArray[np.uint64]) -> Lease:
+    def get_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
+        """Take the steps of a GET that clears."""
+        self.shared.turn.check(f"{self.name}: GET", consumer)
+        live = self.logging(lease.generation)
+        yield Point.CLEAN
+        due = self.changing(lo, hi)
+        self.shared.meter.add(self.mechanism.renew(self.stage2, live, lo, hi - lo))
+        # A step begins with a word, and the bits beyond the slot's end are zero: its words are its bitmap.
+        words, taken = live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
+        np.copyto(taken, words)
+        yield from self._take(due, words, taken)
+
+    def peek_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
+        """Take the steps of a GET that only shows: no leaf is changed."""
+        self.shared.turn.check(f"{self.name}: GET", consumer)
+        live = self.logging(lease.generation)
+        yield Point.PUBLISH
+        self.shared.meter.add(self.mechanism.peek(self.stage2, live, lo, hi - lo))
+        np.copyto(lease.words(lo, hi), live.words[lo >> 6 : hi + 63 >> 6])
+        yield Point.COPY
+
+    def clear(
+        self,
+        parts: Sequence[Span],
+        first: int,
+        npages: int,
+        mask: NDArray[np.uint64],
+        *,
+        consumer: LogClient | None = None,
+    ) -> Lease:
         """Lend those of `npages` pages that are dirty and in a mask, and re-protect them.
 
         Bit 0 of the words in `mask` is page `first`, a multiple of 64. Bits at or beyond the slot's end may be set:
         they never are in the live bitmap.
         """
+        lease = self._lease(first, npages)
+        self._fill(lease, parts, lambda lo, hi: self.clear_steps(lease, lo, hi, mask, consumer))
+        return lease
 
-        def step(lo: int, hi: int, generation: int) -> Flushed:
-            with self.hold(lo, hi):
-                live = self.logging(generation)
-                # Only what was published may go: a leaf whose bit is clear keeps its dirty state for the next GET.
-                asked = mask[lo - first >> 6 : hi - first + 63 >> 6]
-                cleared = DirtyBitmap.from_words(asked & live.words[lo >> 6 : hi + 63 >> 6], hi - lo)
-                if cleared.any():
-                    self.meter.add(self.mode.protect(self.stage2, cleared, lo))
-                return Unflushed(live, lo, cleared).flush(lambda: self._flush(lo, hi))
+    def clear_steps(
+        self, lease: Lease, lo: int, hi: int, mask: NDArray[np.uint64], consumer: LogClient | None = None
+    ) -> Steps:
+        """Take the steps of a CLEAR."""
+        self.shared.turn.check(f"{self.name}: CLEAR", consumer)
+        live = self.logging(lease.generation)
+        yield Point.CLEAN
+        due = self.changing(lo, hi)
+        words, taken = live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
+        # Only what was published may go: a leaf whose bit is clear keeps its dirty state for the next GET.
+        first = lease.first_page
+        np.bitwise_and(mask[lo - first >> 6 : hi - first + 63 >> 6], words, out=taken)
+        if taken.any():
+            asked = DirtyBitmap.from_words(taken, hi - lo)
+            self.shared.meter.add(self.mechanism.protect(self.stage2, asked, lo))
+        yield from self._take(due, words, taken)
 
-        return self._lend(steps, step, first, npages)
+    def _take(self, due: _Due, words: NDArray[np.uint64], taken: NDArray[np.uint64]) -> Steps:
+        """Flush, and let bits that are in the lease by now leave the live bitmap.
 
-    def _lend(self, steps: Iterable[Step], step: Callable[[int, int, int], Flushed], first: int, npages: int) -> Lease:
-        generation, receipts = self.generation, list[Flushed]()
-        try:
-            for lo, hi in steps:
-                receipts.append(step(lo, hi, generation))
-        except BaseException:
-            # The steps before are complete, and their pages were lent: a failed call changes nothing.
-            for receipt in receipts:
-                if receipt.taken:
-                    self.put_back(receipt.pages, receipt.first_page, generation)
-            raise
-        return Lease(self, receipts, first_page=first, npages=npages, generation=generation)
+        The flush comes if there are any, also where no leaf of theirs was changed just now: another thread may have
+        cleaned a block that reaches into this part, and not have flushed yet.
+        """
+        needed = bool(taken.any())
+        yield Point.FLUSH
+        self.flush(due, needed=needed)
+        yield Point.TAKE
+        if needed:
+            np.bitwise_and(words, ~taken, out=words)
+        yield Point.COPY
+
+    def _lease(self, first: int, npages: int, *, taken: bool = True) -> Lease:
+        self.loans.take_back(self.put_back)
+        return Lease(self, DirtyBitmap(npages), first, generation=self.generation, taken=taken)
+
+    def _fill(self, lease: Lease, parts: Sequence[Span], steps: Callable[[int, int], Steps]) -> None:
+        """Run the steps of each part; if one fails, what those before have taken is put back."""
+        in_threads(parts, lambda lo, hi: self.run(steps(lo, hi), lo, hi), self.shared.workers, lease.abandon)
 
     def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
         """Set bits in the live bitmap again, unless it isn't that of `generation`; return whether it is."""
+
+        def steps() -> Steps:
+            live = self.logging(generation)
+            yield Point.PUBLISH
+            words = live.words[first_page >> 6 : (first_page >> 6) + pages.words.size]
+            np.bitwise_or(words, pages.words, out=words)
+
         try:
-            with self.hold(first_page, first_page + pages.npages):
-                live = self.logging(generation)
-                start = first_page >> 6
-                live.words[start : start + pages.words.size] |= pages.words
+            self.run(steps(), first_page, first_page + pages.npages)
         except FileNotFoundError:  # ENOENT: deleted, or its log switched off
             return False
         return True
 
-    # --- leaves --------------------------------------------------------------------------------------------
+    # --- other writers and the host ------------------------------------------------------------------------
 
-    def map(self, gfn: int, npages: int, pfn: int | NDArray[np.integer], level: int, *, writable: bool) -> None:
-        """Map guest frames as the state of the log wants it, and flush if that replaced a leaf."""
-        with self.hold_leaves(lambda: self.pages_at(gfn, npages)) as (lo, hi):
-            logs, writable = self.live is not None, writable and not self.memslot.readonly
-            if logs and level != 3:
-                size = self.stage2.granule.pages_per_entry(level)
-                if isinstance(pfn, np.ndarray):
-                    pfn = (pfn[:, None] + np.arange(size)).ravel()
-                level = 3
-            replaces = self.stage2.mapped(lo, hi - lo)
-            dbm = logs and writable and self.mode.hardware
-            if logs and not self.mode.hardware:
-                writable = False  # the first write is to fault
-            self.stage2.map(gfn, npages, pfn, level, writable, dbm=dbm)
-            if replaces:
-                self._flush(lo, hi)
+    def leaf(self, *, write: bool) -> Leaf:
+        """Return how a page that the host lets the guest write is to be mapped."""
+        return UNLOGGED if self.live is None else self.mechanism.leaf(write=write)
 
-    def unmap(self, gfn: int, npages: int) -> None:
-        """Unmap guest frames; what their leaves recorded is saved for both consumers, and the TLB flushed."""
-        with self.hold_leaves(lambda: self.pages_at(gfn, npages)) as (lo, hi):
-            replaces = self.stage2.mapped(lo, hi - lo)
-            self.stage2.unmap(gfn, npages)
-            if replaces:
-                self._flush(lo, hi)
+    def grant(self, pages: NDArray[np.int64]) -> None:
+        """Let the guest write pages that have a leaf and that the host lets it write."""
+        if self.live is None:
+            self.stage2.relax_at(pages)
+        else:
+            self.mechanism.grant(self.stage2, pages)
 
-    def write_fault(self, gfn: int, pfn: int | None) -> None:
-        """Resolve a write fault: grant the page, and only then mark it."""
-        if self.memslot.readonly:
-            raise OSError(EFAULT, f"{self.name} is read-only: no write to gfn {gfn:#x} is granted")
-        with self.hold_leaves(lambda: self.pages_at(gfn, 1)) as (page, _):
-            s2, live = self.stage2, self.live
-            replaces = False
-            if pfn is not None:
-                replaces = s2.mapped(page, 1)
-                s2.map(gfn, 1, pfn)
-            elif live is not None and s2.leaf_level(page) in (1, 2):
-                replaces = s2.split(gfn, 1) > 0
-            if not s2.relax(gfn, dbm=live is not None and self.mode.hardware):
-                raise OSError(EFAULT, f"{self.name}: gfn {gfn:#x} has no leaf, and no pfn was given")
-            if live is not None:
-                live.set_range(page, 1)
-            self.meter.fault()
-            if replaces:
-                self._flush(page, page + 1)
-
-    def mark(self, lo: int, hi: int) -> None:
+    def mark_steps(self, lo: int, hi: int) -> Steps:
         """Mark pages that something other than a vCPU wrote, for both consumers."""
-        with self.hold(lo, hi):
-            self.stage2.host_dirty.set_range(lo, hi - lo)
-            if self.live is not None:
-                self.live.set_range(lo, hi - lo)
+        yield Point.PUBLISH
+        if self.live is not None:
+            self.live.set_range(lo, hi - lo)
+        self.stage2.host_dirty.set_range(lo, hi - lo)
 
     def take_host_dirty(self) -> DirtyBitmap:
         """Flush, then take the host pages' dirty flags."""
-        with self.hold():
-            if self.stage2.saved or self.stage2.host_dirty.any():
-                self._flush(0, self.npages)
-            return self.stage2.take_host_dirty()
+        taken: list[DirtyBitmap] = []
+
+        def steps() -> Steps:
+            yield Point.FLUSH
+            due = self.changing(0, self.npages)
+            self.flush(due, needed=bool(self.stage2.saved) or self.stage2.host_dirty.any())
+            yield Point.TAKE
+            taken.append(self.stage2.host_dirty | self.stage2.saved.bitmap)
+            self.stage2.host_dirty.clear()
+
+        try:
+            self.run(steps())
+        except BaseException:
+            if taken:
+                self.stage2.host_dirty |= taken[0]
+            raise
+        return taken[0]
 
     # --- the slot's life -----------------------------------------------------------------------------------
 
-    def start(self, memslot: Memslot, *, full: bool) -> None:
+    def start_steps(self, memslot: Memslot, *, full: bool) -> Steps:
         """Begin to log; with `full` all bits are set, and leaves are left to the CLEARs (INITIALLY_SET)."""
-        with self.hold():
-            self._start(full=full)
-            self.memslot = memslot
-
-    def _start(self, *, full: bool) -> None:
         live = DirtyBitmap(self.npages)
+        yield Point.CLEAN
         if full:
             live.fill()
-        elif self._mapped():
-            self.meter.add(self.mode.start(self.stage2))
-            self._flush(0, self.npages)
+        else:
+            due, mapped = self.changing(0, self.npages), self._mapped()
+            if mapped:
+                self.shared.meter.add(self.mechanism.start(self.stage2))
+            yield Point.FLUSH
+            self.flush(due, needed=mapped)
         self.stage2.take_saved_into(DirtyBitmap(self.npages))  # from before the log: the host has it
-        self.live = live
+        yield Point.TAKE
+        self.live, self.memslot = live, memslot
 
-    def stop(self, memslot: Memslot) -> None:
+    def stop_steps(self, memslot: Memslot) -> Steps:
         """End the log: the bitmap is freed, the leaves stay as they are."""
-        with self.hold():
-            self._stop()
-            self.memslot = memslot
-
-    def _stop(self) -> None:
-        self.live = None
+        yield Point.TAKE
         self.generation += 1
+        self.live, self.memslot = None, memslot
 
-    def move(self, memslot: Memslot, *, full: bool) -> None:
+    def move_steps(self, memslot: Memslot, *, full: bool) -> Steps:
         """Move the slot: all leaves go, and what they had recorded stays with the bitmap, which stays too.
 
-        `full` is `start`'s, where `memslot` begins to log.
+        `full` is that of `start_steps`, where `memslot` begins to log.
         """
-        with self.hold():
-            self._unmap_all()
-            old, self.stage2 = self.stage2, Stage2(self.npages, memslot.base_gfn, self.stage2.granule)
-            self.stage2.host_dirty = old.host_dirty  # the pages behind are the same
-            self.memslot = memslot
-            if memslot.logging and self.live is None:
-                self._start(full=full)
-            elif not memslot.logging and self.live is not None:
-                self._stop()
+        yield from self._unmap_steps()
+        live = self.live
+        if memslot.logging and live is None:
+            live = DirtyBitmap(self.npages)
+            if full:
+                live.fill()
+        elif not memslot.logging and live is not None:
+            live = None
+            self.generation += 1
+        stage2 = Stage2(self.npages, memslot.base_gfn, self.stage2.granule)
+        stage2.host_dirty = self.stage2.host_dirty  # the pages behind are the same
+        self.stage2, self.live, self.memslot = stage2, live, memslot
 
-    def delete(self) -> None:
+    def delete_steps(self) -> Steps:
         """End the slot. What its leaves had recorded is in the `host_dirty` of the Stage2 that it had."""
-        with self.hold():
-            self._unmap_all()
-            self._stop()
-            self._deleted = True
+        yield from self._unmap_steps()
+        self.generation += 1
+        self.live, self._deleted = None, True
 
-    def _unmap_all(self) -> None:
-        s2, mapped = self.stage2, self._mapped()
-        s2.unmap(self.memslot.base_gfn, self.npages)
-        s2.take_saved_into(DirtyBitmap(self.npages) if self.live is None else self.live)
-        if mapped:
-            self._flush(0, self.npages)
+    def _unmap_steps(self) -> Steps:
+        yield Point.CLEAN
+        due, mapped = self.changing(0, self.npages), self._mapped()
+        self.stage2.unmap(self.memslot.base_gfn, self.npages)
+        self.stage2.take_saved_into(DirtyBitmap(self.npages) if self.live is None else self.live)
+        yield Point.FLUSH
+        self.flush(due, needed=mapped)
 
     def _mapped(self) -> bool:
         return bool(self.stage2.level(1).any())  # above whatever is mapped there is a table, or it is a block
 
-    def switch(self, mode: LogMode) -> None:
-        """Change the mode, while vCPUs run."""
-        with self.hold():
-            if mode is self.mode:
-                return
-            mapped = self._mapped()
-            if mapped:
-                self._flush(0, self.npages)  # until here writes went by the old mode's rules
-            self.meter.add(self.mode.leave(self.stage2, self.live))
-            self.mode = mode
-            if mapped:
-                self._flush(0, self.npages)
+    def switch_steps(self, mechanism: Mechanism) -> Steps:
+        """Change the mechanism, while vCPUs run.
 
-    def verify(self) -> None:
+        The leaves are safe under either one in between, so a switch that failed or was interrupted can be repeated.
+        """
+        if mechanism is self.mechanism:
+            return
+        mapped = self._mapped()
+        yield Point.FLUSH
+        self.flush(self.changing(0, self.npages), needed=mapped)  # until here writes went by the old one's rules
+        yield Point.CLEAN
+        due = self.changing(0, self.npages)
+        self.shared.meter.add(self.mechanism.leave(self.stage2, self.live))
+        self.mechanism = mechanism
+        if self.live is not None:
+            self.shared.meter.add(mechanism.enter(self.stage2, self.live))
+        yield Point.FLUSH
+        self.flush(due, needed=mapped)
+
+    def verify_steps(self) -> Steps:
         """Raise `InvariantError` if the leaves and the bitmap can't be what the protocol leaves behind."""
-        with self.hold():
-            s2, slot = self.stage2, self.memslot
-            s2.verify()
-            if (s2.base_gfn, s2.npages) != (slot.base_gfn, slot.npages):
-                raise InvariantError(f"{self.name}: {s2!r} isn't where the slot is, gfn {slot.base_gfn:#x}")
-            if slot.logging != (self.live is not None):
-                raise InvariantError(f"{self.name}: flags {slot.flags:#x}, and bitmap {self.live!r}")
-            if slot.readonly:
-                self._none(s2.scan(pte.writable) | s2.scan(pte.tracked), "may be written, in a read-only slot")
-            if self.live is not None:
-                self.live.verify()
-                self._none(self.mode.unrecorded(s2) - self.live, "may be written unrecorded, and isn't dirty")
+        s2, slot = self.stage2, self.memslot
+        s2.verify()
+        if (s2.base_gfn, s2.npages) != (slot.base_gfn, slot.npages):
+            raise InvariantError(f"{self.name}: {s2!r} isn't where the slot is, gfn {slot.base_gfn:#x}")
+        if slot.logging != (self.live is not None):
+            raise InvariantError(f"{self.name}: flags {slot.flags:#x}, and bitmap {self.live!r}")
+        if slot.readonly:
+            self._none(s2.scan(pte.writable) | s2.scan(pte.tracked), "may be written, in a read-only slot")
+        if self.live is not None:
+            self.live.verify()
+            self._none(self.mechanism.unrecorded(s2) - self.live, "may be written unrecorded, and isn't dirty")
+        yield Point.COPY
 
     def _none(self, pages: DirtyBitmap, what: str) -> None:
         if pages.any():
             page = int(pages.pages()[0])
             raise InvariantError(f"{self.name}: gfn {self.memslot.base_gfn + page:#x} {what}")
+
+
+def in_threads(
+    parts: Sequence[Span], step: Callable[[int, int], None], workers: int, undo: Callable[[], object]
+) -> None:
+    """Call `step` for each part, in this thread and as many more as make up `workers`.
+
+    What the first one raised is raised once no thread is in a step any more, after `undo`. A signal that interrupts
+    the wait for that is raised at once, without it.
+    """
+    if workers == 1 or len(parts) < 2:
+        try:
+            for lo, hi in parts:
+                step(lo, hi)
+        except BaseException:
+            undo()
+            raise
+        return
+    left, errors = deque(parts), list[BaseException]()
+
+    def work() -> None:
+        while not errors:
+            try:
+                lo, hi = left.popleft()
+            except IndexError:
+                return
+            try:
+                step(lo, hi)
+            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that called
+                errors.append(error)
+
+    threads = [Thread(target=work, name="hwdbm-worker", daemon=True) for _ in range(min(workers, len(parts)) - 1)]
+    try:
+        for thread in threads:
+            thread.start()
+        work()
+    except BaseException as error:  # noqa: BLE001 - as above
+        errors.append(error)
+    left.clear()
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
+    if errors:
+        undo()
+        raise errors[0]

@@ -1,16 +1,11 @@
 """What a dirty log has done so far, in counts that don't jitter."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
 from hwdbm.kernels import Tally
-from hwdbm.memslot import Memslot
 
-__all__ = ["FlushHook", "Meter", "Stats"]
-
-FlushHook = Callable[[Memslot, int, int], object]
-"""Called with (slot, first page, pages): no vCPU may use a translation of them from before when it returns."""
+__all__ = ["Meter", "Stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +34,10 @@ class Stats:
 
 
 class Meter:
-    """Counts for several threads.
+    """Counts for several threads."""
 
-    Parameters
-    ----------
-    hook : callable or None
-        What flushes TLBs; None where there is none.
-    """
-
-    def __init__(self, hook: FlushHook | None) -> None:
-        self._hook, self._lock = hook, Lock()
+    def __init__(self) -> None:
+        self._lock = Lock()
         self._flushes = self._read = self._changed = self._words = self._faults = 0
 
     @property
@@ -56,13 +45,6 @@ class Meter:
         """The counts up to now."""
         with self._lock:
             return Stats(self._flushes, self._read, self._changed, self._words, self._faults)
-
-    def flush(self, slot: Memslot, first_page: int, npages: int) -> None:
-        """Flush the TLBs of all vCPUs for some pages of a slot, and count it. What the hook raises is raised."""
-        if self._hook is not None:
-            self._hook(slot, first_page, npages)
-        with self._lock:
-            self._flushes += 1
 
     def add(self, tally: Tally) -> Tally:
         """Count what a pass did, and return it."""
@@ -72,7 +54,12 @@ class Meter:
             self._words += tally.words
         return tally
 
-    def fault(self, count: int = 1) -> None:
+    def flush(self) -> None:
+        """Count a flush."""
+        with self._lock:
+            self._flushes += 1
+
+    def fault(self, count: int) -> None:
         """Count write faults."""
         with self._lock:
             self._faults += count

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap, word_count
-from hwdbm.dirtylog import Lease, Unflushed
+from hwdbm.dirtylog import Lease, Loans
 from hwdbm.kvm.device import VmFd
 from hwdbm.kvm.ring import DirtyRing, harvest
 from hwdbm.memslot import Memslot, slot_name
@@ -16,10 +16,6 @@ from hwdbm.memslot import Memslot, slot_name
 __all__ = ["BitmapLog", "RingLog", "Rings"]
 
 Lock = AbstractContextManager[bool]
-
-# KVM flushes the TLBs before GET and CLEAR return, and before RESET does: what was taken then is flushed already. The
-# receipt is of no pages, since to look at them all once more would cost a quarter of a GET.
-_FLUSHED = Unflushed(DirtyBitmap(0), 0, DirtyBitmap(0)).flush(lambda: None)
 
 
 class BitmapLog:
@@ -49,6 +45,7 @@ class BitmapLog:
 
     def __init__(self, vm: VmFd, slot: Memslot, lock: Lock, *, manual: bool = False) -> None:
         self.slot, self.name, self.generation = slot, slot_name(slot.id), 0
+        self.loans = Loans()
         self._vm, self._lock, self._manual = vm, lock, manual
         self._known = DirtyBitmap(slot.npages)  # here only
         self._any = False  # whether any page is: to look at them would take as long as the kernel does
@@ -84,8 +81,10 @@ class BitmapLog:
         OSError
             ENOENT if the slot doesn't log.
         """
+        self.loans.take_back(self.put_back)
         with self._lock:
-            lease = Lease(self, [_FLUSHED], first_page=0, npages=0, generation=self.generation)
+            # KVM flushes the TLBs before GET and CLEAR return, and before RESET does: what is taken here may be copied.
+            lease = Lease(self, DirtyBitmap(self.slot.npages), generation=self.generation)
             try:
                 words = self._collect()
                 if self._any:

@@ -10,10 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from hwdbm import pte
-from hwdbm.dirtylog import FlushHook
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.machine.frames import Frames
-from hwdbm.machine.guestlog import GuestLog, block_runs
 from hwdbm.stage2 import Stage2
 
 __all__ = ["BlockKeeper", "Blocks"]
@@ -43,20 +41,18 @@ class BlockKeeper:
 
     Parameters
     ----------
-    log : GuestLog
+    log : DirtyLog
         The log.
     policy : Blocks
         How blocks are logged.
     chunk_pages : int
         Pages of a chunk (KVM: ``KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE``).
-    flush : callable
-        The machine's flush, as `hwdbm.dirtylog.FlushHook`.
     count : callable
         Takes what was done, as `Clock.add`.
     """
 
-    def __init__(self, log: GuestLog, policy: Blocks, chunk_pages: int, flush: FlushHook, count: Count) -> None:
-        self._log, self.policy, self._flush, self._count = log, policy, flush, count
+    def __init__(self, log: DirtyLog, policy: Blocks, chunk_pages: int, count: Count) -> None:
+        self._log, self.policy, self._count = log, policy, count
         self._chunk = chunk_pages
 
     def _chunks(self, slot: int, first: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -75,29 +71,16 @@ class BlockKeeper:
             return  # all pages are dirty in the log, and blocks are split by the CLEARs
         if self.policy is Blocks.EAGER:
             self.split(slot, 0, npages)
-        elif self._log.hw_dbm:
-            self._deny(slot, npages)
+        else:
+            for lo, hi in self._chunks(slot, 0, npages):
+                self._log.deny_blocks(slot, lo, hi - lo)
 
     def split(self, slot: int, first: int, npages: int) -> int:
         """Split the blocks that touch some pages, and return how many there were."""
-        total = 0
-        for lo, hi in self._chunks(slot, first, first + npages):
-            with self._log.locked(slot, lo, hi - lo) as s2:
-                runs = block_runs(s2, lo, hi)
-                split = s2.split(s2.base_gfn + lo, hi - lo)
-                if split:
-                    self._flush(self._log.slot(slot), runs[0][0], runs[-1][1] - runs[0][0])
-                total += split
+        chunks = self._chunks(slot, first, first + npages)
+        total = sum(self._log.change(slot, lo, hi - lo, _split) for lo, hi in chunks)
         self._count(splits=total)
         return total
-
-    def _deny(self, slot: int, npages: int) -> None:
-        """Take DBM from blocks, so that the first write to each faults: nothing else would split it."""
-        for lo, hi in self._chunks(slot, 0, npages):
-            with self._log.locked(slot, lo, hi - lo) as s2:
-                for start, stop in block_runs(s2, lo, hi):
-                    s2.clear_dbm(s2.base_gfn + start, stop - start)
-                    self._flush(self._log.slot(slot), start, stop - start)
 
     def stopped(self, slot: int, frames: Frames) -> int:
         """Make pages blocks again where they can be; every leaf that the host allows may be written then.
@@ -108,30 +91,20 @@ class BlockKeeper:
             Tables that became blocks.
         """
         memslot = self._log.slot(slot)
+
+        def collapse(s2: Stage2, first: int, count: int) -> int:
+            if not memslot.readonly and s2.mapped(first, count):
+                # Write-protection was the log's where no page of a leaf is shared; a block has no shared page.
+                s2.allow_at(first + np.flatnonzero(~frames.shared[first : first + count]))
+            return s2.collapse(s2.base_gfn + first, count)
+
         with self._log.locked(slot) as s2:
             s2.disable_dbm()
-        total = 0
-        for lo, hi in self._chunks(slot, 0, memslot.npages):
-            with self._log.locked(slot, lo, hi - lo) as s2:
-                if not memslot.readonly:
-                    _allow(s2, frames, lo, hi)
-                collapsed = s2.collapse(s2.base_gfn + lo, hi - lo)
-                if collapsed:
-                    self._flush(memslot, lo, hi - lo)
-                total += collapsed
+        chunks = self._chunks(slot, 0, memslot.npages)
+        total = sum(self._log.change(slot, lo, hi - lo, collapse) for lo, hi in chunks)
         self._count(collapses=total)
         return total
 
 
-def _allow(s2: Stage2, frames: Frames, lo: int, hi: int) -> None:
-    """Make read-only leaves untracked where no page of theirs is shared: write-protection was the log's."""
-    for start, stop in block_runs(s2, lo, hi):  # a block has no shared page
-        for level in (1, 2):
-            where = s2.layout.entries(level, start, stop)
-            entries = s2.level(level)[where]
-            entries[:] = pte.Update(pte.read_only(level), sets=pte.S2AP_W)(entries)
-    leaves = s2.level(3)[lo:hi]
-    if leaves.any():
-        private = ~frames.shared[lo:hi]
-        allow = pte.read_only(3)(leaves) & private
-        np.bitwise_or(leaves, np.uint64(pte.S2AP_W), out=leaves, where=allow)
+def _split(s2: Stage2, first: int, count: int) -> int:
+    return s2.split(s2.base_gfn + first, count)

@@ -5,9 +5,8 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm import pte
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.machine.clock import Clock
-from hwdbm.machine.guestlog import GuestLog
 from hwdbm.machine.mmu import ACCESS_FLAG, PERMISSION, TRANSLATION
 from hwdbm.machine.region import Region
 
@@ -22,12 +21,15 @@ class FaultHandler:
 
     Parameters
     ----------
-    log : GuestLog
+    log : DirtyLog
         The log, whose leaves these are.
     clock : Clock
         Where faults are counted.
     thp : bool
         Whether the host has huge pages to map blocks with.
+    split_blocks : bool
+        Whether a block is split while its slot logs, so that each page is logged for itself. Otherwise a write to a
+        block makes all of its pages dirty.
 
     Attributes
     ----------
@@ -41,8 +43,8 @@ class FaultHandler:
     others, when they try again, find it resolved.
     """
 
-    def __init__(self, log: GuestLog, clock: Clock, *, thp: bool) -> None:
-        self._log, self._clock, self._thp = log, clock, thp
+    def __init__(self, log: DirtyLog, clock: Clock, *, thp: bool, split_blocks: bool) -> None:
+        self._log, self._clock, self._thp, self._split = log, clock, thp, split_blocks
         self.mmu_lock = Lock()
 
     def handle(self, region: Region, pages: Pages, access: Codes, *, write: bool) -> None:
@@ -87,25 +89,19 @@ class FaultHandler:
 
     def _access_flag(self, region: Region, pages: Pages) -> None:
         with self._log.locked(region.id, int(pages[0]), int(pages[-1] - pages[0]) + 1) as s2:
-            count = 0
-            for level in (3, 2, 1):
-                size = s2.layout.sizes[level]
-                index = np.unique((pages + s2.base_gfn % size) // size) if level < 3 else pages
-                entries = s2.level(level)[index]
-                s2.level(level)[index] = pte.mkyoung(level)(entries)
-                count += int(np.count_nonzero(pte.mkyoung(level).where(entries)))
+            count = s2.mkyoung_at(pages)
         self._clock.add(access_flag_faults=count)
 
     def _permission(self, region: Region, pages: Pages, order: Pages) -> None:
         frames, s2 = region.frames, self._log.stage2(region.id)
         shared = frames.shared[pages]
-        for page in pages[shared].tolist():
-            self._log.write_fault(region.id, s2.base_gfn + page, frames.renew_one(page))
-        copies = int(np.count_nonzero(shared))
+        copied = pages[shared]
+        if copied.size:
+            self._log.write_faults(region.id, copied, frames.renew(copied))
         pages, order = pages[~shared], order[~shared]
         pages = pages[_leaders(pages, order, s2.level(3)[pages] == 0, s2.layout.sizes[2], s2.base_gfn)]
-        splits = self._log.write_faults(region.id, pages) if pages.size else 0
-        self._clock.add(copies=copies, permission_faults=copies + pages.size, splits=splits)
+        splits = self._log.write_faults(region.id, pages, split=self._split, whole=True)
+        self._clock.add(copies=copied.size, permission_faults=copied.size + pages.size, splits=splits)
 
 
 def _leaders(pages: Pages, order: Pages, large: NDArray[np.bool_], size: int, base: int) -> NDArray[np.bool_]:

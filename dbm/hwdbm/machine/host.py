@@ -7,15 +7,16 @@ from errno import EINVAL
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.layout import Layout
 from hwdbm.machine.clock import Clock
 from hwdbm.machine.faults import FaultHandler
 from hwdbm.machine.frames import FramePool, Frames
-from hwdbm.machine.guestlog import GuestLog
 from hwdbm.machine.region import Region
 from hwdbm.machine.space import AddressSpace
 from hwdbm.machine.vcpu import VCpu
 from hwdbm.memslot import KVM_MEM_READONLY, Memslot
+from hwdbm.stage2 import Stage2
 from hwdbm.vm.memory import GuestMemory, digest
 
 __all__ = ["Host"]
@@ -28,7 +29,7 @@ class Host:
 
     Parameters
     ----------
-    log : GuestLog
+    log : DirtyLog
         The dirty log.
     clock : Clock
         Where flushes are counted.
@@ -41,7 +42,7 @@ class Host:
     """
 
     def __init__(
-        self, log: GuestLog, clock: Clock, space: AddressSpace, faults: FaultHandler, vcpus: Sequence[VCpu]
+        self, log: DirtyLog, clock: Clock, space: AddressSpace, faults: FaultHandler, vcpus: Sequence[VCpu]
     ) -> None:
         self.log, self.clock, self.space, self.faults = log, clock, space, faults
         self.vcpus = tuple(vcpus)
@@ -177,9 +178,7 @@ class Host:
         region = self.space.find(slot)
         with self.faults.mmu_lock:
             region.frames.share(first_page, npages)
-            with self.log.locked(slot, first_page, npages) as s2:
-                s2.wrprotect(s2.base_gfn + first_page, npages)
-                self.flush(self.log.slot(slot), first_page, npages)
+            self.log.change(slot, first_page, npages, _wrprotect)
 
     def reclaim(self, slot: int, first_page: int, npages: int) -> None:
         """Take frames away (migration of pages, swap): the leaves go, and the next touch finds other frames.
@@ -204,3 +203,7 @@ class Host:
         for vcpu in self.vcpus:
             vcpu.flush(slot.id, first_page, npages)
         self.clock.add(flushes=1)
+
+
+def _wrprotect(s2: Stage2, first: int, count: int) -> int:
+    return s2.wrprotect(s2.base_gfn + first, count)

@@ -3,12 +3,11 @@
 from types import TracebackType
 from typing import Self
 
-from hwdbm.dirtylog import Lease
+from hwdbm.dirtylog import DirtyLog, Lease
 from hwdbm.granule import Granule
 from hwdbm.machine.blocks import BlockKeeper, Blocks
 from hwdbm.machine.clock import Clock, Costs
 from hwdbm.machine.faults import FaultHandler
-from hwdbm.machine.guestlog import GuestLog
 from hwdbm.machine.host import Host
 from hwdbm.machine.runner import VCpuRunner
 from hwdbm.machine.running import Running
@@ -54,7 +53,7 @@ class Machine(Host, Running):
 
     Attributes
     ----------
-    log : GuestLog
+    log : DirtyLog
         The dirty log, a `hwdbm.DirtyLog`. Its flush is the machine's.
     vcpus : tuple of VCpu
         The vCPUs.
@@ -114,8 +113,7 @@ class Machine(Host, Running):
         if hw_dbm and not ha:
             raise ValueError(_NEEDS_HA)
         policy = Blocks(blocks)
-        log = GuestLog(
-            split_blocks=policy is not Blocks.TRACK,
+        log = DirtyLog(
             granule=granule,
             hw_dbm=hw_dbm,
             manual_protect=manual_protect,
@@ -124,7 +122,8 @@ class Machine(Host, Running):
             flush=self.flush,
         )
         clock = Clock(Costs() if costs is None else costs, lambda: log.stats)
-        space, faults = AddressSpace(granule), FaultHandler(log, clock, thp=thp)
+        space = AddressSpace(granule)
+        faults = FaultHandler(log, clock, thp=thp, split_blocks=policy is not Blocks.TRACK)
         made = [
             VCpu(
                 number,
@@ -141,7 +140,7 @@ class Machine(Host, Running):
         ]
         Host.__init__(self, log, clock, space, faults, made)
         Running.__init__(self, [VCpuRunner(vcpu, space) for vcpu in made])
-        self._keeper = BlockKeeper(log, policy, chunk, self.flush, clock.add)
+        self._keeper = BlockKeeper(log, policy, chunk, clock.add)
 
     def __repr__(self) -> str:
         size = sum(region.size for region in self.space.regions)
@@ -196,11 +195,8 @@ class Machine(Host, Running):
         OSError
             ENOENT if the slot doesn't log.
         """
-        if not self.log.manual_protect:
-            return self.log.get_dirty_log(slot, lease=True)
-        shown = self.log.get_dirty_log(slot)
         self._split_for(slot)
-        return self.log.clear_dirty_log(slot, 0, shown.npages, shown, lease=True)
+        return self.log.lend(slot)
 
     def _split_for(self, slot: int) -> None:
         """Split what a CLEAR would otherwise arm as blocks: where a log begins with all bits set, nobody has yet."""

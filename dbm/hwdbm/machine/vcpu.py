@@ -13,10 +13,10 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.layout import Layout
 from hwdbm.machine.clock import Clock
 from hwdbm.machine.faults import FaultHandler
-from hwdbm.machine.guestlog import GuestLog
 from hwdbm.machine.mmu import DONE, Walk, walk
 from hwdbm.machine.region import Region
 from hwdbm.machine.space import AddressSpace
@@ -66,7 +66,7 @@ class VCpu:
         Its number in the machine.
     space : AddressSpace
         The guest's physical memory.
-    log : GuestLog
+    log : DirtyLog
         The log, whose leaves are walked.
     faults : FaultHandler
         What resolves faults.
@@ -91,7 +91,7 @@ class VCpu:
         self,
         number: int,
         space: AddressSpace,
-        log: GuestLog,
+        log: DirtyLog,
         faults: FaultHandler,
         clock: Clock,
         *,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import Lease, Unflushed
+from hwdbm.dirtylog import Lease, Loans
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memorymap import MemoryMap
 from hwdbm.vm.source import memory_digest
@@ -101,9 +101,11 @@ class PlainGuest:
     def dirty(self, slot_id: int) -> Lease:
         """Collect the dirty pages and clean them."""
         log = self._logs[slot_id]
+        log.loans.take_back(log.put_back)
         with self._lock:
-            receipt = Unflushed(log.live, 0, log.live.copy()).flush(lambda: None)
-            return Lease(log, [receipt], first_page=0, npages=log.live.npages, generation=log.generation)
+            lease = Lease(log, log.live.copy(), generation=log.generation)
+            log.live.clear()
+            return lease
 
     def pause(self) -> None:
         """Say that nothing runs."""
@@ -144,7 +146,7 @@ class _Log:
 
     def __init__(self, slot: Memslot, lock: threading.Lock) -> None:
         self.name, self.generation = slot_name(slot.id), 0
-        self.live = DirtyBitmap(slot.npages)
+        self.live, self.loans = DirtyBitmap(slot.npages), Loans()
         self._lock = lock
 
     def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:

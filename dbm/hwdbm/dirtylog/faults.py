@@ -1,0 +1,203 @@
+"""What changes the leaves of a slot under a log: map, unmap, and what a fault's handler does, for many pages at once.
+
+Each is steps for `SlotLog.run_leaves`, with the pages held out to where leaves end. A single page is the bulk of one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.dirtylog.slot import Point, SlotLog, Steps
+from hwdbm.errors import GfnError
+from hwdbm.granule import Granule
+from hwdbm.stage2 import LeafAt, Stage2
+
+__all__ = ["Backing", "Granted", "Verb"]
+
+Pages = NDArray[np.int64]
+Verb = Callable[[Stage2, int, int], int]
+"""Changes leaves of a Stage2, given the first page and their number, and returns how many it changed."""
+
+
+class Backing(Protocol):
+    """What is behind the pages of a slot: the host's page table, as a fault's handler asks it."""
+
+    shared: NDArray[np.bool_]
+    """Whether others have a page's frame too, by page: the guest may only read it."""
+
+    def of(self, pages: Pages) -> Pages:
+        """Return the frame of each page."""
+
+    def blockable(self, stripes: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return for each level-2 entry whether one block may map it."""
+
+
+@dataclass(slots=True)
+class Granted:
+    """What became of write faults.
+
+    Parameters
+    ----------
+    splits : int
+        Blocks that were split.
+    absent : (n,) int64 array
+        Pages that had no leaf, and got none.
+    """
+
+    splits: int = 0
+    absent: Pages = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+
+def map_steps(slot: SlotLog, lo: int, hi: int, pfn: int | NDArray[np.integer], level: int, *, writable: bool) -> Steps:
+    """Map pages as the state of the log wants it, and flush if that replaced a leaf."""
+    s2, granule, leaf = slot.stage2, slot.stage2.granule, slot.leaf(write=False)
+    logs, gfn = slot.live is not None, slot.memslot.base_gfn + lo
+    frames = _checked_frames(granule, gfn, hi - lo, pfn, level)
+    if logs and level != 3:
+        if isinstance(frames, np.ndarray):
+            frames = (frames[:, None] + np.arange(granule.pages_per_entry(level))).ravel()
+        level = 3
+    writable = writable and not slot.memslot.readonly
+    yield Point.CLEAN
+    replaces = s2.mapped(lo, hi - lo)
+    due = slot.changing(*_reach(s2, lo, hi))
+    s2.map(gfn, hi - lo, frames, level, writable and leaf.writable, dbm=writable and leaf.dbm)
+    yield Point.FLUSH
+    slot.flush(due, needed=replaces)
+
+
+def _checked_frames(
+    granule: Granule, gfn: int, npages: int, pfn: int | NDArray[np.integer], level: int
+) -> int | NDArray[np.integer]:
+    """Return the frames of a map, whose blocks are checked as such, though they may be mapped as pages."""
+    if level == 3:
+        return pfn
+    if level not in (1, 2) or level not in granule.block_levels(large=True):
+        raise GfnError(f"level {level} of a {granule} granule has no leaves")
+    size = granule.pages_per_entry(level)
+    if gfn % size or npages % size:
+        raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
+    if isinstance(pfn, np.ndarray) and pfn.shape != (npages // size,):
+        raise GfnError(f"{npages // size} leaves need {npages // size} frames, got an array of shape {pfn.shape}")
+    wrong = np.atleast_1d(pfn)[np.atleast_1d(pfn) % size != 0]
+    if wrong.size:
+        raise GfnError(f"pfn {int(wrong[0]):#x} isn't a multiple of the leaf's {size:#x} pages")
+    return pfn
+
+
+def unmap_steps(slot: SlotLog, lo: int, hi: int) -> Steps:
+    """Unmap pages; what their leaves recorded is saved for both consumers, and the TLB flushed."""
+    yield Point.CLEAN
+    replaces = slot.stage2.mapped(lo, hi - lo)
+    due = slot.changing(*_reach(slot.stage2, lo, hi))
+    slot.stage2.unmap(slot.memslot.base_gfn + lo, hi - lo)
+    yield Point.FLUSH
+    slot.flush(due, needed=replaces)
+
+
+def populate_steps(slot: SlotLog, pages: Pages, backing: Backing, *, write: bool, blocks: bool) -> Steps:
+    """Map those of some pages that have no leaf: nothing is replaced, and no flush needed."""
+    s2, leaf, readonly = slot.stage2, slot.leaf(write=write), slot.memslot.readonly
+    yield Point.CLEAN
+    if blocks and slot.live is None:
+        _map_blocks(s2, pages, backing, writable=not readonly)
+    pages = pages[s2.leaf_at(pages).level == 0]
+    allowed = ~backing.shared[pages] & (not readonly)
+    for some, writable in ((pages[allowed], True), (pages[~allowed], False)):
+        if some.size:
+            s2.map_at(some, backing.of(some), writable=writable and leaf.writable, dbm=writable and leaf.dbm)
+    yield Point.PUBLISH
+    if slot.live is not None and leaf.marked:
+        mark(slot.live, pages[allowed])
+
+
+def write_fault_steps(
+    slot: SlotLog, pages: Pages, pfns: Pages | None, result: Granted, *, split: bool, whole: bool
+) -> Steps:
+    """Grant pages to be written, and only then mark them."""
+    s2, live = slot.stage2, slot.live
+    yield Point.CLEAN
+    due = slot.changing(*_reach(s2, int(pages[0]), int(pages[-1]) + 1))
+    stale: list[tuple[int, int]] = []
+    if pfns is not None:
+        replaced = s2.leaf_at(pages)
+        stale = [*_runs(pages[replaced.level > 0]), *_blocks(s2, replaced)]
+        s2.map_at(pages, pfns)
+    found = s2.leaf_at(pages)
+    granted, dirty = pages[found.level > 0], pages[found.level == 3]
+    result.absent = pages[found.level == 0]
+    for start, stop in _blocks(s2, found):
+        inside = pages[(start <= pages) & (pages < stop)]
+        if live is None or not split:
+            dirty = np.append(dirty, np.arange(start, stop))  # it stays one leaf: all of its pages may be written
+            continue
+        stale.append((start, stop))
+        result.splits += _split(slot, inside, whole=whole)
+        dirty = np.append(dirty, inside)
+    slot.grant(granted)
+    yield Point.PUBLISH
+    if live is not None:
+        mark(live, dirty)
+    slot.shared.meter.fault(granted.size)
+    yield Point.FLUSH
+    slot.flush(due, needed=bool(stale), spans=stale)
+
+
+def change_steps(slot: SlotLog, lo: int, hi: int, verb: Verb, changed: list[int]) -> Steps:
+    """Change leaves by a verb that returns how many it changed, and flush if it did."""
+    yield Point.CLEAN
+    due = slot.changing(*_reach(slot.stage2, lo, hi))
+    changed.append(verb(slot.stage2, lo, hi - lo))
+    yield Point.FLUSH
+    slot.flush(due, needed=changed[-1] > 0)
+
+
+def mark(live: DirtyBitmap, pages: Pages) -> None:
+    """Set bits; only words that the pages are in are touched, as others may be another thread's."""
+    bits = np.uint64(1) << (pages & 63).astype(np.uint64)
+    np.bitwise_or.at(live.words, pages >> 6, bits)
+
+
+def _reach(s2: Stage2, lo: int, hi: int) -> tuple[int, int]:
+    """Return pages out to the ends of the blocks among their leaves: a TLB may have a block in pieces."""
+    spans = s2.block_spans(lo, hi - lo)
+    return (min(lo, int(spans[0, 0])), max(hi, int(spans[-1, 1]))) if len(spans) else (lo, hi)
+
+
+def _split(slot: SlotLog, pages: Pages, *, whole: bool) -> int:
+    """Split the block that maps some pages, for them alone; return how many blocks were split."""
+    s2, splits = slot.stage2, 0
+    for page in pages.tolist():
+        if s2.leaf_level(page) == 3:
+            continue  # with a page before it
+        splits += s2.split(s2.base_gfn + page, 1)
+        if whole:
+            start, stop = s2.layout.span(2, s2.layout.index(2, page))
+            slot.mechanism.open(s2, np.arange(max(start, 0), min(stop, s2.npages)))
+    return splits
+
+
+def _blocks(s2: Stage2, found: LeafAt) -> list[tuple[int, int]]:
+    """Return the blocks among some leaves as pages [start, stop), what lies in the slot."""
+    rows = [s2.layout.spans(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
+    return [(start, stop) for start, stop in np.clip(np.concatenate(rows), 0, s2.npages).tolist()]
+
+
+def _runs(pages: Pages) -> list[tuple[int, int]]:
+    """Return sorted pages as runs [start, stop)."""
+    edges = np.flatnonzero(np.diff(pages) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(pages, edges) if run.size]
+
+
+def _map_blocks(s2: Stage2, pages: Pages, backing: Backing, *, writable: bool) -> None:
+    """Map blocks around pages where one fits and nothing is mapped."""
+    stripes = np.unique(s2.layout.index(2, pages))
+    stripes = stripes[(s2.level(2)[stripes] == 0) & backing.blockable(stripes)]
+    first = s2.layout.spans(2, stripes)[:, 0]
+    first = first[s2.leaf_at(first).level == 0]
+    if first.size:
+        s2.map_at(first, backing.of(first), 2, writable)
