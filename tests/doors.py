@@ -415,7 +415,7 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
                 continue
             raise LookupError(f"there is no good argument for {own}'s parameter {name!r}: give its recipe one")
         arguments[name] = given[key] if key in given else given[name]
-        if parameter.default is None:
+        if parameter.default is None or "None" in str(parameter.annotation):
             optional.add(name)
     return Scene(subject, call, arguments, frozenset(optional))
 
@@ -448,5 +448,6 @@ def names(error: BaseException, number: int) -> bool:
     It may be given with what it was added to: as a range's end, or from the slot's base on.
     """
     text = str(error)
-    written = [int(each, 0) for each in re.findall(r"-?(?:0x[0-9a-f]+|0b[01]+|(?<![0-9a-fx])[0-9]+)", text)]
+    written = [int(each, 0) for each in re.findall(r"-?0x[0-9a-f]+|-?0b[01]+", text)]
+    written += [int(each) for each in re.findall(r"-?(?<![\w.])[0-9]+", text)]
     return "many digits" in text or any(abs(each - number) < 1 << 33 for each in written)

@@ -105,16 +105,21 @@ def real(value: Any, name: str, low: float = -inf, high: float = inf, error: typ
     """
     if isinstance(value, float | np.floating):
         number = float(value)
+        shown = str(number)
     else:
         try:
-            number = float(integer(value, name, low=None))
+            whole = integer(value, name, low=None)
+            shown = _number(whole)
+            number = float(whole)
         except TypeError:
             raise TypeError(f"{name} is a number, not {_shown(value)}") from None
         except OverflowError:
             number = inf if value > 0 else -inf
     if not (isfinite(number) and low <= number <= high):
-        bounds = "" if (low, high) == (-inf, inf) else f" of {low} or more" if high == inf else f" of {low} to {high}"
-        raise error(f"{name} is a {'finite ' if not bounds else ''}number{bounds}, not {number}")
+        bounds = (
+            "" if (low, high) == (-inf, inf) else f" of {low:g} or more" if high == inf else f" of {low:g} to {high:g}"
+        )
+        raise error(f"{name} is a {'finite ' if not bounds else ''}number{bounds}, not {shown}")
     return number
 
 

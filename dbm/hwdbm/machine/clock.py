@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from threading import Lock
 
+from hwdbm.check import instance, integer, real
 from hwdbm.dirtylog import Stats
 
 __all__ = ["COLLECTOR", "GUEST", "Clock", "Costs", "Reading"]
@@ -58,6 +59,10 @@ class Costs:
     flushes: float = 5e-6
     leaves_read: float = 40e-3 / (1 << 24)
     leaves_changed: float = 650e-3 / (1 << 25)
+
+    def __post_init__(self) -> None:
+        for cost in fields(self):
+            object.__setattr__(self, cost.name, real(getattr(self, cost.name), cost.name, low=0.0))
 
 
 NAMES = tuple(cost.name for cost in fields(Costs))
@@ -119,12 +124,24 @@ class Clock:
     """
 
     def __init__(self, costs: Costs, log: Callable[[], Stats] = Stats) -> None:
+        instance(costs, Costs, "costs")
+        instance(log, Callable, "log")
         self._costs, self._log = costs, log
         self._counts = dict.fromkeys(NAMES, 0)
         self._lock = Lock()
 
     def add(self, **counts: int) -> None:
-        """Count what was done, by the names of `Costs`."""
+        """Count what was done, by the names of `Costs`.
+
+        Raises
+        ------
+        TypeError
+            If there is no such name, or a count is no integer.
+        """
+        for name, count in counts.items():
+            if name not in self._counts:
+                raise TypeError(f"there is no cost {name!r}: there are {', '.join(self._counts)}")
+            counts[name] = integer(count, name)
         with self._lock:
             for name, count in counts.items():
                 self._counts[name] += count

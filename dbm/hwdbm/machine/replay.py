@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap, word_count
+from hwdbm.check import instances, real
 from hwdbm.machine.workload import Workload
 
 __all__ = ["Replay"]
 
 Numbers = NDArray[np.uint64]
 
+_LEAST = 1e-9  # seconds of an interval
 _MOST = 1 << 28  # bytes of bitmaps that a state may carry: 8 TiB of 4 KiB pages, recorded once
 
 
@@ -42,38 +44,32 @@ class Replay(Workload):
     name = "replay"
     bitmaps: Iterable[DirtyBitmap] = ()
     interval: float = 1.0
-    _pages: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _recorded: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     _ends: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        bitmaps = tuple(self.bitmaps)
+        super().__post_init__()
+        bitmaps = instances(self.bitmaps, DirtyBitmap, "bitmaps")
         pages = [bitmap.pages() for bitmap in bitmaps]
         if not sum(each.size for each in pages):
             raise ValueError(f"there is nothing to replay: no page is dirty in {len(bitmaps)} bitmaps")
-        if self.interval <= 0:
-            raise ValueError(f"an interval is more than 0 seconds, not {self.interval}")
+        self._set("interval", real(self.interval, "interval", _LEAST, 1e9))
         object.__setattr__(self, "bitmaps", bitmaps)
-        object.__setattr__(self, "_pages", np.concatenate(pages))
+        object.__setattr__(self, "_recorded", np.concatenate(pages))
         object.__setattr__(self, "_ends", np.cumsum([0, *(each.size for each in pages)]))
 
-    def pages(self, numbers: Numbers, npages: int) -> NDArray[np.int64]:
-        """Return the page that each store goes to.
-
-        Raises
-        ------
-        ValueError
-            If the recording has pages that the memory hasn't.
-        """
-        if int(self._pages.max()) >= npages:
-            raise ValueError(f"page {int(self._pages.max())} was recorded, and the guest has {npages}")
-        return self._pages[(numbers % np.uint64(self._pages.size)).astype(np.int64)]
+    def _pages(self, numbers: Numbers, npages: int) -> NDArray[np.int64]:
+        if int(self._recorded.max()) >= npages:
+            raise ValueError(f"page {int(self._recorded.max())} was recorded, and the guest has {npages}")
+        return self._recorded[(numbers % np.uint64(self._recorded.size)).astype(np.int64)]
 
     def quota(self, seconds: float) -> int | None:
         """Return how many stores are due when the guest has run for some seconds."""
+        seconds = real(seconds, "seconds", 0.0, 1e9)
         rounds, rest = divmod(seconds / self.interval, self._ends.size - 1)
         at, part = divmod(rest, 1.0)
         start, stop = self._ends[int(at)], self._ends[int(at) + 1]
-        return int(rounds) * self._pages.size + int(start + part * (stop - start))
+        return int(rounds) * self._recorded.size + int(start + part * (stop - start))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` makes an equal workload of; JSON can hold it."""

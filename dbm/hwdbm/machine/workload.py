@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.check import instance, integer, real, uint64s
+
 __all__ = ["WORKLOADS", "Bursty", "HotSet", "Idle", "Sequential", "Uniform", "Workload", "Zipf", "from_dict", "parse"]
 
 Numbers = NDArray[np.uint64]
@@ -20,6 +22,8 @@ Offsets = NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_MOST_RATE = 1e15  # stores a second
+_MOST_SECONDS = 1e9
 
 WORKLOADS: dict[str, type["Workload"]] = {}
 """The workloads by name."""
@@ -46,11 +50,26 @@ class Workload:
         WORKLOADS[cls.name] = cls
 
     def __post_init__(self) -> None:
-        if self.rate is not None and self.rate < 0:
-            raise ValueError(f"a rate is 0 stores a second or more, not {self.rate}")
+        self._set("seed", integer(self.seed, "seed", low=-(1 << 63), high=_MASK))
+        if self.rate is not None:
+            self._set("rate", real(self.rate, "rate", 0.0, _MOST_RATE))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page, of `npages`, that each store goes to."""
+        """Return the page, of `npages`, that each store goes to.
+
+        Parameters
+        ----------
+        numbers : (n,) uint64 array
+            The numbers of stores.
+        npages : int
+            Pages of the guest's writable memory, below 2 ** 32.
+        """
+        return self._pages(uint64s(numbers, "numbers"), integer(npages, "npages", low=1, high=(1 << 32) - 1))
+
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:
         raise NotImplementedError
 
     def offsets(self, position: int, count: int, size: int, page_size: int = 4096) -> Offsets:
@@ -61,25 +80,37 @@ class Workload:
         position, count : int
             The first store's number, and how many.
         size, page_size : int
-            Of the memory, and of a page in it, in bytes.
+            Of the memory, and of a page in it, in bytes; a page is a power of two.
 
         Returns
         -------
         (count,) int64 array
             Offsets in bytes, multiples of 8.
+
+        Raises
+        ------
+        ValueError
+            If a store has a number of more than 64 bits, a page isn't one, or the memory is less than a page.
         """
+        position, count = _numbered(position, count)
+        page_size = integer(page_size, "page_size", low=8)
+        if page_size & page_size - 1:
+            raise ValueError(f"page_size is a power of two, not {page_size}")
+        size = integer(size, "size", low=page_size, high=(1 << 32) * page_size - 1)
         numbers = np.arange(position, position + count, dtype=np.uint64)
-        pages = self.pages(numbers, size // page_size)
+        pages = self._pages(numbers, size // page_size)
         words = self._hash(numbers, 1) & np.uint64(page_size // 8 - 1)
         return pages * page_size + (words << np.uint64(3)).astype(np.int64)
 
     def values(self, position: int, count: int) -> Numbers:
         """Return what the stores store: each value differs from every other."""
+        position, count = _numbered(position, count)
         numbers = np.arange(position + 1, position + 1 + count, dtype=np.uint64)
         return numbers * np.uint64(_GOLDEN) ^ np.uint64(self.seed & _MASK)
 
     def quota(self, seconds: float) -> int | None:
-        """Return how many stores are due when the guest has run for some seconds; None where as many as go."""
+        """Return how many stores are due when the guest has run for some seconds; None where it is unlimited."""
+        seconds = real(seconds, "seconds", 0.0, _MOST_SECONDS)
         return None if self.rate is None else int(self.rate * seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,8 +154,11 @@ class Sequential(Workload):
     name = "sequential"
     stores_per_page: int = 1
 
-    def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page that each store goes to."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("stores_per_page", integer(self.stores_per_page, "stores_per_page", low=1, high=_MASK))
+
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:
         return (numbers // np.uint64(self.stores_per_page) % np.uint64(npages)).astype(np.int64)
 
 
@@ -134,8 +168,7 @@ class Uniform(Workload):
 
     name = "uniform"
 
-    def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page that each store goes to."""
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:
         return self._below(numbers, npages, 2)
 
 
@@ -155,8 +188,12 @@ class HotSet(Workload):
     share: float = 0.1
     weight: float = 0.9
 
-    def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page that each store goes to."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("share", real(self.share, "share", 0.0, 1.0))
+        self._set("weight", real(self.weight, "weight", 0.0, 1.0))
+
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:
         hot = max(1, int(npages * self.share))
         first = int(self._below(np.zeros(1, dtype=np.uint64), npages, 4)[0])
         near = (first + self._below(numbers, hot, 2)) % npages
@@ -170,14 +207,17 @@ class Zipf(Workload):
     Parameters
     ----------
     exponent : float
-        0 is uniform, 0.99 what caches see (YCSB).
+        0 to 16: 0 is uniform, 0.99 what caches see (YCSB).
     """
 
     name = "zipf"
     exponent: float = 0.99
 
-    def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page that each store goes to."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("exponent", real(self.exponent, "exponent", 0.0, 16.0))
+
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:
         u, rest = self._uniform(numbers, 2), 1.0 - self.exponent
         top = float(npages + 1)  # the inverse of the distribution of a continuous rank in [1, npages + 1)
         rank = top**u if abs(rest) < 1e-9 else (1.0 + u * (top**rest - 1.0)) ** (1.0 / rest)
@@ -201,8 +241,14 @@ class Bursty(Uniform):
     on: float = 0.5
     off: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("on", real(self.on, "on", 1e-9, _MOST_SECONDS))
+        self._set("off", real(self.off, "off", 0.0, _MOST_SECONDS))
+
     def quota(self, seconds: float) -> int | None:
         """Return how many stores are due when the guest has run for some seconds."""
+        seconds = real(seconds, "seconds", 0.0, _MOST_SECONDS)
         whole, part = divmod(seconds, self.on + self.off)
         return int((self.rate or 0.0) * (whole * self.on + min(part, self.on)))
 
@@ -213,13 +259,19 @@ class Idle(Workload):
 
     name = "idle"
 
-    def pages(self, numbers: Numbers, npages: int) -> Offsets:  # noqa: ARG002 - whatever they are
-        """Return page 0 for each: only who asks for stores gets any."""
+    def _pages(self, numbers: Numbers, npages: int) -> Offsets:  # noqa: ARG002 - no store is due, unless it is asked for
         return np.zeros(numbers.size, dtype=np.int64)
 
-    def quota(self, seconds: float) -> int | None:  # noqa: ARG002
+    def quota(self, seconds: float) -> int | None:
         """Return 0."""
+        real(seconds, "seconds", 0.0, _MOST_SECONDS)
         return 0
+
+
+def _numbered(position: int, count: int) -> tuple[int, int]:
+    """Return the number of the first of some stores, and how many there are, all within 64 bits."""
+    count = integer(count, "count", high=_MASK)
+    return integer(position, "position", high=_MASK - count), count
 
 
 def from_dict(given: Mapping[str, Any]) -> Workload:
@@ -260,6 +312,8 @@ def parse(text: str, seed: int = 0) -> Workload:
     >>> parse("hot,rate=5M,share=0.01", seed=3)
     HotSet(seed=3, rate=5000000.0, share=0.01, weight=0.9)
     """
+    instance(text, str, "a workload")
+    seed = integer(seed, "seed", low=-(1 << 63), high=_MASK)
     name, *options = text.split(",")
     given: dict[str, Any] = {"name": name.strip(), "seed": seed}
     for option in options:
@@ -272,7 +326,10 @@ def parse(text: str, seed: int = 0) -> Workload:
 
 def _number(text: str) -> float | int:
     scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
-    value = float(text[:-1] if scale != 1 else text) * scale
+    try:
+        value = float(text[:-1] if scale != 1 else text) * scale
+    except ValueError:
+        raise ValueError(f"a number of a workload is like 5, 0.5 or 5M, not {text!r}") from None
     return int(value) if scale == 1 and value == int(value) and "." not in text else value
 
 
