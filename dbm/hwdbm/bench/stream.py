@@ -21,6 +21,7 @@ from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, Report, Settings, migrate, receive
 from hwdbm.process import child, python
 from hwdbm.vm import MemoryMap, PlainGuest
+from hwdbm.vm.base import SlotPages
 from hwdbm.vm.memory import populate
 
 __all__ = ["StreamSetup", "rows", "serve"]
@@ -74,10 +75,10 @@ class _Scattered(PlainGuest):
     def rewind(self) -> None:
         self._calls, self.running = 0, True
 
-    def dirty(self, slot_id: int) -> Lease:
+    def _lend(self, pages: SlotPages) -> Lease:
         self._calls += 1
-        pages = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
-        return Lease(self._logs[slot_id], pages, generation=0)
+        dirty = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
+        return Lease(pages, dirty, generation=pages.generation)
 
 
 def rows(setup: StreamSetup | None = None) -> Iterator[Row]:
