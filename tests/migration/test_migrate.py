@@ -135,10 +135,10 @@ def test_bandwidth_is_kept(vm, inside):
 class Busy(FakeVm):
     """A guest that writes all of its pages between two looks, however fast this machine is."""
 
-    def _lend(self, pages):
+    def dirty(self, slot_id):
         if self.running:
-            pages.mark(0, pages.slot.npages)
-        return super()._lend(pages)
+            self.mark_imported(slot_id, 0, self.memory(slot_id).size // self.page_size)
+        return super().dirty(slot_id)
 
 
 def test_auto_converge(inside, monkeypatch):

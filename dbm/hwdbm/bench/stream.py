@@ -21,7 +21,6 @@ from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, Report, Settings, migrate, receive
 from hwdbm.process import child, python
 from hwdbm.vm import MemoryMap, PlainGuest
-from hwdbm.vm.base import SlotPages
 from hwdbm.vm.memory import populate
 
 __all__ = ["StreamSetup", "rows", "serve"]
@@ -75,10 +74,10 @@ class _Scattered(PlainGuest):
     def rewind(self) -> None:
         self._calls, self.running = 0, True
 
-    def _lend(self, pages: SlotPages) -> Lease:
+    def dirty(self, slot_id: int) -> Lease:
         self._calls += 1
         dirty = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
-        return Lease(pages, dirty, generation=pages.generation)
+        return Lease(self._pages[slot_id], dirty, generation=self._pages[slot_id].generation)
 
 
 def rows(setup: StreamSetup | None = None) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 import os
 from contextlib import AbstractContextManager
 from errno import ENOENT
-from threading import RLock
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,6 +123,7 @@ class BaseVm:
         self._owner, self._closed = os.getpid(), False
         self._lock = RLock()  # of the log, and of writes with their marks
         self._turn = Turn(self._lock)
+        self._taker = 0  # the thread that takes for the client, which has the lock
         self._memory: dict[int, NDArray[np.uint8]] = {}
         self._pages: dict[int, SlotPages] = {}
         self._map: MemoryMap | None = None  # made when it is asked for, since slots are added one by one
@@ -242,8 +243,9 @@ class BaseVm:
         """
         pages = self._slot(slot_id)
         with self._lock:
-            self._turn.check("dirty")
-            return self._lend(pages)
+            if self._taker != get_ident():
+                self._turn.check("dirty")
+            return pages.lend()
 
     def client(self, name: str) -> LogClient:
         """Give the log, which has been started, to one consumer until that is closed.
@@ -278,7 +280,7 @@ class BaseVm:
         """
         self._check_open()
         with self._lock:
-            client = self._turn.client(name, lambda slot_id: self._lend(self._slot(slot_id)))
+            client = self._turn.client(name, self._take)
             off = [pages.name for pages in self._pages.values() if not pages.slot.logging]
             if off:
                 client.close()
@@ -301,8 +303,14 @@ class BaseVm:
             raise BitmapError(f"pages {first}..{first + count - 1} are not inside {pages.name}'s {pages.slot.npages}")
         pages.mark(first, count)
 
-    def _lend(self, pages: SlotPages) -> Lease:
-        return pages.lend()
+    def _take(self, slot_id: int) -> Lease:
+        """Do what `dirty` does, also where a subclass has another one, for the client."""
+        with self._lock:
+            self._taker = get_ident()
+            try:
+                return self.dirty(slot_id)
+            finally:
+                self._taker = 0
 
     def _switch(self, *, on: bool) -> None:
         """Switch all slots' logs."""

@@ -3,8 +3,8 @@
 import os
 from dataclasses import replace
 
+from hwdbm.files import NewFile
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES
-from hwdbm.newfile import NewFile
 from hwdbm.vm.base import BaseVm, SlotPages, percentage
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.memorymap import MemoryMap
