@@ -7,7 +7,7 @@ from threading import Event, Thread
 
 import pytest
 
-from hwdbm.dirtylog import RangeLock
+from hwdbm.dirtylog.rangelock import RangeLock
 
 LIMIT = 10.0
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwdbm.machine.distinct import Distinct
+from hwdbm.machine.tlb import Distinct
 
 LIMIT = 600_000  # more than is compared at once
 

@@ -405,7 +405,10 @@ def test_a_bad_state_changes_nothing(make, raw):
 def test_a_state_of_another_format(make):
     machine = make()
     state = json.loads(machine.state())
-    for change, why in (({"format": 2}, "format 2, not 1"), ({"vcpus": state["vcpus"] * 2}, "2 vCPUs, and here are 1")):
+    for change, why in (
+        ({"format": 2}, "format is 1, not 2"),
+        ({"vcpus": state["vcpus"] * 2}, "2 vCPUs, and here are 1"),
+    ):
         with pytest.raises(ValueError, match=why):
             machine.set_state(json.dumps(state | change).encode())
 

@@ -7,8 +7,7 @@ import pytest
 
 from hwdbm import Stage2, pte, walker
 from hwdbm.machine import mmu
-from hwdbm.machine.distinct import Distinct
-from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE
+from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE, Distinct
 from hwdbm.pte import State
 from hwdbm.walker import Access
 

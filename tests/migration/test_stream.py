@@ -342,5 +342,4 @@ def test_a_receiver_that_is_none(name):
         with pytest.raises(StreamError, match=match):
             migrate(guest, channel, Settings())
         assert guest.running
-        with guest.dirty(0) as lease:
-            assert 0 in lease.bitmap
+        assert 0 in guest.dirty(0).bitmap

@@ -11,8 +11,7 @@ from hwdbm.dirtylog.faults import Backing
 from hwdbm.dirtylog.lease import Lease, Lender, Loans
 from hwdbm.dirtylog.log import DirtyLog
 from hwdbm.dirtylog.mechanism import MECHANISMS, Mechanism
-from hwdbm.dirtylog.rangelock import RangeLock
-from hwdbm.dirtylog.slot import FlushHook, Point, SlotLog
+from hwdbm.dirtylog.slot import FlushHook, Point
 from hwdbm.dirtylog.stats import Stats
 
 __all__ = [
@@ -26,8 +25,6 @@ __all__ = [
     "LogClient",
     "Mechanism",
     "Point",
-    "RangeLock",
-    "SlotLog",
     "Stats",
     "Turn",
 ]

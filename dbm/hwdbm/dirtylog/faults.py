@@ -107,18 +107,23 @@ def populate_steps(slot: SlotLog, pages: Pages, backing: Backing, *, write: bool
         _map_blocks(s2, pages, backing, writable=not readonly)
     pages = pages[s2.leaf_at(pages).level == 0]
     allowed = ~backing.shared[pages] & (not readonly)
-    for some, writable in ((pages[allowed], True), (pages[~allowed], False)):
-        if some.size:
-            s2.map_at(some, backing.of(some), writable=writable and leaf.writable, dbm=writable and leaf.dbm)
+    # Marked first, as nothing here can be refused any more: what is writable and unmarked is a lost write.
     yield Point.PUBLISH
     if slot.live is not None and leaf.marked:
         mark(slot.live, pages[allowed])
+    for some, writable in ((pages[allowed], True), (pages[~allowed], False)):
+        if some.size:
+            s2.map_at(some, backing.of(some), writable=writable and leaf.writable, dbm=writable and leaf.dbm)
 
 
 def write_fault_steps(
     slot: SlotLog, pages: Pages, pfns: Pages | None, result: Granted, *, split: bool, whole: bool
 ) -> Steps:
-    """Grant pages to be written, and only then mark them."""
+    """Grant pages to be written, and mark those that are.
+
+    They are marked when it is known which have a leaf, and just before that is changed: at no time is a page writable
+    and unmarked, and none is marked that isn't granted.
+    """
     s2, live = slot.stage2, slot.live
     yield Point.CLEAN
     due = slot.changing(*_reach(s2, int(pages[0]), int(pages[-1]) + 1))
@@ -126,7 +131,8 @@ def write_fault_steps(
     if pfns is not None:
         replaced = s2.leaf_at(pages)
         stale = [*_runs(pages[replaced.level > 0]), *_blocks(s2, replaced)]
-        s2.map_at(pages, pfns)
+        leaf = slot.leaf(write=False)  # clean: it is granted below, like any other
+        s2.map_at(pages, pfns, writable=leaf.writable, dbm=leaf.dbm)
     found = s2.leaf_at(pages)
     granted, dirty = pages[found.level > 0], pages[found.level == 3]
     result.absent = pages[found.level == 0]
@@ -138,10 +144,10 @@ def write_fault_steps(
         stale.append((start, stop))
         result.splits += _split(slot, inside, whole=whole)
         dirty = np.append(dirty, inside)
-    slot.grant(granted)
     yield Point.PUBLISH
     if live is not None:
         mark(live, dirty)
+    slot.grant(granted)
     slot.shared.meter.fault(granted.size)
     yield Point.FLUSH
     slot.flush(due, needed=bool(stale), spans=stale)

@@ -52,7 +52,7 @@ class Loans:
     """
 
     def __init__(self) -> None:
-        self._open: set[_Loan] = set()
+        self._open: dict[_Loan, None] = {}  # a set in the order of arrival
         self._forgotten: deque[_Loan] = deque()
         self._lock = Lock()
 
@@ -69,18 +69,18 @@ class Loans:
                 if loan.pages is not None:
                     put_back(loan.left(), loan.first_page, loan.generation)
                 self._forgotten.popleft()
-                self._open.discard(loan)
+                self._open.pop(loan, None)
 
     def _lend(self, lease: "Lease", pages: DirtyBitmap, generation: int) -> "_Loan":
         # The callback is a method of a deque and no Python function: a signal's handler can't raise in its place.
         loan = _Loan(lease, self._forgotten.append)
         loan.pages, loan.npages, loan.first_page, loan.generation = pages, pages.npages, lease.first_page, generation
-        self._open.add(loan)
+        self._open[loan] = None
         return loan
 
     def _settle(self, loan: "_Loan") -> None:
         loan.pages = None  # the lease has it still, so that its callback will be called
-        self._open.discard(loan)
+        self._open.pop(loan, None)
 
 
 class _Loan(ref["Lease"]):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.dirtylog import faults
-from hwdbm.dirtylog.client import LogClient
+from hwdbm.dirtylog.client import LogClient, Turn
 from hwdbm.dirtylog.faults import Backing, Granted, Verb
 from hwdbm.dirtylog.lease import Lease, kept
 from hwdbm.dirtylog.mechanism import MECHANISMS, HardwareDbm, Mechanism, WriteProtect
@@ -330,8 +330,7 @@ class DirtyLog:
             self._mechanism = mechanism
 
     def _by_name(self, name: str) -> Mechanism:
-        if name not in self._mechanisms:
-            raise ValueError(f"mechanism is one of {', '.join(map(repr, self._mechanisms))}, not {name!r}")
+        check.one_of(name, self._mechanisms, "mechanism")
         return self._mechanisms[name]
 
     # --- GET, CLEAR, sync ----------------------------------------------------------------------------------
@@ -509,10 +508,24 @@ class DirtyLog:
         Traceback (most recent call last):
         OSError: [Errno 16] slot 0: GET: the dirty log belongs to its client 'backup' until that closes
         """
+        return self._client(name, lambda _: None)
+
+    @property
+    def turn(self) -> Turn:
+        """Whose turn it is to take pages."""
+        return self._shared.turn
+
+    def _client(self, name: str, prepare: Callable[[int], object]) -> LogClient:
+        """Return a client that calls `prepare` for the slot before it takes pages."""
         if not any(slot.logging for slot in self.memslots):
             raise OSError(ENOENT, f"a client {name!r}: no slot logs")
         turn = self._shared.turn
-        client = turn.client(name, lambda slot: self._lend(self._find(slot), turn.holder))
+
+        def take(slot: int) -> Lease:
+            prepare(slot)
+            return self._lend(self._find(slot), turn.holder)
+
+        client = turn.client(name, take)
         for found in tuple(self._slots.values()):
             if not found.deleted:
                 found.run(iter(()))  # what others began before is done when this has had its turn
@@ -571,7 +584,7 @@ class DirtyLog:
         """
         found, gfn, npages = self._find(slot), check.integer(gfn, "gfn", None), check.integer(npages, "npages", None)
         level, writable = check.integer(level, "level", None), check.flag(writable, "writable")
-        frames = _frames(pfn)
+        frames = _frames(pfn) if isinstance(pfn, np.ndarray) and pfn.ndim else self._frame(pfn)
         found.run_leaves(
             lambda: found.pages_at(gfn, npages),
             lambda lo, hi: faults.map_steps(found, lo, hi, frames, level, writable=writable),
@@ -800,7 +813,7 @@ class DirtyLog:
     def _last_pfn(self) -> int:
         return (1 << (48 - self.granule.page_shift)) - 1
 
-    def _frame(self, pfn: int) -> int:
+    def _frame(self, pfn: int | NDArray[np.integer]) -> int:
         last = self._last_pfn
         frame = check.integer(pfn, "pfn", None)
         if not 0 <= frame <= last:
@@ -841,7 +854,10 @@ class DirtyLog:
         gpa, length = check.integer(gpa, "gpa", None), check.integer(length, "length", None)
         first = gpa >> shift
         stop = gpa + length + self.granule.page_size - 1 >> shift if length > 0 else first
-        lo, hi = found.pages_at(first, stop - first if length >= 0 else length)
+        try:
+            lo, hi = found.pages_at(first, stop - first if length >= 0 else length)
+        except GfnError as error:
+            raise GfnError(f"{error} (gpa {gpa:#x}, {length} bytes)") from None
         found.run(found.mark_steps(lo, hi), lo, hi)
 
     @contextmanager
@@ -929,13 +945,11 @@ def _pages(found: SlotLog, pages: Pages) -> NDArray[np.int64]:
     return np.unique(check.integers(pages, "pages", 0, found.npages - 1, GfnError))
 
 
-def _frames(pfn: int | NDArray[np.integer]) -> int | NDArray[np.integer]:
-    """Return frames as an int, or as an array of integers; `Stage2.map` checks their values."""
-    if isinstance(pfn, np.ndarray) and pfn.ndim:
-        if pfn.dtype.kind not in "iu":
-            raise TypeError(f"pfn are integers, not {pfn.dtype}")
-        return pfn
-    return check.integer(pfn, "pfn", None)
+def _frames(pfn: NDArray[np.integer]) -> NDArray[np.integer]:
+    """Return frames that are an array of integers; `Stage2.map` checks their values."""
+    if pfn.dtype.kind not in "iu":
+        raise TypeError(f"pfn are integers, not {pfn.dtype}")
+    return pfn
 
 
 def _words(bitmap: Mask, num_pages: int) -> NDArray[np.uint64]:

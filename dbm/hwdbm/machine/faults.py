@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from hwdbm.dirtylog import DirtyLog
 from hwdbm.machine.clock import Clock
 from hwdbm.machine.mmu import ACCESS_FLAG, PERMISSION, TRANSLATION
-from hwdbm.machine.region import Region
+from hwdbm.machine.space import Region
 
 __all__ = ["FaultHandler"]
 

@@ -1,26 +1,40 @@
 """Machine: a modelled VM, with memory, memslots under a dirty log, and vCPUs that write."""
 
+import json
+import os
+from collections.abc import Sequence
+from errno import EINVAL
+from threading import RLock
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from hwdbm.dirtylog import DirtyLog, Lease
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import check
+from hwdbm.dirtylog import DirtyLog, Lease, LogClient
 from hwdbm.granule import Granule
+from hwdbm.layout import Layout
 from hwdbm.machine.blocks import BlockKeeper, Blocks
 from hwdbm.machine.clock import Clock, Costs
 from hwdbm.machine.faults import FaultHandler
-from hwdbm.machine.host import Host
+from hwdbm.machine.frames import FramePool, Frames
 from hwdbm.machine.runner import VCpuRunner
-from hwdbm.machine.running import Running
-from hwdbm.machine.space import AddressSpace
+from hwdbm.machine.space import AddressSpace, Region
 from hwdbm.machine.vcpu import VCpu
-from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
+from hwdbm.machine.workload import Workload, from_dict
+from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Memslot, slot_name
+from hwdbm.stage2 import Stage2
+from hwdbm.vm.memory import GuestMemory, digest
 
 __all__ = ["Machine"]
 
+_HVA = 1 << 46  # where backings get their numbers from, if the caller has none: no byte is ever there
+_STATE = 1
 _NEEDS_HA = "hardware DBM needs the hardware's access flag (VTCR_EL2.HD without HA is ignored)"
 
 
-class Machine(Host, Running):
+class Machine:
     """A VM whose stage-2 tables, TLBs and faults are modelled, and whose memory is real.
 
     It is a source of migrations, too.
@@ -43,13 +57,13 @@ class Machine(Host, Running):
     vcpus : int
         How many there are.
     tlb_entries : int, optional
-        Leaves of a slot that a vCPU caches at most; by default all that it uses.
+        Leaves of a slot that a vCPU caches at most. Unlimited by default.
     ha : bool
         Whether the MMU sets AF. Hardware DBM needs it.
     seed : int
-        Of what a full TLB forgets.
+        Seed for choosing which entries a full TLB evicts.
     costs : Costs
-        What the clock counts with.
+        What the clock multiplies its counts with.
 
     Attributes
     ----------
@@ -64,6 +78,12 @@ class Machine(Host, Running):
     ------
     ValueError
         If an option is out of range.
+    TypeError
+        If one has another type.
+
+    Notes
+    -----
+    A machine that was closed raises `ValueError` from everything but `close`, `running` and `repr`.
 
     Examples
     --------
@@ -104,14 +124,22 @@ class Machine(Host, Running):
         seed: int = 0,
         costs: Costs | None = None,
     ) -> None:
+        check.instance(granule, Granule, "granule")
+        hw_dbm, thp, ha = check.flag(hw_dbm, "hw_dbm"), check.flag(thp, "thp"), check.flag(ha, "ha")
+        vcpus, seed = check.integer(vcpus, "vcpus", None), check.integer(seed, "seed", None)
+        if tlb_entries is not None:
+            tlb_entries = check.integer(tlb_entries, "tlb_entries", 1)
+        if costs is not None:
+            check.instance(costs, Costs, "costs")
         block = granule.pages_per_entry(2)
-        chunk = 64 * block if chunk_pages is None else chunk_pages
+        chunk = 64 * block if chunk_pages is None else check.integer(chunk_pages, "chunk_pages", None)
         if chunk < block or chunk % block:
             raise ValueError(f"a chunk is a positive multiple of a block's {block} pages, not {chunk}")
         if vcpus < 1:
             raise ValueError(f"a machine has 1 vCPU or more, not {vcpus}")
         if hw_dbm and not ha:
             raise ValueError(_NEEDS_HA)
+        check.instance(blocks, (Blocks, str), "blocks")
         policy = Blocks(blocks)
         log = DirtyLog(
             granule=granule,
@@ -138,18 +166,169 @@ class Machine(Host, Running):
             )
             for number in range(vcpus)
         ]
-        Host.__init__(self, log, clock, space, faults, made)
-        Running.__init__(self, [VCpuRunner(vcpu, space) for vcpu in made])
+        self.log, self.clock, self.space, self.faults, self.vcpus = log, clock, space, faults, tuple(made)
+        self._pool = FramePool()
+        self._runners = tuple(VCpuRunner(vcpu, space) for vcpu in made)
+        self._running = self._closed = False
+        self._hd_lock = RLock()
         self._keeper = BlockKeeper(log, policy, chunk, clock.add)
 
     def __repr__(self) -> str:
         size = sum(region.size for region in self.space.regions)
         return f"<Machine: {len(self.vcpus)} vCPUs, {size >> 20} MiB in {len(self.slots)} slots, {self.log!r}>"
 
+    # --- memory --------------------------------------------------------------------------------------------
+
+    def add_memslot(
+        self,
+        size: int,
+        gpa: int | None = None,
+        *,
+        slot: int | None = None,
+        readonly: bool = False,
+        hva: int | None = None,
+        memory_image: str | os.PathLike[str] | None = None,
+        shared: bool = False,
+    ) -> Memslot:
+        """Add a memslot with memory of its own behind it.
+
+        Parameters
+        ----------
+        size : int
+            In bytes, a multiple of the page.
+        gpa : int, optional
+            Where the guest sees it; by default after the last slot, aligned to a block.
+        slot : int, optional
+            Its id; by default the next.
+        readonly : bool
+            Whether the guest may only read.
+        hva : int, optional
+            Where the VMM has the backing, a multiple of the page: an opaque number. Blocks are mapped only if it is
+            the same as `gpa` modulo their size, as it is by default.
+        memory_image : path-like, optional
+            A file to load the memory from.
+        shared : bool
+            Whether each page is shared with others until it is written (copy on write).
+
+        Returns
+        -------
+        Memslot
+            The slot.
+
+        Raises
+        ------
+        OSError
+            By the rules of `hwdbm.DirtyLog.set_memory_region`; EINVAL for an image that is larger, and whatever
+            reading it raises.
+        """
+        self._check_open()
+        size, readonly = check.integer(size, "size", None), check.flag(readonly, "readonly")
+        shared = check.flag(shared, "shared")
+        image = None if memory_image is None else check.path(memory_image, "memory_image")
+        granule = self.log.granule
+        block = granule.page_size * granule.pages_per_entry(2)
+        if gpa is None:
+            gpa = max((-(-region.end // block) * block for region in self.space.regions), default=0)
+        if slot is None:
+            slot = max((region.id + 1 for region in self.space.regions), default=0)
+        gpa, slot = check.integer(gpa, "gpa", None), check.integer(slot, "slot", None)
+        if any(region.id == slot for region in self.space.regions):
+            raise OSError(EINVAL, f"{slot_name(slot)} is there already")
+        hva = _HVA + (slot << 36) + gpa % block if hva is None else check.integer(hva, "hva", None)
+        if size <= 0:
+            raise OSError(EINVAL, f"{slot_name(slot)}: memory_size {size} is not positive")
+        flags = KVM_MEM_READONLY if readonly else 0
+        self.log.set_memory_region(slot, flags, gpa, size, hva)
+        try:
+            memory = GuestMemory(size, f"hwdbm-slot{slot}")
+            if image is not None:
+                memory.load(image)
+        except BaseException:
+            self.log.set_memory_region(slot, 0, gpa, 0, hva)
+            raise
+        layout = Layout(size >> granule.page_shift, gpa >> granule.page_shift, granule)
+        frames = Frames(layout, self._pool, hva >> granule.page_shift)
+        if shared:
+            frames.share(0, layout.npages)
+        for vcpu in self.vcpus:
+            vcpu.attach(slot, layout)
+        self.space.add(Region(slot, gpa, size, hva, readonly, memory, frames))
+        return self.log.slot(slot)
+
+    @property
+    def page_size(self) -> int:
+        """Bytes in a page."""
+        return self.log.granule.page_size
+
+    @property
+    def slots(self) -> tuple[Memslot, ...]:
+        """The memslots in the order of their ids."""
+        return self.log.memslots
+
+    def memory(self, slot: int) -> NDArray[np.uint8]:
+        """Return the bytes of a slot, a writable view. What is written there is to be marked (`mark_imported`).
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot.
+        """
+        return self._region(slot).memory.view
+
+    def _region(self, slot: int) -> Region:
+        self._check_open()
+        return self.space.find(check.integer(slot, "slot", None))
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Return bytes, as a device or the VMM reads them: no leaf is looked at.
+
+        Raises
+        ------
+        OSError
+            EFAULT where a byte is in no slot.
+        """
+        self._check_open()
+        parts = self.space.runs(check.integer(gpa, "gpa", None), check.integer(length, "length", 0))
+        return b"".join(region.memory.view[at : at + count].tobytes() for region, at, _, count in parts)
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes, as a device or the VMM does, and mark the pages in the log. It may write read-only slots.
+
+        A shared page becomes a private one first, and the guest's leaf of the old frame goes.
+
+        Raises
+        ------
+        OSError
+            EFAULT where a byte is in no slot. Nothing is written then.
+        """
+        self._check_open()
+        check.instance(data, (bytes, bytearray, memoryview), "data")
+        raw, gpa = np.frombuffer(data, dtype=np.uint8), check.integer(gpa, "gpa", None)
+        for region, at, done, count in self.space.runs(gpa, raw.size):
+            first, stop = at // self.page_size, (at + count - 1) // self.page_size + 1
+            if region.frames.shared[first:stop].any():
+                self._unshare(region, first + np.flatnonzero(region.frames.shared[first:stop]))
+            try:
+                region.memory.view[at : at + count] = raw[done : done + count]
+            finally:  # after the bytes: a copy made before would lack them
+                self.log.mark_dirty(region.id, first, stop - first)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all memory, the slots in the order of their addresses, in hex."""
+        return digest(region.memory.view for region in self.space.regions)
+
     # --- the log -------------------------------------------------------------------------------------------
 
     def start_log(self) -> None:
-        """Begin to log all slots; what becomes of blocks, `blocks` says. A slot that logs goes on."""
+        """Begin to log all slots; what becomes of blocks, `blocks` says. A slot that logs goes on.
+
+        Raises
+        ------
+        OSError
+            EBUSY if a client has the log.
+        """
+        self._check_open()
+        self.log.turn.check("the start of the log")
         for slot in self.slots:
             if not slot.logging:
                 self._set_flags(slot, slot.flags | KVM_MEM_LOG_DIRTY_PAGES)
@@ -164,7 +343,15 @@ class Machine(Host, Running):
         collapse : bool
             Whether leaves become what they would be without a log, blocks where they fit. Otherwise they stay as they
             are, as on KVM's arm64.
+
+        Raises
+        ------
+        OSError
+            EBUSY if a client has the log.
         """
+        self._check_open()
+        collapse = check.flag(collapse, "collapse")
+        self.log.turn.check("the end of the log")
         for slot in self.slots:
             if slot.logging:
                 self._set_flags(slot, slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES)
@@ -177,10 +364,26 @@ class Machine(Host, Running):
         self.log.set_memory_region(slot.id, flags, region.gpa, region.size, region.hva)
 
     def split(self, slot: int, first_page: int = 0, npages: int | None = None) -> int:
-        """Split the blocks that touch some pages, and return how many there were."""
-        npages = self.log.slot(slot).npages - first_page if npages is None else npages
+        """Split the blocks that touch some pages, and return how many there were.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot.
+        GfnError
+            If the pages, counted from the slot's first, aren't inside of it.
+        """
+        slot, first, count = self._pages(slot, first_page, npages)
         with self.faults.mmu_lock:
-            return self._keeper.split(slot, first_page, npages)
+            return self._keeper.split(slot, first, count)
+
+    def _pages(self, slot: int, first_page: int, npages: int | None) -> tuple[int, int, int]:
+        """Return pages of a slot, checked."""
+        self._check_open()
+        found, first = self.log.slot(slot), check.integer(first_page, "first_page", None)
+        count = found.npages - first if npages is None else check.integer(npages, "npages", None)
+        self.log.slot_log(slot).pages(first, count)
+        return found.id, first, count
 
     def dirty(self, slot: int) -> Lease:
         """Lend a slot's dirty pages: they were collected, are clean now, and no vCPU can write them unrecorded.
@@ -193,10 +396,30 @@ class Machine(Host, Running):
         Raises
         ------
         OSError
-            ENOENT if the slot doesn't log.
+            ENOENT if the slot doesn't log, EBUSY if a client has the log.
         """
+        self._check_open()
+        self.log.turn.check(f"{slot_name(self.log.slot(slot).id)}: its dirty pages")
         self._split_for(slot)
         return self.log.lend(slot)
+
+    def client(self, name: str) -> LogClient:
+        """Give the log, which has been started, to one consumer, until it is closed or forgotten.
+
+        Until then `dirty`, `start_log`, `stop_log`, another client, and what `hwdbm.DirtyLog.client` refuses get EBUSY.
+
+        Returns
+        -------
+        LogClient
+            Its ``take(slot)`` is `dirty`.
+
+        Raises
+        ------
+        OSError
+            EBUSY if there is a client, ENOENT if no slot logs.
+        """
+        self._check_open()
+        return self.log._client(name, self._split_for)
 
     def _split_for(self, slot: int) -> None:
         """Split what a CLEAR would otherwise arm as blocks: where a log begins with all bits set, nobody has yet."""
@@ -204,7 +427,16 @@ class Machine(Host, Running):
             self.split(slot)
 
     def mark_imported(self, slot: int, first_page: int, npages: int) -> None:
-        """Mark pages that an import has written: they are dirty here."""
+        """Mark pages that an import has written: they are dirty here.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot.
+        GfnError
+            If the pages, counted from the slot's first, aren't inside of it.
+        """
+        self._check_open()
         self.log.mark_dirty(slot, first_page, npages)
 
     def set_hw_dirty_log(self, enable: bool) -> None:
@@ -215,28 +447,203 @@ class Machine(Host, Running):
         ValueError
             If it is to be enabled, and the MMU doesn't set AF.
         """
+        self._check_open()
+        enable = check.flag(enable, "enable")
         if enable and not all(vcpu.ha for vcpu in self.vcpus):
             raise ValueError(_NEEDS_HA)
         if enable:
-            self._set_hd(enable)
-        self.log.set_hw_dirty_log(enable)
-        if not enable:
+            with self._hd_lock:  # whole: HD must not go off between the two
+                self._set_hd(enable)
+                self.log.set_hw_dirty_log(enable)
+        else:
+            self.log.set_hw_dirty_log(enable)
             self._set_hd(enable)
 
     def _set_hd(self, enable: bool) -> None:
+        """Set VTCR_EL2.HD; it stays on where another thread has switched the log back to hardware DBM meanwhile."""
+        with self._hd_lock:
+            for vcpu in self.vcpus:
+                with vcpu.lock:
+                    vcpu.hd = enable or self.log.hw_dbm
+            for slot in self.slots:
+                self.flush(slot, 0, slot.npages)
+
+    # --- the vCPUs ------------------------------------------------------------------------------------------
+
+    def run(self, *workloads: Workload) -> None:
+        """Give the vCPUs something to do, one each, from its first store on; those left are idle. See `resume`.
+
+        Raises
+        ------
+        RuntimeError
+            If they are running.
+        ValueError
+            If there are more workloads than vCPUs.
+        """
+        self._check_paused()
+        check.instances(workloads, Workload, "workloads")
+        if len(workloads) > len(self._runners):
+            raise ValueError(f"{len(workloads)} workloads, and {len(self._runners)} vCPUs")
+        for runner, workload in zip(self._runners, workloads, strict=False):
+            runner.workload, runner.position, runner.seconds = workload, 0, 0.0
+
+    def step(self, stores: int, vcpu: int = 0) -> None:
+        """Do the next stores of a vCPU's workload in this thread, whatever its rate.
+
+        Raises
+        ------
+        RuntimeError
+            If the vCPUs are running.
+        """
+        self._check_paused()
+        stores, vcpu = check.integer(stores, "stores"), check.integer(vcpu, "vcpu", 0, len(self._runners) - 1)
+        self._runners[vcpu].step(stores)
+
+    def resume(self) -> None:
+        """Let the vCPUs run, each in a thread of its own. What one failed with is raised here, or by `pause`."""
+        self._check_open()
+        try:
+            for runner in self._runners:
+                runner.resume()
+        except BaseException:
+            self._stop_running()  # all run, or none
+            raise
+        self._running = True
+
+    def pause(self) -> None:
+        """Stop the vCPUs. When this returns, everything that they wrote is in memory and recorded."""
+        self._check_open()
+        self._stop_running()
+
+    def _stop_running(self) -> None:
+        self._running = False
+        errors = []
+        for runner in self._runners:
+            runner.stop()
+        for runner in self._runners:
+            try:
+                runner.pause()
+            except Exception as error:  # noqa: BLE001 - the others are to stop too
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run."""
+        return self._running
+
+    def throttle(self, percent: int) -> None:
+        """Keep the vCPUs from running for some part of the time.
+
+        Parameters
+        ----------
+        percent : int
+            0 to 99.
+
+        Raises
+        ------
+        ValueError
+            For another one.
+        """
+        self._check_open()
+        percent = check.integer(percent, "percent", None)
+        if not 0 <= percent <= 99:
+            raise ValueError(f"vCPUs are throttled by 0 to 99 percent, not {percent}")
+        for runner in self._runners:
+            runner.percent = percent
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the machine is closed")
+
+    def _check_paused(self) -> None:
+        self._check_open()
+        if self._running:
+            raise RuntimeError("the vCPUs are running")
+
+    # --- state ---------------------------------------------------------------------------------------------
+
+    def state(self) -> bytes:
+        """Return what the vCPUs would go on with, for a machine with the same memory.
+
+        Raises
+        ------
+        RuntimeError
+            If they are running.
+        """
+        self._check_paused()
+        state = {"format": _STATE, "vcpus": [runner.state() for runner in self._runners]}
+        return json.dumps(state, separators=(",", ":")).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Have the vCPUs go on where those of another machine were.
+
+        Raises
+        ------
+        RuntimeError
+            If they are running.
+        ValueError
+            If it isn't what `state` returns, or of another number of vCPUs. Nothing is changed then.
+        """
+        self._check_paused()
+        found = _parsed(state)
+        if len(found) != len(self._runners):
+            raise ValueError(f"a state of {len(found)} vCPUs, and here are {len(self._runners)}")
+        for runner, (workload, position, seconds) in zip(self._runners, found, strict=True):
+            runner.workload, runner.position, runner.seconds = workload, position, seconds
+
+    # --- the host ------------------------------------------------------------------------------------------
+
+    def share(self, slot: int, first_page: int, npages: int) -> None:
+        """Let others have some pages too (KSM, a fork): the guest's leaves become read-only, and a write copies.
+
+        What the leaves had recorded is saved first.
+        """
+        slot, first, count = self._pages(slot, first_page, npages)
+        frames = self.space.find(slot).frames
+        if count:
+            with self.faults.mmu_lock:
+                frames.share(first, count)
+                self.log.change(slot, first, count, _wrprotect)
+
+    def reclaim(self, slot: int, first_page: int, npages: int) -> None:
+        """Take frames away (migration of pages, swap): the leaves go, and the next touch finds other frames.
+
+        What the leaves had recorded is saved first.
+        """
+        slot, first, count = self._pages(slot, first_page, npages)
+        frames = self.space.find(slot).frames
+        with self.faults.mmu_lock:
+            self.log.unmap(slot, self.log.slot(slot).base_gfn + first, count)
+            frames.renew(np.arange(first, first + count))
+
+    def _unshare(self, region: Region, pages: NDArray[np.int64]) -> None:
+        with self.faults.mmu_lock:
+            pages = pages[region.frames.shared[pages]]
+            base = self.log.slot(region.id).base_gfn
+            for page in pages.tolist():
+                self.log.unmap(region.id, base + page, 1)
+            region.frames.renew(pages)
+
+    def flush(self, slot: Memslot, first_page: int, npages: int) -> None:
+        """Invalidate what any vCPU has cached of some pages. No access through it is under way when this returns."""
+        check.instance(slot, Memslot, "slot")
         for vcpu in self.vcpus:
-            with vcpu.lock:
-                vcpu.hd = enable
-        for slot in self.slots:
-            self.flush(slot, 0, slot.npages)
+            vcpu.flush(slot.id, first_page, npages)
+        self.clock.add(flushes=1)
+
+    # --- checking, and the end ------------------------------------------------------------------------------
 
     def verify(self) -> None:
         """Raise `InvariantError` if leaves, bitmaps and shared frames contradict each other."""
         self.log.verify()
 
     def close(self) -> None:
-        """Stop the vCPUs for good, and let go of the memory."""
-        self.stop()
+        """Stop the vCPUs for good, and let go of the memory. A second time does nothing."""
+        self._running, self._closed = False, True
+        for runner in self._runners:
+            runner.close()
         for region in self.space.regions:
             region.memory.close()
             self.space.remove(region.id)
@@ -248,3 +655,30 @@ class Machine(Host, Running):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _parsed(state: bytes) -> Sequence[tuple[Workload, int, float]]:
+    """Return what a state says of each vCPU, checked: it may come from anywhere."""
+    check.instance(state, (bytes, bytearray, memoryview), "state")
+    try:
+        found: dict[str, Any] = json.loads(bytes(state))
+        _check_format(found["format"])
+        return [
+            (
+                from_dict(each["workload"]),
+                check.integer(each["position"], "position", 0, (1 << 62) - 1),
+                check.real(each["seconds"], "seconds", 0, 1e12),
+            )
+            for each in found["vcpus"]
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a state of vCPUs: {error}") from None
+
+
+def _check_format(form: object) -> None:
+    if form != _STATE:
+        raise ValueError(f"its format is {_STATE}, not {form!r:.40}")
+
+
+def _wrprotect(s2: Stage2, first: int, count: int) -> int:
+    return s2.wrprotect(s2.base_gfn + first, count)

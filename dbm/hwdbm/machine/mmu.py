@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import pte
-from hwdbm.machine.distinct import Distinct
-from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE
+from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE, Distinct
 from hwdbm.stage2 import Stage2
 from hwdbm.walker import Access
 
@@ -133,8 +132,8 @@ def _walk_alike(
         return None
     sets, updated = new ^ one, 0
     if sets[0]:
-        np.bitwise_or(descs, sets, out=descs)
-        s2.level(3)[pages] = descs
+        descs.fill(sets[0])
+        s2.mmu_update(3, pages, descs)
         updated = _count(pages, distinct)
     return Walk(access, kind, np.array([3], dtype=np.uint8), updated)
 
@@ -170,7 +169,7 @@ def _store(
     if not changed.size:
         return 0
     entries = index[changed]
-    s2.level(level)[entries] = new[changed]
+    s2.mmu_update(level, entries, new[changed] ^ old[changed])
     return _count(entries, distinct)
 
 

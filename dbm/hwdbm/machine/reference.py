@@ -8,7 +8,7 @@ from enum import Enum
 
 from hwdbm import pte, walker
 from hwdbm.machine.machine import Machine
-from hwdbm.machine.region import Region
+from hwdbm.machine.space import Region
 from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 from hwdbm.walker import Access

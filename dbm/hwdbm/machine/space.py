@@ -1,18 +1,55 @@
 """AddressSpace: which memslot a guest physical address is in."""
 
 from collections.abc import Iterator
-from errno import EFAULT
+from dataclasses import dataclass
+from errno import EFAULT, ENOENT
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.granule import Granule
-from hwdbm.machine.region import Region
+from hwdbm.machine.frames import Frames
+from hwdbm.memslot import slot_name
+from hwdbm.vm.memory import GuestMemory
 
-__all__ = ["AddressSpace"]
+__all__ = ["AddressSpace", "Region"]
 
 Addresses = NDArray[np.int64]
-Part = tuple[Region | None, NDArray[np.intp] | None]
+Part = tuple["Region | None", NDArray[np.intp] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A memslot, its bytes and its frames.
+
+    Parameters
+    ----------
+    id : int
+        The slot's id.
+    gpa, size : int
+        Where the guest sees it, in bytes.
+    hva : int
+        Where the VMM sees it, in bytes: an opaque number, of which the alignment matters.
+    readonly : bool
+        Whether the guest may only read.
+    memory : GuestMemory
+        The bytes.
+    frames : Frames
+        The host's page table.
+    """
+
+    id: int
+    gpa: int
+    size: int
+    hva: int
+    readonly: bool
+    memory: GuestMemory
+    frames: Frames
+
+    @property
+    def end(self) -> int:
+        """The guest physical address after the last byte."""
+        return self.gpa + self.size
 
 
 class AddressSpace:
@@ -47,11 +84,11 @@ class AddressSpace:
         self._set(tuple(region for region in self.regions if region.id != slot))
 
     def find(self, slot: int) -> Region:
-        """Return a region by its slot's id, or raise KeyError."""
+        """Return a region by its slot's id, or raise ENOENT."""
         for region in self.regions:
             if region.id == slot:
                 return region
-        raise KeyError(f"there is no slot {slot}")
+        raise OSError(ENOENT, f"there is no {slot_name(slot)}")
 
     def fault(self, gpa: int, *, write: bool) -> OSError:
         """Return the error for an access that no handler resolves: EFAULT, with the address."""

@@ -5,18 +5,23 @@ again, whatever happened to the descriptor since (it was writable-dirty, or untr
 checked at a write (R_SGJBL); one that was read-only faults. Entries stay until they are flushed, or evicted.
 """
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.layout import Layout
-from hwdbm.machine.distinct import Distinct
 
-__all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Tlb"]
+__all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Distinct", "Tlb"]
 
 Pages = NDArray[np.int64]
 Kinds = NDArray[np.uint8]
 
 NONE, READ_ONLY, CLEAN, WRITABLE = 0, 1, 2, 3
+
+_SPARSE: Final = 256  # bytes that are read for a number at most; sorting it takes as long
+_CHUNK: Final = 1 << 18  # bytes that are compared together: what comes of it stays in the cache
+_TURNS: Final = 255  # what a byte can tell apart, besides 0
 
 
 class Tlb:
@@ -27,9 +32,9 @@ class Tlb:
     layout : Layout
         The slot's shape.
     capacity : int, optional
-        Entries to keep when `trim` is called; by default all. A larger one is forgotten at random.
+        Entries that `trim` leaves at most; it evicts at random. Unlimited by default.
     seed : int
-        Of the choice.
+        Seed for choosing which entries are evicted.
 
     Attributes
     ----------
@@ -53,7 +58,7 @@ class Tlb:
     """
 
     writes: int = WRITABLE
-    """The least kind that a write needs not to look at memory."""
+    """The least kind that lets a write go on without a look at memory."""
 
     def __init__(self, layout: Layout, capacity: int | None = None, seed: int = 0) -> None:
         if capacity is not None and capacity < 1:
@@ -67,6 +72,7 @@ class Tlb:
         self.distinct = Distinct(layout.npages)
         self._large = False  # whether a block may be cached: most lookups need not ask
         self._recent: list[NDArray[np.int64]] = []  # entries filled since the last trim; a block's after the pages'
+        self._noted = 0  # how many they are
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.page) + np.count_nonzero(self.stripe))
@@ -121,16 +127,60 @@ class Tlb:
     def _note(self, entries: NDArray[np.int64]) -> None:
         if self._capacity is not None:
             self._recent.append(entries.copy())  # the caller may use the array again
+            self._noted += entries.size
 
     def trim(self) -> None:
         """Forget entries at random until there are no more than the capacity."""
-        if self._capacity is None or sum(entries.size for entries in self._recent) <= self._capacity:
+        if self._capacity is None or self._noted <= self._capacity:
             return
         entries, npages = np.unique(np.concatenate(self._recent)), self._layout.npages
         small, large = entries[entries < npages], entries[entries >= npages]
         entries = np.append(small[self.page[small] != NONE], large[self.stripe[large - npages] != NONE])
-        self._rng.shuffle(entries)
-        gone, kept = entries[self._capacity :], entries[: self._capacity]
-        self.page[gone[gone < npages]] = NONE
-        self.stripe[gone[gone >= npages] - npages] = NONE
-        self._recent = [kept]
+        kept = entries
+        if entries.size > self._capacity:
+            # A sixteenth more goes than must, so that the next access doesn't have to look at all of them again.
+            self._rng.shuffle(entries)
+            stay = self._capacity - self._capacity // 16
+            gone, kept = entries[stay:], entries[:stay]
+            self.page[gone[gone < npages]] = NONE
+            self.stripe[gone[gone >= npages] - npages] = NONE
+        self._recent, self._noted = [kept], kept.size
+
+
+class Distinct:
+    """Counts the distinct ones of numbers below a limit, in a byte for each.
+
+    Parameters
+    ----------
+    limit : int
+        Numbers are below it.
+
+    Notes
+    -----
+    One thread at a time.
+
+    Examples
+    --------
+    >>> distinct = Distinct(1000)
+    >>> distinct.count(np.array([7, 999, 7])), distinct.count(np.array([7]))
+    (2, 1)
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._seen = np.zeros(limit, dtype=np.uint8)  # the count at which each number was seen last
+        self._turn = 0
+
+    def count(self, numbers: NDArray[np.int64]) -> int:
+        """Return how many numbers there are, however often each comes. Equal to ``len(set(numbers.tolist()))``."""
+        if not numbers.size:
+            return 0
+        lo, hi = int(numbers.min()), int(numbers.max()) + 1
+        if hi - lo > _SPARSE * numbers.size:
+            return int(np.unique(numbers).size)
+        if self._turn == _TURNS:
+            self._seen.fill(0)
+            self._turn = 0
+        self._turn += 1
+        self._seen[numbers] = self._turn
+        parts = (self._seen[start : min(start + _CHUNK, hi)] for start in range(lo, hi, _CHUNK))
+        return sum(int(np.count_nonzero(part == self._turn)) for part in parts)

@@ -13,13 +13,13 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.dirtylog import DirtyLog
 from hwdbm.layout import Layout
 from hwdbm.machine.clock import Clock
 from hwdbm.machine.faults import FaultHandler
 from hwdbm.machine.mmu import DONE, Walk, walk
-from hwdbm.machine.region import Region
-from hwdbm.machine.space import AddressSpace
+from hwdbm.machine.space import AddressSpace, Region
 from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, Tlb
 from hwdbm.walker import Access
 
@@ -73,9 +73,9 @@ class VCpu:
     clock : Clock
         Where accesses are counted.
     tlb_entries : int, optional
-        A limit of cached leaves a slot; by default none.
+        Leaves of a slot that are cached at most. Unlimited by default.
     seed : int
-        Of the choice of what to forget.
+        Seed for choosing which entries a full TLB evicts.
     ha, hd : bool
         VTCR_EL2.HA and HD: whether the MMU updates AF and the dirty state.
 
@@ -114,6 +114,8 @@ class VCpu:
 
     def flush(self, slot: int, first_page: int, npages: int) -> None:
         """Forget the translations of some pages; return when no access through one is under way."""
+        slot, first_page = check.integer(slot, "slot", None), check.integer(first_page, "first_page")
+        npages = check.integer(npages, "npages")
         with self.lock:
             if slot in self.tlb:
                 self.tlb[slot].flush(first_page, npages)
@@ -137,7 +139,9 @@ class VCpu:
         ValueError
             For an address that is no multiple of 8.
         """
-        values = values.astype(np.uint64, copy=False)
+        gpas, values = _checked(gpas), check.uint64s(values, "values")
+        if values.size != gpas.size:
+            raise ValueError(f"{gpas.size} addresses need {gpas.size} values, got {values.size}")
         for start in range(0, gpas.size, BATCH):
             part = slice(start, start + BATCH)
             self._batch(gpas[part], values[part], write=True)
@@ -149,6 +153,7 @@ class VCpu:
         -------
         (n,) uint64 array
         """
+        gpas = _checked(gpas)
         out = np.zeros(gpas.size, dtype=np.uint64)
         for start in range(0, gpas.size, BATCH):
             part = slice(start, start + BATCH)
@@ -276,6 +281,11 @@ class VCpu:
         access = "write" if write else "read"
         fault = tuple(Access)[int(found.access.max())].value
         return f"a {access} of gpa {gpa:#x} can't be handled: after {_TRIES} times it still takes a {fault}"
+
+
+def _checked(gpas: Addresses) -> Addresses:
+    """Return addresses as a workload has them."""
+    return check.integers(gpas, "addresses", 0, (1 << 63) - 1)
 
 
 def _distinct(pages: Pages) -> int:
