@@ -119,8 +119,11 @@ class Link:
     RST; a reader that leaves bytes unread makes an error of it there.
     """
 
-    def __init__(self, listener: transport.Listener, folder: Path) -> None:
-        self._to, self._family = listener.sock.getsockname(), listener.sock.family
+    def __init__(self, to: transport.Listener | Path, folder: Path) -> None:
+        if isinstance(to, Path):
+            self._to, self._family = str(to), socket.AF_UNIX
+        else:
+            self._to, self._family = to.sock.getsockname(), to.sock.family
         self._listener = socket.socket(self._family)
         self._listener.bind(str(folder / "link") if self._family == socket.AF_UNIX else ("127.0.0.1", 0))
         self._listener.listen(1)
@@ -161,6 +164,8 @@ class Link:
             for fd, _ in poll.poll(5):
                 origin, target = (here, there) if fd == here.fileno() else (there, here)
                 part = origin.recv(1 << 16)
+                if origin is here:
+                    self.seen(part)
                 if origin is there and self._swallow:
                     self._order = self._swallow
                     self.swallowed.set()
@@ -169,6 +174,9 @@ class Link:
                     target.shutdown(socket.SHUT_WR)
                     poll.unregister(origin)
                 target.sendall(part)
+
+    def seen(self, part: bytes) -> None:
+        """Look at what comes from the source."""
 
     def cut(self, how: str) -> None:
         """End the link now, for both sides."""

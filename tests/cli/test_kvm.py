@@ -13,7 +13,7 @@ import pytest
 from hwdbm.kvm import KvmVm
 
 MAIN = [sys.executable, "-P", "-W", "error", "-c", "from hwdbm.cli import main; main()"]
-SMALL = ["--source", "kvm", "--memory", "16M"]
+SMALL = ["--source", "kvm", "--memory", "16M", "--max-downtime", "5000"]
 
 real = pytest.mark.skipif(
     not (Path("/dev/kvm").exists() and platform.machine() == "x86_64"), reason="there is no /dev/kvm of x86_64"
@@ -76,7 +76,7 @@ def test_an_image(run, tmp_path: Path) -> None:
 
 
 def test_no_kvm(run, monkeypatch) -> None:
-    monkeypatch.setattr("hwdbm.cli.kvm.KvmVm", partial(KvmVm, path="/dev/no-kvm"))
+    monkeypatch.setattr("hwdbm.cli.guest.KvmVm", partial(KvmVm, path="/dev/no-kvm"))
     result = run("migrate", *SMALL)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("hwdbm: /dev/no-kvm: ")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hwdbm.cli.kvm import KvmLog, build_kvm, kvm_for
+from hwdbm.cli.guest import KvmLog, build_kvm, kvm_for
 from hwdbm.kvm import Kvm, KvmUnavailableError, KvmVm
 from hwdbm.migration import Precopy, Settings, receive, transport
 from hwdbm.vm import MemoryMap

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwdbm.cli.kvm import KvmLog, build_kvm, kvm_for
+from hwdbm.cli.guest import KvmLog, build_kvm, kvm_for
 from hwdbm.dirtylog import Lease
 from hwdbm.kvm import Kvm
 from hwdbm.migration import (

@@ -1,43 +1,66 @@
-"""The modelled machine that the commands of a migration start, and its options."""
+"""The VMs that the commands of a migration start, modelled or real, and the options that both commands have."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from errno import ENOENT
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.cli import parse as sizes
 from hwdbm.errors import BitmapError
 from hwdbm.granule import Granule
-from hwdbm.machine import Machine, Replay, parse
+from hwdbm.kvm import KvmUnavailableError, KvmVm
+from hwdbm.machine import Machine, Replay, Workload, parse
 from hwdbm.memslot import Memslot
 from hwdbm.migration import LayoutError
+from hwdbm.migration.transport import TlsDir
 from hwdbm.vm import MemoryMap
+from hwdbm.vm.memory import load
 
 __all__ = [
     "GPA",
+    "PAGE",
     "Endpoint",
     "Insecure",
+    "KvmLog",
+    "KvmLogOption",
     "Mode",
+    "ModeOption",
     "Thp",
     "TlsFolder",
+    "Vm",
     "build",
+    "build_kvm",
     "endpoint",
     "fill",
     "filled",
+    "kvm_for",
+    "kvm_layout",
     "layout_of",
     "machine_for",
-    "workload_for",
+    "memory_size",
+    "place",
+    "recorded",
+    "refuse",
+    "tls_of",
+    "workload_of",
 ]
 
 GPA = 0x4000_0000
 """Where the guest's memory begins, as on QEMU's machine ``virt``."""
 
+PAGE = Granule.K4.page_size
+"""Bytes of a page of what the commands start."""
+
 _WORKLOAD, _RATE = "hot,share=0.02", 200_000
+_KVM_RATE = 50_000  # pages a second: what a guest without hardware virtualisation below it can keep up
+_RING = 4096  # entries of each vCPU's ring
 _STEP = 1 << 26  # bytes filled or touched together
 _BLOCK = 1 << 21
 
@@ -49,9 +72,40 @@ class Mode(StrEnum):
     WRITE_PROTECT = "write-protect"
 
 
+class Vm(StrEnum):
+    """The kind of VM."""
+
+    MACHINE = "machine"
+    KVM = "kvm"
+
+
+class KvmLog(StrEnum):
+    """How the kernel's dirty log is collected."""
+
+    BITMAP = "bitmap"
+    CLEAR = "clear"
+    INITIALLY_SET = "initially-set"
+    RING = "ring"
+
+
+# None where an option wasn't given: one that has no effect on the VM is refused.
 Thp = Annotated[
-    bool,
-    typer.Option("--thp/--no-thp", help="Map the guest by 2M blocks where they fit, or by pages of 4K alone."),
+    bool | None,
+    typer.Option(
+        "--thp/--no-thp",
+        help="Map a modelled guest by 2M blocks where they fit, or by pages of 4K alone (the default).",
+    ),
+]
+ModeOption = Annotated[
+    Mode | None, typer.Option("--mode", help="How a modelled machine's log learns of writes; hw-dbm by default.")
+]
+KvmLogOption = Annotated[
+    KvmLog | None,
+    typer.Option(
+        "--kvm-log",
+        help="How the log of a real VM is collected: by GET (bitmap, the default), by GET and CLEAR, the same with all "
+        "pages dirty at first, or by rings.",
+    ),
 ]
 TlsFolder = Annotated[
     Path | None,
@@ -102,18 +156,23 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
         machine.vcpus[0].store(offsets + GPA, words[offsets // 8])
 
 
-def layout_of(memory: int) -> MemoryMap:
-    """Return the layout of what `build` makes: one slot.
+def memory_size(text: str) -> int:
+    """Return a guest's memory in bytes: pages of 4 KiB, one or more.
 
-    Raises
-    ------
-    ValueError
-        If it isn't whole pages.
+    Examples
+    --------
+    >>> memory_size("1G")
+    1073741824
     """
-    page = Granule.K4.page_size
-    if memory % page or not memory:
-        raise ValueError(f"memory is whole pages of {page} bytes, not {memory} bytes")
-    return MemoryMap(page, (Memslot(0, 0, GPA // page, memory // page, 0),))
+    size = sizes.size(text)
+    if size % PAGE or not size:
+        raise ValueError(f"memory is whole pages of {PAGE} bytes, one or more, not {size} bytes")
+    return size
+
+
+def layout_of(memory: int) -> MemoryMap:
+    """Return the layout of what `build` makes: one slot."""
+    return MemoryMap(PAGE, (Memslot(0, 0, GPA // PAGE, memory // PAGE, 0),))
 
 
 def machine_for(layout: MemoryMap, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
@@ -142,7 +201,7 @@ def machine_for(layout: MemoryMap, *, mode: Mode, thp: bool, vcpus: int = 1) -> 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where somebody listens on TCP.
+    """Where a receiver listens: on TCP, or on a Unix socket.
 
     Parameters
     ----------
@@ -150,10 +209,13 @@ class Endpoint:
         A name or an address.
     port : int
         0 to 65535.
+    path : Path, optional
+        The Unix socket.
     """
 
-    host: str
-    port: int
+    host: str = ""
+    port: int = 0
+    path: Path | None = None
 
 
 def endpoint(text: str) -> Endpoint:
@@ -162,7 +224,7 @@ def endpoint(text: str) -> Endpoint:
     Examples
     --------
     >>> endpoint("[::1]:4444")
-    Endpoint(host='::1', port=4444)
+    Endpoint(host='::1', port=4444, path=None)
     """
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -174,23 +236,56 @@ def endpoint(text: str) -> Endpoint:
     return Endpoint(host, int(port))
 
 
-def workload_for(
-    machine: Machine,
-    text: str | None,
-    *,
-    seed: int,
-    rate: float | None,
-    replay: Path | None = None,
-    interval: float = 0.1,
-) -> None:
-    """Give the machine's vCPU the workload that a text names, or a recorded one, or the default one."""
-    if replay is not None:
-        machine.run(Replay(bitmaps=_recorded(replay, machine.slots[0].npages), interval=interval))
-        return
+def place(text: str) -> Endpoint:
+    """Return what ``HOST:PORT`` or ``unix:PATH`` names.
+
+    Examples
+    --------
+    >>> place("localhost:4444")
+    Endpoint(host='localhost', port=4444, path=None)
+    """
+    if not text.startswith("unix:"):
+        return endpoint(text)
+    if text == "unix:":
+        raise ValueError("'unix:' has no path, as in unix:/run/guest")
+    return Endpoint(path=Path(text[5:]))
+
+
+def tls_of(where: Endpoint | None, folder: Path | None, *, insecure: bool) -> TlsDir | None:
+    """Return the certificates that two options name; options that make no sense are wrong usage."""
+    if where is None or where.path is None:
+        if folder is not None and insecure:
+            raise typer.BadParameter("--insecure is for a link without TLS, and --tls-dir for one with it")
+        if where is not None and folder is None and not insecure:
+            raise typer.BadParameter("TCP needs certificates (--tls-dir), or --insecure on a loopback address")
+        return None if folder is None else TlsDir(folder)
+    refuse("over a Unix socket", {"--tls-dir": folder is not None, "--insecure": insecure})
+    return None
+
+
+def refuse(where: str, given: Mapping[str, bool]) -> None:
+    """Refuse options that were given and have no effect."""
+    for option, is_given in given.items():
+        if is_given:
+            raise typer.BadParameter(f"{option} has no effect {where}")
+
+
+def workload_of(text: str | None, *, seed: int, rate: float | None) -> Workload:
+    """Return the workload of a modelled machine that a text names, or the default one."""
     text = _WORKLOAD if text is None else text
+    if rate is not None and "rate=" in text:
+        raise typer.BadParameter(f"--rate and --workload {text} both give a rate")
     if rate is None and "rate=" not in text and not text.startswith("idle"):
         rate = _RATE
-    machine.run(parse(text if rate is None else f"{text},rate={rate}", seed))
+    try:
+        return parse(text if rate is None else f"{text},rate={rate}", seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def recorded(folder: Path, npages: int, interval: float) -> Replay:
+    """Return the workload that was recorded in a folder. Errors are `_recorded`'s."""
+    return Replay(bitmaps=_recorded(folder, npages), interval=interval)
 
 
 def _recorded(folder: Path, npages: int) -> list[DirtyBitmap]:
@@ -212,3 +307,68 @@ def _recorded(folder: Path, npages: int) -> list[DirtyBitmap]:
     if not bitmaps:
         raise OSError(ENOENT, "there are no bitmaps", str(folder))
     return bitmaps
+
+
+# --- a real VM ---------------------------------------------------------------------------------------------
+
+
+_PROTECT = {KvmLog.CLEAR: "on", KvmLog.INITIALLY_SET: "initially-set"}
+
+
+class _LogOptions(TypedDict):
+    ring: int | None
+    manual_protect: str
+
+
+def _log(log: KvmLog) -> _LogOptions:
+    return {"ring": _RING if log is KvmLog.RING else None, "manual_protect": _PROTECT.get(log, "off")}
+
+
+def build_kvm(
+    memory: int, *, log: KvmLog, workload: str | None, rate: float | None, seed: int, image: Path | None, percent: int
+) -> KvmVm:
+    """Return a paused VM on ``/dev/kvm`` with memory that is filled; where its guest counts, each page has a 0 there.
+
+    Raises
+    ------
+    OSError
+        If there is no usable KVM, or the image can't be read or is larger.
+    """
+    workload = workload or "counting"
+    vm = KvmVm(memory, guest=workload, rate=_KVM_RATE if rate is None else rate or None, seed=seed, **_log(log))
+    try:
+        bytes_ = vm.memory(0)
+        if image is None:
+            fill(bytes_, filled(memory, percent), seed)
+        else:
+            load(bytes_, image)
+        if workload == "counting":
+            bytes_[:: vm.page_size] = 0
+        elif workload == "random":
+            bytes_.view(np.uint32)[:: vm.page_size // 4] = 0
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def kvm_layout(memory: int) -> MemoryMap:
+    """Return the layout of what `build_kvm` makes: the memory, and the guest's code."""
+    with KvmVm(memory, guest="idle") as vm:
+        return MemoryMap.of(vm)
+
+
+def kvm_for(layout: MemoryMap, *, log: KvmLog) -> KvmVm:
+    """Return a paused VM on ``/dev/kvm`` with the memory that a source describes.
+
+    Raises
+    ------
+    LayoutError
+        If it can't have it.
+    """
+    try:
+        return KvmVm.from_slots(layout.page_size, layout.slots, **_log(log))
+    except KvmUnavailableError:
+        raise
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"no VM has this memory: {getattr(error, 'strerror', None) or error}") from error

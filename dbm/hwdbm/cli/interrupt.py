@@ -1,4 +1,4 @@
-"""Ctrl-C: whenever it comes, the command says "interrupted" in one line, leaves nothing behind, and exits with 130.
+"""Ctrl-C, SIGTERM, SIGHUP: the command says "interrupted" in one line, leaves nothing behind, and exits with 130.
 
 An exception that is raised wherever Python happens to be gets lost in a finalizer, turns an import into an
 ``ImportError``, and unwinds compiled code that can't be unwound. So the handler cleans up itself and ends the process.
@@ -28,12 +28,20 @@ _cleanups: list[Callable[[], object]] = []
 def install(*cleanups: Callable[[], object]) -> None:
     """Answer interrupts from here on, and call `cleanups` then."""
     _cleanups[:] = cleanups
-    signal.signal(signal.SIGINT, _leave)
+    for number in _heeded():
+        signal.signal(number, _leave)
 
 
 def ignore() -> None:
     """Ignore interrupts from here on: the work is done, and its answer is on its way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _heeded() -> list[signal.Signals]:
+    """Return the signals that interrupt: Ctrl-C, and those that weren't ignored when the process began (nohup)."""
+    others = (signal.SIGTERM, signal.SIGHUP)
+    return [signal.SIGINT, *(number for number in others if signal.getsignal(number) is not signal.SIG_IGN)]
 
 
 @contextmanager
@@ -57,14 +65,16 @@ def as_event() -> Iterator[threading.Event]:
     event = threading.Event()
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, _leave)
+        for number in before:
+            signal.signal(number, _leave)
         event.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in _heeded()}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

@@ -1,28 +1,39 @@
-"""``hwdbm migrate``: a running machine to another process, proved by digest."""
+"""``hwdbm migrate``: a running VM to another process, proved by digest."""
 
 import json
+import os
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from hwdbm import kernels
-from hwdbm.cli import options, parse
-from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, build, endpoint, workload_for
+from hwdbm.cli import guest, options, parse
+from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
-from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, build_kvm
-from hwdbm.cli.live import display, megabytes
-from hwdbm.cli.output import columns
+from hwdbm.cli.output import columns, warn
 from hwdbm.cli.streams import note, result
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
-from hwdbm.migration import Channel, DigestError, Precopy, Report, Settings, StreamError, transport
+from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
+from hwdbm.migration.report import mebibytes
 from hwdbm.process import child, python
 
 __all__ = ["EPILOG", "migrate"]
@@ -30,8 +41,14 @@ __all__ = ["EPILOG", "migrate"]
 _MISMATCH = 3  # the exit status
 _START = 30.0  # seconds that the receiver has to come up
 _SWITCH = 2e-4  # seconds: the vCPUs and the sender are threads of one interpreter, and each waits for the other
+_PASSES = 12  # that are shown, the last ones
+_NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
+_HOLD = 30.0  # seconds that a guest is held where there is no terminal
+_MIB = 1 << 20
 
-EPILOG = """Examples:
+EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
+
+Examples:
 
 \b
   A guest of 1 GiB that keeps writing, to another process on this machine:
@@ -51,28 +68,44 @@ EPILOG = """Examples:
 """
 
 
+class OnLimit(StrEnum):
+    """What to do if the rest doesn't fit into the downtime."""
+
+    ABORT = "abort"
+    WAIT = "wait"
+    PAUSE = "pause"
+
+
+def _bandwidth(text: str) -> int:
+    value = parse.size(text)
+    if not value:
+        raise ValueError("a bandwidth is more than 0 bytes a second")
+    return value
+
+
 def migrate(
     source: Annotated[Vm, typer.Option(help="A modelled machine, or a real guest on /dev/kvm.")] = Vm.MACHINE,
     to: Annotated[
         Endpoint | None,
         typer.Option(
             "--to",
-            parser=options.parser(endpoint),
-            metavar="HOST:PORT",
+            parser=options.parser(guest.place),
+            metavar="HOST:PORT|unix:PATH",
             help="Where 'hwdbm receive' listens. By default one is started, on a Unix socket of its own.",
         ),
     ] = None,
     memory: Annotated[
-        int, typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="The guest's memory; 1G by default.")
+        int, typer.Option(parser=options.parser(guest.memory_size), metavar="SIZE", help="The guest's memory.")
     ] = "1G",  # type: ignore[assignment]  # typer parses it
     memory_image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What the memory holds at first. By default it is filled.")
     ] = None,
     filled: Annotated[
-        int, typer.Option(min=0, max=100, help="Percent of the memory that hold random data at first.")
-    ] = 75,
-    thp: Thp = False,
-    mode: Annotated[Mode, typer.Option(help="How the log learns of writes.")] = Mode.HW_DBM,
+        int | None,
+        typer.Option(min=0, max=100, help="Percent of the memory that hold random data at first; 75 by default."),
+    ] = None,
+    thp: Thp = None,
+    mode: ModeOption = None,
     workload: Annotated[
         str | None,
         typer.Option(
@@ -83,28 +116,53 @@ def migrate(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0, help="Stores a second; by default 200000. With KVM pages, by default 50000; 0: no limit."),
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="NUMBER",
+            help="Stores a second; by default 200000. With KVM pages a second, by default 50000; 0: no limit.",
+        ),
     ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write what was recorded: the dirty bitmaps (KVM's layout) in a folder, by name, one an interval.",
+            help="Read dirty bitmaps that were recorded, in KVM's layout, from a folder, in the order of their names: "
+            "in each interval the guest writes the pages of one, in place of a workload.",
         ),
     ] = None,
     interval: Annotated[
-        float, typer.Option(min=1e-3, metavar="SECONDS", help="Between two bitmaps of --replay.")
-    ] = 0.1,
-    kvm_log: KvmLogOption = KvmLog.BITMAP,
-    seed: Annotated[int, typer.Option(help="Of the memory and the workload.")] = 0,
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="SECONDS",
+            help="How long each bitmap of --replay stands for; 0.1 by default.",
+        ),
+    ] = None,
+    kvm_log: KvmLogOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the memory and the workload.")] = 0,
     bandwidth: Annotated[
         int | None,
-        typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="Bytes a second at most."),
+        typer.Option(
+            parser=options.parser(_bandwidth),
+            metavar="SIZE",
+            help="Bytes a second at most, as in 200M. No limit by default.",
+        ),
     ] = None,
     max_downtime: Annotated[
-        float, typer.Option(min=0, metavar="MS", help="How long the last pass may take, in milliseconds.")
+        float,
+        typer.Option(parser=options.parser(parse.number), metavar="MS", help="How long the guest may stand still."),
     ] = 300,
-    max_iterations: Annotated[int, typer.Option(min=1, help="Passes before the guest is paused anyway.")] = 30,
+    max_iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes in a row without progress, after which --on-limit decides; 30 by default."),
+    ] = None,
+    on_limit: Annotated[
+        OnLimit,
+        typer.Option(
+            help="If the rest doesn't fit into --max-downtime: give up, go on until it does, or pause the guest for as "
+            "long as it takes."
+        ),
+    ] = OnLimit.ABORT,
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="Slow the guest down where it writes more than is sent.")
     ] = False,
@@ -115,6 +173,15 @@ def migrate(
     tls_dir: TlsFolder = None,
     insecure: Insecure = False,
     attempts: Annotated[int, typer.Option(min=1, help="Try so often; a failure leaves the guest running.")] = 1,
+    hold: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="SECONDS",
+            help="How long the guest is kept, paused, where nobody knows whether it runs at the destination: until a "
+            "signal decides by default, or for 30 s where stdin is no terminal.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.png|.html", help="Draw what happened. Needs the extra 'plot'.")
     ] = None,
@@ -123,43 +190,99 @@ def migrate(
     """Migrate a VM that keeps writing, live, to another process.
 
     Both sides compare the SHA-256 of all memory before the destination runs. Exit status 3 if it differs; then,
-    as after any failure, the source goes on, with every dirty bit put back. A real guest is checked once more when
-    it has run on at the destination.
+    as after nearly any failure, the source goes on, with every dirty bit put back. Where the destination was told to
+    run and nobody knows whether it does, the source stays paused, and the command says how to resume it. A real guest
+    is checked once more when it has run on at the destination.
     """
-    _check(report, to, tls_dir, insecure=insecure)
-    if replay is not None and (workload is not None or source is Vm.KVM):
-        raise typer.BadParameter("--replay is what the modelled machine writes, in place of a --workload")
-    settings = Settings(max_downtime / 1e3, max_iterations, bandwidth, auto_converge, verify)
+    if report is not None and report.suffix not in {".png", ".html"}:
+        raise typer.BadParameter(f"--report {report}: .png or .html")
+    if to is None:
+        guest.refuse("without --to HOST:PORT", {"--tls-dir": tls_dir is not None, "--insecure": insecure})
+    tls = guest.tls_of(to, tls_dir, insecure=insecure)
+    guest.refuse("with --on-limit wait", {"--max-iterations": max_iterations is not None and on_limit is OnLimit.WAIT})
+    guest.refuse("with --memory-image", {"--filled": filled is not None and memory_image is not None})
+    guest.refuse("without --replay", {"--interval": interval is not None and replay is None})
+    settings = Settings(max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value)
+    content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     vm: Machine | KvmVm
     if source is Vm.KVM:
-        receiver = ["--memory", str(memory), "--vm", "kvm", "--kvm-log", kvm_log.value]
-        vm = build_kvm(memory, log=kvm_log, workload=workload, rate=rate, seed=seed, image=memory_image, percent=filled)
+        guest.refuse("with --source kvm", {"--mode": mode is not None, "--thp": thp is not None})
+        guest.refuse("with --source kvm", {"--replay": replay is not None})
+        log = kvm_log or KvmLog.BITMAP
+        receiver = ["--memory", str(memory), "--vm", "kvm", "--kvm-log", log.value]
+        vm = _real(content, log, workload, rate)
     else:
-        receiver = ["--memory", str(memory), "--mode", mode.value, "--thp" if thp else "--no-thp"]
-        vm = build(memory, mode=mode, thp=thp, seed=seed, image=memory_image, percent=filled)
-        workload_for(vm, workload, seed=seed, rate=rate, replay=replay, interval=interval)
+        guest.refuse("without --source kvm", {"--kvm-log": kvm_log is not None})
+        receiver = ["--memory", str(memory), "--mode", (mode or Mode.HW_DBM).value, "--thp" if thp else "--no-thp"]
+        vm = _modelled(content, mode or Mode.HW_DBM, workload, rate, replay, interval, thp=bool(thp))
     kernels.warm_up()
     with vm, _switching_often(), as_event() as cancel:
         vm.resume()
 
         def attempt(tell: Callable[[Report], None]) -> Precopy:
-            with _connected(to, tls_dir, receiver, insecure=insecure) as channel:
+            with _connected(to, tls, receiver, insecure=insecure, cancel=cancel) as channel:
                 precopy = Precopy(vm, channel, settings, cancel=cancel, on_progress=tell)
                 _run(precopy)
                 return precopy
 
-        done = _attempts(attempts, attempt, cancel)
+        try:
+            done = _attempts(vm, attempts, attempt, cancel, hold)
+        except StreamError:
+            if cancel.is_set():
+                note("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
+            raise
         _say(done, report, as_json=as_json)
         if done.failure is not None:
             status = _MISMATCH if isinstance(done.failure, DigestError) else 1
             raise typer.Exit(INTERRUPTED if cancel.is_set() else status)
 
 
-def _check(report: Path | None, to: Endpoint | None, tls_dir: Path | None, *, insecure: bool) -> None:
-    if report is not None and report.suffix not in {".png", ".html"}:
-        raise typer.BadParameter(f"--report {report}: .png or .html")
-    if to is None and (tls_dir is not None or insecure):
-        raise typer.BadParameter("--tls-dir and --insecure go with --to HOST:PORT")
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a guest's memory holds at first."""
+
+    memory: int
+    image: Path | None
+    percent: int
+    seed: int
+
+
+def _modelled(
+    content: _Content,
+    mode: Mode,
+    workload: str | None,
+    rate: float | None,
+    replay: Path | None,
+    interval: float | None,
+    *,
+    thp: bool,
+) -> Machine:
+    """Return a modelled machine that is about to run."""
+    if replay is None:
+        work = guest.workload_of(workload, seed=content.seed, rate=rate)
+    else:
+        guest.refuse("with --replay", {"--workload": workload is not None, "--rate": rate is not None})
+        if interval == 0:
+            raise typer.BadParameter("--interval is more than 0 s")
+        npages = content.memory // guest.PAGE
+        work = guest.recorded(replay, npages, 0.1 if interval is None else interval)
+    vm = guest.build(
+        content.memory, mode=mode, thp=thp, seed=content.seed, image=content.image, percent=content.percent
+    )
+    vm.run(work)
+    return vm
+
+
+def _real(content: _Content, log: KvmLog, workload: str | None, rate: float | None) -> KvmVm:
+    """Return a real VM that is about to run."""
+    try:
+        return guest.build_kvm(
+            content.memory, log=log, workload=workload, rate=rate, seed=content.seed, image=content.image,
+            percent=content.percent,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _run(precopy: Precopy) -> None:
@@ -171,78 +294,204 @@ def _run(precopy: Precopy) -> None:
 
 
 def _attempts(
-    attempts: int, attempt: Callable[[Callable[[Report], None]], Precopy], cancel: threading.Event
+    vm: Machine | KvmVm,
+    attempts: int,
+    attempt: Callable[[Callable[[Report], None]], Precopy],
+    cancel: threading.Event,
+    hold: float | None,
 ) -> Precopy:
     for left in reversed(range(attempts)):
-        with display() as tell:
+        with _display() as tell:
             done = attempt(tell)
+        # A guest that may run elsewhere is never sent a second time.
+        if isinstance(done.failure, HandoverError) and not _decided(vm, done.failure, cancel, hold):
+            return done
         if done.failure is None or cancel.is_set() or not left:
             return done
         note(f"{done.failure}; trying again")
     raise AssertionError("there is one attempt or more")
 
 
-def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
-    if picture is not None and done.report.passes:
-        from hwdbm.cli.passes import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+def _decided(vm: Machine | KvmVm, failure: HandoverError, cancel: threading.Event, hold: float | None) -> bool:
+    """Hold a guest that may run elsewhere; return whether somebody said that it goes on here."""
+    seconds = hold if hold is not None else inf if sys.stdin is not None and sys.stdin.isatty() else _HOLD
+    note(str(failure))
+    note(
+        f"look at the destination: only if its receiver has ended and no guest runs there, 'kill -USR1 {os.getpid()}' "
+        "resumes it here (two that run ruin their disks); Ctrl-C gives it up"
+        + ("" if seconds == inf else f", and so do {seconds:g} s")
+    )
+    decided = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: decided.set())
+    try:
+        until = time.monotonic() + seconds
+        while not decided.is_set() and not cancel.is_set() and time.monotonic() < until:
+            select.select([], [], [], 0.1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if not decided.is_set():
+        return False
+    vm.resume()
+    note("the guest runs here again, and all that it had dirtied is dirty")
+    return True
 
-        draw(picture, done.report)
-    text = json.dumps(done.report.to_dict(), indent=2) if as_json else _text(done.report)
+
+# --- what is said ------------------------------------------------------------------------------------------
+
+
+def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
+    report = done.report
+    text = json.dumps(report.to_dict(), indent=2) if as_json else _text(report)
     result(text, done="the migration completed" if done.failure is None else "the migration failed")
-    if done.report.guest_resumed is False:
-        note(done.report.error)
+    if picture is not None and report.passes:
+        from hwdbm.migration.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+
+        draw(picture, report)
+    if report.downtime is not None and report.downtime > report.limit:
+        warn(f"the guest stood still for {report.downtime * 1e3:,.0f} ms, longer than {report.limit * 1e3:g} ms")
+    if report.guest_resumed is False:
+        note(report.error)
         raise typer.Exit(1)
     if done.failure is not None:
         note(" ".join((str(done.failure), *getattr(done.failure, "__notes__", ()))))
 
 
 def _text(report: Report) -> str:
-    rows: list[tuple[object, ...]] = [("pass", "dirty", "sent", "zero pages", "time", "bandwidth", "expected downtime")]
-    for one in report.passes:
-        expected = "" if one.expected_downtime is None else f"{one.expected_downtime * 1e3:,.1f} ms"
-        rows.append(
-            (
-                one.number,
-                megabytes(one.remaining),
-                megabytes(one.transferred),
-                f"{one.duplicate:,}",
-                f"{one.time * 1e3:,.1f} ms",
-                f"{one.bandwidth / (1 << 20):,.1f} MiB/s",
-                expected,
-            )
-        )
-    lines = [columns(rows), "", f"{report.status} in {report.total_time:.2f} s"]
+    width = shutil.get_terminal_size((80, 24)).columns
+    wide = width >= 70
+    heads = [
+        ("pass", "dirty", "sent", "zero", "time", "bandwidth", "expected"),
+        ("", "MiB", "MiB", "pages", "ms", "MiB/s", "downtime ms"),
+    ]
+    chosen = range(7) if wide else (0, 1, 5, 6)
+    rows = [[row[i] for i in chosen] for row in (*heads, *map(_row, report.passes))]
+    lines = [columns(rows), ""] if report.passes else []
+    told = [f"{report.status} in {report.total_time:.2f} s"]
     if report.downtime is not None:
-        lines[-1] += f", downtime {report.downtime * 1e3:.1f} ms of {report.limit * 1e3:g} ms"
+        told[0] += f", downtime {report.downtime * 1e3:.1f} ms of {report.limit * 1e3:g} ms"
     if report.verify_time is not None:
-        lines[-1] += f" (and {report.verify_time * 1e3:.0f} ms for the digests)"
+        told[0] += f" (and {report.verify_time * 1e3:.0f} ms for the digests)"
+    if report.downtime is not None and not report.converged:
+        told.append("the guest was paused though the rest didn't fit into that")
     if report.guest_resumed:
-        lines += ["the guest runs at the destination, and its memory is right there"]
-    if report.source_sha256:
-        lines += [f"source       sha256 {report.source_sha256}"]
-        lines += [f"destination  sha256 {report.destination_sha256}"]
+        told.append("the guest runs at the destination, and its memory is right there")
+    for each in told:
+        lines += textwrap.wrap(each, width - 1)
+    here, there = report.source_sha256, report.destination_sha256
+    if here and here == there:
+        lines += _digest("sha256", here, width)
+    else:
+        lines += [
+            *(_digest("sha256 here ", here, width) if here else []),
+            *(_digest("sha256 there", there, width) if there else []),
+        ]
     return "\n".join(lines)
+
+
+def _row(one: Pass) -> tuple[object, ...]:
+    return (
+        one.number,
+        f"{one.remaining / _MIB:,.1f}",
+        *(
+            (
+                f"{one.transferred / _MIB:,.1f}",
+                f"{one.duplicate:,}",
+                f"{one.time * 1e3:,.1f}",
+                f"{one.bandwidth / _MIB:,.1f}",
+            )
+            if one.time
+            else ("", "", "", "")  # it was never sent
+        ),
+        "" if one.expected_downtime is None else f"{one.expected_downtime * 1e3:,.1f}",
+    )
+
+
+def _digest(name: str, digest: str, width: int) -> list[str]:
+    if len(name) + 1 + len(digest) < width:
+        return [f"{name} {digest}"]
+    step = max(width - 3 - (width - 3) % 16, 16)
+    return [name, *(f"  {digest[at : at + step]}" for at in range(0, len(digest), step))]
+
+
+@contextmanager
+def _display() -> Iterator[Callable[[Report], None]]:
+    """Yield what to call with the report now and then: it shows on stderr how the migration goes."""
+    console = Console(file=sys.stderr, stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    with Live(console=console, refresh_per_second=8, transient=True, redirect_stdout=False) as live:
+        yield lambda report: live.update(_picture(report, console.width))
+
+
+def _lines() -> Callable[[Report], None]:
+    """Return what prints a line now and then, where there is no terminal."""
+    said = time.monotonic()
+
+    def tell(report: Report) -> None:
+        nonlocal said
+        if time.monotonic() - said < _NOW_AND_THEN or not report.passes:
+            return
+        said, one = time.monotonic(), report.passes[-1]
+        expected = "" if one.expected_downtime is None else f", expected downtime {one.expected_downtime * 1e3:,.0f} ms"
+        note(
+            f"{report.status} for {report.total_time:.0f} s: pass {one.number}, {mebibytes(one.remaining)} dirty, "
+            f"{mebibytes(report.remaining)} to go{expected}"
+        )
+
+    return tell
+
+
+def _picture(report: Report, width: int) -> Table:
+    wide = width >= 76
+    table = Table(title=f"{report.status}, {report.total_time:.1f} s", title_justify="left", box=None, padding=(0, 1))
+    for head in ("pass", "dirty\nMiB", "to go\nMiB", "dirtied\nMiB/s", "sent\nMiB/s", "downtime\nms", ""):
+        if wide or head not in {"dirtied\nMiB/s", ""}:
+            table.add_column(head, justify="right", no_wrap=True)
+    for one in report.passes[-_PASSES:]:
+        current = one is report.passes[-1] and report.status in {"active", "device"}
+        remaining = report.remaining if current else 0
+        cells = [
+            str(one.number),
+            f"{one.remaining / _MIB:,.1f}",
+            f"{remaining / _MIB:,.1f}" if current else "",
+            f"{one.bandwidth / _MIB:,.1f}" if one.time else "",
+            f"{one.expected_downtime * 1e3:,.0f}" if one.expected_downtime is not None else "",
+        ]
+        if wide:
+            cells.insert(3, f"{one.dirty_rate / _MIB:,.1f}" if one.dirty_rate else "")
+            bar = ProgressBar(total=one.remaining or 1, completed=one.remaining - remaining, width=min(24, width - 56))
+            table.add_row(*cells, bar)
+        else:
+            table.add_row(*cells)
+    return table
 
 
 # --- the other side ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _connected(to: Endpoint | None, tls_dir: Path | None, options: list[str], *, insecure: bool) -> Iterator[Channel]:
+def _connected(
+    to: Endpoint | None, tls: transport.TlsDir | None, options_: list[str], *, insecure: bool, cancel: threading.Event
+) -> Iterator[Channel]:
     with ExitStack() as stack:
+        if to is not None and to.path is not None:
+            yield stack.enter_context(transport.connect_unix(to.path))
+            return
         if to is not None:
-            tls = None if tls_dir is None else transport.TlsDir(tls_dir)
             yield stack.enter_context(transport.connect_tcp(to.host, to.port, tls, insecure=insecure))
             return
         path = stack.enter_context(transport.private_socket())
-        command = python("-m", "hwdbm", "receive", "--unix", str(path), "--json", *options)
+        command = python("-m", "hwdbm", "receive", "--unix", str(path), "--json", "--until-eof", *options_)
         receiver = stack.enter_context(
-            child(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            child(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         )
-        yield stack.enter_context(_connect(receiver, path))
+        # Its stdin ends with this process, however that ends, or with this block.
+        stack.callback(receiver.stdin.close if receiver.stdin else lambda: None)
+        yield stack.enter_context(_connect(receiver, path, cancel))
 
 
-def _connect(receiver: subprocess.Popen[bytes], path: Path) -> Channel:
+def _connect(receiver: subprocess.Popen[bytes], path: Path, cancel: threading.Event) -> Channel:
     until = time.monotonic() + _START
     while True:
         try:
@@ -250,10 +499,11 @@ def _connect(receiver: subprocess.Popen[bytes], path: Path) -> Channel:
         except (FileNotFoundError, ConnectionRefusedError) as error:
             if receiver.poll() is not None:
                 said = receiver.stderr.read().decode(errors="replace") if receiver.stderr else ""
-                raise StreamError(f"the receiver didn't come up: {said.strip()}") from error
+                raise StreamError(f"the receiver didn't come up: {said.strip().removeprefix('hwdbm: ')}") from error
+            if cancel.wait(0.02):
+                raise StreamError("interrupted while the receiver came up") from error
             if time.monotonic() > until:
                 raise StreamError(f"the receiver didn't come up in {_START:g} s") from error
-            time.sleep(0.02)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Reading what people type: sizes, addresses, slots."""
 
 import re
+from math import inf, nan
 
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
 
-__all__ = ["address", "size", "slot"]
+__all__ = ["address", "number", "size", "slot"]
 
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -29,6 +30,28 @@ def address(text: str) -> int:
         raise ValueError(f"{text!r} is not a number like 4096 or 0x1000") from None
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{text!r} doesn't fit into 64 bits")
+    return value
+
+
+def number(text: str) -> float:
+    """Return the number of 0 or more that `text` is.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> number("0.5"), number("1e3")
+    (0.5, 1000.0)
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = nan
+    if not 0 <= value < inf:
+        raise ValueError(f"{text!r} is not a number of 0 or more")
     return value
 
 

@@ -2,31 +2,40 @@
 
 import json
 import os
+import signal
+import threading
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hwdbm import kernels
-from hwdbm.cli import options, parse
-from hwdbm.cli.guest import Endpoint, Insecure, Mode, Thp, TlsFolder, endpoint, layout_of, machine_for
-from hwdbm.cli.kvm import KvmLog, KvmLogOption, Vm, kvm_for, kvm_layout
-from hwdbm.cli.live import megabytes
+from hwdbm.cli import guest, interrupt, options, parse
+from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
+from hwdbm.cli.output import warn
 from hwdbm.cli.streams import note, result
 from hwdbm.migration import Channel, Received, StreamError, transport
 from hwdbm.migration import receive as receive_vm
+from hwdbm.migration.report import mebibytes
 from hwdbm.vm import MemoryMap, PlainGuest, Source
 from hwdbm.vm.memory import populate
 
 __all__ = ["EPILOG", "receive"]
 
-EPILOG = """Examples:
+EPILOG = """Sizes in JSON are in bytes; normal and duplicate are numbers of pages.
+
+Examples:
 
 \b
   For a source on another machine, with certificates on both sides:
     hwdbm receive --listen 0.0.0.0:4444 --tls-dir certificates
+
+\b
+  For a source on this machine ('hwdbm migrate --to unix:/run/user/1000/guest'):
+    hwdbm receive --unix /run/user/1000/guest
 
 \b
   Into a file, which is the memory then:
@@ -37,23 +46,29 @@ EPILOG = """Examples:
 def receive(
     listen: Annotated[
         Endpoint | None,
-        typer.Option("--listen", parser=options.parser(endpoint), metavar="HOST:PORT", help="Listen on TCP."),
+        typer.Option(
+            "--listen",
+            parser=options.parser(guest.place),
+            metavar="HOST:PORT|unix:PATH",
+            help="Listen there; port 0: any that is free.",
+        ),
     ] = None,
     unix: Annotated[
-        Path | None, typer.Option("--unix", metavar="PATH", help="Listen on a Unix socket, which is only its owner's.")
+        Path | None,
+        typer.Option("--unix", metavar="PATH", help="Listen on a Unix socket, which only its owner can use."),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Have the memory in a file, without a machine that would run in it."),
     ] = None,
-    vm: Annotated[Vm, typer.Option("--vm", help="A modelled machine, or a real VM on /dev/kvm.")] = Vm.MACHINE,
-    kvm_log: KvmLogOption = KvmLog.BITMAP,
-    thp: Thp = False,
-    mode: Annotated[Mode, typer.Option(help="How the log learns of writes, from here on.")] = Mode.HW_DBM,
+    vm: Annotated[Vm | None, typer.Option("--vm", help="A modelled machine (the default), or a real VM.")] = None,
+    kvm_log: KvmLogOption = None,
+    thp: Thp = None,
+    mode: ModeOption = None,
     memory: Annotated[
         int | None,
         typer.Option(
-            parser=options.parser(parse.size),
+            parser=options.parser(guest.memory_size),
             metavar="SIZE",
             help="Have so much memory ready before listening, as the source must have then. By default it is "
             "allocated when the source has said how much it has.",
@@ -67,54 +82,101 @@ def receive(
             help="Refuse a guest with more memory. By default: than this machine has.",
         ),
     ] = None,
-    run: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Let the guest run for so long here.")] = 0,
+    run: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="SECONDS",
+            help="Let the guest run here, by default for 0 s.",
+        ),
+    ] = None,
     tls_dir: TlsFolder = None,
     insecure: Insecure = False,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
     as_json: options.Json = False,
 ) -> None:
     """Wait for one migration, take the VM over, and let it run.
 
-    With port 0, the port that it listens on is said on stderr.
+    It says on stderr where it listens, and goes on listening until a source has come that may connect. SIGTERM and
+    SIGHUP end it as Ctrl-C does.
     """
     if (listen is None) == (unix is None):
         raise typer.BadParameter("give --listen HOST:PORT or --unix PATH")
+    where = listen if unix is None else Endpoint(path=unix)
+    assert where is not None  # noqa: S101  # one of the two was given
+    tls = guest.tls_of(where, tls_dir, insecure=insecure)
+    given = {"--thp": thp is not None, "--mode": mode is not None}
+    if file is not None:
+        guest.refuse("with --file", given | {"--vm": vm is not None, "--run": run is not None})
+    if vm is Vm.KVM:
+        guest.refuse("with --vm kvm", given)
+    else:
+        guest.refuse("without --vm kvm", {"--kvm-log": kvm_log is not None})
 
     def build(layout: MemoryMap) -> Source:
         if file is not None:
             return PlainGuest(layout, file)
-        return kvm_for(layout, log=kvm_log) if vm is Vm.KVM else machine_for(layout, mode=mode, thp=thp)
+        if vm is Vm.KVM:
+            return guest.kvm_for(layout, log=kvm_log or KvmLog.BITMAP)
+        return guest.machine_for(layout, mode=mode or Mode.HW_DBM, thp=bool(thp))
 
-    kernels.warm_up()
-    limit = _physical() if memory_limit is None else memory_limit
     with ExitStack() as stack:
+        arrived = stack.enter_context(_until_eof()) if until_eof else threading.Event()
+        kernels.warm_up()
+        limit = _physical() if memory_limit is None else memory_limit
+        ready: Source | None = None
         if memory is not None:
-            ready = stack.enter_context(closing(build(kvm_layout(memory) if vm is Vm.KVM else layout_of(memory))))
+            layout = guest.kvm_layout(memory) if vm is Vm.KVM else guest.layout_of(memory)
+            ready = stack.enter_context(closing(build(layout)))
             for slot in ready.slots:
                 populate(ready.memory(slot.id))
-        with _accepted(listen, unix, tls_dir, insecure=insecure) as channel:
-            try:
-                if memory is None:
-                    received = receive_vm(channel, build, most_memory=limit)
-                else:
-                    received = receive_vm(channel, lambda _: ready, most_memory=limit, populated=True)
-            except StreamError as error:
-                raise StreamError(f"{error}; there is no guest here") from error
+        with _accepted(where, tls, insecure=insecure, quiet=until_eof) as channel:
+            received = _receive(channel, ready, build, limit)
+        arrived.set()
         there = stack.enter_context(closing(received.destination))
-        time.sleep(run)
+        if not received.told:
+            warn("the source couldn't be told that the guest runs here; it stays paused there")
+        time.sleep(run or 0)
         there.pause()
-    result(json.dumps(_report(received), indent=2) if as_json else _text(received), done="the guest arrived")
+        result(json.dumps(_report(received), indent=2) if as_json else _text(received), done="the guest arrived")
 
 
-def _accepted(listen: Endpoint | None, unix: Path | None, tls_dir: Path | None, *, insecure: bool) -> Channel:
-    if unix is not None:
-        with transport.listen_unix(unix) as listener:
-            return listener.accept()
-    assert listen is not None  # noqa: S101  # one of the two was given
-    tls = None if tls_dir is None else transport.TlsDir(tls_dir)
-    with transport.listen_tcp(listen.host, listen.port, tls, insecure=insecure) as listener:
-        if listen.port == 0:
+def _receive(channel: Channel, ready: Source | None, build: Callable[[MemoryMap], Source], limit: int) -> Received:
+    try:
+        if ready is None:
+            return receive_vm(channel, build, most_memory=limit)
+        return receive_vm(channel, lambda _: ready, most_memory=limit, populated=True)
+    except StreamError as error:
+        raise type(error)(f"{error}; the guest never ran here") from error
+
+
+@contextmanager
+def _accepted(where: Endpoint, tls: transport.TlsDir | None, *, insecure: bool, quiet: bool) -> Iterator[Channel]:
+    if where.path is not None:
+        listener = transport.listen_unix(where.path)
+    else:
+        listener = transport.listen_tcp(where.host, where.port, tls, insecure=insecure)
+    with listener, interrupt.on_interrupt(listener.close):
+        if not quiet:
             note(f"listening on {listener.address}")
-        return listener.accept()
+        channel = listener.accept(on_refused=lambda why: note(f"refused a connection: {why}"))
+    with channel:
+        yield channel
+
+
+@contextmanager
+def _until_eof() -> Iterator[threading.Event]:
+    """End this process when its stdin does, which is its parent's; until the event is set."""
+    arrived = threading.Event()
+
+    def watch() -> None:
+        while os.read(0, 1 << 12):
+            pass
+        if not arrived.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="hwdbm-until-eof", daemon=True).start()
+    yield arrived
 
 
 def _physical() -> int:
@@ -122,16 +184,26 @@ def _physical() -> int:
 
 
 def _report(received: Received) -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "status": "completed",
-        "ram": {"transferred": received.transferred, "normal": received.normal, "duplicate": received.duplicate},
-        "passes": received.passes,
-        "destination-sha256": received.sha256,
-    } | ({"guest-resumed": received.proved} if received.proved is not None else {})
+        "ram": {
+            "transferred": received.transferred,
+            "normal": received.normal,
+            "duplicate": received.duplicate,
+            "dirty-sync-count": received.passes,
+        },
+        "source-told": received.told,
+    }
+    if received.sha256:
+        record["destination-sha256"] = received.sha256
+    if received.proved is not None:
+        record["guest-resumed"] = received.proved
+    return record
 
 
 def _text(received: Received) -> str:
-    return (
-        f"received {megabytes(received.transferred)} in {received.passes} passes: {received.normal:,} pages, "
-        f"and {received.duplicate:,} of zeros\nsha256 {received.sha256}"
+    text = (
+        f"received {mebibytes(received.transferred)} in {received.passes} passes:\n"
+        f"{received.normal:,} pages, and {received.duplicate:,} of zeros"
     )
+    return text + (f"\nsha256 {received.sha256}" if received.sha256 else "")

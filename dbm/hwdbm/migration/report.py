@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 
-__all__ = ["CELLS", "Pass", "Report", "folded"]
+__all__ = ["CELLS", "Pass", "Report", "folded", "mebibytes"]
 
 CELLS = 512
 """Cells that all memory is folded into, at most, for the map of a pass."""
@@ -238,6 +238,17 @@ def folded(bitmaps: list[DirtyBitmap], most: int = CELLS) -> NDArray[np.float32]
         pages = np.minimum((starts + per_cell) * 64, bitmap.npages) - starts * 64
         cells.append((np.add.reduceat(counts, starts) / pages).astype(np.float32))
     return np.concatenate(cells)
+
+
+def mebibytes(size: float) -> str:
+    """Return bytes as a number of MiB, for people.
+
+    Examples
+    --------
+    >>> mebibytes(3 << 20), mebibytes(5 << 30)
+    ('3.0 MiB', '5,120.0 MiB')
+    """
+    return f"{size / (1 << 20):,.1f} MiB"
 
 
 def _ms(seconds: float) -> float:

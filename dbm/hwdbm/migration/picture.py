@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from hwdbm import files
-from hwdbm.cli.live import megabytes
-from hwdbm.migration import Report
+from hwdbm.migration.report import Report, mebibytes
 
 __all__ = ["draw"]
 
@@ -62,7 +61,7 @@ def _picture(report: Report) -> bytes:
 
 
 def _title(report: Report) -> str:
-    title = f"{megabytes(report.total)} of guest memory: {report.status} in {report.total_time:.2f} s"
+    title = f"{mebibytes(report.total)} of guest memory: {report.status} in {report.total_time:.2f} s"
     if report.downtime is not None:
         title += f", downtime {report.downtime * 1e3:,.1f} ms (limit {report.limit * 1e3:g} ms)"
     return title
@@ -148,7 +147,7 @@ def _map(figure: Figure, axes: Axes, report: Report) -> None:
     )
     axes.set_facecolor("#eeeeee")
     axes.set_title(
-        f"which memory was dirty in which pass (a cell is {megabytes(report.total / cells.shape[1])}; grey: clean)",
+        f"which memory was dirty in which pass (a cell is {mebibytes(report.total / cells.shape[1])}; grey: clean)",
         loc="left",
     )
     axes.set_xlabel("guest memory, slot after slot (MiB)")
