@@ -543,6 +543,8 @@ def all_doors() -> Iterator[tuple[str, Any, str | None]]:
 # What isn't walked over, and why.
 NOT_WALKED = {
     "check": "the checks themselves; tests/test_check.py",
+    "files": "below the doors; tests/test_files.py",
+    "process": "below the doors: the command and the benchmarks call it",
     "errors": "errors are made where they are raised",
     "leaves": "below the doors: Stage2 calls them with what it has checked",
     "saved": "below the doors: Stage2 calls them with what it has checked",

@@ -35,7 +35,7 @@ def test_nothing_else_is_taken() -> None:
                     sl2_counts = ds and tg0 == 0
                     ds_counts = tg0 != 1
                     shape = value & ~(0 if sl2_counts else 1 << 33) & ~(0 if ds_counts else 1 << 32)
-                    register = value | 6 << 16
+                    register = value | 6 << 16 | 1 << 31
                     if shape in good:
                         assert Vtcr.decode(register).encode() == register
                     else:
@@ -45,10 +45,11 @@ def test_nothing_else_is_taken() -> None:
 
 @given(g=st.sampled_from(geometries()), rest=st.integers(0, (1 << 64) - 1))
 def test_decode_then_encode_is_the_identity(g: Geometry, rest: int) -> None:
-    """Whatever the other bits are: those that aren't decoded are kept."""
+    """Whatever the other bits are that may be 0 or 1: those that aren't decoded are kept."""
     shape = 0x0000_0003_0007_C0FF  # T0SZ, SL0, TG0, PS, DS, SL2
-    refused = 1 << 36 | 1 << 38
-    value = rest & ~shape & ~refused | g.vtcr & shape
+    refused = 0b111 << 36
+    res0 = 1 << 20 | 0b11 << 23 | 1 << 39 | 0b11 << 42 | (1 << 64) - (1 << 46)
+    value = rest & ~shape & ~refused & ~res0 & ~(1 << 12) | g.vtcr & shape | 1 << 31
     v = Vtcr.decode(value)
     assert v.encode() == value
     assert v.hw_dbm == (rest >> 21 & 0b11 == 0b11)
@@ -66,6 +67,15 @@ def test_decode_then_encode_is_the_identity(g: Geometry, rest: int) -> None:
         (0x3_806E_358C, "SL0 = 0b10, SL2 = 1, DS = 1"),
         (0x806F_3558, "PS"),
         (0x10_806A_3558, "S2PIE"),
+        (0x20_806A_3558, "S2POE"),
+        (0x006A_3558, "bit 31 clear, which is RES1"),
+        (0x807A_3558, "0x100000 set, where bits are RES0"),
+        (0x818A_3558, "RES0"),
+        (0x80_806A_3558, "RES0"),
+        (0xC00_806A_3558, "RES0"),
+        (0x4000_806A_3558, "0x400000000000 set"),
+        (0x8000_0000_806A_3558, "RES0"),
+        (0x806A_1558, "SH0 = 0b01"),
         (0x40_806A_3558, "D128"),
         (1 << 64, "VTCR_EL2 is 0 to 0xffffffffffffffff, not 0x10000000000000000"),
         (-1, "VTCR_EL2 is 0 to 0xffffffffffffffff, not -1"),

@@ -16,9 +16,12 @@ __all__ = ["Vtcr", "Vttbr", "hafdbs", "pa_range"]
 
 _U64 = 1 << 64
 _FIELDS = {"t0sz": (0, 6), "sl0": (6, 2), "ps": (16, 3)}  # lowest bit, width
+_SH0 = 12
 _TG0 = 14
 _FLAGS = {"vs": 19, "ha": 21, "hd": 22, "ds": 32, "sl2": 33, "haft": 44, "hdbss": 45}
-_REFUSED = {"S2PIE": 36, "D128": 38}  # they change what a descriptor means
+_REFUSED = {"S2PIE": 36, "S2POE": 37, "D128": 38}  # they change what a descriptor means
+_RES1 = 1 << 31
+_RES0 = 1 << 20 | 0b11 << 23 | 1 << 39 | 0b11 << 42 | ((1 << 64) - (1 << 46))
 _OTHER = ((1 << 64) - 1) & ~(
     sum(((1 << width) - 1) << low for low, width in _FIELDS.values())
     | 0b11 << _TG0
@@ -151,6 +154,12 @@ class Vtcr:
                     f"VTCR_EL2.{name} = 1: its descriptors aren't decoded, only those of 64 bits "
                     "with direct permissions are"
                 )
+        if wrong := self.other & _RES0:
+            raise ValueError(f"VTCR_EL2 has {wrong:#x} set, where bits are RES0: is it the register's value?")
+        if not self.other & _RES1:
+            raise ValueError("VTCR_EL2 has bit 31 clear, which is RES1: is it the register's value?")
+        if self.other >> _SH0 & 0b11 == 0b01:
+            raise ValueError("VTCR_EL2.SH0 = 0b01 is reserved")
         if self.ps >= len(_PS_BITS):
             raise ValueError(f"VTCR_EL2.PS = {self.ps:#05b} is of the 128-bit format only")
         self._check_geometry()

@@ -54,6 +54,8 @@ def built(g: Geometry, seed: int, **how: object) -> tuple[Tables, list[tuple[int
     tables = Tables(g, base=base, seed=seed, **how)  # type: ignore[arg-type]
     slots = some_slots(g, rng)
     populate(tables, slots)
+    # A root with nothing above the slots is refused, so that something is mapped.
+    tables.leaf(slots[0][1] << 12 >> g.page << g.page, 3, flags_of(tables.random))
     return tables, slots
 
 

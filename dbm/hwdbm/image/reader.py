@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Literal, get_args
 
+import numpy as np
+
+from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import flag, instance, integer, one_of
 from hwdbm.check import path as check_path
 from hwdbm.errors import ImageError
+from hwdbm.files import open_regular
 from hwdbm.image.capture import Capture, CapturedTables, is_capture
 from hwdbm.image.fill import Filler
 from hwdbm.image.memory import TableMemory
-from hwdbm.image.raw import RawTables
+from hwdbm.image.raw import RawTables, check_raw
 from hwdbm.image.registers import Registers
 from hwdbm.image.runs import RunMarker
 from hwdbm.image.slots import Slot, check_page_size, check_slots, cut
@@ -98,10 +102,33 @@ class Image:
         tables: dict[int, int] = {}
         large = self.registers.large_blocks(self.vtcr)
         for batch in walk(self.memory, self.vtcr, self.vttbr.baddr, large_blocks=large):
+            if not tables:
+                self._check_root(batch)
+            if isinstance(self.memory, CapturedTables):
+                self.memory.check_level(batch)
             tables[batch.level] = tables.get(batch.level, 0) + batch.pa.size
             for visitor in visitors:
                 visitor(batch)
         return tables
+
+    def _check_root(self, root: Batch) -> None:
+        """Raise if nothing of the slots is mapped by the start level: such tables aren't those of this guest."""
+        shift = np.uint64(self.granule.shift(root.level))
+        row, column = np.nonzero(root.entries & pte.VALID)
+        mapped = (root.ipa[row] >> shift) + column.astype(np.uint64)
+        above = [(slot.gpa >> int(shift), slot.end - 1 >> int(shift)) for slot in self.slots]
+        if above:
+            if any(((mapped >= first) & (mapped <= last)).any() for first, last in above):
+                return
+            what = "for any of the slots" if len(above) > 1 else f"for slot {self.slots[0].id}"
+        elif mapped.size:
+            return
+        else:
+            what = "at all"
+        raise ImageError(
+            f"the level-{root.level} table at {self.vttbr.baddr:#018x} has no valid descriptor {what}: is VTTBR_EL2 = "
+            f"{self.registers.vttbr:#018x} right (--vttbr), and are the slots?"
+        )
 
     def empty_stage2(self, slot: Slot) -> Stage2:
         """Return a Stage2 for the slot, in whole granules, with nothing mapped."""
@@ -257,6 +284,8 @@ def open_image(
     <DirtyBitmap: 24064 of 49152 pages dirty>
     """
     path = check_path(path, "path")
+    if ram_base is not None:
+        ram_base = integer(ram_base, "the RAM's base", high=(1 << 52) - 1, error=ImageError)
     if is_capture(path):
         if ram_base is not None:
             raise ImageError(f"{path} is a capture: a RAM base is for raw images only")
@@ -266,6 +295,8 @@ def open_image(
         registers = Registers(values[0] if vttbr is None else vttbr, values[1] if vtcr is None else vtcr, *rest)
         tables = CapturedTables(capture, registers.decode()[0].granule)
         return Image(tables, registers, capture.slots() if slots is None else slots, capture)
+    with open_regular(path) as file:
+        check_raw(path, file.read(512))
     if ram_base is None or vttbr is None or vtcr is None:
         raise ImageError(
             f"{path} is no capture, and of a raw image the RAM's base, VTTBR_EL2 and VTCR_EL2 must be given"

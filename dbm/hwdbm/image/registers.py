@@ -20,6 +20,13 @@ class Registers:
         VTTBR_EL2 and VTCR_EL2: where the tables are, and their shape.
     hcr, mmfr0, mmfr1 : int or None
         HCR_EL2, ID_AA64MMFR0_EL1 and ID_AA64MMFR1_EL1, where they are known.
+
+    Raises
+    ------
+    TypeError
+        If one of them is no integer.
+    ImageError
+        If one of them doesn't fit into 64 bits.
     """
 
     vttbr: int

@@ -30,6 +30,8 @@ class Slot:
 
     Raises
     ------
+    TypeError
+        If one of them is no integer.
     ImageError
         If it can't be a memslot.
     """
