@@ -96,6 +96,18 @@ def logging() -> DirtyLog:
     return log
 
 
+class Behind:
+    """What is behind a slot's pages: a frame each, of nobody else."""
+
+    shared = np.zeros(NPAGES, dtype=np.bool_)
+
+    def of(self, pages: np.ndarray) -> np.ndarray:
+        return pages + 0x1000
+
+    def blockable(self, stripes: np.ndarray) -> np.ndarray:
+        return np.zeros(stripes.size, dtype=np.bool_)
+
+
 def machine() -> Machine:
     """Return a machine that logs, whose memory was written to by its vCPUs and by the VMM."""
     made = Machine(vcpus=2, tlb_entries=64)
@@ -297,7 +309,17 @@ RECIPES |= {
             "guest_phys_addr": BASE << 12,
             "memory_size": NPAGES << 12,
             "userspace_addr": 1 << 30,
+            "set_mechanism.name": "write-protection",
             "name": "backup",
+            "mechanism": "hardware DBM",
+            "verb": lambda s2, first, npages: s2.wrprotect(s2.base_gfn + first, npages),
+            "pages": np.array([600, 601, 700]),
+            "write_faults.pfn": np.array([0x600, 0x601, 0x602]),
+            "backing": Behind(),
+            "write": True,
+            "blocks": False,
+            "split": True,
+            "whole": False,
         },
         fields=frozenset({"slot"}),
     ),
@@ -557,6 +579,10 @@ NOT_WALKED = {
     "kernels.Tally": "a result",
     "bench.Row": "a result",
     "dirtylog.Stats": "a result",
+    "dirtylog.Lease": "a log makes it; what consumers do to it is tests/dirtylog/test_lease.py",
+    "dirtylog.Loans": "a lender's, who is called by leases",
+    "dirtylog.LogClient": "a log makes it; tests/dirtylog/test_client.py",
+    "dirtylog.Turn": "a log's; tests/dirtylog/test_client.py",
     "machine.Reading": "a result",
     "migration.Pass": "a result",
     "migration.Report": "a result",

@@ -294,6 +294,7 @@ class Memslots:
 
         One that was interrupted is made whole by a further call.
         """
+        instance(plan, Plan, "plan")
         if plan.change is Change.NOTHING:
             return
         for slot in (plan.old, plan.new):

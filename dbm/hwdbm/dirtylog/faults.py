@@ -5,11 +5,12 @@ Each is steps for `SlotLog.run_leaves`, with the pages held out to where leaves 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog.slot import Point, SlotLog, Steps
 from hwdbm.errors import GfnError
@@ -23,6 +24,7 @@ Verb = Callable[[Stage2, int, int], int]
 """Changes leaves of a Stage2, given the first page and their number, and returns how many it changed."""
 
 
+@runtime_checkable
 class Backing(Protocol):
     """What is behind the pages of a slot: the host's page table, as a fault's handler asks it."""
 
@@ -52,11 +54,10 @@ class Granted:
     absent: Pages = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
-def map_steps(slot: SlotLog, lo: int, hi: int, pfn: int | NDArray[np.integer], level: int, *, writable: bool) -> Steps:
+def map_steps(slot: SlotLog, lo: int, hi: int, frames: int | NDArray[np.int64], level: int, *, writable: bool) -> Steps:
     """Map pages as the state of the log wants it, and flush if that replaced a leaf."""
     s2, granule, leaf = slot.stage2, slot.stage2.granule, slot.leaf(write=False)
     logs, gfn = slot.live is not None, slot.memslot.base_gfn + lo
-    frames = _checked_frames(granule, gfn, hi - lo, pfn, level)
     if logs and level != 3:
         if isinstance(frames, np.ndarray):
             frames = (frames[:, None] + np.arange(granule.pages_per_entry(level))).ravel()
@@ -70,23 +71,34 @@ def map_steps(slot: SlotLog, lo: int, hi: int, pfn: int | NDArray[np.integer], l
     slot.flush(due, needed=replaces)
 
 
-def _checked_frames(
+def checked_frames(
     granule: Granule, gfn: int, npages: int, pfn: int | NDArray[np.integer], level: int
-) -> int | NDArray[np.integer]:
-    """Return the frames of a map, whose blocks are checked as such, though they may be mapped as pages."""
-    if level == 3:
-        return pfn
-    if level not in (1, 2) or level not in granule.block_levels(large=True):
+) -> int | NDArray[np.int64]:
+    """Return the frames of a map, whose blocks are checked as such, though they may be mapped as pages.
+
+    Raises
+    ------
+    GfnError
+        If there are no leaves of `level`, or the range or a frame is misaligned or beyond 48 address bits.
+    """
+    if level != 3 and (level not in (1, 2) or level not in granule.block_levels(large=True)):
         raise GfnError(f"level {level} of a {granule} granule has no leaves")
-    size = granule.pages_per_entry(level)
+    size, limit = granule.pages_per_entry(level), 1 << (48 - granule.page_shift)
     if gfn % size or npages % size:
         raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
-    if isinstance(pfn, np.ndarray) and pfn.shape != (npages // size,):
-        raise GfnError(f"{npages // size} leaves need {npages // size} frames, got an array of shape {pfn.shape}")
-    wrong = np.atleast_1d(pfn)[np.atleast_1d(pfn) % size != 0]
-    if wrong.size:
-        raise GfnError(f"pfn {int(wrong[0]):#x} isn't a multiple of the leaf's {size:#x} pages")
-    return pfn
+    if isinstance(pfn, np.ndarray) and pfn.ndim:
+        frames = check.integers(pfn, "pfn", 0, limit - size, GfnError)
+        if frames.size != npages // size:
+            raise GfnError(f"{npages // size} leaves need {npages // size} frames, got {frames.size}")
+        if (frames % size).any():
+            raise GfnError(f"pfn {int(frames[frames % size != 0][0]):#x} isn't a multiple of a leaf's {size:#x} pages")
+        return frames
+    frame = check.integer(pfn, "pfn", None)
+    if not 0 <= frame <= limit - max(npages, 1):
+        raise GfnError(f"pfn {frame:#x} and the {npages} pages from there aren't inside of 48 address bits")
+    if frame % size:
+        raise GfnError(f"pfn {frame:#x} isn't a multiple of a leaf's {size:#x} pages")
+    return frame
 
 
 def unmap_steps(slot: SlotLog, lo: int, hi: int) -> Steps:

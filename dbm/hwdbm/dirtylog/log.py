@@ -5,7 +5,8 @@ their checks in the same order. Every error of theirs is an `OSError` with KVM's
 and a call that failed has changed nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from errno import EFAULT, EINVAL, ENOENT
 from threading import Lock
@@ -132,7 +133,8 @@ class DirtyLog:
         self._plan: Plan | None = None  # a change of the memslots that is under way
         self._shared = Shared(flush, check.integer(workers, "workers", 1, 1 << 10))
         self._mechanisms = {name: make() for name, make in MECHANISMS.items()}
-        self._mechanism = self._by_name(_named(hw_dbm) if mechanism is None else mechanism)
+        named = _named(hw_dbm)
+        self._mechanism = self._by_name(named if mechanism is None else mechanism)
 
     def __repr__(self) -> str:
         return f"<DirtyLog: {len(self._slots)} slots, {self.mechanism}{', manual' if self._manual else ''}>"
@@ -416,6 +418,7 @@ class DirtyLog:
             If the mask is none of these, an array of another type among them.
         """
         lease = check.flag(lease, "lease")
+        num_pages = check.integer(num_pages, "num_pages", None)
         found, first_page, stop = self._range(slot, first_page, num_pages)
         count = stop - first_page
         words = _words(bitmap, count) if count else np.zeros(0, dtype=np.uint64)
@@ -584,7 +587,8 @@ class DirtyLog:
         """
         found, gfn, npages = self._find(slot), check.integer(gfn, "gfn", None), check.integer(npages, "npages", None)
         level, writable = check.integer(level, "level", None), check.flag(writable, "writable")
-        frames = _frames(pfn) if isinstance(pfn, np.ndarray) and pfn.ndim else self._frame(pfn)
+        found.pages_at(gfn, npages)
+        frames = faults.checked_frames(self.granule, gfn, npages, pfn, level)
         found.run_leaves(
             lambda: found.pages_at(gfn, npages),
             lambda lo, hi: faults.map_steps(found, lo, hi, frames, level, writable=writable),
@@ -640,6 +644,8 @@ class DirtyLog:
         8
         """
         found, first = self._find(slot), check.integer(first_page, "first_page", None)
+        if not callable(verb):
+            raise TypeError(f"verb is a callable, not {verb!r}")
         count, changed = check.integer(npages, "npages", None), list[int]()
         found.run_leaves(
             lambda: found.pages(first, count), lambda lo, hi: faults.change_steps(found, lo, hi, verb, changed)
@@ -696,6 +702,7 @@ class DirtyLog:
             If a page isn't inside of the slot.
         """
         found, write, blocks = self._find(slot), check.flag(write, "write"), check.flag(blocks, "blocks")
+        check.instance(backing, Backing, "backing")
         pages = _pages(found, pages)
         if pages.size:
             lo, hi = int(pages[0]), int(pages[-1]) + 1
@@ -773,7 +780,9 @@ class DirtyLog:
             If a page isn't inside of the slot or comes twice, or a frame isn't of 48 address bits.
         """
         found, split, whole = self._find(slot), check.flag(split, "split"), check.flag(whole, "whole")
-        given = np.atleast_1d(check.integers(pages, "pages", 0, found.npages - 1, GfnError))
+        given = _listed(found, pages)
+        if pfn is not None:
+            check.instance(pfn, (np.ndarray, Sequence), "pfn")
         frames = None if pfn is None else check.integers(pfn, "pfn", 0, self._last_pfn, GfnError)
         if frames is not None and frames.shape != given.shape:
             raise GfnError(f"{given.size} pages need {given.size} frames, got {frames.size}")
@@ -942,14 +951,15 @@ def _stepwise(found: SlotLog, parts: list[Span]) -> Iterator[tuple[int, int]]:
 
 def _pages(found: SlotLog, pages: Pages) -> NDArray[np.int64]:
     """Return pages of a slot in order, each once."""
-    return np.unique(check.integers(pages, "pages", 0, found.npages - 1, GfnError))
+    return np.unique(_listed(found, pages))
 
 
-def _frames(pfn: NDArray[np.integer]) -> NDArray[np.integer]:
-    """Return frames that are an array of integers; `Stage2.map` checks their values."""
-    if pfn.dtype.kind not in "iu":
-        raise TypeError(f"pfn are integers, not {pfn.dtype}")
-    return pfn
+def _listed(found: SlotLog, pages: Pages) -> NDArray[np.int64]:
+    """Return pages of a slot as an array."""
+    check.instance(pages, (np.ndarray, Sequence, AbstractSet), "pages")
+    if isinstance(pages, np.ndarray) and pages.ndim != 1:
+        raise TypeError(f"pages are an array of one dimension, not of shape {pages.shape}")
+    return check.integers(pages, "pages", 0, found.npages - 1, GfnError)
 
 
 def _words(bitmap: Mask, num_pages: int) -> NDArray[np.uint64]:
@@ -966,7 +976,10 @@ def _words(bitmap: Mask, num_pages: int) -> NDArray[np.uint64]:
         words = np.ascontiguousarray(mask)
         size = 8 * words.size
     else:
-        view = memoryview(mask)
+        try:
+            view = memoryview(mask)
+        except TypeError:
+            raise TypeError(f"a mask is a bitmap or bytes-like, not {type(mask).__name__}") from None
         if view.format not in ("B", "b", "c", "Q", "L") or (view.itemsize not in (1, 8)):
             raise TypeError(f"a mask is bytes, or words of 64 bits, not a buffer of format {view.format!r}")
         raw = view.cast("B") if view.c_contiguous and view.nbytes else view.tobytes()

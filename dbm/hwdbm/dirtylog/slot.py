@@ -238,7 +238,7 @@ class SlotLog:
             If they aren't inside of the slot.
         """
         if first < 0 or npages < 0 or first + npages > self.npages:
-            raise GfnError(f"{self.name}: pages {first}..{first + npages - 1} are not inside of its {self.npages}")
+            raise GfnError(f"{self.name}: {npages:#x} pages from {first:#x} are not inside of its {self.npages}")
         return first, first + npages
 
     def pages_at(self, gfn: int, npages: int) -> Span:
