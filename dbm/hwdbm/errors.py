@@ -3,6 +3,7 @@
 __all__ = [
     "BitmapError",
     "CancelledMigrationError",
+    "ClosedError",
     "ConvergenceError",
     "DigestError",
     "GfnError",
@@ -41,6 +42,21 @@ class BitmapError(HwdbmError, ValueError):
     >>> hwdbm.DirtyBitmap.from_bytes(bytes(8), 65)
     Traceback (most recent call last):
     hwdbm.errors.BitmapError: a bitmap of 65 pages has 16 bytes, got 8
+    """
+
+
+class ClosedError(HwdbmError, ValueError):
+    """A VM was closed, or belongs to the process that this one was forked from.
+
+    Examples
+    --------
+    >>> from hwdbm.memslot import Memslot
+    >>> from hwdbm.vm import MemoryMap, PlainGuest
+    >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
+    >>> guest.close()
+    >>> guest.digest()
+    Traceback (most recent call last):
+    hwdbm.errors.ClosedError: the PlainGuest is closed
     """
 
 

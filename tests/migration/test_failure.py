@@ -283,11 +283,11 @@ def test_a_source_that_fails(vm, inside):
 
 
 def test_a_log_that_is_gone(vm, inside):
-    """Bits die with their log; there is nothing to put back, and the rest goes on."""
+    """Bits die with their log; there is nothing to put back, and the rest goes on. (`stop_log` would be refused.)"""
     vm.resume()
     other = inside()
     with pytest.raises(StreamError):
-        migrate(vm, trap(other.channel, 5, lambda: (vm.stop_log(), other.channel.sock.shutdown(2))), SOON)
+        migrate(vm, trap(other.channel, 5, lambda: (vm._switch(on=False), other.channel.sock.shutdown(2))), SOON)
     assert vm.running
 
 
@@ -325,8 +325,8 @@ def test_silence_after_go_leaves_the_source_paused(vm, inside, monkeypatch):
     wait.set()
     assert not vm.running
     for slot in LAYOUT.slots:
-        lease = vm.dirty(slot.id)
-        assert all(page in lease.bitmap for id_, page in vm.written if id_ == slot.id)
+        with vm.dirty(slot.id) as lease:
+            assert all(page in lease.bitmap for id_, page in vm.written if id_ == slot.id)
 
 
 def test_a_source_that_cannot_run_again(vm, inside):

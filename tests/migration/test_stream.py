@@ -342,4 +342,5 @@ def test_a_receiver_that_is_none(name):
         with pytest.raises(StreamError, match=match):
             migrate(guest, channel, Settings())
         assert guest.running
-        assert 0 in guest.dirty(0).bitmap
+        with guest.dirty(0) as lease:
+            assert 0 in lease.bitmap

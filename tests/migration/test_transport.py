@@ -133,7 +133,7 @@ def test_a_hello_that_is_none_is_told_why():
 
 def test_one_source_at_a_time():
     """The first that says HELLO has it; one whose HELLO comes a moment later is told so."""
-    hello = Hello(0, "", PlainGuest(SMALL).layout).to_bytes()
+    hello = Hello(0, "", SMALL).to_bytes()
     with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
         address = listener.sock.getsockname()
         channels = [Channel(socket.create_connection(address)) for _ in range(3)]

@@ -76,8 +76,8 @@ class _Scattered(PlainGuest):
 
     def dirty(self, slot_id: int) -> Lease:
         self._calls += 1
-        pages = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
-        return Lease(self._logs[slot_id], pages, generation=0)
+        dirty = self.pages.copy() if 1 < self._calls < self._last else DirtyBitmap(self.pages.npages)
+        return Lease(self._pages[slot_id], dirty, generation=self._pages[slot_id].generation)
 
 
 def rows(setup: StreamSetup | None = None) -> Iterator[Row]:

@@ -1,12 +1,15 @@
 """A VM's memory map: the size of a page, and the slots, by id and by address."""
 
 import struct
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from errno import EINVAL
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.errors import LayoutError
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot, slot_name
 from hwdbm.vm.source import Source
@@ -28,18 +31,33 @@ class MemoryMap:
     page_size : int
         Bytes of a page of the dirty log: 4096, 16384 or 65536.
     slots : tuple of Memslot
-        One or more, in the order in which they are sent and digested. None overlaps another.
+        One or more, in the order in which they are sent. None overlaps another.
 
     Raises
     ------
     LayoutError
         If that isn't so.
+
+    Examples
+    --------
+    >>> memory = MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0), Memslot(1, 0, 0x10, 2, 0)))
+    >>> memory.total, [slot.id for slot in memory.by_address], memory.at(0x1_1000, 4096)[1]
+    (73728, [1, 0], 4096)
     """
 
     page_size: int
     slots: tuple[Memslot, ...]
+    by_address: tuple[Memslot, ...] = field(init=False, repr=False, compare=False)
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of `by_address`, in frames
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "page_size", check.integer(self.page_size, "page_size", None, error=LayoutError))
+        object.__setattr__(self, "slots", tuple(self.slots))
+        for slot in self.slots:
+            if not isinstance(slot, Memslot):
+                raise TypeError(f"slots are Memslots, not {type(slot).__name__}")
+        object.__setattr__(self, "by_address", tuple(sorted(self.slots, key=lambda slot: slot.base_gfn)))
+        object.__setattr__(self, "_starts", tuple(slot.base_gfn for slot in self.by_address))
         if self.page_size not in (1 << 12, 1 << 14, 1 << 16):
             raise LayoutError(f"a page has 4096, 16384 or 65536 bytes, not {self.page_size}")
         if not 1 <= len(self.slots) <= _MOST_SLOTS:
@@ -47,7 +65,7 @@ class MemoryMap:
         if len({slot.id for slot in self.slots}) < len(self.slots):
             raise LayoutError("a slot's id comes twice")
         end, before = 0, None
-        for slot in sorted(self.slots, key=lambda slot: slot.base_gfn):
+        for slot in self.by_address:
             if before is not None and slot.base_gfn < end:
                 # Runs are sent by address, which must mean one page.
                 raise LayoutError(f"{slot_name(slot.id)} overlaps {slot_name(before.id)}")
@@ -59,6 +77,27 @@ class MemoryMap:
     def of(cls, source: Source) -> Self:
         """Return the layout of a VM. Whether a slot logs is no part of it."""
         return cls(source.page_size, tuple(_plain(slot) for slot in source.slots))
+
+    def at(self, gpa: int, length: int) -> tuple[Memslot, int]:
+        """Return the slot that a run of bytes lies in, and where in the slot it begins, in bytes.
+
+        Raises
+        ------
+        OSError
+            EINVAL if it isn't inside of one slot.
+        """
+        slot = self._slot_at(gpa // self.page_size)
+        if slot is not None:
+            start = gpa - slot.base_gfn * self.page_size
+            if start + length <= slot.npages * self.page_size:
+                return slot, start
+        raise OSError(EINVAL, f"gpa {gpa:#x}..{gpa + length - 1:#x} is not inside of one slot")
+
+    def _slot_at(self, gfn: int) -> Memslot | None:
+        """Return the slot that a frame is in."""
+        index = bisect_right(self._starts, gfn) - 1
+        slot = self.by_address[index]
+        return slot if index >= 0 and gfn < slot.end_gfn else None
 
     @property
     def total(self) -> int:
@@ -127,13 +166,13 @@ class MemoryMap:
             raise LayoutError("the runs of a frame overlap or descend")
         shift = np.uint64(self.page_size.bit_length() - 1)
         first, last = int(gpa[0] >> shift), int(end[-1] >> shift)
-        for slot in self.slots:
-            if slot.base_gfn <= first and last <= slot.end_gfn:
-                runs = np.empty((gpa.size, 2), dtype=np.int64)
-                np.right_shift(gpa, shift, out=runs[:, 0].view(np.uint64))
-                np.right_shift(length, shift, out=runs[:, 1].view(np.uint64))
-                runs[:, 0] -= slot.base_gfn
-                return slot, runs
+        slot = self._slot_at(first)
+        if slot is not None and last <= slot.end_gfn:
+            runs = np.empty((gpa.size, 2), dtype=np.int64)
+            np.right_shift(gpa, shift, out=runs[:, 0].view(np.uint64))
+            np.right_shift(length, shift, out=runs[:, 1].view(np.uint64))
+            runs[:, 0] -= slot.base_gfn
+            return slot, runs
         raise LayoutError(f"gpa {int(gpa[0]):#x}..{int(end[-1]) - 1:#x} is not inside of one slot")
 
     @property

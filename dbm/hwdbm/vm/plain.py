@@ -1,181 +1,150 @@
 """Guest memory without a CPU: what a migration can arrive in and leave from, where nothing needs to run."""
 
-import contextlib
-import mmap
 import os
-import threading
-from errno import EINVAL
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import Lease, Loans
-from hwdbm.memslot import Memslot, slot_name
+from hwdbm.files import NewFile
+from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES
+from hwdbm.vm.base import BaseVm, SlotPages, percentage
+from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.memorymap import MemoryMap
-from hwdbm.vm.source import memory_digest
 
 __all__ = ["PlainGuest"]
 
-_MADV_HUGEPAGE = 14
 
-
-class PlainGuest:
+class PlainGuest(BaseVm):
     r"""Slots of memory with a dirty log of their own, in which `write` marks what it writes.
 
     It is a `Source`: a migration can arrive in it, in memory or in a file, and leave from it.
 
     Parameters
     ----------
-    layout : MemoryMap
+    memory_map : MemoryMap
         The slots.
-    file : Path, optional
-        The file that is the memory, slot after slot. It is made, or must have the size. Its room is allocated at once.
+    file : path-like, optional
+        Where the memory is to be a file: the slots' bytes in the order of their addresses, so that its SHA-256 is
+        `digest`. It is a new one, of mode 0600, that takes its place by `commit`; what is there stays until then, and
+        nothing is left if the guest is closed before. Its room is allocated at once.
+
+    Attributes
+    ----------
+    kind : str
+        What a migration asks whether two VMs fit; that of the source once one has arrived.
+    running : bool
+        What `resume` and `pause` said.
+    throttled : int
+        What `throttle` said.
 
     Raises
     ------
     OSError
-        ENOSPC if there is no room for the file, EINVAL if it is there and has another size.
+        ENOSPC if there is no room for the file, EISDIR or EINVAL if what is in its place is no file.
 
     Examples
     --------
+    >>> from hwdbm.memslot import Memslot
     >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
     >>> guest.start_log()
     >>> guest.write(0x4000_1FFE, b"\x01\x02\x03")
-    >>> guest.dirty(0).bitmap.pages().tolist(), guest.memory(0)[0x1FFF:0x2002].tolist()
+    >>> with guest.dirty(0) as lease:
+    ...     lease.bitmap.pages().tolist(), guest.memory(0)[0x1FFF:0x2002].tolist()
     ([1, 2], [2, 3, 0])
     """
 
-    def __init__(self, layout: MemoryMap, file: Path | None = None) -> None:
-        self.page_size, self.slots = layout.page_size, layout.slots
-        self.layout = layout
+    def __init__(self, memory_map: MemoryMap, file: str | os.PathLike[str] | None = None) -> None:
+        if not isinstance(memory_map, MemoryMap):
+            raise TypeError(f"a PlainGuest is made of a MemoryMap, not of {type(memory_map).__name__}")
+        super().__init__(memory_map.page_size)
         self.kind = "memory"
-        self.running, self.throttled, self.logging = False, 0, False
+        self.running, self.throttled = False, 0
         self._state = b""
-        self._lock = threading.Lock()
-        self._map = _mapped(layout.total, file)
-        memory = np.frombuffer(self._map, dtype=np.uint8)
-        self._memory, self._logs, at = {}, {}, 0
-        for slot in layout.slots:
-            size = slot.npages * layout.page_size
-            self._memory[slot.id] = memory[at : at + size]
-            self._logs[slot.id] = _Log(slot, self._lock)
+        self._file = None if file is None else NewFile(file)
+        try:
+            self._whole = _memory(memory_map.total, self._file)
+        except BaseException:
+            self.close()
+            raise
+        at, parts = 0, {}
+        for slot in memory_map.by_address:
+            size = slot.npages * memory_map.page_size
+            parts[slot.id] = self._whole.view[at : at + size]
             at += size
+        for slot in memory_map.slots:
+            plain = replace(slot, flags=slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES)
+            self._add_slot(SlotPages(plain, self._lock), parts[slot.id])
 
-    def memory(self, slot_id: int) -> NDArray[np.uint8]:
-        """Return the bytes of a slot."""
-        return self._memory[slot_id]
+    def __repr__(self) -> str:
+        size = sum(memory.size for memory in self._memory.values())
+        return f"<PlainGuest: {len(self._pages)} slots, {size} bytes>"
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Write to memory inside of one slot, and mark the pages dirty.
+    @property
+    def logging(self) -> bool:
+        """Whether writes are recorded."""
+        return any(pages.slot.logging for pages in self._pages.values())
+
+    def commit(self) -> None:
+        """Put the file in its place: the memory is complete. Later writes go to the file, too.
 
         Raises
         ------
         OSError
-            EFAULT's like: EINVAL, if it isn't inside of one slot.
+            The system's. What was in the place is there still.
+        ValueError
+            If it was committed before.
         """
-        for slot in self.slots:
-            start = gpa - slot.base_gfn * self.page_size
-            if 0 <= start and start + len(data) <= slot.npages * self.page_size:
-                first, last = start // self.page_size, (start + max(len(data), 1) - 1) // self.page_size
-                with self._lock:  # the write and its mark are one, seen from `dirty`
-                    self._memory[slot.id][start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
-                    if self.logging:
-                        self._logs[slot.id].live.set_range(first, last - first + 1)
-                return
-        raise OSError(EINVAL, f"gpa {gpa:#x}..{gpa + len(data) - 1:#x} is not inside of one slot")
-
-    def start_log(self) -> None:
-        """Have writes recorded from now on."""
-        self.logging = True
-
-    def stop_log(self) -> None:
-        """Stop recording; what was recorded is forgotten."""
-        with self._lock:
-            self.logging = False
-            for log in self._logs.values():
-                log.live.clear()
-                log.generation += 1
-
-    def dirty(self, slot_id: int) -> Lease:
-        """Collect the dirty pages and clean them."""
-        log = self._logs[slot_id]
-        log.loans.take_back(log.put_back)
-        with self._lock:
-            lease = Lease(log, log.live.copy(), generation=log.generation)
-            log.live.clear()
-            return lease
+        self._check_open()
+        if self._file is not None:
+            self._whole.sync()
+            self._file.commit()
 
     def pause(self) -> None:
         """Say that nothing runs."""
+        self._check_open()
         self.running = False
 
     def resume(self) -> None:
         """Say that it would run."""
+        self._check_open()
         self.running = True
 
     def throttle(self, percent: int) -> None:
-        """Keep the number."""
-        self.throttled = percent
-
-    def mark_imported(self, slot_id: int, first_page: int, npages: int) -> None:
-        """Mark pages dirty that a migration wrote, also while nothing logs."""
-        with self._lock:
-            self._logs[slot_id].live.set_range(first_page, npages)
+        """Keep the number, 0 to 99."""
+        self._check_open()
+        self.throttled = percentage(percent)
 
     def state(self) -> bytes:
         """Return what `set_state` was given, empty at first."""
+        self._check_open()
         return self._state
 
     def set_state(self, state: bytes) -> None:
         """Keep a state."""
-        self._state = state
+        self._check_open()
+        if not isinstance(state, bytes | bytearray | memoryview):
+            raise TypeError(f"a state is bytes, not {type(state).__name__}")
+        self._state = bytes(state)
 
-    def digest(self) -> str:
-        """Return the SHA-256 of all memory."""
-        return memory_digest(self)
+    def _switch(self, *, on: bool) -> None:
+        for pages in self._pages.values():
+            if pages.slot.logging != on:
+                pages.slot = replace(pages.slot, flags=pages.slot.flags ^ KVM_MEM_LOG_DIRTY_PAGES)
+                if not on:
+                    pages.forget()
 
-    def close(self) -> None:
-        """Give the memory back; views that others hold keep theirs."""
-        self._memory.clear()
-
-
-class _Log:
-    """The bitmap of one slot, and where its leases are given back."""
-
-    def __init__(self, slot: Memslot, lock: threading.Lock) -> None:
-        self.name, self.generation = slot_name(slot.id), 0
-        self.live, self.loans = DirtyBitmap(slot.npages), Loans()
-        self._lock = lock
-
-    def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
-        with self._lock:
-            if generation != self.generation:
-                return False
-            if pages.npages:
-                self.live.words[first_page >> 6 :] |= pages.words
-            return True
+    def _release(self) -> None:
+        self.running = False
+        super()._release()
+        if hasattr(self, "_whole"):
+            self._whole.close()
+        if self._file is not None:
+            self._file.close()
 
 
-def _mapped(size: int, file: Path | None) -> mmap.mmap:
+def _memory(size: int, file: NewFile | None) -> GuestMemory:
     if file is None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(_MADV_HUGEPAGE)
-        return memory
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return GuestMemory(size, private=True)
     try:
-        _check_size(fd, size)
-        os.posix_fallocate(fd, 0, size)
-        return mmap.mmap(fd, size)
+        os.posix_fallocate(file.fd, 0, size)
+        return GuestMemory(size, fd=file.fd)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    finally:
-        os.close(fd)
-
-
-def _check_size(fd: int, size: int) -> None:
-    old = os.fstat(fd).st_size
-    if old not in (0, size):
-        raise OSError(EINVAL, f"the file has {old} bytes, and the guest {size}")
+        raise OSError(error.errno, error.strerror, str(file.path)) from error

@@ -1,0 +1,357 @@
+"""What every VM shares: memory by slot and by address, a log with one consumer at a time, a process, and an end."""
+
+import os
+from contextlib import AbstractContextManager
+from errno import ENOENT
+from threading import RLock, get_ident
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import check
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.dirtylog import Lease, Loans, LogClient, Turn
+from hwdbm.errors import BitmapError, ClosedError
+from hwdbm.memslot import Memslot, slot_name
+from hwdbm.vm.memory import digest
+from hwdbm.vm.memorymap import MemoryMap
+
+__all__ = ["BaseVm", "SlotPages", "percentage"]
+
+
+class SlotPages:
+    """A slot's dirty pages as this side of a VM knows them, and where its leases are given back.
+
+    Those that a kernel knows beside them are brought by `_collect`.
+
+    Parameters
+    ----------
+    slot : Memslot
+        The slot.
+    lock : RLock
+        One for all of a VM's.
+
+    Attributes
+    ----------
+    slot : Memslot
+        The slot as it is.
+    generation : int
+        Another one when the log was switched off since.
+    """
+
+    def __init__(self, slot: Memslot, lock: AbstractContextManager[Any]) -> None:
+        self.slot, self.name, self.generation = slot, slot_name(slot.id), 0
+        self.loans = Loans()
+        self._lock = lock
+        self._known = DirtyBitmap(slot.npages)
+        self._any = False  # whether any page is known: to look at them takes as long as a kernel's log does
+        self._taking = False  # whether bits may be on their way from a log into a lease
+
+    def mark(self, first_page: int, npages: int) -> None:
+        """Mark pages dirty."""
+        with self._lock:
+            self._any = True  # first: what is marked must be looked at, also where an interrupt comes in between
+            self._known.set_range(first_page, npages)
+
+    def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
+        """Mark a lease's pages dirty, unless the log was switched off since."""
+        with self._lock:
+            if generation != self.generation:
+                return False
+            if pages.npages:
+                self._any = True
+                self._known.words[first_page >> 6 :] |= pages.words
+            return True
+
+    def forget(self) -> None:
+        """Mark no page dirty: the log was switched off."""
+        with self._lock:
+            self.generation += 1
+            self._known.clear()
+            self._any = self._taking = False
+
+    def lend(self) -> Lease:
+        """Lend the dirty pages: they are clean now, and are recorded when they are written again.
+
+        Raises
+        ------
+        OSError
+            ENOENT if the slot doesn't log.
+        """
+        with self._lock:
+            if not self.slot.logging:
+                raise OSError(ENOENT, f"{self.name} doesn't log")
+            self.loans.take_back(self.put_back)
+            if self._taking:  # an interrupt came when bits were in no log: any page may be dirty
+                self.mark(0, self.slot.npages)
+            self._taking = True
+            pages = DirtyBitmap(self.slot.npages)
+            try:
+                self._collect(pages.words)
+            except OSError:
+                self._taking = False
+                raise
+            if self._any:
+                np.bitwise_or(pages.words, self._known.words, out=pages.words)
+                self._any = False
+                self._known.clear()
+            lease = Lease(self, pages, generation=self.generation)
+            self._taking = False
+            return lease
+
+    def _collect(self, words: NDArray[np.uint64]) -> None:
+        """Move what a kernel's log has to `words`, which are zero. An error means that nothing was moved."""
+
+
+class BaseVm:
+    """A VM with slots of memory, of which `SlotPages` know the dirty pages.
+
+    A subclass has `_switch` and `_release`, calls `_add_slot`, and calls `_check_open` first in each verb of its own.
+
+    Attributes
+    ----------
+    page_size : int
+        Bytes of a page.
+    """
+
+    page_size: int
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self._owner, self._closed = os.getpid(), False
+        self._lock = RLock()  # of the log, and of writes with their marks
+        self._turn = Turn(self._lock)
+        self._taker = 0  # the thread that takes for the client, which has the lock
+        self._memory: dict[int, NDArray[np.uint8]] = {}
+        self._pages: dict[int, SlotPages] = {}
+        self._map: MemoryMap | None = None  # made when it is asked for, since slots are added one by one
+
+    def _add_slot(self, pages: SlotPages, memory: NDArray[np.uint8]) -> None:
+        self._memory[pages.slot.id], self._pages[pages.slot.id], self._map = memory, pages, None
+
+    # --- memory --------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> tuple[Memslot, ...]:
+        """The memslots."""
+        self._check_open()
+        return tuple(pages.slot for pages in self._pages.values())
+
+    def memory(self, slot_id: int) -> NDArray[np.uint8]:
+        """Return the bytes of a slot, ``(npages * page_size,)``: a writable view.
+
+        What is written through it isn't logged: `write` is.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot.
+        """
+        return self._memory[self._slot(slot_id).slot.id]
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Return bytes of memory.
+
+        Raises
+        ------
+        OSError
+            EINVAL if they aren't inside of one slot.
+        """
+        slot, start = self._at(gpa, check.integer(length, "length"))
+        return self._memory[slot.id][start : start + length].tobytes()
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write to memory as a device does, and mark the pages dirty where the slot logs.
+
+        Raises
+        ------
+        OSError
+            EINVAL if it isn't inside of one slot. Nothing is written then.
+        TypeError
+            If `data` isn't bytes.
+        """
+        raw = np.frombuffer(data, dtype=np.uint8) if memoryview(data).nbytes else np.empty(0, dtype=np.uint8)
+        slot, start = self._at(gpa, raw.size)
+        first, last = start // self.page_size, (start + max(raw.size, 1) - 1) // self.page_size
+        pages = self._pages[slot.id]
+        with self._lock:  # the write and its mark are one, seen from `dirty`
+            if pages.slot.logging and raw.size:
+                pages.mark(first, last - first + 1)
+            self._memory[slot.id][start : start + raw.size] = raw
+
+    def _at(self, gpa: int, length: int) -> tuple[Memslot, int]:
+        self._check_open()
+        if self._map is None:
+            self._map = MemoryMap(self.page_size, self.slots)
+        return self._map.at(check.integer(gpa, "gpa", None), length)
+
+    def _slot(self, slot_id: int) -> SlotPages:
+        self._check_open()
+        pages = self._pages.get(check.integer(slot_id, "slot", None))
+        if pages is None:
+            raise OSError(ENOENT, f"there is no {slot_name(slot_id)}")
+        return pages
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
+        self._check_open()
+        slots = sorted(self.slots, key=lambda slot: slot.base_gfn)
+        return digest(self._memory[slot.id] for slot in slots)
+
+    # --- the log -------------------------------------------------------------------------------------------
+
+    def start_log(self) -> None:
+        """Have writes to all slots recorded from now on. What was marked before is dirty still.
+
+        Raises
+        ------
+        OSError
+            EBUSY if the log is a client's.
+        """
+        self._check_open()
+        with self._lock:
+            self._turn.check("start_log")
+            self._switch(on=True)
+
+    def stop_log(self) -> None:
+        """Stop recording; what was recorded is forgotten, and leases of it are stale.
+
+        Raises
+        ------
+        OSError
+            EBUSY if the log is a client's.
+        """
+        self._check_open()
+        with self._lock:
+            self._turn.check("stop_log")
+            self._switch(on=False)
+
+    def dirty(self, slot_id: int) -> Lease:
+        """Lend a slot's dirty pages: they are clean then, and are recorded when they are written again.
+
+        Returns
+        -------
+        Lease
+            ``commit()`` when its ``bitmap`` was copied, ``rollback()`` when that failed.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot or it doesn't log, EBUSY if the log is a client's.
+        """
+        pages = self._slot(slot_id)
+        with self._lock:
+            if self._taker != get_ident():
+                self._turn.check("dirty")
+            return pages.lend()
+
+    def client(self, name: str) -> LogClient:
+        """Give the log, which has been started, to one consumer until that is closed.
+
+        As long as it is open, `dirty`, `start_log`, `stop_log` and another `client` are refused with EBUSY.
+
+        Parameters
+        ----------
+        name : str
+            What others are told that the log is in use by.
+
+        Returns
+        -------
+        LogClient
+            Its ``take(slot)`` is `dirty`.
+
+        Raises
+        ------
+        OSError
+            EBUSY if there is a client, ENOENT if the log isn't on.
+
+        Examples
+        --------
+        >>> from hwdbm.vm import PlainGuest
+        >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
+        >>> guest.start_log()
+        >>> with guest.client("backup") as client:
+        ...     guest.write(0x4000_3000, b"a")
+        ...     with client.take(0) as lease:
+        ...         print(lease.bitmap.pages())
+        [3]
+        """
+        self._check_open()
+        with self._lock:
+            client = self._turn.client(name, self._take)
+            off = [pages.name for pages in self._pages.values() if not pages.slot.logging]
+            if off:
+                client.close()
+                raise OSError(ENOENT, f"a client {name!r}: {off[0]} doesn't log; start_log comes first")
+            return client
+
+    def mark_imported(self, slot_id: int, first_page: int, npages: int) -> None:
+        """Mark pages, counted from the slot's first, that a migration wrote: they are dirty, in a log to come too.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot.
+        BitmapError
+            If the slot hasn't these pages.
+        """
+        pages = self._slot(slot_id)
+        first, count = check.integer(first_page, "first_page", None), check.integer(npages, "npages", None)
+        if not 0 <= first <= first + count <= pages.slot.npages:
+            raise BitmapError(f"pages {first}..{first + count - 1} are not inside {pages.name}'s {pages.slot.npages}")
+        pages.mark(first, count)
+
+    def _take(self, slot_id: int) -> Lease:
+        """Do what `dirty` does, also where a subclass has another one, for the client."""
+        with self._lock:
+            self._taker = get_ident()
+            try:
+                return self.dirty(slot_id)
+            finally:
+                self._taker = 0
+
+    def _switch(self, *, on: bool) -> None:
+        """Switch all slots' logs."""
+        raise NotImplementedError
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the {type(self).__name__} is closed")
+        if os.getpid() != self._owner:
+            raise ClosedError(f"the {type(self).__name__} is of process {self._owner}, which this one was forked from")
+
+    def close(self) -> None:
+        """Give everything back; a second time does nothing. Views of the memory that others hold stay valid.
+
+        In a process forked off since, only the copies are given back that the child has of files and mappings.
+        """
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        """Give back what there is, which may have been done in part before, or be a forked process's copy."""
+        self._memory.clear()
+        self._pages.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def percentage(percent: int) -> int:
+    """Return what vCPUs are throttled by, checked.
+
+    Raises
+    ------
+    ValueError
+        If it isn't 0 to 99.
+    """
+    return check.integer(percent, "percent", 0, 99)
