@@ -2,7 +2,7 @@
 
 `KvmVm` is what programs use. The modules of this package are its parts: `abi`, the kernel's interface in one table;
 `ioctl`, `device` and `vcpu`, its file descriptors with one method a request; `ring` and `log`, the dirty log in its
-three forms, over the memory of a `host`; the `guest`s with their machine code (`guest_x86`, `guest_arm64`) and what a
+three forms; the `guest`s with their machine code (`guest_x86`, `guest_arm64`) and what a
 `task` is; the `thread` that a vCPU runs in; and the `state` that a migration carries.
 """
 

@@ -32,6 +32,8 @@ class KvmFile:
         The file descriptor; -1 once it is closed.
     """
 
+    fd = -1
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
@@ -52,6 +54,11 @@ class KvmFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        # An interrupt may come before anybody has it to close.
+        if self.fd >= 0:
+            self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,10 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from hwdbm.kvm import abi
 from hwdbm.kvm.task import KINDS
@@ -33,7 +36,7 @@ class Guest:
     kind : str
         ``counting``, ``random`` or ``idle``.
     rate : float or None
-        Pages a second that all vCPUs may write together; None for as many as go.
+        Pages a second that all vCPUs may write together; None for no limit.
 
     Raises
     ------
@@ -47,8 +50,8 @@ class Guest:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"a guest is one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.rate is not None and (isinstance(self.rate, bool) or not 0 < self.rate < 1e12):
-            raise ValueError(f"a rate is a positive number of pages a second, not {self.rate!r}")
+        if self.rate is not None:
+            object.__setattr__(self, "rate", _rate(self.rate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class State:
         ValueError
             If `raw` can't be one, or is of another format or another architecture.
         """
+        if not isinstance(raw, bytes | bytearray):
+            raise TypeError(f"a state is bytes, not {type(raw).__name__}")
         try:
             found = json.loads(raw)
             form, machine, guest, vcpus = found["format"], found["machine"], found["guest"], found["vcpus"]
@@ -150,6 +155,18 @@ def _set_msr(vcpu: VcpuFd, index: int, value: int) -> None:
             raise
 
 
+def _rate(value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"a rate is a number of pages a second, not {value!r}")
+    try:
+        rate = float(value)
+    except OverflowError:
+        rate = float("inf")
+    if not 0 < rate < 1e12:
+        raise ValueError(f"a rate is a positive number of pages a second, not {rate!r}")
+    return rate
+
+
 def _text(value: object) -> object:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
@@ -187,6 +204,6 @@ def _vcpu(number: int, found: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
         raise ValueError(f"{value!r} is none")
     return value

@@ -10,12 +10,12 @@ whatever the process does with it elsewhere.
 import signal
 from collections.abc import Callable
 from errno import EIO
-from threading import Condition, Thread
 from time import monotonic
 
 from hwdbm.kvm import guest
 from hwdbm.kvm.abi import Exit
 from hwdbm.kvm.vcpu import VcpuFd
+from hwdbm.vm.runner import Gate, Runner
 
 __all__ = ["GuestExitError", "VcpuThread"]
 
@@ -47,15 +47,13 @@ class VcpuThread:
     Attributes
     ----------
     rate : float or None
-        Pages a second that the guest may write; None for as many as go.
+        Pages a second that the guest may write; None for no limit.
     chunk : int
         Pages that it writes between two exits.
     percent : int
-        Of the time, what it is kept from running.
+        How much of the time it is kept from running.
     pages : int
         How many it has written, in whole chunks.
-    failure : OSError or None
-        Why it doesn't run any more.
     """
 
     def __init__(self, number: int, vcpu: VcpuFd, when_full: Callable[[], int] | None) -> None:
@@ -63,15 +61,12 @@ class VcpuThread:
         self.rate: float | None = None
         self.chunk, self.percent, self.pages = 1, 0, 0
         self._idle_exits = 0
-        self.failure: BaseException | None = None
         self._when_full = when_full
-        self._changed = Condition()
-        self._wanted = False  # whether it is to run
-        self._busy = False  # whether it may run; the thread alone says so
         self._inside = False  # whether it may be in the guest; the thread alone says so
         self._exits = 0
-        self._closing = False
-        self._thread: Thread | None = None
+        self._left = Gate()
+        self._runner = Runner(f"kvm-vcpu{number}", self._work, begin=self._begin, interrupt=_kick)
+        self.stop, self.pause, self.close = self._runner.stop, self._runner.pause, self._runner.close
 
     def pace(self, kind: str, rate: float | None) -> None:
         """Have a paused guest write so many pages a second, and exit as often as that needs."""
@@ -81,88 +76,46 @@ class VcpuThread:
 
     # --- what other threads ask for ------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Let it run."""
-        with self._changed:
-            self.check()
-            self._wanted = True
-            self.vcpu.immediate_exit = False
-            if self._thread is None:
-                self._thread = Thread(target=self._live, name=f"kvm-vcpu{self.number}", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it doesn't run any more. It may again once that is forgotten."""
+        return self._runner.failure
 
-    def pause(self) -> None:
-        """Have it leave the guest, and return when it has: its registers are complete then, and it writes no more."""
-        with self._changed:
-            self._stop()
-            self._changed.wait_for(lambda: not self._busy)
-
-    def flush(self) -> None:
-        """Return when it has left the guest once: KVM has logged then what a buffer of the processor held."""
-        with self._changed:
-            if not self._inside:
-                return
-            seen = self._exits
-            self._kick()
-            self._changed.wait_for(lambda: self._exits != seen)
+    def forget_failure(self) -> None:
+        """Let it run again: it has other registers."""
+        self._runner.failure = None
 
     def check(self) -> None:
         """Raise what it failed with."""
         if self.failure is not None:
             raise self.failure
 
-    def close(self) -> None:
-        """End the thread."""
-        with self._changed:
-            self._closing = True
-            self._stop()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def resume(self) -> None:
+        """Let it run."""
+        self.check()
+        self.vcpu.immediate_exit = False
+        self._runner.resume()
 
-    def _stop(self) -> None:
-        self._wanted = False
-        self._changed.notify_all()
-        if self._busy:
-            self.vcpu.immediate_exit = True
-            self._kick()
-
-    def _kick(self) -> None:
-        # It is alive, as it is busy, and can't cease to be while this lock is held.
-        if self._thread is not None and self._thread.ident is not None:
-            signal.pthread_kill(self._thread.ident, _KICK)
+    def flush(self) -> None:
+        """Return when it has left the guest once: KVM has logged then what a buffer of the processor held."""
+        seen = self._exits
+        if self._inside:
+            self._runner.kick()
+            self._left.wait(lambda: self._exits == seen)
 
     # --- the thread ----------------------------------------------------------------------------------------
 
-    def _live(self) -> None:
+    def _begin(self) -> None:
         own = signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
-        try:
-            self.vcpu.set_signal_mask(own - {_KICK})
-        except OSError as error:
-            self._fail(error)
-        while self._wait_for_work():
-            try:
-                self._run()
-                self._complete()
-            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that asks
-                self._fail(error)
+        self.vcpu.set_signal_mask(own - {_KICK})
 
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self.failure, self._wanted = error, False
-
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._wanted or self._closing)
-            self._busy = not self._closing
-            return self._busy
+    def _work(self) -> None:
+        self._run()
+        self._complete()
 
     def _run(self) -> None:
         start, written = monotonic(), 0
-        while self._wanted:
+        while self._runner.wanted:
             begin = monotonic()
             reason = self._enter()
             if reason in (Exit.IO, Exit.MMIO):
@@ -179,17 +132,16 @@ class VcpuThread:
                 if early < -1:  # what was missed, throttled or slow, isn't made up for
                     start, written = now, 0
                 pause = max(pause, early)
-            self._sleep(pause)
+            self._runner.sleep(pause)
 
     def _enter(self) -> int:
         self._inside = True
         try:
             reason = self.vcpu.run()
         finally:
-            with self._changed:
-                self._inside = False
-                self._exits += 1
-                self._changed.notify_all()
+            self._inside = False
+            self._exits += 1
+            self._left.open()
         if reason == Exit.INTR:
             while signal.sigtimedwait({_KICK}, 0) is not None:
                 pass
@@ -209,11 +161,6 @@ class VcpuThread:
         if reason not in (Exit.INTR, Exit.DIRTY_RING_FULL):
             raise self._unexpected(reason)
 
-    def _sleep(self, seconds: float) -> None:
-        if seconds > 0:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._wanted, timeout=seconds)
-
     def _unexpected(self, reason: int) -> GuestExitError:
         name = reason.name if isinstance(reason, Exit) else str(reason)
         if reason == Exit.FAIL_ENTRY:
@@ -221,3 +168,7 @@ class VcpuThread:
         elif reason == Exit.INTERNAL_ERROR:
             name += " (suberror {}, of {} numbers)".format(*self.vcpu.field("internal"))
         return GuestExitError(EIO, f"vCPU {self.number} stopped at {guest.at(self.vcpu):#x} with KVM_EXIT_{name}")
+
+
+def _kick(ident: int) -> None:
+    signal.pthread_kill(ident, _KICK)

@@ -1,23 +1,34 @@
 """KvmVm: a VM of the kernel's, with real memory, the kernel's dirty log, and vCPUs that run in threads."""
 
 import mmap
+import os
 import platform
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from errno import ETIMEDOUT
 from threading import RLock
 from time import monotonic, sleep
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from hwdbm import check
+from hwdbm.dirtylog import Lease
 from hwdbm.kvm import guest as guests
-from hwdbm.kvm.host import Host
+from hwdbm.kvm.abi import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT_ENABLE, Cap
+from hwdbm.kvm.device import Kvm, VmFd
+from hwdbm.kvm.log import KernelPages, Rings
+from hwdbm.kvm.ring import DirtyRing, enable_ring
 from hwdbm.kvm.state import Guest, State, capture, restore
 from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offset
+from hwdbm.kvm.thread import VcpuThread
 from hwdbm.kvm.vcpu import VcpuFd
-from hwdbm.memslot import Memslot
+from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
+from hwdbm.vm.base import BaseVm, SlotPages, percentage
+from hwdbm.vm.memory import GuestMemory
+from hwdbm.vm.runner import uninterrupted
 
 __all__ = ["KvmVm"]
 
@@ -25,7 +36,14 @@ _PROOF = 10.0  # seconds that a guest has to write a chunk of pages
 _LOOK = 0.02  # seconds between two looks at whether it has
 
 
-class KvmVm(Host):
+_PROTECT2 = {
+    "off": 0,
+    "on": DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    "initially-set": DIRTY_LOG_MANUAL_PROTECT_ENABLE | DIRTY_LOG_INITIALLY_SET,
+}
+
+
+class KvmVm(BaseVm):
     """A VM in the kernel: memory, a dirty log, vCPUs, and a guest in them. It is a source of migrations, too.
 
     Slot 0 is the memory that the guest writes. Slot 1, at gpa 0x10000, is the guest: a page of code, and a page with
@@ -45,9 +63,9 @@ class KvmVm(Host):
         How bitmaps are collected. ``off``: GET clears. ``on``: GET shows, CLEAR clears. ``initially-set``: so, and all
         pages are dirty when a log starts.
     rate : float, optional
-        Pages a second that all vCPUs write together. By default as many as go.
+        Pages a second that all vCPUs write together. Unlimited by default.
     seed : int
-        Of the random guest's pages.
+        Seed for choosing the random guest's pages.
     base : int
         Where slot 0 begins: a guest physical address, a multiple of the page.
     path : str
@@ -105,6 +123,8 @@ class KvmVm(Host):
         path: str = "/dev/kvm",
     ) -> None:
         page, what = mmap.PAGESIZE, Guest(guest, rate)
+        memory, base = check.integer(memory, "memory", None), check.integer(base, "base", None)
+        seed = check.integer(seed, "seed")
         if memory < page or memory % page or base < 0 or base % page:
             raise ValueError(f"memory is whole pages of {page} bytes: not {memory:#x} bytes at gpa {base:#x}")
         if what.kind != "idle" and base + memory > guests.top():
@@ -158,24 +178,66 @@ class KvmVm(Host):
         return self
 
     def _open(self, slots: Sequence[Memslot], *, vcpus: int, ring: int | None, manual_protect: str, path: str) -> None:
-        if vcpus < 1:
+        if check.integer(vcpus, "vcpus", None) < 1:
             raise ValueError(f"a VM has 1 vCPU or more, not {vcpus}")
-        self._guest, self._running = Guest(), False
+        if manual_protect not in _PROTECT2:
+            raise ValueError(f"manual_protect is one of {', '.join(_PROTECT2)}, not {manual_protect!r}")
+        if ring is not None and manual_protect != "off":
+            raise ValueError(f"manual_protect={manual_protect!r} is of bitmaps, and the log is of rings")
+        BaseVm.__init__(self, mmap.PAGESIZE)
+        self._closed = True  # until all of it is there
+        self._ring = None if ring is None else check.integer(ring, "ring", None)
+        self._guest, self._running, self._manual = Guest(), False, manual_protect != "off"
         self._control = RLock()  # of the vCPUs' starts and stops
+        self._threads: list[VcpuThread] = []
         with ExitStack() as files:
-            Host.__init__(self, files, ring=ring, manual_protect=manual_protect, path=path)
+            kvm = files.enter_context(Kvm(path))
+            self.kernel: VmFd = files.enter_context(kvm.create_vm())
+            self._msrs = kvm.msr_indices() if kvm.arch.msrs else []
+            self._rings = Rings(self.kernel, self._lock)
+            self._with_bitmap = self._ring is None or enable_ring(self.kernel, self._ring)
+            if self._manual:
+                self.kernel.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, _PROTECT2[manual_protect])
             for slot in slots:
-                self._add_slot(slot)
+                self._create_slot(slot)
             for _ in range(vcpus):
-                self._add_vcpu()
-            self._files = files.pop_all()
+                self._add_vcpu(files)
+            self._files, self._closed = files.pop_all(), False
+
+    def _create_slot(self, given: Memslot) -> None:
+        memory = GuestMemory(given.npages * self.page_size, f"hwdbm-slot{given.id}")
+        view = memory.view
+        memory.close()  # the view keeps the mapping
+        flags = given.flags & ~KVM_MEM_LOG_DIRTY_PAGES
+        slot = replace(given, flags=flags, userspace_addr=view.ctypes.data)
+        self._set_region(slot)
+        gather = None if self._ring is None else self._gather
+        pages = KernelPages(self.kernel, slot, self._lock, bitmap=self._with_bitmap, manual=self._manual, gather=gather)
+        self._add_slot(pages, view)
+        self._rings.logs.append(pages)
+
+    def _set_region(self, slot: Memslot) -> None:
+        self.kernel.set_memory_region(
+            slot=slot.id,
+            flags=slot.flags,
+            guest_phys_addr=slot.base_gfn * self.page_size,
+            memory_size=slot.npages * self.page_size,
+            userspace_addr=slot.userspace_addr,
+        )
+
+    def _add_vcpu(self, files: ExitStack) -> None:
+        number = len(self._threads)
+        vcpu = files.enter_context(self.kernel.create_vcpu(number))
+        if self._ring is not None:
+            self._rings.rings.append(files.enter_context(DirtyRing(vcpu, self._ring)))
+        self._threads.append(VcpuThread(number, vcpu, None if self._ring is None else self._rings.gather))
 
     def _boot(self, what: Guest, seed: int) -> None:
         if what.kind == "idle":
             return
         code = guests.code(what.kind)
         self._memory[CODE_SLOT][: len(code)] = np.frombuffer(code, dtype=np.uint8)
-        data, page = self._logs[DATA_SLOT].slot, self.page_size
+        data, page = self._pages[DATA_SLOT].slot, self.page_size
         parts = [(0, data.npages)] * len(self._threads)
         if what.kind == "counting":
             parts = guests.shares(data.npages, len(self._threads))
@@ -200,6 +262,7 @@ class KvmVm(Host):
     @property
     def vcpus(self) -> tuple[VcpuFd, ...]:
         """The vCPUs. Requests of one that runs wait until it leaves the guest: pause before."""
+        self._check_open()
         return tuple(thread.vcpu for thread in self._threads)
 
     @property
@@ -210,6 +273,7 @@ class KvmVm(Host):
     @property
     def pages(self) -> int:
         """How many pages the guest wrote here so far, in whole chunks."""
+        self._check_open()
         return sum(thread.pages for thread in self._threads)
 
     @property
@@ -220,20 +284,35 @@ class KvmVm(Host):
 
     @iteration.setter
     def iteration(self, number: int) -> None:
+        number = check.integer(number, "iteration", 0, 0xFFFF_FFFF)
         self.write(CODE_GPA + iteration_offset(self.page_size), number.to_bytes(4, "little"))
 
     def resume(self) -> None:
-        """Let the vCPUs run."""
+        """Let the vCPUs run: all of them, or none."""
+        self._check_open()
         with self._control:
             self._check_vcpus()
             self._running = True
-            if self._guest.kind != "idle":
+            if self._guest.kind == "idle":
+                return
+            try:
                 for thread in self._threads:
                     thread.resume()
+            except BaseException:
+                for thread in self._threads:
+                    thread.stop()
+                self.pause()
+                raise
 
     def pause(self) -> None:
-        """Stop the vCPUs. When this returns they have left the guest, and everything they wrote is in memory."""
+        """Stop the vCPUs. When this returns they have left the guest, and everything they wrote is in memory.
+
+        If an interrupt comes meanwhile they stop all the same, and `running` says so when `pause` was called again.
+        """
+        self._check_open()
         with self._control:
+            for thread in self._threads:
+                thread.stop()
             for thread in self._threads:
                 thread.pause()
             self._running = False
@@ -252,8 +331,8 @@ class KvmVm(Host):
         ValueError
             For another one.
         """
-        if not 0 <= percent <= 99:
-            raise ValueError(f"vCPUs are throttled by 0 to 99 percent, not {percent}")
+        self._check_open()
+        percent = percentage(percent)
         for thread in self._threads:
             thread.percent = percent
 
@@ -267,6 +346,7 @@ class KvmVm(Host):
         RuntimeError
             If the VM is running.
         """
+        self._check_open()
         self._check_paused()
         self._check_vcpus()
         if self._guest.kind == "counting":
@@ -284,7 +364,7 @@ class KvmVm(Host):
         OSError
             ETIMEDOUT if it writes nothing, or what a vCPU failed with.
         """
-        before, until = self.pages, monotonic() + _PROOF
+        before, until = self.pages, monotonic() + _PROOF  # which checks that it is open
         while self._guest.kind != "idle" and self.pages == before:
             self._check_vcpus()
             if monotonic() > until:
@@ -310,6 +390,7 @@ class KvmVm(Host):
         RuntimeError
             If the VM is running.
         """
+        self._check_open()
         with self._control:
             self._check_paused()
             self._check_vcpus()
@@ -324,37 +405,106 @@ class KvmVm(Host):
         RuntimeError
             If the VM is running.
         ValueError
-            If it is no state, or one of fewer vCPUs, or the kernel refuses some of it. Registers may be changed then.
+            If it is no state, or one of fewer vCPUs, or the kernel refuses some of it. The vCPUs are what they were
+            then; but those that the state has more are there, and idle.
         """
+        self._check_open()
         with self._control:
             self._check_paused()
             found = State.from_bytes(state)
             if len(found.vcpus) < len(self._threads):
                 raise ValueError(f"a state of {len(found.vcpus)} vCPUs, and here are {len(self._threads)}")
             while len(self._threads) < len(found.vcpus):
-                self._add_vcpu()
-            for thread, registers in zip(self._threads, found.vcpus, strict=True):
-                restore(thread.vcpu, registers)
-                thread.failure = None
-            self._become(found.guest)
+                self._add_vcpu(self._files)
+            before = [capture(thread.vcpu, self._msrs) for thread in self._threads]
+            try:
+                for thread, registers in zip(self._threads, found.vcpus, strict=True):
+                    restore(thread.vcpu, registers)
+                self._become(found.guest)
+            except BaseException:
+                for thread, registers in zip(self._threads, before, strict=True):
+                    restore(thread.vcpu, registers)
+                raise
+            for thread in self._threads:
+                thread.forget_failure()
+
+    # --- the log -------------------------------------------------------------------------------------------
+
+    def dirty(self, slot_id: int) -> Lease:
+        """Lend a slot's dirty pages: they are clean then, and are recorded when they are written again.
+
+        Returns
+        -------
+        Lease
+            ``commit()`` when its ``bitmap`` was copied, ``rollback()`` when that failed.
+
+        Raises
+        ------
+        OSError
+            ENOENT if there is no such slot or it doesn't log, EBUSY if the log is a client's; what a vCPU failed with.
+        """
+        self._check_open()
+        self._check_vcpus()
+        return super().dirty(slot_id)
+
+    def _switch(self, *, on: bool) -> None:
+        changed = [pages for pages in self._pages.values() if pages.slot.logging != on]
+        if on:
+            try:
+                for pages in changed:
+                    self._set_logging(pages, on=True)
+            except BaseException:  # all, or none
+                for pages in changed:
+                    self._set_logging(pages, on=False)
+                raise
+            return
+        for pages in changed:
+            self._set_logging(pages, on=False)
+        if self._ring is not None:
+            self._gather()
+        for pages in changed:
+            pages.forget()
+
+    def _set_logging(self, pages: SlotPages, *, on: bool) -> None:
+        flags = pages.slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES | (KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        slot = replace(pages.slot, flags=flags)
+        self._set_region(slot)
+        pages.slot = slot
+
+    def _gather(self) -> None:
+        """Bring what the vCPUs wrote to the logs of rings."""
+        for thread in self._threads:
+            thread.flush()
+        self._rings.gather()
+
+    def _check_vcpus(self) -> None:
+        for thread in self._threads:
+            thread.check()
 
     # --- the end -------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the vCPUs for good, and give everything back. Views of the memory that others hold stay valid."""
+        """Stop the vCPUs for good, and give everything back. Views of the memory that others hold stay valid.
+
+        An interrupt meanwhile is raised when that is done. In a process forked off since, only the child's own copies
+        of files and mappings are given back: the parent's VM isn't touched.
+        """
+        self._closed = True
+        if os.getpid() == self._owner:
+            uninterrupted(self._release)
+        else:
+            self._files.close()
+
+    def _release(self) -> None:
         with self._control:
             for thread in self._threads:
                 thread.close()
             self._running = False
             self._threads.clear()
             self._files.close()
-            self._logs.clear()
-            self._memory.clear()
+            super()._release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __del__(self) -> None:
+        if not self._closed and os.getpid() == self._owner:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)
+            self.close()

@@ -117,6 +117,7 @@ class BaseVm:
     """
 
     page_size: int
+    _closed = True  # until it is made
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Lock, RLock, Thread, current_thread
+from threading import Lock, RLock, Thread, get_ident, main_thread
 from time import monotonic
 from typing import Any
 
-__all__ = ["Gate", "Runner"]
+__all__ = ["Gate", "Runner", "uninterrupted"]
 
 
 class Gate:
@@ -154,7 +154,7 @@ class Runner:
         self._closing = True
         self.stop()
         thread = self._thread
-        if thread is None or thread is current_thread():
+        if thread is None or thread.ident == get_ident():
             return
         interrupt: BaseException | None = None
         while thread.is_alive():
@@ -203,3 +203,37 @@ class Runner:
     def _rest(self) -> None:
         self._busy = False
         self._idle.open()
+
+
+def uninterrupted(what: Callable[[], object]) -> None:
+    """Call something that must not be cut in two: in a thread, where no handler raises. One that did is raised after.
+
+    What is called must not need a lock that the caller has.
+    """
+    if get_ident() != main_thread().ident:
+        what()
+        return
+    ended, errors, done = list[bool](), list[BaseException](), Lock()
+    done.acquire()
+
+    def call() -> None:
+        try:
+            what()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+            errors.append(error)
+        finally:
+            ended.append(True)
+            done.release()
+
+    try:
+        start_new_thread(call, ())
+    except RuntimeError:  # there can be no more threads
+        what()
+        return
+    while not ended:
+        try:
+            done.acquire()
+        except BaseException as error:  # noqa: BLE001 - a handler's
+            errors.append(error)
+    if errors:
+        raise errors[0]
