@@ -100,7 +100,13 @@ class Channel:
 
     @contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
-        """Have all operations of a block end within `seconds` together: those that take longer raise `StreamError`."""
+        """Have all operations of a block end within `seconds` together: those that take longer raise `StreamError`.
+
+        Yields
+        ------
+        None
+            `what` is what the error says took too long.
+        """
         before = self._until, self._until_what
         until = time.monotonic() + seconds
         if until < self._until:
@@ -112,7 +118,12 @@ class Channel:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Send signs of life during a block that uses the channel for nothing else."""
+        """Send signs of life during a block that uses the channel for nothing else.
+
+        Yields
+        ------
+        None
+        """
         done = threading.Event()
 
         def say() -> None:

@@ -149,6 +149,11 @@ class Provable(Protocol):
 def client_of(source: Source, name: str) -> Iterator[Client]:
     """Be the consumer of a log that has been started: the only one if the VM is `Exclusive`.
 
+    Yields
+    ------
+    Client
+        It is closed when the block ends.
+
     Raises
     ------
     OSError
