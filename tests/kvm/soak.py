@@ -176,7 +176,6 @@ def hop(number: int, here: Process, there: Process, path: Path, log: KvmLog) -> 
     there.begin("receive", str(path), log.value)
     assert there.answer() == {"listening": str(path)}
     done = here.ask("migrate", str(path))
-    path.unlink()
     if "failed" in done:
         raise SystemExit(f"migration {number}: {done['failed']}")
     arrived = there.answer()

@@ -43,7 +43,7 @@ from hwdbm.migration.wire import Kind
 MEMORY = 32 << 20
 # Pages a second. A page that is lost can be told until the guest has been at all 8,192, and is there again.
 RATE, SLOW = 10_000, 3_000
-PASSES = Settings(max_downtime=0, max_iterations=4, bandwidth=200e6)  # some 40 MiB, in 0.3 s
+PASSES = Settings(max_downtime=0, max_iterations=4, bandwidth=200e6, on_limit="pause")  # some 40 MiB, in 0.3 s
 
 # One interpreter has imported everything, and is forked for each command: they begin at once. Processes that lose
 # their parent are given to it. A request is a line: a command to start, with where its output goes and the frame at
@@ -108,7 +108,7 @@ def children(pid: int) -> list[int]:
 
 
 MIGRATE = ("migrate", "--source", "kvm", "--memory", "32M", "--rate", RATE, "--json")
-MIGRATE += ("--bandwidth", "100M", "--max-iterations", "2")  # some 0.7 s
+MIGRATE += ("--bandwidth", "100M", "--max-iterations", "2", "--on-limit", "pause")  # some 0.7 s
 
 
 class Command:
@@ -359,10 +359,14 @@ def test_the_receiver_is_killed(
     source, victim = running(log), receiver(log, tcp=tcp, trap=itself)
     with (
         trapped(victim.connect(), ours, victim.command.kill) as channel,
-        pytest.raises(StreamError, match=r"the link broke|the stream ends"),
+        pytest.raises(StreamError, match=r"the link broke|the stream ends") as raised,
     ):
         migrate(source.vm, channel, PASSES)
     assert victim.command.wait() == -signal.SIGKILL
+    if tcp and isinstance(raised.value, HandoverError):  # it had had GO, and over TCP nobody sees that it is gone
+        assert at in {"RESUMED", "DIGEST"}
+        assert not source.vm.running
+        source.vm.resume()
     source.check_back()
     source.check_next(receiver(log, tcp=not tcp))
 
@@ -435,6 +439,10 @@ def test_the_source_is_killed(start: Start, receiver: Callable[..., Receiver], t
     to = ("--to", f"127.0.0.1:{there.port()}", "--insecure")
     source = start("migrate", "--source", "kvm", "--memory", "32M", "--rate", RATE, *to, trap=trap)
     assert source.wait() == -signal.SIGKILL
+    if trap == ("HELLO", 1):  # it never was a source, and the next one is waited for
+        there.command.send(signal.SIGTERM)
+        assert there.command.wait() == 130
+        return
     assert there.command.wait() == 1
     last = there.command.err.splitlines()[-1]
     assert last.startswith(("hwdbm: the stream ends inside of frame", "hwdbm: the link broke"))
@@ -449,7 +457,7 @@ def test_the_source_is_killed_and_its_receiver_goes_too(
     source = start("migrate", "--source", "kvm", "--memory", "32M", "--rate", RATE, trap=trap)
     assert source.wait() == -signal.SIGKILL
     (orphan,) = commands.left()  # it was given to the server
-    assert commands.wait(orphan) == 1
+    assert commands.wait(orphan) in {1, 130}  # it saw the link end, or its parent
 
 
 # --- one of them stands still ------------------------------------------------------------------------------
@@ -504,20 +512,18 @@ def test_the_receiver_stands_still_for_too_long(
 def test_the_receiver_stands_still_when_it_is_to_run(
     running: Callable[..., Running], receiver: Callable[..., Receiver]
 ) -> None:
-    """Nobody can know whether it runs, so that the source doesn't; when it goes on, it sees that it was given up."""
+    """Nobody can know whether it runs, so that the source doesn't. When it goes on, GO is there: it does."""
     source, there = running(), receiver()
     with (
         trapped(there.connect(0.3), Kind.GO, lambda: there.command.send(signal.SIGSTOP)) as channel,
-        pytest.raises(HandoverError, match=r"nothing came for 0\.3 s: whether the destination runs is unknown"),
+        pytest.raises(HandoverError, match="whether the guest runs at the destination is unknown"),
     ):
         migrate(source.vm, channel, PASSES)
     assert not source.vm.running
     there.command.send(signal.SIGCONT)
-    assert there.command.wait() == 1
-    assert "hwdbm: the other side gave up: nothing came for 0.3 s: whether the dest" in there.command.err
-    source.vm.resume()
-    source.check_back()
-    source.check_next(receiver())
+    said = there.command.said()
+    assert (said["source-told"], said["guest-resumed"]) == (False, True)
+    assert not source.vm.running
 
 
 def test_the_source_stands_still_and_goes_on(start: Start, receiver: Callable[..., Receiver]) -> None:
@@ -537,15 +543,14 @@ def test_the_source_stands_still_and_goes_on(start: Start, receiver: Callable[..
 def test_the_source_stands_still_for_too_long(start: Start) -> None:
     """The destination says so. The source, when it goes on, sees that it was given up, and tries again."""
     with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
-        to = f"127.0.0.1:{listener.getsockname()[1]}"
+        to = f"127.0.0.1:{listener.sock.getsockname()[1]}"
         source = start(*MIGRATE, "--to", to, "--insecure", "--attempts", "2")
         first, go_on = listener.accept(20), partial(source.send, signal.SIGCONT)
         first.timeout = 0.3
-        first.sock.settimeout(0.3)
         timer = later(0.2, source.send, signal.SIGSTOP)
         with (
             trapped(first, None, go_on, given_up=go_on) as channel,
-            pytest.raises(StreamError, match=r"^nothing came for 0\.3 s$"),
+            pytest.raises(StreamError, match=r"^nothing came for 0\.[34] s$"),
         ):
             arrive(channel)
         timer.join()
@@ -554,7 +559,8 @@ def test_the_source_stands_still_for_too_long(start: Start) -> None:
             with received.destination as vm:
                 vm.prove()
     said = source.said()
-    assert "nothing came for 0.3 s; trying again" in source.err
+    assert "hwdbm: the other side gave up: nothing came for 0." in source.err
+    assert "trying again" in source.err
     assert said["status"] == "completed"
     assert said["guest-resumed"] is received.proved is True
     assert said["source-sha256"] == received.sha256
