@@ -54,13 +54,6 @@ def term(value: Any) -> Any:
     return value.term if isinstance(value, Word) else z3.BitVecVal(int(value), 64)
 
 
-def where(hit: Any, yes: Any, no: Any) -> Any:
-    """Return what numexpr's ``where`` does: `yes` or `no`, chosen without a fork."""
-    if isinstance(hit, Word):
-        return Word(z3.If(hit.term, term(yes), term(no)), hit._path)
-    return yes if hit else no
-
-
 class _Path:
     """One run: the decisions to take first, those that were taken, and what is known by them."""
 

@@ -50,7 +50,7 @@ def check_spans(layout: Layout, level: int, index: np.ndarray) -> None:
     starts = (number * size - layout.base_gfn).tolist()
     spans = [(start, start + size) for start in starts]
     assert [layout.span(level, i) for i in index.tolist()] == spans
-    assert [tuple(row) for row in layout.spans(level, index).tolist()] == spans
+    assert [tuple(row) for row in layout.span(level, index).tolist()] == spans
     runs = [[0, 1], [len(spans) // 2, len(spans)]]
     assert layout.bounds(level, np.array(runs)).tolist() == [[spans[lo][0], spans[hi - 1][1]] for lo, hi in runs]
 

@@ -8,6 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from hwdbm import DirtyBitmap, Granule, Stage2, kernels, pte
 from hwdbm.errors import BitmapError
+from hwdbm.leaves import Record
 from hwdbm.testing import Stage2Machine
 
 LONG = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -44,8 +45,8 @@ class ForgetsSaved(Stage2):
 class ForgetsOnReplace(Stage2):
     """Saved on replace: leaves go without a word."""
 
-    def _save(self, lo, hi, *, untracked=False):
-        return None
+    def _save_record(self, saved=pte.dirty, told=pte.writable):
+        return self._silent
 
 
 class SnapshotsThenSplits(Stage2):
@@ -61,8 +62,8 @@ class ArmsReadOnly(Stage2):
     """Read-only stays: the RFC's patch 2, DBM on every leaf."""
 
     def enable_dbm(self, mask=None):
-        return self._rewrite(
-            lambda level: pte.Update(pte.leaf(level).also(zeros=pte.DBM), pte.DBM, pte.S2AP_W), 0, self.npages
+        return self._change(
+            lambda level: pte.Update(pte.leaf(level).also(zeros=pte.DBM), pte.DBM, pte.S2AP_W), None, None
         )
 
 
@@ -70,10 +71,7 @@ class ProtectsByHalf(Stage2):
     """Read-only stays: S2AP[1] cleared and DBM left, which lets the guest write."""
 
     def wrprotect(self, gfn=None, npages=None):
-        lo, hi = self._range(gfn, npages)
-        self._isolate(lo, hi)
-        self._save(lo, hi, untracked=True)
-        return self._rewrite(lambda level: pte.Update(pte.writable(level), clears=pte.S2AP_W), lo, hi)
+        return self._change(lambda level: pte.Update(pte.writable(level), clears=pte.S2AP_W), gfn, npages)
 
 
 class CleansTheRange(Stage2):
@@ -92,7 +90,7 @@ class ForgetsTheBlock(Stage2):
 
     def clean(self, mask):
         self.saved.drop(mask)
-        return self._rewrite_masked(pte.clean, mask)
+        return self._update_part(pte.clean, mask, 0, Record(self.host_dirty, self.host_dirty, out_of=None)).changed
 
 
 class MarksTheHead(Stage2):
@@ -102,7 +100,7 @@ class MarksTheHead(Stage2):
         heads = DirtyBitmap(self.npages)
         for level in (1, 2):
             index = np.flatnonzero(pte.dirty(level)(self.level(level)))
-            for start, stop in np.clip(self.layout.spans(level, index), 0, self.npages).tolist():
+            for start, stop in np.clip(self.layout.span(level, index), 0, self.npages).tolist():
                 heads.set_range(start + 1, stop - start - 1)
         got = super().harvest(out, first, npages)
         got -= heads
@@ -133,9 +131,7 @@ class AgesPlainly(Stage2):
     """No lost write: aging that stores what it read without the dirty bit (the RFC's patch 5)."""
 
     def mkold(self, gfn=None, npages=None):
-        return self._rewrite(
-            lambda level: pte.Update(pte.young(level), clears=pte.AF | pte.S2AP_W), *self._range(gfn, npages)
-        )
+        return self._age(lambda level: pte.Update(pte.young(level), clears=pte.AF | pte.S2AP_W), gfn, npages, None)
 
 
 class CopiesBeforeTheFlush(Stage2Machine):

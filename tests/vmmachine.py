@@ -315,7 +315,7 @@ def _without_frames(machine, level):
     s2, frames = machine.log.stage2(0), machine.space.find(0).frames
     entries = s2.level(level).copy()
     (index,) = pte.leaf(level)(entries).nonzero()
-    pages = s2.layout.spans(level, index)[:, 0]
+    pages = s2.layout.span(level, index)[:, 0]
     assert (pages >= 0).all()
     found = pte.output_address(entries[index], 12) >> np.uint64(12)
     assert (found.astype(np.int64) == frames.of(pages)).all(), "a leaf maps a frame that isn't the page's"

@@ -72,17 +72,20 @@ class Layout:
         """Return the entries of `level` that map any of the pages [lo, hi)."""
         return slice(self.index(level, lo), self.index(level, hi - 1) + 1) if lo < hi else slice(0, 0)
 
-    def span(self, level: int, index: int) -> tuple[int, int]:
-        """Return the pages [start, stop) of an entry, which may begin before the slot and end after it."""
+    @overload
+    def span(self, level: int, index: int) -> tuple[int, int]: ...
+    @overload
+    def span(self, level: int, index: Ranges) -> Ranges: ...
+    def span(self, level: int, index: int | Ranges) -> tuple[int, int] | Ranges:
+        """Return the pages [start, stop) of an entry, which may begin before the slot and end after it.
+
+        Of an array of entries they are the rows of an (n, 2) int64 array.
+        """
         size = self.sizes[level]
         start = index * size - self.base_gfn % size
+        if isinstance(start, np.ndarray):
+            return np.stack([start, start + size], axis=1)
         return start, start + size
-
-    def spans(self, level: int, index: NDArray[np.intp]) -> Ranges:
-        """Return `span` of each of `index`, as rows of an (n, 2) int64 array."""
-        size = self.sizes[level]
-        start = index.astype(np.int64) * size - self.base_gfn % size
-        return np.stack([start, start + size], axis=1)
 
     def bounds(self, level: int, runs: Ranges) -> Ranges:
         """Return the pages [start, stop) of runs of entries, as `span` does of one."""

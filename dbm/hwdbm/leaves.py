@@ -1,6 +1,7 @@
-"""Leaves: the flat arrays of one memslot's descriptors by level, and passes over them.
+"""Leaves: the flat arrays of one memslot's descriptors by level, and the only writer of them.
 
-Nothing here knows what a dirty bit is for: `hwdbm.Stage2` puts the consumers and the verbs on top.
+Each descriptor is changed by one operation of a kernel, which decides on what it read once and sets the bits that what
+was there asks for. Nothing here knows what a dirty bit is for: `hwdbm.Stage2` puts the consumers and the verbs on top.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,53 @@ from hwdbm import kernels, pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
-from hwdbm.kernels import Tally
-from hwdbm.layout import Layout, any_in, pieces, runs_of
+from hwdbm.kernels import Kernels, Notes, Place, Tally
+from hwdbm.layout import Layout, any_in, runs_of
 
-__all__ = ["LeafAt", "Leaves"]
+__all__ = ["LeafAt", "Leaves", "Record"]
 
 Array = NDArray[np.uint64]
-Index = NDArray[np.intp]
+Index = NDArray[np.int64]
 Spans = NDArray[np.int64]
 ByLevel = Callable[[int], pte.Update]
+Asks = Callable[[int], pte.Match]
 
 _ALL = (1 << 64) - 1
 _BRIDGE = 2  # stripes
-_CHUNK = 1 << 17  # descriptors built or compared together in split and collapse: 1 MiB
+_CHUNK = 1 << 15  # descriptors built or compared together: 256 KiB
+_EMPTY = np.empty(0, dtype=np.uint64)
+_GONE = pte.Update(pte.ANY, clears=_ALL)
+
+
+def every(_level: int) -> pte.Match:
+    """Return the predicate that asks nothing."""
+    return pte.ANY
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a change of leaves sets the bits of their pages, and of which leaves, by what they were.
+
+    Parameters
+    ----------
+    out, also : DirtyBitmap
+        Of the slot's pages; only bits of the range that is meant are set.
+    kept : DirtyBitmap or None
+        Where the other pages of a block go, if it counts for `out`.
+    out_of, also_of : callable or None
+        From a level to a predicate; None for no leaf.
+    """
+
+    out: DirtyBitmap
+    also: DirtyBitmap
+    kept: DirtyBitmap | None = None
+    out_of: Asks | None = every
+    also_of: Asks | None = every
+
+    def notes(self, level: int) -> Notes:
+        """Return what a kernel is to note of leaves of `level`."""
+        out_of, also_of = self.out_of, self.also_of
+        return Notes(None if out_of is None else out_of(level), None if also_of is None else also_of(level))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +78,7 @@ class LeafAt:
     """
 
     level: NDArray[np.uint8]
-    index: Spans
+    index: Index
     desc: Array
 
 
@@ -54,6 +89,8 @@ class Leaves:
     ----------
     layout : Layout
         The slot's shape.
+    implementation : Kernels, optional
+        The kernels for these arrays; by default the private ones that are in use when the first is called.
 
     Attributes
     ----------
@@ -61,107 +98,47 @@ class Leaves:
         The entries by level, all zero at first.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, implementation: Kernels | None = None) -> None:
         self.layout = layout
         # np.zeros leaves the memory to be backed when it is first written: what was never mapped costs nothing.
         self.level = {level: np.zeros(layout.count(level), dtype=np.uint64) for level in LEAF_LEVELS}
+        self._kernels = implementation
 
-    # --- passes --------------------------------------------------------------------------------------------
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels of these arrays."""
+        if self._kernels is None:
+            self._kernels = kernels.active()
+        return self._kernels
 
-    def scan(self, match: Callable[[int], pte.Match], lo: int, hi: int, out: DirtyBitmap) -> int:
-        """Set in `out` the bits of the pages of [lo, hi) whose leaf matches; return how many entries were read.
+    # --- reading -------------------------------------------------------------------------------------------
 
-        The range is of whole words, or ends with the slot.
-        """
+    def scan(self, match: Asks, lo: int, hi: int, out: DirtyBitmap) -> int:
+        """Set in `out` the bits of the pages of [lo, hi) whose leaf matches; return how many entries were read."""
         read = 0
         for level in (1, 2):
-            tally, spans = self.rewrite_blocks(level, pte.Update(match(level)), lo, hi)
-            kernels.active().fill(out.words, np.clip(spans, lo, hi))
-            read += tally.read
+            where = self.layout.entries(level, lo, hi)
+            runs = self.kernels.find(self.level[level][where], match(level))
+            if len(runs):
+                self.kernels.fill(out.words, np.clip(self.layout.bounds(level, where.start + runs), lo, hi))
+            read += where.stop - where.start
         runs = self.table_runs(lo, hi)
-        kernels.active().scan(self.level[3], runs, match(3), out.words)
+        self.kernels.scan(self.level[3], runs, match(3), out.words)
         return read + int((runs[:, 1] - runs[:, 0]).sum())
 
-    def rewrite(self, update: ByLevel, lo: int, hi: int, out: DirtyBitmap, also: DirtyBitmap) -> Tally:
-        """Apply `update` to the leaves of pages [lo, hi), setting their bits in `out` and `also`.
-
-        A block that is only partly in the range is changed too; the bits are the range's.
-        """
-        tally = Tally()
-        for level in (1, 2):
-            counts, spans = self.rewrite_blocks(level, update(level), lo, hi)
-            tally += counts
-            spans = np.clip(spans, lo, hi)
-            kernels.active().fill(out.words, spans)
-            kernels.active().fill(also.words, spans)
-        return tally + self.rewrite_pages(update(3), lo, hi, out, also)
-
-    def rewrite_blocks(
-        self, level: int, update: pte.Update, lo: int, hi: int, mask: DirtyBitmap | None = None
-    ) -> tuple[Tally, Spans]:
-        """Apply `update` to the entries of `level` that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`.
-
-        Returns
-        -------
-        tally : Tally
-            Entries read and changed.
-        spans : (n, 2) int64 array
-            The runs of pages [start, stop) of those that were changed, as they are: maybe beyond the range and the
-            slot.
-        """
+    def find(self, level: int, match: pte.Match, lo: int, hi: int) -> Index:
+        """Return the entries of `level` that touch the pages [lo, hi) and match."""
         where = self.layout.entries(level, lo, hi)
-        entries = self.level[level][where]
-        if mask is None:
-            runs = kernels.active().rewrite_runs(entries, update)
-        else:
-            index = np.flatnonzero(update.where(entries))
-            spans = np.clip(self.layout.spans(level, where.start + index), lo, hi)
-            index = index[any_in(mask.words, spans - lo)] if index.size else index
-            entries[index] = update(entries[index])
-            runs = np.stack([index, index + 1], axis=1)
-        tally = Tally(entries.size, int((runs[:, 1] - runs[:, 0]).sum()))
-        return tally, self.layout.bounds(level, where.start + runs)
+        runs = self.kernels.find(self.level[level][where], match)
+        if not len(runs):
+            return np.empty(0, dtype=np.int64)
+        if len(runs) == 1:
+            return np.arange(where.start + runs[0, 0], where.start + runs[0, 1], dtype=np.int64)
+        first = int(runs[0, 0])
+        found: Index = np.flatnonzero(match(self.level[level][where][first : int(runs[-1, 1])])) + (where.start + first)
+        return found
 
-    def rewrite_pages(self, update: pte.Update, lo: int, hi: int, out: DirtyBitmap, also: DirtyBitmap) -> Tally:
-        """Apply `update` to the level-3 entries of [lo, hi), setting their bits in `out` and `also`."""
-        tally, kernel = Tally(), kernels.active()
-        for start, stop, part in pieces(lo, hi, self.layout.npages):
-            if part is None:
-                runs = self.table_runs(start, stop)
-                tally += kernel.rewrite(self.level[3], runs, update, out.words, also.words)
-            else:
-                word = slice(start >> 6, (start >> 6) + 1)
-                entries, run = self.level[3][start:stop], np.array([[0, stop - start]])
-                within = np.array([part], dtype=np.uint64)
-                tally += kernel.rewrite_within(entries, run, update, within, out.words[word], also.words[word])
-        return tally
-
-    def rewrite_masked(self, update: pte.Update, mask: DirtyBitmap, out: DirtyBitmap, first: int = 0) -> Tally:
-        """Apply `update` to the level-3 entries of the pages in `mask`, setting their bits in `out`.
-
-        Bit 0 of the mask is page `first`, a multiple of 64; it covers whole words, or ends with the slot.
-        """
-        lo, hi = first, first + mask.npages
-        runs, words = self.table_runs(lo, hi) - lo, out.words[lo >> 6 : (hi + 63) >> 6]
-        return kernels.active().rewrite_within(self.level[3][lo:hi], runs, update, mask.words, words, words)
-
-    def table_runs(self, lo: int, hi: int) -> Spans:
-        """Return the runs of pages of [lo, hi) under level-2 tables, widened to whole words inside of it."""
-        where = self.layout.entries(2, lo, hi)
-        entries = self.level[2][where]
-        if entries.size and int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE:  # most often: tables alone
-            return np.array([[lo, hi]], dtype=np.int64)
-        runs = kernels.active().rewrite_runs(entries, pte.Update(pte.table(2)))
-        if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
-            apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
-            runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)
-        pages = np.clip(self.layout.bounds(2, where.start + runs), lo, hi)
-        pages[:, 0] &= ~63
-        pages[:, 1] = pages[:, 1] + 63 & ~63
-        widened: Spans = np.clip(pages, lo, hi)
-        return widened
-
-    def leaf_at(self, pages: Spans) -> LeafAt:
+    def leaf_at(self, pages: Index) -> LeafAt:
         """Return the leaf that maps each of `pages`."""
         desc = self.level[3][pages]
         level, index = np.where(pte.leaf(3)(desc), np.uint8(3), np.uint8(0)), pages.copy()
@@ -176,33 +153,177 @@ class Leaves:
             level[rest], index[rest], desc[rest] = above, entry[leaf], found[leaf]
         return LeafAt(level, index, desc)
 
+    def extent(self, level: int, index: Index) -> Spans:
+        """Return the pages of the slot that each of some leaves stands for, as rows [start, stop)."""
+        return np.clip(self.layout.span(level, index), 0, self.layout.npages)
+
+    def tables_alone(self, lo: int, hi: int) -> int | None:
+        """Return how many entries above level 3 touch [lo, hi), or None if any is a block.
+
+        While a slot logs, most often none is, and a short step has better things to do than to ask each entry twice.
+        """
+        read = 0
+        for level in (1, 2):
+            entries = self.level[level][self.layout.entries(level, lo, hi)]
+            tables = int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE  # faster than to ask what is a block
+            if not tables and pte.leaf(level)(entries).any():
+                return None
+            read += entries.size
+        return read
+
+    def table_runs(self, lo: int, hi: int) -> Spans:
+        """Return the runs of pages of [lo, hi) under level-2 tables, as rows (start, stop, start)."""
+        where = self.layout.entries(2, lo, hi)
+        entries = self.level[2][where]
+        if entries.size and int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE:  # most often: tables alone
+            return np.array([[lo, hi, lo]], dtype=np.int64)
+        runs = self.kernels.find(entries, pte.table(2))
+        if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
+            apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
+            runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)
+        pages = np.clip(self.layout.bounds(2, where.start + runs), lo, hi)
+        return np.concatenate([pages, pages[:, :1]], axis=1)
+
+    # --- changing ------------------------------------------------------------------------------------------
+
+    def update(self, rule: ByLevel, lo: int, hi: int, record: Record) -> Tally:
+        """Apply `rule` to the leaves of the pages [lo, hi).
+
+        A block that is only partly in the range is changed too; its bits are the range's, and its other pages' go to
+        the record's `kept`.
+        """
+        tally = self.tables_alone(lo, hi)
+        counts = self.update_blocks(rule, lo, hi, record) if tally is None else Tally(read=tally)
+        return counts + self.update_pages(rule(3), lo, hi, record)
+
+    def update_blocks(self, rule: ByLevel, lo: int, hi: int, record: Record, mask: DirtyBitmap | None = None) -> Tally:
+        """Apply `rule` to the blocks that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`."""
+        tally = Tally()
+        for level in (1, 2):
+            where, update = self.layout.entries(level, lo, hi), rule(level)
+            index = self.find(level, update.where, lo, hi)
+            if mask is not None and index.size:
+                index = index[any_in(mask.words, np.clip(self.layout.span(level, index), lo, hi) - lo)]
+            changed = self.update_at(level, index, update, record, lo, hi)
+            words = 0
+            if changed:
+                inside = np.clip(self.layout.span(level, index), lo, hi)
+                words = int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum())
+            tally += Tally(where.stop - where.start, changed, words)
+        return tally
+
+    def update_pages(self, update: pte.Update, lo: int, hi: int, record: Record) -> Tally:
+        """Apply `update` to the level-3 entries of [lo, hi)."""
+        runs = self.table_runs(lo, hi)
+        return self.kernels.rewrite(self.level[3], runs, update, record.out.words, record.also.words, record.notes(3))
+
+    def update_within(self, update: pte.Update, mask: DirtyBitmap, first: int, record: Record) -> Tally:
+        """Apply `update` to the level-3 entries of the pages in `mask`; bit 0 is page `first`, a multiple of 64."""
+        lo, hi = first, first + mask.npages
+        runs, words = self.table_runs(lo, hi), slice(lo >> 6, hi + 63 >> 6)
+        runs[:, 2] -= lo
+        return self.kernels.rewrite_within(
+            self.level[3], runs, update, mask.words, record.out.words[words], record.also.words[words], record.notes(3)
+        )
+
+    def update_at(self, level: int, index: Index, update: pte.Update, record: Record, lo: int, hi: int) -> int:
+        """Apply `update` to the entries `index` of `level`, each once; return how many it changed."""
+        if not index.size:
+            return 0
+        return self.kernels.rewrite_at(
+            self.level[level], index, update, self._place(level, lo, hi), *self._words(record), record.notes(level)
+        )
+
+    def exchange(self, level: int, index: Index, new: Array | int, record: Record) -> Array:
+        """Put `new` in place of the entries `index` of `level`, each once, and return what was there."""
+        values = np.empty(index.size, dtype=np.uint64)
+        values[:] = new
+        if index.size:
+            self._swap(level, index, values, record)
+        return values
+
+    def set_bits(self, level: int, index: Index, bits: Array) -> None:
+        """Set `bits` in the entries `index` of `level`, which may repeat."""
+        self.kernels.set_at(self.level[level], index, bits)
+
+    def _swap(self, level: int, index: Index, values: Array, record: Record) -> None:
+        place = self._place(level, 0, self.layout.npages)
+        self.kernels.exchange_at(self.level[level], index, values, place, *self._words(record), record.notes(level))
+
+    def _place(self, level: int, lo: int, hi: int) -> Place:
+        size = self.layout.sizes[level]
+        return Place(-(self.layout.base_gfn % size), size, lo, hi, self.layout.npages)
+
+    @staticmethod
+    def _words(record: Record) -> tuple[Array, Array, Array]:
+        return record.out.words, record.also.words, _EMPTY if record.kept is None else record.kept.words
+
     # --- structure -----------------------------------------------------------------------------------------
 
-    def put(self, level: int, lo: int, hi: int, leaves: Array) -> None:
-        """Write `leaves` over [lo, hi), which holds none, with tables above them."""
+    def put(self, level: int, lo: int, hi: int, leaves: Callable[[int, int], Array], record: Record) -> None:
+        """Put leaves in place of whatever maps [lo, hi), with tables above them. No block may straddle its ends.
+
+        Parameters
+        ----------
+        leaves : callable
+            From two numbers a and b to the a-th to b-th leaf.
+        """
+        # From the top down, and what is below before what is above it: at any moment a leaf is at one level. Between
+        # the break and the make nothing is mapped, and the guest faults, as it does where a kernel does the same.
         for above in range(1, level):
-            entries = self.level[above][self.layout.entries(above, lo, hi)]
-            entries[entries == 0] = pte.TABLE
-        self.level[level][self.layout.entries(level, lo, hi)] = leaves
-
-    def remove(self, lo: int, hi: int) -> None:
-        """Zero the leaves of [lo, hi), and the tables of which no page of the slot is left; no block may straddle."""
-        where = self.layout.entries(2, lo, hi)
-        tables = where.start + runs_of(pte.table(2)(self.level[2][where]))
-        for start, stop in self.layout.bounds(2, tables).tolist():
-            self.level[3][max(start, lo) : min(stop, hi)] = 0  # and no entry that nothing backs yet
-        for level in (2, 1):
-            touched = self.layout.entries(level, lo, hi)
-            begins = max(self.layout.span(level, touched.start)[0], 0) >= lo
-            ends = min(self.layout.span(level, touched.stop - 1)[1], self.layout.npages) <= hi
-            first, stop = touched.start + (not begins), touched.stop - (not ends)
-            self.level[level][first : max(first, stop)] = 0
-
-    def blocks(self, level: int, lo: int, hi: int) -> Index:
-        """Return the entries of `level` that touch [lo, hi) and are blocks."""
+            self.make_tables(above, lo, hi, record)
+        for below in range(3, level, -1):
+            self._clear(below, lo, hi, record)
         where = self.layout.entries(level, lo, hi)
-        index: Index = where.start + np.flatnonzero(pte.leaf(level)(self.level[level][where]))
-        return index
+        for start in range(where.start, where.stop, _CHUNK):
+            stop = min(start + _CHUNK, where.stop)
+            values = leaves(start - where.start, stop - where.start)
+            if level == 3:
+                runs = np.array([[start, stop, start]], dtype=np.int64)
+                self.kernels.exchange(self.level[3], runs, values, record.out.words, record.also.words, record.notes(3))
+            else:
+                self._swap(level, np.arange(start, stop, dtype=np.int64), values, record)
+
+    def put_at(self, level: int, index: Index, leaves: Array, record: Record) -> None:
+        """Put leaves in place of the entries `index` of `level`, under which nothing is, with tables above them."""
+        pages = np.maximum(self.layout.span(level, index)[:, 0], 0)
+        for above in range(1, level):
+            entries = np.unique(self.layout.index(above, pages))
+            entries = entries[~pte.table(above)(self.level[above][entries])]
+            self.exchange(above, entries, pte.TABLE, record)
+        self.exchange(level, index, leaves, record)
+
+    def make_tables(self, level: int, lo: int, hi: int, record: Record) -> None:
+        """Make the entries of `level` that touch [lo, hi) tables: those wholly in the range empty ones."""
+        where, whole = self.layout.entries(level, lo, hi), self._inside(level, lo, hi)
+        index = np.arange(where.start, where.stop, dtype=np.int64)
+        stays = pte.table(level)(self.level[level][where])
+        stays[whole.start - where.start : whole.stop - where.start] = False
+        self.exchange(level, index[~stays], pte.TABLE, record)
+
+    def remove(self, lo: int, hi: int, record: Record) -> None:
+        """Zero the leaves of [lo, hi), and the tables of which no page of the slot is left; no block may straddle."""
+        for level in (3, 2, 1):
+            self._clear(level, lo, hi, record)
+
+    def _clear(self, level: int, lo: int, hi: int, record: Record) -> None:
+        """Zero the entries of `level` of which all pages are in [lo, hi), or outside of the slot."""
+        if level == 3:  # and no entry that nothing backs yet
+            self.update_pages(_GONE, lo, hi, record)
+            return
+        whole = self._inside(level, lo, hi)
+        index = whole.start + np.flatnonzero(self.level[level][whole])
+        self.exchange(level, index, 0, record)
+
+    def _inside(self, level: int, lo: int, hi: int) -> slice:
+        """Return the entries of `level` of which all pages in the slot are in [lo, hi), and at least one is."""
+        touched = self.layout.entries(level, lo, hi)
+        if touched.start == touched.stop:
+            return touched
+        begins = max(self.layout.span(level, touched.start)[0], 0) >= lo
+        ends = min(self.layout.span(level, touched.stop - 1)[1], self.layout.npages) <= hi
+        first, stop = touched.start + (not begins), touched.stop - (not ends)
+        return slice(first, max(first, stop))
 
     def straddles(self, level: int, page: int) -> bool:
         """Return whether a block of `level` maps both `page` and the page of the slot before it."""
@@ -211,20 +332,31 @@ class Leaves:
         index = self.layout.index(level, page)
         return self.layout.span(level, index)[0] < page and pte.leaf(level)(int(self.level[level][index]))
 
-    def split(self, level: int, index: Index) -> None:
-        """Replace the clean blocks `index` of `level` by tables of leaves of the next level."""
+    def split(self, level: int, index: Index, record: Record) -> None:
+        """Replace the blocks `index` of `level` by tables of leaves of the next level, which are clean."""
+        step = max(1, _CHUNK // self.layout.granule.entries)
+        for chunk in (index[i : i + step] for i in range(0, index.size, step)):
+            values = np.full(chunk.size, pte.TABLE, dtype=np.uint64)
+            try:
+                self._swap(level, chunk, values, record)
+            finally:
+                # An exception between the two must not leave the guest without its pages.
+                done = pte.table(level)(self.level[level][chunk]) & pte.leaf(level)(values)
+                self._put_children(level, chunk[done], values[done])
+
+    def _put_children(self, level: int, index: Index, blocks: Array) -> None:
+        """Put leaves of the next level, as clean `blocks` would have them, into the empty tables `index`."""
         granule, children = self.layout.granule, self.level[level + 1]
         drop = pte.TABLE | pte.CONTIGUOUS | ((1 << granule.shift(level)) - granule.page_size) & pte.ADDRESS
-        kind = np.uint64(pte.leaf(level + 1).value)
+        parent = pte.clean(level)(blocks) & np.uint64(~drop & _ALL) | np.uint64(pte.leaf(level + 1).value)
         number = np.arange(granule.entries, dtype=np.int64)
         address = number.astype(np.uint64) << np.uint64(granule.shift(level + 1))
-        step = max(1, _CHUNK // granule.entries)
-        for chunk in (index[i : i + step] for i in range(0, index.size, step)):
-            parent = self.level[level][chunk] & np.uint64(~drop & _ALL) | kind
-            where = self.layout.first_child(level, chunk)[:, None] + number
-            inside = (where >= 0) & (where < children.size)  # a block at the slot's edge may reach beyond it
-            children[where[inside]] = (parent[:, None] | address)[inside]
-        self.level[level][index] = pte.TABLE
+        where = self.layout.first_child(level, index)[:, None] + number
+        inside = (where >= 0) & (where < children.size)  # a block at the slot's edge may reach beyond it
+        values = (parent[:, None] | address)[inside]
+        self.kernels.exchange_at(
+            children, where[inside], values, self._place(level + 1, 0, 0), _EMPTY, _EMPTY, _EMPTY, Notes(None, None)
+        )
 
     def collapsible(self, level: int, lo: int, hi: int) -> Index:
         """Return the tables of `level`, wholly in [lo, hi), whose leaves make up a block."""
@@ -245,16 +377,20 @@ class Leaves:
         same: NDArray[np.bool_] = (leaves == first[:, None] | place).all(axis=1) & (unaligned == 0)
         return same & pte.leaf(below)(first)
 
-    def collapse(self, level: int, index: Index) -> None:
-        """Replace the tables `index`, collapsible and with no dirty leaf, by blocks."""
+    def collapse(self, level: int, index: Index, record: Record) -> None:
+        """Replace the tables `index`, which are collapsible, by clean blocks."""
         step = max(1, _CHUNK // self.layout.granule.entries)
         for chunk in (index[i : i + step] for i in range(0, index.size, step)):
             rows = self._rows(level, chunk)
-            leaves = self.level[level + 1][rows]
-            young = np.bitwise_or.reduce(leaves, axis=1) & np.uint64(pte.AF)
-            first = leaves[:, 0] & np.uint64(~(pte.TABLE | pte.CONTIGUOUS) & _ALL)
-            self.level[level][chunk] = first | np.uint64(pte.leaf(level).value) | young
-            self.level[level + 1][rows] = 0
+            values = np.zeros(rows.size, dtype=np.uint64)
+            try:
+                self._swap(level + 1, rows.ravel(), values, record)
+            finally:
+                leaves = values.reshape(rows.shape)
+                done = leaves[:, 0] != 0  # an exception between the two must not leave the guest without its pages
+                young = np.bitwise_or.reduce(leaves, axis=1) & np.uint64(pte.AF)
+                first = pte.clean(level + 1)(leaves[:, 0]) & np.uint64(~(pte.TABLE | pte.CONTIGUOUS) & _ALL)
+                self.exchange(level, chunk[done], (first | np.uint64(pte.leaf(level).value) | young)[done], record)
 
     def _rows(self, level: int, index: Index) -> Index:
         """Return as rows the entries of the next level under each of `index`, all inside of the slot."""

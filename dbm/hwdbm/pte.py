@@ -16,17 +16,21 @@ V      DBM (51)  S2AP[1] (7)  state           on a guest write
 =====  ========  ===========  ==============  =====================================
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cache
-from typing import Any, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.check import flag, integer
+
 __all__ = [
     "ADDRESS",
     "AF",
+    "ANY",
     "CONTIGUOUS",
     "DBM",
     "MUTABLE",
@@ -35,6 +39,7 @@ __all__ = [
     "TABLE",
     "AddressBits",
     "Match",
+    "Rule",
     "State",
     "Update",
     "allow",
@@ -50,6 +55,7 @@ __all__ = [
     "make_table",
     "mkold",
     "mkyoung",
+    "old",
     "output_address",
     "read_only",
     "relax",
@@ -132,6 +138,7 @@ def state(desc: int | NDArray[np.uint64], level: int) -> State | NDArray[np.uint
     >>> state(make_leaf(0x8000_0000, 3, dbm=True), 3)
     <State.WRITABLE_CLEAN: 4>
     """
+    _descriptors(desc, "desc")
     if isinstance(desc, np.ndarray):
         return _states(desc, level)
     if not desc & VALID:
@@ -226,159 +233,99 @@ class Update:
         return desc & ~self.clears | self.sets if self.where(desc) else desc
 
 
-# --- predicates -----------------------------------------------------------------------------------------------
+T = TypeVar("T", Match, Update)
+
+# --- rules ----------------------------------------------------------------------------------------------------
 
 
-@cache
-def leaf(level: int) -> Match:
-    """Return the predicate "is a page (level 3) or a block (levels 1 and 2)"."""
+class Rule(Generic[T]):
+    """A rule for the leaves of all levels: called with a level, it returns the masks that hold there.
+
+    Parameters
+    ----------
+    name : str
+        Its name in this module.
+    make : callable
+        From a level to a `Match` or an `Update`.
+    levels : sequence of int
+        The levels at which the rule means something.
+    """
+
+    __slots__ = ("__name__", "_levels")
+
+    def __init__(self, name: str, make: Callable[[int], T], levels: Sequence[int] = range(-1, 4)) -> None:
+        self.__name__ = name
+        self._levels: dict[int, T] = {level: make(level) for level in levels}
+
+    def __repr__(self) -> str:
+        return f"<pte.{self.__name__}>"
+
+    def __call__(self, level: int) -> T:
+        """Return what the rule is for descriptors of `level`.
+
+        Raises
+        ------
+        ValueError
+            For a level at which it means nothing.
+        """
+        try:
+            return self._levels[level if type(level) is int else integer(level, "level", None)]
+        except KeyError:
+            levels = f"{min(self._levels)} to {max(self._levels)}"
+            raise ValueError(f"pte.{self.__name__} is of levels {levels}, not {level}") from None
+
+
+def _masks_of_a_leaf(level: int) -> Match:
     return Match(VALID | TYPE, VALID | TYPE if level == 3 else VALID)
 
 
-@cache
-def table(level: int) -> Match:
-    """Return the predicate "points to a table of the next level".
-
-    Raises
-    ------
-    ValueError
-        For level 3, where ``11`` is a page.
-    """
-    if level == 3:
-        raise ValueError("a level-3 entry never points to a table")
-    return Match(VALID | TYPE, TABLE)
+def _leaf(name: str, ones: int = 0, zeros: int = 0) -> Rule[Match]:
+    return Rule(name, lambda level: _masks_of_a_leaf(level).also(ones, zeros))
 
 
-@cache
-def dirty(level: int) -> Match:
-    """Return the predicate "writable-dirty": a leaf with DBM and S2AP[1] set (R_BRFGY)."""
-    return leaf(level).also(ones=DBM | S2AP_W)
+def _change(name: str, where: Rule[Match], sets: int = 0, clears: int = 0) -> Rule[Update]:
+    return Rule(name, lambda level: Update(where(level), sets, clears))
 
 
-@cache
-def writable_clean(level: int) -> Match:
-    """Return the predicate "writable-clean": a leaf with DBM set and S2AP[1] clear (R_XZFQH)."""
-    return leaf(level).also(ones=DBM, zeros=S2AP_W)
+ANY = Match(0, 0)
+"""The predicate that is true of every descriptor, valid or not."""
 
+table = Rule("table", lambda _level: Match(VALID | TYPE, TABLE), levels=range(-1, 3))
+"""Points to a table of the next level. At level 3 there is none: there ``11`` is a page."""
 
-@cache
-def untracked(level: int) -> Match:
-    """Return the predicate "untracked": a leaf that may be written, and records nothing."""
-    return leaf(level).also(ones=S2AP_W, zeros=DBM)
+# fmt: off
+# Predicates on leaves, that is pages (level 3) and blocks (above it).
+#                        name               bits that are 1        bits that are 0
+leaf = _leaf(           "leaf")
+read_only = _leaf(      "read_only",                               zeros=DBM | S2AP_W)
+untracked = _leaf(      "untracked",        ones=S2AP_W,           zeros=DBM)
+writable_clean = _leaf( "writable_clean",   ones=DBM,              zeros=S2AP_W)  # R_XZFQH
+dirty = _leaf(          "dirty",            ones=DBM | S2AP_W)  # writable-dirty (R_BRFGY)
+writable = _leaf(       "writable",         ones=S2AP_W)  # without DBM: what the write faults have made dirty
+tracked = _leaf(        "tracked",          ones=DBM)
+young = _leaf(          "young",            ones=AF)  # AF may be set speculatively (R_LHQRX): no proof of access
+old = _leaf(            "old",                                     zeros=AF)
 
+# Changes of the leaves for which a predicate is true.
+#                        name               of                     bits set               bits cleared
+clean = _change(        "clean",            dirty,                                        clears=S2AP_W)
+arm = _change(          "arm",              untracked,             sets=DBM,              clears=S2AP_W)
+disarm = _change(       "disarm",           tracked,               sets=S2AP_W,           clears=DBM)
+set_dbm = _change(      "set_dbm",          untracked,             sets=DBM)
+track = _change(        "track",            writable,              sets=DBM,              clears=S2AP_W)
+clear_dbm = _change(    "clear_dbm",        tracked,                                      clears=DBM | S2AP_W)
+wrprotect = _change(    "wrprotect",        writable,                                     clears=DBM | S2AP_W)
+mkold = _change(        "mkold",            young,                                        clears=AF)
+mkyoung = _change(      "mkyoung",          old,                   sets=AF)
 
-@cache
-def read_only(level: int) -> Match:
-    """Return the predicate "read-only": a leaf with neither DBM nor S2AP[1]."""
-    return leaf(level).also(zeros=DBM | S2AP_W)
-
-
-@cache
-def writable(level: int) -> Match:
-    """Return the predicate "a leaf with S2AP[1] set", whatever DBM says: untracked or writable-dirty.
-
-    In a table kept without DBM this is what the software's write faults have made dirty.
-    """
-    return leaf(level).also(ones=S2AP_W)
-
-
-@cache
-def tracked(level: int) -> Match:
-    """Return the predicate "a leaf with DBM set": writable-clean or writable-dirty."""
-    return leaf(level).also(ones=DBM)
-
-
-@cache
-def young(level: int) -> Match:
-    """Return the predicate "a leaf with AF set". AF may be set speculatively (R_LHQRX): no proof of access."""
-    return leaf(level).also(ones=AF)
-
-
-# --- updates --------------------------------------------------------------------------------------------------
-
-
-@cache
-def clean(level: int) -> Update:
-    """Return the update writable-dirty to writable-clean: re-protect what hardware marked."""
-    return Update(dirty(level), clears=S2AP_W)
-
-
-@cache
-def arm(level: int) -> Update:
-    """Return the update untracked to writable-clean: DBM only ever goes to a leaf that was writable."""
-    return Update(untracked(level), sets=DBM, clears=S2AP_W)
-
-
-@cache
-def disarm(level: int) -> Update:
-    """Return the update writable-clean or writable-dirty to untracked."""
-    return Update(tracked(level), sets=S2AP_W, clears=DBM)
-
-
-@cache
-def set_dbm(level: int) -> Update:
-    """Return the update untracked to writable-dirty: DBM alone is set, and what was written stays written."""
-    return Update(untracked(level), sets=DBM)
-
-
-@cache
-def clear_dbm(level: int) -> Update:
-    """Return the update writable-clean to read-only and writable-dirty to untracked: DBM alone is cleared."""
-    return Update(tracked(level), clears=DBM)
-
-
-@cache
-def wrprotect(level: int) -> Update:
-    """Return the update of a leaf with S2AP[1] to read-only.
-
-    DBM goes too: left alone it would grant the write. A writable-clean leaf takes `clear_dbm`.
-    """
-    return Update(writable(level), clears=DBM | S2AP_W)
-
-
-@cache
-def track(level: int) -> Update:
-    """Return the update untracked or writable-dirty to writable-clean: `arm` and `clean` in one pass."""
-    return Update(writable(level), sets=DBM, clears=S2AP_W)
-
-
-@cache
-def relax(level: int) -> Update:
-    """Return the update of any leaf to untracked: how a write fault is resolved where software keeps the log."""
-    return Update(leaf(level), sets=S2AP_W, clears=DBM)
-
-
-@cache
-def relax_dirty(level: int) -> Update:
-    """Return the update of any leaf to writable-dirty: how a write fault is resolved where hardware keeps the log.
-
-    With `relax` the one place where a leaf that wasn't writable becomes so: only for a write that the host allows.
-    """
-    return Update(leaf(level), sets=DBM | S2AP_W)
-
-
-@cache
-def allow(level: int) -> Update:
-    """Return the update read-only to untracked: only for a leaf that the log alone had write-protected."""
-    return Update(read_only(level), sets=S2AP_W)
-
-
-@cache
-def allow_dbm(level: int) -> Update:
-    """Return the update read-only to writable-clean: only for a leaf that the log alone had write-protected."""
-    return Update(read_only(level), sets=DBM)
-
-
-@cache
-def mkold(level: int) -> Update:
-    """Return the update that clears AF of a young leaf, and touches neither DBM nor S2AP[1]."""
-    return Update(young(level), clears=AF)
-
-
-@cache
-def mkyoung(level: int) -> Update:
-    """Return the update that sets AF of an old leaf, and touches neither DBM nor S2AP[1]."""
-    return Update(leaf(level).also(zeros=AF), sets=AF)
+# The only changes by which a leaf that wasn't writable becomes so. The host must allow the write: a write fault is
+# resolved by relax where software keeps the log, and by relax_dirty where hardware does; allow and allow_dbm take
+# back a write-protection that was the log's alone.
+relax = _change(        "relax",            leaf,                  sets=S2AP_W,           clears=DBM)
+relax_dirty = _change(  "relax_dirty",      leaf,                  sets=DBM | S2AP_W)
+allow = _change(        "allow",            read_only,             sets=S2AP_W)
+allow_dbm = _change(    "allow_dbm",        read_only,             sets=DBM)
+# fmt: on
 
 
 # --- addresses and constructors -------------------------------------------------------------------------------
@@ -418,6 +365,8 @@ def output_address(
     >>> hex(output_address(0x0008_0000_8000_04C3, 12))
     '0x80000000'
     """
+    _descriptors(desc, "desc")
+    shift = integer(shift, "shift", 12, 51)
     pa: Any = desc & (ADDRESS >> shift << shift)
     if bits is AddressBits.LPA:
         pa = pa | (desc & 0xF000) << 36
@@ -496,6 +445,9 @@ def make_leaf(
     >>> f"{make_leaf(0x8000_0000, 3):#018x} {make_leaf(0x8000_0000, 2, dbm=True):#018x}"
     '0x00000000800007ff 0x000800008000077d'
     """
+    _descriptors(pa, "pa")
+    writable, dbm, dirty = flag(writable, "writable"), flag(dbm, "dbm"), flag(dirty, "dirty")
+    level = integer(level, "level", 0, 3)
     if dbm and not writable:
         raise ValueError("DBM on a leaf that isn't writable would grant the write")
     if dirty and not dbm:
@@ -522,9 +474,22 @@ def make_table(pa: int | NDArray[np.uint64], bits: AddressBits = AddressBits.PA4
     >>> hex(make_table(0x4100_0000))
     '0x41000003'
     """
+    _descriptors(pa, "pa")
     desc: Any = _address_field(pa, bits) | TABLE
     made: int | NDArray[np.uint64] = desc
     return made
+
+
+def _descriptors(value: object, name: str) -> None:
+    """Raise if a value is neither an integer of 64 bits nor an array of them.
+
+    What isn't a number of Python's or numpy's passes: the proofs run this code on symbols.
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype not in (np.uint64, object):
+            raise TypeError(f"{name} is an array of uint64, not of {value.dtype}")
+    elif isinstance(value, int | np.generic) or not hasattr(value, "__index__"):
+        integer(value, name, 0, (1 << 64) - 1)
 
 
 def describe(desc: int, level: int) -> str:

@@ -24,14 +24,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm import kernels, pte
-from hwdbm.bitmap import DirtyBitmap
-from hwdbm.check import flag, integers, uint64s
+from hwdbm import pte
+from hwdbm.bitmap import DirtyBitmap, word_count
+from hwdbm.check import flag, integer, integers, separate, uint64s
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import Granule
-from hwdbm.kernels import Tally
+from hwdbm.kernels import Name, Tally, named
 from hwdbm.layout import Layout, merged
-from hwdbm.leaves import LeafAt, Leaves
+from hwdbm.leaves import Asks, LeafAt, Leaves, Record, every
 from hwdbm.saved import Saved
 
 __all__ = ["LeafAt", "Stage2"]
@@ -52,6 +52,15 @@ class Stage2:
         The guest frame of the first page, in granules. Any alignment.
     granule : Granule
         The size of a page.
+    kernels : {"vector", "fused"}, optional
+        The implementation that works on these leaves; by default the one in use (`hwdbm.kernels.use`).
+
+    Raises
+    ------
+    GfnError
+        If the slot has no page, or doesn't fit into 52 address bits.
+    ValueError
+        If there are no such kernels here.
 
     Attributes
     ----------
@@ -76,12 +85,24 @@ class Stage2:
     False
     """
 
-    def __init__(self, npages: int, base_gfn: int = 0, granule: Granule = Granule.K4) -> None:
+    def __init__(
+        self, npages: int, base_gfn: int = 0, granule: Granule = Granule.K4, *, kernels: Name | None = None
+    ) -> None:
         self.layout = Layout(npages, base_gfn, granule)
-        self._leaves = Leaves(self.layout)
-        self.saved = Saved(npages)
-        self.host_dirty = DirtyBitmap(npages)
+        self._leaves = Leaves(self.layout, None if kernels is None else named(kernels))
+        self.saved = Saved(self.npages)
+        self._host_dirty = DirtyBitmap(self.npages)
         self._lock = Lock()  # what parallel harvests share: the entries above level 3, and `saved`
+
+    @property
+    def host_dirty(self) -> DirtyBitmap:
+        """The dirty flags of the host's pages; a bitmap put in its place has as many."""
+        return self._host_dirty
+
+    @host_dirty.setter
+    def host_dirty(self, bitmap: DirtyBitmap) -> None:
+        self._check(bitmap, "host_dirty", written=True)
+        self._host_dirty = bitmap
 
     @property
     def npages(self) -> int:
@@ -110,6 +131,7 @@ class Stage2:
         ValueError
             For another level.
         """
+        level = integer(level, "level", None)
         if level not in self._leaves.level:
             raise ValueError(f"leaves are at levels 1, 2 and 3, not {level}")
         return self._leaves.level[level]
@@ -117,10 +139,12 @@ class Stage2:
     def copy(self) -> Self:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags."""
         twin = type(self)(self.npages, self.base_gfn, self.granule)
+        twin._leaves = Leaves(self.layout, self._leaves.kernels)
         for level, entries in self._leaves.level.items():
             twin.level(level)[:] = entries
-        twin.saved.mark(self.saved.bitmap.ranges().astype(np.int64).cumsum(axis=1))
-        twin.host_dirty |= self.host_dirty
+        twin.saved.span = self.saved.span
+        twin.saved.bitmap.words[:] = self.saved.bitmap.words
+        twin.host_dirty.words[:] = self.host_dirty.words
         return twin
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -164,15 +188,20 @@ class Stage2:
         """
         lo, hi = self._range(gfn, npages)
         size = self._leaf_size(level)
-        if gfn % size or npages % size:
-            raise GfnError(f"gfn {gfn:#x} and {npages} pages aren't multiples of a level-{level} leaf's {size:#x}")
-        leaves = pte.make_leaf(self._frames(pfn, npages // size, size), level, writable=writable, dbm=dbm)
+        if (self.base_gfn + lo) % size or (hi - lo) % size:
+            raise GfnError(
+                f"gfn {self.base_gfn + lo:#x} and {hi - lo} pages aren't multiples of a level-{level} leaf's {size:#x}"
+            )
+        leaves = self._new_leaves(pfn, (hi - lo) // size, level, writable, dbm)
         if lo < hi:
-            self._remove(lo, hi)
-            self._leaves.put(level, lo, hi, leaves)
+            with self._lock:
+                record = self._saving(lo, hi)
+                self._isolate(lo, hi)
+                self._leaves.put(level, lo, hi, leaves, record)
 
     def _leaf_size(self, level: int) -> int:
         """Return the pages of a leaf of `level`, if there are such."""
+        level = integer(level, "level", None)
         if level != 3 and level not in self._block_levels:
             raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
         return self.layout.sizes[level]
@@ -181,20 +210,33 @@ class Stage2:
     def _block_levels(self) -> tuple[int, ...]:
         return tuple(level for level in self.granule.block_levels(large=True) if level in (1, 2))
 
-    def _frames(self, pfn: int | NDArray[np.integer], count: int, size: int) -> Array:
-        """Return the physical addresses of `count` leaves of `size` pages, checked."""
-        shift = self.granule.page_shift
-        frames = np.asarray(pfn)
-        if frames.ndim == 0:
-            frames = int(frames) + np.arange(count, dtype=np.int64) * size
-        elif frames.shape != (count,):
-            raise GfnError(f"{count} leaves need {count} frames, got an array of shape {frames.shape}")
-        if frames.size and not (0 <= int(frames.min()) and int(frames.max()) <= (1 << (48 - shift)) - size):
-            raise GfnError(f"pfn {int(frames.min()):#x}..{int(frames.max()):#x} isn't inside of 48 address bits")
-        if (frames % size).any():
-            wrong = int(frames[frames % size != 0][0])
+    def _new_leaves(
+        self, pfn: int | NDArray[np.integer], count: int, level: int, writable: bool, dbm: bool
+    ) -> Callable[[int, int], Array]:
+        """Return what makes the a-th to b-th of `count` leaves over frames that are checked here."""
+        size, shift = self.layout.sizes[level], self.granule.page_shift
+        frames: NDArray[np.int64] | None = None
+        leaf = np.uint64(pte.make_leaf(0, level, writable=writable, dbm=dbm))
+        if isinstance(pfn, np.ndarray | list | tuple) and np.ndim(pfn):
+            frames = integers(pfn, "pfn", -(1 << 63), (1 << 63) - 1, GfnError)
+            if frames.shape != (count,):
+                raise GfnError(f"{count} leaves need {count} frames, got an array of shape {frames.shape}")
+            low, high = (int(frames.min()), int(frames.max())) if count else (0, 0)
+            wrong = next((int(frame) for frame in frames[frames % size != 0][:1]), None) if size > 1 else None
+        else:
+            low = integer(pfn.item() if isinstance(pfn, np.ndarray) else pfn, "pfn", None)
+            high, wrong = low + max(count - 1, 0) * size, low if low % size else None
+        if low < 0 or high > (1 << (48 - shift)) - size:
+            raise GfnError(f"pfn {low:#x}..{high:#x} isn't inside of 48 address bits")
+        if wrong is not None:
             raise GfnError(f"pfn {wrong:#x} isn't a multiple of the leaf's {size:#x} pages")
-        return frames.astype(np.uint64) << np.uint64(shift)
+
+        def leaves(a: int, b: int) -> Array:
+            numbers = np.arange(a, b, dtype=np.int64) * size + low if frames is None else frames[a:b]
+            made: Array = np.left_shift(numbers.view(np.uint64), np.uint64(shift))
+            return np.bitwise_or(made, leaf, out=made)
+
+        return leaves
 
     def unmap(self, gfn: int, npages: int) -> None:
         """Remove the leaves of a range, saving their dirty state. A block that is only partly in it is split.
@@ -206,12 +248,10 @@ class Stage2:
         """
         lo, hi = self._range(gfn, npages)
         if lo < hi:
-            self._remove(lo, hi)
-
-    def _remove(self, lo: int, hi: int) -> None:
-        self._isolate(lo, hi)
-        self._save(lo, hi, untracked=True)
-        self._leaves.remove(lo, hi)
+            with self._lock:
+                record = self._saving(lo, hi)
+                self._isolate(lo, hi)
+                self._leaves.remove(lo, hi, record)
 
     def split(self, gfn: int, npages: int, level: int = 3) -> int:
         """Replace the blocks that touch a range by tables of leaves of `level`, and return how many were split.
@@ -232,14 +272,18 @@ class Stage2:
             If the range isn't inside of the slot, or `level` isn't 2 or 3.
         """
         lo, hi = self._range(gfn, npages)
+        level = integer(level, "level", None)
         if level not in (2, 3):
             raise GfnError(f"blocks are split into leaves of level 2 or 3, not {level}")
-        return sum(self._split(above, self._leaves.blocks(above, lo, hi)) for above in range(1, level))
+        with self._lock:
+            return sum(
+                self._split(above, self._leaves.find(above, pte.leaf(above), lo, hi)) for above in range(1, level)
+            )
 
-    def _split(self, level: int, index: NDArray[np.intp]) -> int:
-        for lo, hi in np.clip(merged(self.layout.spans(level, index)), 0, self.npages).tolist():
-            self._save(lo, hi)
-        self._leaves.split(level, index)
+    def _split(self, level: int, index: NDArray[np.int64]) -> int:
+        if index.size:  # blocks may reach beyond the pages that a verb is asked for
+            self.saved.widen(*self._leaves.extent(level, index[[0, -1]])[[0, 1], [0, 1]].tolist())
+            self._leaves.split(level, index, self._save_record(told=pte.dirty))
         return int(index.size)
 
     def _isolate(self, lo: int, hi: int) -> None:
@@ -269,13 +313,14 @@ class Stage2:
             If the range isn't inside of the slot, or the granule has no blocks at `level`.
         """
         lo, hi = self._range(gfn, npages)
+        level = integer(level, "level", None)
         if level not in self._block_levels:
             raise GfnError(f"level {level} of a {self.granule} granule has no blocks")
-        index = self._leaves.collapsible(level, lo, hi)
-        for a, b in merged(self.layout.spans(level, index)).tolist():
-            self._save(a, b)
-        self._leaves.collapse(level, index)
-        return int(index.size)
+        with self._lock:
+            record = self._saving(lo, hi, told=pte.dirty)
+            index = self._leaves.collapsible(level, lo, hi)
+            self._leaves.collapse(level, index, record)
+            return int(index.size)
 
     # --- dirty state ---------------------------------------------------------------------------------------
 
@@ -315,36 +360,39 @@ class Stage2:
         >>> s2.harvest().ranges().tolist()
         [[512, 512]]
         """
-        out = DirtyBitmap(self.npages) if out is None else out
-        self.harvest_into(out, first, npages)
-        return out
+        if out is not None:
+            self.harvest_into(out, first, npages)
+            return out
+        lo, hi = self._pages(first, npages)
+        taken = DirtyBitmap(self.npages)
+        try:
+            self.harvest_into(taken, lo, hi - lo)
+        except BaseException:
+            # What was taken goes back. No Python code runs between these two but on another exception.
+            self.saved.span = 0, self.npages
+            np.bitwise_or(self.saved.bitmap.words, taken.words, out=self.saved.bitmap.words)
+            raise
+        return taken
 
     def harvest_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
         """Do as `harvest`, and return what it read, changed and wrote."""
         lo, hi = self._pages(first, npages)
-        self._check(out)
+        self._check(out, "out", written=True)
         with self._lock:
-            tally = self._harvest_blocks(lo, hi, out)
+            read = self._leaves.tables_alone(lo, hi)
+            tally = self._harvest_blocks(lo, hi, out) if read is None else Tally(read=read)
             tally += Tally(words=self.saved.take(lo, hi, out, self.host_dirty))
-        return tally + self._leaves.rewrite_pages(pte.clean(3), lo, hi, out, self.host_dirty)
+        return tally + self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self.host_dirty))
 
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
-        read = self._tables_alone(lo, hi)
-        if read is not None:
-            return Tally(read=read)
-        tally = Tally()
+        # Words outside of the range may be another thread's: who harvests them takes it from `saved`.
         for level in (1, 2):
-            counts, spans = self._leaves.rewrite_blocks(level, pte.clean(level), lo, hi)
-            tally += counts
-            if len(spans):
-                inside = np.clip(spans, lo, hi)
-                kernels.active().fill(out.words, inside)
-                kernels.active().fill(self.host_dirty.words, inside)
-                # Words outside of the range may be another thread's: who harvests them takes it from `saved`.
-                self.saved.mark(np.clip(spans, 0, lo))
-                self.saved.mark(np.clip(spans, hi, self.npages))
-                tally += Tally(words=int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum()))
-        return tally
+            where = self.layout.entries(level, lo, hi)
+            if where.start < where.stop:
+                first, stop = self.layout.span(level, where.start)[0], self.layout.span(level, where.stop - 1)[1]
+                self.saved.widen(max(first, 0), lo)
+                self.saved.widen(hi, min(stop, self.npages))
+        return self._leaves.update_blocks(pte.clean, lo, hi, Record(out, self.host_dirty, self.saved.bitmap))
 
     def peek_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
         """Do as `harvest_into`, but leave dirty leaves dirty. What is in `saved` is taken.
@@ -369,20 +417,14 @@ class Stage2:
             If `out` has another size.
         """
         lo, hi = self._pages(first, npages)
-        self._check(out)
-        read = self._tables_alone(lo, hi)
-        if read is None:
-            read = self._leaves.scan(pte.dirty, lo, hi, out)
-        else:
-            runs = self._leaves.table_runs(lo, hi)
-            kernels.active().scan(self.level(3), runs, pte.dirty(3), out.words)
-            read += int((runs[:, 1] - runs[:, 0]).sum())
+        self._check(out, "out", written=True)
+        read = self._leaves.scan(pte.dirty, lo, hi, out)
         return self.take_saved_into(out, lo, hi - lo) + Tally(read=read)
 
     def take_saved_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
         """Move what is in `saved` to `out` and `host_dirty`, and look at no leaf. As `peek_into` otherwise."""
         lo, hi = self._pages(first, npages)
-        self._check(out)
+        self._check(out, "out", written=True)
         with self._lock:
             return Tally(words=self.saved.take(lo, hi, out, self.host_dirty))
 
@@ -431,17 +473,22 @@ class Stage2:
         A dirty block of which only some pages are in the mask is re-protected, and the dirty state of the others
         is kept in `saved`: no page outside of the mask is forgotten (RFC patch 4).
         """
-        self._check(mask)
-        self.saved.drop(mask, 0, self.host_dirty)
-        changed = self._rewrite_masked(pte.clean, mask, keep=True)
-        self.saved.drop(mask, 0, self.host_dirty)
-        return changed
+        self._check(mask, "mask")
+        with self._lock:
+            changed = self._update_part(pte.clean, mask, 0, self._save_record(every, every)).changed
+            self.saved.drop(mask, 0, self.host_dirty)
+            return changed
 
     def take_host_dirty(self) -> DirtyBitmap:
         """Return the host pages' dirty flags and clear them, as the host does before it writes pages back."""
-        taken = self.host_dirty | self.saved.bitmap  # a harvest of a part may have left some in `saved` alone
-        self.host_dirty.clear()
-        return taken
+        with self._lock:
+            taken = self.host_dirty | self.saved.bitmap  # a harvest of a part may have left some in `saved` alone
+            try:
+                self.host_dirty.words.fill(0)
+            except BaseException:
+                np.bitwise_or(self.host_dirty.words, taken.words, out=self.host_dirty.words)
+                raise
+            return taken
 
     # --- tracking and protection ---------------------------------------------------------------------------
 
@@ -464,15 +511,19 @@ class Stage2:
         >>> s2.enable_dbm(), [pte.state(int(d), 3).label for d in s2.level(3)]
         (2, ['writable-clean', 'writable-clean', 'read-only'])
         """
+        record = Record(self.host_dirty, self.host_dirty, out_of=None)
         if mask is not None:
-            self._check(mask)
-            return self._rewrite_masked(pte.arm, mask)
-        return self._rewrite(pte.arm, 0, self.npages, self.host_dirty)
+            self._check(mask, "mask")
+            with self._lock:
+                return self._update_part(pte.arm, mask, 0, record).changed
+        with self._lock:
+            return self._leaves.update(pte.arm, 0, self.npages, record).changed
 
     def disable_dbm(self) -> int:
         """Stop recording: tracked leaves become untracked, their dirty state saved. Return how many they were."""
-        self._save(0, self.npages)
-        return self._rewrite(pte.disarm, 0, self.npages, self.host_dirty)
+        with self._lock:
+            record = self._saving(0, self.npages, told=every)
+            return self._leaves.update(pte.disarm, 0, self.npages, record).changed
 
     def set_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
         """Set DBM alone on untracked leaves, which become writable-dirty. Return how many they were.
@@ -482,25 +533,22 @@ class Stage2:
         gfn, npages : int, optional
             The range; by default the whole slot. Blocks that are only partly in it are split.
         """
-        return self._change(pte.set_dbm, gfn, npages)
+        return self._change(pte.set_dbm, gfn, npages, told=None)
 
     def clear_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
-        """Clear DBM alone: writable-clean becomes read-only, writable-dirty untracked. Return how many they were.
+        """Stop recording, and deny the writes: tracked leaves become read-only. Return how many they were.
 
-        The dirty state is saved first. Parameters are `set_dbm`'s.
+        The dirty state is saved. Parameters are `set_dbm`'s.
         """
-        return self._change(pte.clear_dbm, gfn, npages, save=True)
+        return self._change(pte.clear_dbm, gfn, npages)
 
     def wrprotect(self, gfn: int | None = None, npages: int | None = None) -> int:
         """Make leaves read-only: DBM and S2AP[1] go together. Return how many weren't.
 
-        The dirty state is saved first, and an untracked leaf is reported to the host. Parameters are `set_dbm`'s.
+        The dirty state is saved, and an untracked leaf is reported to the host. Parameters are `set_dbm`'s.
         """
-        lo, hi = self._range(gfn, npages)
-        self._isolate(lo, hi)
-        self._save(lo, hi, untracked=True)
-        # After the save tracked leaves are writable-clean: one update takes their DBM, one the others' S2AP[1].
-        return self._rewrite(pte.clear_dbm, lo, hi) + self._rewrite(pte.wrprotect, lo, hi)
+        # A tracked leaf may be written until its DBM goes, an untracked one until S2AP[1] does: one change for each.
+        return self._change(pte.clear_dbm, gfn, npages) + self._change(pte.wrprotect, gfn, npages)
 
     def track_part(self, mask: DirtyBitmap, first: int = 0) -> Tally:
         """Have writes to the pages in a mask recorded anew: untracked and writable-dirty become writable-clean.
@@ -525,10 +573,10 @@ class Stage2:
         GfnError
             If the part isn't inside of the slot.
         """
-        self._pages(first, mask.npages)
-        tally = self._rewrite_part(pte.track, mask, first)
+        lo, _ = self._part(mask, first)
         with self._lock:
-            self.saved.drop(mask, first, self.host_dirty)
+            tally = self._update_part(pte.track, mask, lo, self._save_record(every, every))
+            self.saved.drop(mask, lo, self.host_dirty)
         return tally
 
     def wrprotect_part(self, mask: DirtyBitmap, first: int = 0) -> Tally:
@@ -537,12 +585,11 @@ class Stage2:
         A block is a leaf: with any of its pages in the mask it becomes read-only as a whole, and what it recorded
         for others is kept in `saved`. Parameters, return and errors are `track_part`'s.
         """
-        self._pages(first, mask.npages)
-        # DBM goes first: from then on hardware marks nothing, and S2AP[1] alone says what may have been written.
-        tally = self._rewrite_part(pte.clear_dbm, mask, first, written=False)
-        tally += self._rewrite_part(pte.wrprotect, mask, first)
+        lo, _ = self._part(mask, first)
         with self._lock:
-            self.saved.drop(mask, first, self.host_dirty)
+            tally = self._update_part(pte.clear_dbm, mask, lo, self._save_record(pte.dirty, pte.dirty))
+            tally += self._update_part(pte.wrprotect, mask, lo, self._save_record(every, every))
+            self.saved.drop(mask, lo, self.host_dirty)
         return tally
 
     def relax(self, gfn: int, *, dbm: bool = False) -> bool:
@@ -568,104 +615,73 @@ class Stage2:
             If the frame isn't inside of the slot.
         """
         page, _ = self._range(gfn, 1)
-        level = self.leaf_level(page)
-        if level is None:
-            return False
-        entries, index = self.level(level), self.layout.index(level, page)
-        update = pte.relax_dirty if dbm else pte.relax
-        entries[index] = update(level)(int(entries[index]))
-        return True
+        return self.relax_at([page], dbm=dbm) > 0
 
     def mkold(self, gfn: int | None = None, npages: int | None = None) -> int:
         """Clear the access flag of leaves, and nothing else. Return how many were young.
 
         A block that is only partly in the range is aged as a whole. Parameters are `set_dbm`'s.
         """
-        return self._rewrite(pte.mkold, *self._range(gfn, npages))
+        return self._age(pte.mkold, gfn, npages, None)
 
     def mkyoung(self, gfn: int | None = None, npages: int | None = None) -> int:
         """Set the access flag of leaves, and nothing else. Return how many were old. As `mkold` otherwise."""
-        return self._rewrite(pte.mkyoung, *self._range(gfn, npages))
+        return self._age(pte.mkyoung, gfn, npages, None)
 
     def test_clear_young(self, gfn: int | None = None, npages: int | None = None) -> DirtyBitmap:
         """Clear the access flag of leaves, and return the pages of the range that were young, as `mkold` counts."""
         out = DirtyBitmap(self.npages)
-        self._rewrite(pte.mkold, *self._range(gfn, npages), out)
+        self._age(pte.mkold, gfn, npages, out)
         return out
 
-    def _change(self, update: ByLevel, gfn: int | None, npages: int | None, *, save: bool = False) -> int:
+    def _age(self, rule: ByLevel, gfn: int | None, npages: int | None, out: DirtyBitmap | None) -> int:
         lo, hi = self._range(gfn, npages)
-        self._isolate(lo, hi)
-        if save:
-            self._save(lo, hi)
-        return self._rewrite(update, lo, hi)
+        with self._lock:
+            record = self._silent if out is None else Record(out, out)
+            return self._leaves.update(rule, lo, hi, record).changed
 
-    def _rewrite(self, update: ByLevel, lo: int, hi: int, out: DirtyBitmap | None = None) -> int:
-        """Apply `update` to the leaves of [lo, hi), set their bits in `out`, and return how many they were."""
-        out = DirtyBitmap(self.npages) if out is None else out
-        return self._leaves.rewrite(update, lo, hi, out, out).changed
+    def _change(self, rule: ByLevel, gfn: int | None, npages: int | None, *, told: Asks | None = pte.writable) -> int:
+        lo, hi = self._range(gfn, npages)
+        with self._lock:
+            record = self._saving(lo, hi, told=told)
+            self._isolate(lo, hi)
+            return self._leaves.update(rule, lo, hi, record).changed
 
-    def _rewrite_masked(self, update: ByLevel, mask: DirtyBitmap, *, keep: bool = False) -> int:
-        """Apply `update` to the leaves of at least one page in `mask`, for the host, and return how many they were.
-
-        With `keep` the whole blocks among them are saved, pages in the mask and others.
-        """
-        changed = 0
-        for level in (1, 2):
-            counts, spans = self._leaves.rewrite_blocks(level, update(level), 0, self.npages, mask)
-            spans = np.clip(spans, 0, self.npages)
-            kernels.active().fill(self.host_dirty.words, spans)
-            if keep:
-                self.saved.mark(spans)
-            changed += counts.changed
-        return changed + self._leaves.rewrite_masked(update(3), mask, self.host_dirty).changed
-
-    def _rewrite_part(self, update: ByLevel, mask: DirtyBitmap, first: int, *, written: bool = True) -> Tally:
-        """Apply `update` to the leaves of at least one page in `mask`.
-
-        With `written` those that change may have been: the host is told, and blocks are saved whole.
-        """
+    def _update_part(self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record) -> Tally:
+        """Apply `rule` to the leaves of at least one page in `mask`; what blocks recorded is saved, the mask's too."""
         lo, hi = first, first + mask.npages
-        host = self.host_dirty if written else DirtyBitmap(self.npages)
-        tally = Tally()
-        with self._lock:
-            read = self._tables_alone(lo, hi)
-            if read is not None:
-                tally = Tally(read=read)
-            for level in (1, 2) if read is None else ():
-                counts, spans = self._leaves.rewrite_blocks(level, update(level), lo, hi, mask)
-                tally += counts
-                if len(spans):
-                    kernels.active().fill(host.words, np.clip(spans, lo, hi))
-                if len(spans) and written:
-                    self.saved.mark(np.clip(spans, 0, self.npages))
-        return tally + self._leaves.rewrite_masked(update(3), mask, host, first)
+        read = self._leaves.tables_alone(lo, hi)
+        if read is None:
+            if record.kept is not None:
+                self.saved.widen(*self._touched(lo, hi))
+            tally = self._leaves.update_blocks(rule, lo, hi, record, mask)
+        else:
+            tally = Tally(read=read)
+        host = Record(record.also, record.also, out_of=None, also_of=record.also_of)
+        return tally + self._leaves.update_within(rule(3), mask, lo, host)
 
-    def _tables_alone(self, lo: int, hi: int) -> int | None:
-        """Return how many entries above level 3 touch a part, or None if any is a block.
+    def _touched(self, lo: int, hi: int) -> tuple[int, int]:
+        """Return the pages of the slot under the level-1 and level-2 entries that touch [lo, hi)."""
+        if lo >= hi:
+            return lo, lo
+        first, stop = (
+            self.layout.span(1, self.layout.index(1, lo))[0],
+            self.layout.span(1, self.layout.index(1, hi - 1))[1],
+        )
+        return max(first, 0), min(stop, self.npages)
 
-        While a slot logs, most often none is, and a short step has better things to do than to ask each entry twice.
-        """
-        read = 0
-        for level in (1, 2):
-            entries = self.level(level)[self.layout.entries(level, lo, hi)]
-            tables = int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE  # faster than to ask what is a block
-            if not tables and pte.leaf(level)(entries).any():
-                return None
-            read += entries.size
-        return read
+    def _save_record(self, saved: Asks = pte.dirty, told: Asks | None = pte.writable) -> Record:
+        """Return where what a replaced leaf recorded goes: dirty state to `saved`, whatever was written to the host."""
+        return Record(self.saved.bitmap, self.host_dirty, self.saved.bitmap, saved, told)
 
-    def _save(self, lo: int, hi: int, *, untracked: bool = False) -> None:
-        """Clean the leaves of [lo, hi) and keep what they recorded, for both consumers.
+    @property
+    def _silent(self) -> Record:
+        return Record(self.host_dirty, self.host_dirty, out_of=None, also_of=None)
 
-        With `untracked` the host is also told of the leaves that are, since they may have been written. No block
-        may be only partly in the range.
-        """
-        with self._lock:
-            if self._leaves.rewrite(pte.clean, lo, hi, self.saved.bitmap, self.host_dirty).changed:
-                self.saved.widen(lo, hi)
-            if untracked:
-                self._rewrite(lambda level: pte.Update(pte.untracked(level)), lo, hi, self.host_dirty)
+    def _saving(self, lo: int, hi: int, *, told: Asks | None = pte.writable) -> Record:
+        """Have `saved` ready for what leaves of [lo, hi) recorded, and return where that goes. The lock is held."""
+        self.saved.widen(lo, hi)
+        return self._save_record(told=told)
 
     # --- arrays of pages -----------------------------------------------------------------------------------
 
@@ -721,20 +737,29 @@ class Stage2:
         GfnError
             If a page or frame is outside of its space, misaligned, or named twice. Nothing is changed then.
         """
-        pages, size = self._at(pages), self._leaf_size(level)
-        writable, dbm = flag(writable, "writable"), flag(dbm, "dbm")
-        if ((pages + self.base_gfn) % size).any() or (pages.size and int(pages.max()) + size > self.npages):
-            raise GfnError(f"pages {pages[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
-        if np.unique(pages).size != pages.size:
+        found, size = self._at(pages), self._leaf_size(level)
+        if ((found + self.base_gfn) % size).any() or (found.size and int(found.max()) + size > self.npages):
+            raise GfnError(f"pages {found[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
+        if np.unique(found).size != found.size:
             raise GfnError("a page to map is named twice")
-        leaves = pte.make_leaf(self._frames(pfn, pages.size, size), level, writable=writable, dbm=dbm)
-        for page in pages[self.leaf_at(pages).level > 0].tolist():
-            self._remove(page, page + size)
+        leaves = self._new_leaves(np.asarray(pfn), found.size, level, writable, dbm)(0, found.size)
+        if not found.size:
+            return
+        with self._lock:
+            record = self._saving(int(found.min()), int(found.max()) + size)
+            self._make_room(found, level, record)
+            self._leaves.put_at(level, self.layout.index(level, found), leaves, record)
+
+    def _make_room(self, pages: NDArray[np.int64], level: int, record: Record) -> None:
+        """Split the blocks above leaves to be, and unmap what is mapped below them."""
         for above in range(1, level):
-            entries = self.level(above)
-            index = np.unique(self.layout.index(above, pages))
-            entries[index[entries[index] == 0]] = pte.TABLE
-        self.level(level)[self.layout.index(level, pages)] = leaves
+            entries = np.unique(self.layout.index(above, pages))
+            self._split(above, entries[pte.leaf(above)(self.level(above)[entries])])
+        size = self.layout.sizes[level]
+        if level < 3:
+            below = pte.table(level)(self.level(level)[self.layout.index(level, pages)])
+            for page in pages[below].tolist():
+                self._leaves.remove(page, page + size, record)
 
     def relax_at(self, pages: Pages, *, dbm: bool = False) -> int:
         """Let the guest write pages: `relax` for each of them.
@@ -797,15 +822,12 @@ class Stage2:
         """
         return self._update_at(pages, pte.mkyoung)[1]
 
-    def _update_at(self, pages: Pages, update: ByLevel) -> tuple[int, int]:
-        """Apply `update` to the leaves of pages; return how many pages have one, and how many leaves changed."""
+    def _update_at(self, pages: Pages, rule: ByLevel) -> tuple[int, int]:
+        """Apply `rule` to the leaves of pages; return how many pages have one, and how many leaves changed."""
         found, changed = self.leaf_at(pages), 0
         for level in (3, 2, 1):
             index = np.unique(found.index[found.level == level])
-            if index.size:
-                entries = self.level(level)[index]
-                changed += int(np.count_nonzero(update(level).where(entries)))
-                self.level(level)[index] = update(level)(entries)
+            changed += self._leaves.update_at(level, index, rule(level), self._silent, 0, self.npages)
         return int(np.count_nonzero(found.level)), changed
 
     def mmu_update(self, level: int, index: NDArray[np.integer], bits: NDArray[np.uint64]) -> None:
@@ -832,7 +854,7 @@ class Stage2:
         bits = uint64s(bits, "bits", where.size)
         if bits.size and int(np.bitwise_or.reduce(bits)) & ~(pte.AF | pte.S2AP_W):
             raise ValueError("the MMU sets AF and S2AP[1] only")
-        entries[where] |= bits
+        self._leaves.set_bits(integer(level, "level"), where, bits)
 
     def block_spans(self, first: int = 0, npages: int | None = None) -> NDArray[np.int64]:
         """Return the pages that blocks map, as rows [start, stop) of an (n, 2) array, sorted and merged.
@@ -848,7 +870,7 @@ class Stage2:
             If the range isn't inside of the slot.
         """
         lo, hi = self._pages(first, npages)
-        rows = [self.layout.spans(level, self._leaves.blocks(level, lo, hi)) for level in (1, 2)]
+        rows = [self.layout.span(level, self._leaves.find(level, pte.leaf(level), lo, hi)) for level in (1, 2)]
         spans = np.clip(np.concatenate(rows), 0, self.npages)
         return merged(spans[np.argsort(spans[:, 0], kind="stable")])
 
@@ -859,6 +881,7 @@ class Stage2:
 
     def leaf_level(self, page: int) -> int | None:
         """Return the level of the leaf that maps a page, counted from the slot's first, or None."""
+        page = integer(page, "page", 0, self.npages - 1, GfnError)
         for level in (3, 2, 1):
             if pte.leaf(level)(int(self.level(level)[self.layout.index(level, page)])):
                 return level
@@ -867,9 +890,9 @@ class Stage2:
     def mapped(self, first: int, npages: int) -> bool:
         """Return whether any page of a part has a leaf, or a level-3 entry that isn't zero."""
         lo, hi = self._pages(first, npages)
-        runs = self._leaves.table_runs(lo & ~63, min(hi + 63 & ~63, self.npages))
-        return any(self._leaves.blocks(level, lo, hi).size for level in (1, 2)) or any(
-            self.level(3)[max(start, lo) : min(stop, hi)].any() for start, stop in runs.tolist()
+        runs = self._leaves.table_runs(lo, hi)
+        return any(self._leaves.find(level, pte.leaf(level), lo, hi).size for level in (1, 2)) or any(
+            self.level(3)[start:stop].any() for start, stop, _ in runs.tolist()
         )
 
     # --- checking ------------------------------------------------------------------------------------------
@@ -888,22 +911,46 @@ class Stage2:
 
     def _range(self, gfn: int | None, npages: int | None) -> tuple[int, int]:
         """Return a range of guest frames as pages [lo, hi) of the slot."""
-        gfn = self.base_gfn if gfn is None else gfn
-        npages = self.base_gfn + self.npages - gfn if npages is None else npages
-        lo = gfn - self.base_gfn
-        if lo < 0 or npages < 0 or lo + npages > self.npages:
+        start = self.base_gfn if gfn is None else integer(gfn, "gfn", None)
+        lo = start - self.base_gfn
+        count = self.npages - lo if npages is None else integer(npages, "npages", None)
+        if lo < 0 or count < 0 or lo + count > self.npages:
             last = self.base_gfn + self.npages - 1
             raise GfnError(
-                f"gfn {gfn:#x}..{gfn + npages - 1:#x} is not inside the slot's {self.base_gfn:#x}..{last:#x}"
+                f"gfn {start:#x}..{start + count - 1:#x} is not inside the slot's {self.base_gfn:#x}..{last:#x}"
             )
-        return lo, lo + npages
+        return lo, lo + count
 
     def _pages(self, first: int, npages: int | None) -> tuple[int, int]:
-        npages = self.npages - first if npages is None else npages
-        if first < 0 or npages < 0 or first + npages > self.npages:
-            raise GfnError(f"pages {first}..{first + npages - 1} are not inside of the slot's {self.npages}")
-        return first, first + npages
+        lo = integer(first, "first", None)
+        count = self.npages - lo if npages is None else integer(npages, "npages", None)
+        if lo < 0 or count < 0 or lo + count > self.npages:
+            raise GfnError(f"pages {lo}..{lo + count - 1} are not inside of the slot's {self.npages}")
+        return lo, lo + count
 
-    def _check(self, bitmap: DirtyBitmap) -> None:
+    def _part(self, mask: DirtyBitmap, first: int) -> tuple[int, int]:
+        """Return the pages [lo, hi) that a mask of a part stands for."""
+        if not isinstance(mask, DirtyBitmap):
+            raise TypeError(f"mask is a DirtyBitmap, not {type(mask).__name__}")
+        lo, hi = self._pages(first, mask.npages)
+        if lo % 64 or (hi % 64 and hi != self.npages):
+            raise GfnError(f"pages {lo}..{hi - 1} aren't whole words, nor up to the slot's end")
+        self._separate(mask, "mask")
+        return lo, hi
+
+    def _check(self, bitmap: DirtyBitmap, name: str, *, written: bool = False) -> None:
+        """Raise if an argument isn't a bitmap of the slot's pages, or shares memory with what a verb changes."""
+        if not isinstance(bitmap, DirtyBitmap):
+            raise TypeError(f"{name} is a DirtyBitmap, not {type(bitmap).__name__}")
         if bitmap.npages != self.npages:
             raise BitmapError(f"the slot has {self.npages} pages, the bitmap {bitmap.npages}")
+        uint64s(bitmap.words, name, word_count(self.npages), writable=written, error=BitmapError)
+        self._separate(bitmap, name)
+
+    def _separate(self, bitmap: DirtyBitmap, name: str) -> None:
+        for array, what in (
+            (self.host_dirty.words, "host_dirty"),
+            (self.saved.bitmap.words, "saved"),
+            *((entries, f"level {level}") for level, entries in self._leaves.level.items()),
+        ):
+            separate(array, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)

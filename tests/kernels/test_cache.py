@@ -1,8 +1,11 @@
 """What importing the package doesn't do, and what compiled code leaves on disk: each in a process of its own."""
 
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,39 +28,54 @@ threads = os.listdir("/proc/self/task")
 os.environ = Unread()
 import hwdbm
 assert os.listdir("/proc/self/task") == threads and threading.active_count() == 1, "a thread was started"
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"llvmlite", "numba", "numexpr"}))
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"llvmlite", "numba"}))
 """
 
 COMPILE = """
-import numpy as np
-from hwdbm import pte
-from hwdbm.kernels import fused
-
-pages, words, runs = np.zeros(65, np.uint64), np.zeros(2, np.uint64), np.array([[0, 65]])
-fused.scan(pages, runs, pte.dirty(3), words)
-fused.rewrite(pages, runs, pte.clean(3), words, words)
-fused.rewrite_within(pages, runs, pte.clean(3), words, words, words)
-fused.rewrite_runs(pages, pte.clean(3))
-fused.fill(words, runs)
-for name in ("_scan", "_rewrite", "_rewrite_within", "_rewrite_runs", "_fill"):
+from hwdbm.kernels import fused, warm_up
+warm_up()
+for name in sorted(name for name in vars(fused) if hasattr(getattr(fused, name), "stats")):
     stats = getattr(fused, name).stats
-    print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+    if stats.cache_path:
+        print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
-NAMES = ("_scan", "_rewrite", "_rewrite_within", "_rewrite_runs", "_fill")
+NAMES = (
+    "_exchange",
+    "_exchange_at",
+    "_fill",
+    "_find",
+    "_rewrite",
+    "_rewrite_at",
+    "_rewrite_within",
+    "_scan",
+    "_set_at",
+)
+WORK = """
+import hwdbm
+hwdbm.kernels.warm_up()
+s2 = hwdbm.Stage2(130)
+s2.map(0, 130, 0, dbm=True)
+s2.level(3)[128] |= hwdbm.pte.S2AP_W
+print(hwdbm.kernels.current(), s2.harvest().pages())
+"""
 
 
 def run(program: str, **environment: str) -> list[str]:
     """Run a program with warnings as errors, and return the lines that it printed."""
-    done = subprocess.run(
+    done = start(program, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def start(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-P", "-W", "error", "-c", program],
         env=os.environ | {"PYTHONPATH": str(SOURCE)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def test_importing_starts_nothing() -> None:
@@ -85,3 +103,75 @@ def test_compiled_code_is_cached(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.nbc"))) >= len(NAMES)
     second = run(COMPILE, NUMBA_CACHE_DIR=str(tmp_path))
     assert second == [f"{name} 1 0" for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    run(WORK, NUMBA_CACHE_DIR=str(folder))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def altered(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x55
+    path.write_bytes(raw)
+
+
+def of_another_version(path: Path) -> None:
+    path.write_bytes(pickle.dumps("0.1") + b"what is no pickle")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("nbi", lambda path: path.write_bytes(b"")),
+        ("nbi", lambda path: path.write_bytes(b"not a pickle")),
+        ("nbi", cut),
+        ("nbi", of_another_version),
+        ("nbi", a_folder),
+        ("nbc", lambda path: path.write_bytes(b"")),
+        ("nbc", cut),
+        ("nbc", altered),
+        ("nbc", a_folder),
+        ("nbc", Path.unlink),
+    ],
+)
+def test_a_damaged_cache(cached: Path, tmp_path: Path, kind: str, damage: Callable[[Path], object]) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(cached, folder)
+    for path in folder.rglob(f"fused._scan-*.{kind}"):
+        damage(path)
+    done = start(WORK, NUMBA_CACHE_DIR=str(folder))
+    assert (done.returncode, done.stdout) == (0, "fused [128]\n"), done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = start(WORK, NUMBA_CACHE_DIR=str(file))
+    assert (done.returncode, done.stdout) == (0, "fused [128]\n"), done.stderr
+    assert len(done.stderr.splitlines()) <= 1, "another folder will do"
+
+
+BROKEN = """
+import numba
+numba.njit = lambda *args, **kwargs: 1 / 0
+"""
+
+
+def test_vector_takes_over_from_what_cannot_be_compiled() -> None:
+    done = start(BROKEN + WORK)
+    assert (done.returncode, done.stdout) == (0, "vector [128]\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "'vector' takes over" in done.stderr

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import hwdbm
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
-from hwdbm.kernels import Tally, fused, vector
+from hwdbm.kernels import BOTH, Tally, fused, vector
 from hwdbm.layout import runs_of
 from hwdbm.pte import Match, Update
 
@@ -83,6 +83,11 @@ def as_rows(runs: Runs) -> np.ndarray:
     return np.array(runs, dtype=np.int64).reshape(-1, 2)
 
 
+def as_runs(runs: Runs, shift: int = 0) -> np.ndarray:
+    """Return runs for a kernel: descriptor i is bit i + `shift`."""
+    return np.array([(start, stop, start + shift) for start, stop in runs], dtype=np.int64).reshape(-1, 3)
+
+
 def chosen(pages: list[int], runs: Runs, match: Match, within: list[int] | None = None) -> Iterator[int]:
     """Yield the indices that match: a loop over the runs, one descriptor at a time."""
     for start, stop in runs:
@@ -115,7 +120,7 @@ def check_scan(kernels: Any, n: int, runs: Runs, share: float) -> None:
         match = rule(3)
         pages, out = descriptors(n, runs, share), words_of(n, 1)
         before, words = pages.tolist(), out.tolist()
-        assert kernels.scan(pages, as_rows(runs), match, out) is None
+        assert kernels.scan(pages, as_runs(runs), match, out) is None
         assert out.tolist() == marked(words, list(chosen(before, runs, match)))
         assert pages.tolist() == before, "a scan changes nothing"
 
@@ -137,7 +142,7 @@ def check_densities(kernels: Any) -> None:
     expected = np.where(pages, np.uint64(DIRTY & ~pte.S2AP_W), pages)
     words = np.packbits(pages != 0, bitorder="little").view(np.uint64)
     out, also = np.zeros((2, 66), dtype=np.uint64)
-    tally = kernels.rewrite(pages, as_rows([(0, pages.size)]), pte.clean(3), out, also)
+    tally = kernels.rewrite(pages, as_runs([(0, pages.size)]), pte.clean(3), out, also)
     assert tally == Tally(pages.size, sum(range(65)) + 64, 65)
     assert np.array_equal(pages, expected)
     assert out.tolist() == also.tolist() == words.tolist()
@@ -158,7 +163,7 @@ def check_one_rewrite(
     before, words, also_words = pages.tolist(), out.tolist(), also.tolist()
     mask = None if within is None else within.tolist()
     index = list(chosen(before, runs, update.where, mask))
-    arguments = (as_rows(runs), update) if within is None else (as_rows(runs), update, within)
+    arguments = (as_runs(runs), update) if within is None else (as_runs(runs), update, within)
     tally = rewrite(pages, *arguments, out, also)
 
     for i in index:
@@ -198,18 +203,17 @@ def check_one_fill(kernels: Any, n: int, ranges: Runs) -> None:
     assert words.tolist() == expected.words.tolist(), f"filling {ranges[:9]}"
 
 
-def check_rewrite_runs(kernels: Any) -> None:
-    """Check all patterns of up to 7 entries, at each level, with updates and with one that only looks."""
-    for level, rule, n in product((1, 2, 3), (*UPDATES, None), range(8)):
-        update = rule(level) if rule else Update(pte.dirty(level))
-        hit = update.where.value | 0x12_3456_7000
+def check_find(kernels: Any) -> None:
+    """Check all patterns of up to 7 entries, at each level."""
+    for level, rule, n in product((1, 2, 3), MATCHES, range(8)):
+        match = rule(level)
         for number in range(1 << n):
-            before = [hit if number >> i & 1 else hit & ~1 for i in range(n)]
+            before = [match.value | 0x12_3456_7000 if number >> i & 1 else 0 for i in range(n)]
             entries = np.array(before, dtype=np.uint64)
-            found = kernels.rewrite_runs(entries, update)
+            found = kernels.find(entries, match)
             assert found.dtype == np.int64
             assert found.tolist() == runs_of(np.array([number >> i & 1 for i in range(n)], dtype=np.bool_)).tolist()
-            assert entries.tolist() == [update(desc) for desc in before]
+            assert entries.tolist() == before
 
 
 PASSES = [check_scan, check_rewrite, check_rewrite_within]
@@ -244,8 +248,8 @@ def test_fill(kernels: ModuleType) -> None:
     check_fill(kernels)
 
 
-def test_rewrite_runs(kernels: ModuleType) -> None:
-    check_rewrite_runs(kernels)
+def test_find(kernels: ModuleType) -> None:
+    check_find(kernels)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5])
@@ -289,7 +293,7 @@ def test_implementations_count_alike() -> None:
         tallies = []
         for kernels in (fused, vector):
             pages, out = descriptors(n, runs, share), words_of(n, 1)
-            tallies.append(kernels.rewrite(pages, as_rows(runs), pte.clean(3), out, out))
+            tallies.append(kernels.rewrite(pages, as_runs(runs), pte.clean(3), out, out))
         assert tallies[0][1:] == tallies[1][1:]
         if not gaps(runs):
             assert tallies[0] == tallies[1]
@@ -307,7 +311,7 @@ def test_tallies_add_up() -> None:
 def test_disjoint_ranges_in_parallel(kernels: ModuleType) -> None:
     n = (1 << 17) + 64 * 7 + 3
     cuts = [0, *sorted(64 * np.random.default_rng(0).choice(n // 64, 30, replace=False)), n]
-    parts = [as_rows([(lo, hi)]) for lo, hi in pairwise(cuts)]
+    parts = [as_runs([(lo, hi)]) for lo, hi in pairwise(cuts)]
     within = words_of(n, 3)
     for share in SHARES:
 
@@ -359,11 +363,11 @@ def large() -> SimpleNamespace:
 
 def peaks(kernels: Any, slot: SimpleNamespace) -> dict[str, int]:
     """Return the peak of each pass over a slot, in one run and in runs of every other stripe."""
-    one = as_rows([(0, slot.n)])
-    stripes = as_rows([(lo, lo + 512) for lo in range(0, slot.n - 512, 1024)])
+    one = as_runs([(0, slot.n)])
+    stripes = as_runs([(lo, lo + 512) for lo in range(0, slot.n - 512, 1024)])
     match, update, out = pte.dirty(3), pte.clean(3), slot.out
     calls = {
-        "fill": lambda: kernels.fill(out, stripes),
+        "fill": lambda: kernels.fill(out, stripes[:, :2]),
         "scan stripes": lambda: kernels.scan(slot.few, stripes, match, out),
     }
     for name in ("clean", "few", "half"):
@@ -435,7 +439,7 @@ def broken(**functions: Callable[..., Any]) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(vector, name) for name in vector.__all__} | functions)
 
 
-def whole_words(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
+def whole_words(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     return vector.rewrite(pages, runs & ~63, update, out, also)
 
 
@@ -444,35 +448,35 @@ def assigned(pages: Any, runs: Any, match: Any, out: Any) -> None:
     vector.scan(pages, runs, match, out)
 
 
-def one_consumer(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
+def one_consumer(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     return vector.rewrite(pages, runs, update, out, out)
 
 
-def reported_only(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
+def reported_only(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     return vector.rewrite(pages.copy(), runs, update, out, also)
 
 
-def everywhere(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
+def everywhere(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     tally = vector.rewrite(pages, runs, update, out, also)
-    for lo, hi in runs.tolist():
+    for lo, hi, _ in runs.tolist():
         pages[lo:hi] &= np.uint64(ALL & ~update.clears)
     return tally
 
 
-def beyond_the_runs(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
-    return vector.rewrite(pages, as_rows([(0, pages.size)]), update, out, also)
+def beyond_the_runs(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
+    return vector.rewrite(pages, as_runs([(0, pages.size)]), update, out, also)
 
 
-def counted_words(pages: Any, runs: Any, update: Any, out: Any, also: Any) -> Tally:
+def counted_words(pages: Any, runs: Any, update: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     tally = vector.rewrite(pages, runs, update, out, also)
     return tally._replace(changed=tally.words)
 
 
-def without_mask(pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any) -> Tally:
+def without_mask(pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     return vector.rewrite(pages, runs, update, out, also)
 
 
-def first_to_last(pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any) -> Tally:
+def first_to_last(pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any, notes: Any = BOTH) -> Tally:
     """Clean from the first to the last bit of each word of the mask, as KVM's mask once was taken."""
     filled = within.copy()
     for i, word in enumerate(within.tolist()):
@@ -480,7 +484,9 @@ def first_to_last(pages: Any, runs: Any, update: Any, within: Any, out: Any, als
     return vector.rewrite_within(pages, runs, update, filled, out, also)
 
 
-def told_what_was_asked(pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any) -> Tally:
+def told_what_was_asked(
+    pages: Any, runs: Any, update: Any, within: Any, out: Any, also: Any, notes: Any = BOTH
+) -> Tally:
     tally = vector.rewrite_within(pages, runs, update, within, out, also)
     out |= within
     return tally
@@ -497,13 +503,8 @@ def rounded_out(words: Any, ranges: Any) -> None:
     vector.fill(words, np.stack([ranges[:, 0] & ~63, ranges[:, 1] + 63 & ~63], axis=1))
 
 
-def looked_only(entries: Any, update: Any) -> Any:
-    return vector.rewrite_runs(entries.copy(), update)
-
-
-def unjoined(entries: Any, update: Any) -> Any:
-    (index,) = update.where(entries).nonzero()
-    vector.rewrite_runs(entries, update)
+def unjoined(entries: Any, match: Any) -> Any:
+    (index,) = match(entries).nonzero()
     return np.stack([index, index + 1], axis=1)
 
 
@@ -521,8 +522,7 @@ MUTANTS = [
     (check_rewrite_within, "rewrite_within", told_what_was_asked),
     (check_fill, "fill", last_in_word_wins),
     (check_fill, "fill", rounded_out),
-    (check_rewrite_runs, "rewrite_runs", looked_only),
-    (check_rewrite_runs, "rewrite_runs", unjoined),
+    (check_find, "find", unjoined),
 ]
 
 
@@ -533,14 +533,11 @@ def test_check_catches(check: Callable[..., None], name: str, mutant: Callable[.
         check(broken(**{name: mutant}), *case)
 
 
-@pytest.mark.parametrize("update", [pte.clean(2), pte.Update(pte.dirty(2))], ids=["writes", "looks"])
 @pytest.mark.parametrize(
     "ends", [(64, 128), (0, 64), (64, 256), (0, 323), (256, 323), (60, 200), (128, 129), (127, 320)]
 )
-def test_runs_that_begin_and_end_with_groups(kernels, update, ends):
+def test_runs_that_begin_and_end_with_groups(kernels, ends):
     """Groups of 64 entries are passed over whole: a run that ends with one must not be carried on, nor missed."""
     entries = pte.make_leaf(np.arange(323, dtype=np.uint64) << np.uint64(21), 2, dbm=True)
     entries[slice(*ends)] |= np.uint64(pte.S2AP_W)
-    want = update(entries)
-    assert kernels.rewrite_runs(entries, update).tolist() == [list(ends)]
-    assert (entries == want).all()
+    assert kernels.find(entries, pte.dirty(2)).tolist() == [list(ends)]

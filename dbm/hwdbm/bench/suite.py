@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,15 @@ __all__ = ["BENCHMARKS", "Setup", "dirtied", "mapped", "raw_image", "resident", 
 
 FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
 LIMITS = {
-    ("fused", "clean"): 1.35,
-    ("fused", "1 % dirty"): 1.6,
-    ("fused", "50 % dirty"): 1.8,
-    ("fused", "100 % dirty"): 1.8,
-    ("vector", "clean"): 3.5,
+    ("fused", "clean"): ("sum()", 1.1),
+    ("fused", "50 % dirty"): ("AND in place", 1.25),
+    ("fused", "100 % dirty"): ("AND in place", 1.25),
+    ("vector", "clean"): ("sum()", 5.0),
+    ("vector", "1 % dirty"): ("sum()", 5.0),
+    ("vector", "50 % dirty"): ("sum()", 5.0),
+    ("vector", "100 % dirty"): ("sum()", 5.0),
 }
+"""What a harvest may take: times a read of the descriptors, or the read and write of a pass that must change them."""
 
 
 Work = dict[str, Callable[[], object]]
@@ -49,20 +51,9 @@ class Setup:
     repeat: int = 9
 
 
-@contextmanager
-def using(name: kernels.Name) -> Iterator[None]:
-    """Use a kernel implementation for a while."""
-    before = kernels.current()
-    kernels.use(name)
-    try:
-        yield
-    finally:
-        kernels.use(before)
-
-
-def mapped(npages: int, level: int = 3, *, dbm: bool = True) -> Stage2:
+def mapped(npages: int, level: int = 3, *, dbm: bool = True, name: kernels.Name | None = None) -> Stage2:
     """Return a slot mapped whole, its descriptors and bitmaps written and so backed by memory."""
-    s2 = Stage2(npages)
+    s2 = Stage2(npages, kernels=name)
     s2.map(0, npages, pfn=0, level=level, dbm=dbm)
     s2.host_dirty.fill()
     return s2
@@ -79,28 +70,26 @@ def dirtied(entries: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
 
 
 def harvest(setup: Setup) -> Iterator[Row]:
-    """Harvest with re-protect, 4 KiB pages: each kernel, and a C loop with a call a descriptor, over one sum()."""
-    s2, out = mapped(setup.npages), backed(setup.npages)
-    entries, walk = s2.level(3), visitor.load()
-    clean = entries.copy()
-
-    def with_kernel(name: kernels.Name) -> Callable[[], object]:
-        def call() -> None:
-            with using(name):
-                s2.harvest(out)
-
-        return call
-
+    """Harvest with re-protect, 4 KiB pages: each kernel, and a C loop with a call a descriptor, over their floor."""
+    slots = {name: mapped(setup.npages, name=name) for name in kernels.available()}
+    out, walk = backed(setup.npages), visitor.load()
+    entries = mapped(setup.npages).level(3)
+    clean, keep = entries.copy(), np.uint64(~pte.S2AP_W & (1 << 64) - 1)
     for label, fraction in FRACTIONS.items():
         start = dirtied(clean, fraction)
-        work: Work = {"sum()": entries.sum}
-        work |= {name: with_kernel(name) for name in kernels.available()}
+
+        def before(start: NDArray[np.uint64] = start) -> None:
+            for array in (entries, *(s2.level(3) for s2 in slots.values())):
+                np.copyto(array, start)
+
+        work: Work = {"sum()": entries.sum, "AND in place": lambda: np.bitwise_and(entries, keep, out=entries)}
+        work |= {name: lambda s2=s2: s2.harvest(out) for name, s2 in slots.items()}  # type: ignore[misc]
         if walk:
             work["C, a call a descriptor"] = lambda: walk(entries, out.words)
-        times = smallest(work, lambda start=start: np.copyto(entries, start), setup.repeat)  # type: ignore[misc]
-        floor = times.pop("sum()")
-        for name, seconds in times.items():
-            yield Row(f"harvest, {name}, {label}", seconds, "sum()", floor, LIMITS.get((name, label)))
+        times = smallest(work, before, setup.repeat)
+        for name in list(work)[2:]:
+            floor, limit = LIMITS.get((name, label), ("sum()", None))
+            yield Row(f"harvest, {name}, {label}", times[name], floor, times[floor], limit)
 
 
 def enable(setup: Setup) -> Iterator[Row]:

@@ -201,7 +201,7 @@ def _split(slot: SlotLog, pages: Pages, *, whole: bool) -> int:
 
 def _blocks(s2: Stage2, found: LeafAt) -> list[tuple[int, int]]:
     """Return the blocks among some leaves as pages [start, stop), what lies in the slot."""
-    rows = [s2.layout.spans(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
+    rows = [s2.layout.span(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
     return [(start, stop) for start, stop in np.clip(np.concatenate(rows), 0, s2.npages).tolist()]
 
 
@@ -215,7 +215,7 @@ def _map_blocks(s2: Stage2, pages: Pages, backing: Backing, *, writable: bool) -
     """Map blocks around pages where one fits and nothing is mapped."""
     stripes = np.unique(s2.layout.index(2, pages))
     stripes = stripes[(s2.level(2)[stripes] == 0) & backing.blockable(stripes)]
-    first = s2.layout.spans(2, stripes)[:, 0]
+    first = s2.layout.span(2, stripes)[:, 0]
     first = first[s2.leaf_at(first).level == 0]
     if first.size:
         s2.map_at(first, backing.of(first), 2, writable)

@@ -1,33 +1,49 @@
 """The hot loops over flat descriptor arrays, in two implementations with one signature each.
 
-``vector`` is numpy and numexpr, always there. ``fused`` is numba: one pass that tests, packs and re-protects; it
-needs the extra ``jit``. The first use picks ``fused`` where numba is installed; `use` overrides that.
+``vector`` is numpy, always there. ``fused`` is numba: one pass that tests, packs and re-protects; it needs the extra
+``jit``. Both are for private arrays, which have one owner. An array has its kernels (`hwdbm.leaves.Leaves`): `use` says
+which of the two a new one gets, by default ``fused`` where numba is installed.
 
-Every function takes ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 2) int64 array of
-[start, stop) indices into it, sorted, disjoint, each start a multiple of 64 and each stop one too or n; and bitmap
-words of which bit i stands for ``pte[i]``. Between the runs of one call nothing matches, so a kernel may read there
-too. Bits are only ever set in ``out`` and ``also``. From its first run to its last a call owns descriptors and
-words: nobody else may write them meanwhile. Calls that own disjoint ranges may run in parallel threads.
+Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 3) int64 array of rows
+(start, stop, bit), sorted and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from ``bit``
+on; and bitmap words. So descriptors may lie where they like, in table pages too. Between runs whose bits are as far
+apart as they are, nothing matches, and a kernel may read there too.
+
+Functions at an index take the entries of any level, ``index``, an (n,) int64 array of entries, each once, and a
+`Place`, which says which pages they stand for.
+
+What was there decides which bits are set (`Notes`), and bits are only ever set. From its first run to its last a call
+owns descriptors and words: nobody else may write them meanwhile. Calls that own disjoint ranges may run in parallel
+threads. A signal handler that raises during a call leaves each descriptor as it was, or changed with its bits set.
 
 ====================  ==========================================================================
 ``scan``              set the bit of each descriptor that matches, change nothing
 ``rewrite``           change each descriptor that matches, set its bit
 ``rewrite_within``    the same, for descriptors whose bit is set in ``within`` only
+``exchange``          put values in place of descriptors, set bits, return what was there
+``rewrite_at``        change entries that match, set the bits of their pages
+``exchange_at``       put values in place of entries, set the bits of their pages, return what was there
+``set_at``            set bits in entries
 ``fill``              set all bits of the given ranges
-``rewrite_runs``      change each entry that matches, and return the runs of them: for blocks, which are few
+``find``              return the runs of entries that match
 ====================  ==========================================================================
+
+Wrong arguments raise `TypeError` or `ValueError` before anything is changed: no argument makes compiled code read or
+write outside of its arrays.
 """
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.pte import Match, Update, clean, dirty
+from hwdbm.check import uint64s
+from hwdbm.pte import ANY, Match, Update, clean, dirty
 
-__all__ = ["Kernels", "Tally", "active", "available", "current", "use", "warm_up"]
+__all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
 
 Name = Literal["vector", "fused"]
 Array = NDArray[np.uint64]
@@ -57,6 +73,45 @@ class Tally(NamedTuple):
         return Tally(self.read + other.read, self.changed + other.changed, self.words + other.words)
 
 
+class Notes(NamedTuple):
+    """Of which descriptors that are changed the bits are set, by what they were before.
+
+    Parameters
+    ----------
+    out, also : Match or None
+        For the first and the second bitmap; None for no bits at all.
+    """
+
+    out: Match | None
+    also: Match | None
+
+
+BOTH = Notes(ANY, ANY)
+"""The bits of all that were changed."""
+
+
+class Place(NamedTuple):
+    """Which pages the entries of a level stand for, and which of those are meant.
+
+    Parameters
+    ----------
+    first : int
+        The first page of entry 0; negative where it begins before the slot.
+    size : int
+        Pages of an entry.
+    lo, hi : int
+        Pages [lo, hi) have their bits set in ``out`` and ``also``.
+    end : int
+        Of the other pages those of [0, end) have them set in ``kept``, where ``out`` is asked for.
+    """
+
+    first: int
+    size: int
+    lo: int
+    hi: int
+    end: int
+
+
 class Kernels(Protocol):
     """What an implementation, a module, provides; the package's docstring says what the arguments are."""
 
@@ -65,18 +120,57 @@ class Kernels(Protocol):
     def scan(self, pte: Array, runs: Runs, match: Match, out: Array) -> None:
         """Set in `out` the bit of each descriptor that matches."""
 
-    def rewrite(self, pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> Tally:
-        """Apply `update`, and set in `out` and `also` the bit of each descriptor that it changed."""
+    def rewrite(self, pte: Array, runs: Runs, update: Update, out: Array, also: Array, notes: Notes = BOTH) -> Tally:
+        """Apply `update`, and set in `out` and `also` the bits of the descriptors that it changed."""
 
-    def rewrite_within(self, pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array) -> Tally:
+    def rewrite_within(
+        self, pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array, notes: Notes = BOTH
+    ) -> Tally:
         """Apply `update` where the bit in `within` is set; otherwise as `rewrite`."""
+
+    def exchange(self, pte: Array, runs: Runs, values: Array, out: Array, also: Array, notes: Notes = BOTH) -> None:
+        """Swap descriptors, in the runs' order, with `values`; set the bits that `notes` asks of what was there."""
+
+    def rewrite_at(
+        self,
+        entries: Array,
+        index: Runs,
+        update: Update,
+        place: Place,
+        out: Array,
+        also: Array,
+        kept: Array,
+        notes: Notes = BOTH,
+    ) -> int:
+        """Apply `update` to the entries `index`, set the bits of their pages, and return how many it changed.
+
+        With an empty `kept` only the pages [lo, hi) of the place have bits set.
+        """
+
+    def exchange_at(
+        self,
+        entries: Array,
+        index: Runs,
+        values: Array,
+        place: Place,
+        out: Array,
+        also: Array,
+        kept: Array,
+        notes: Notes = BOTH,
+    ) -> None:
+        """Swap the entries `index` with `values`; set the bits of their pages that `notes` asks of what was there."""
+
+    def set_at(self, entries: Array, index: Runs, bits: Array) -> None:
+        """Set `bits` in the entries `index`, which may repeat."""
 
     def fill(self, words: Array, ranges: Runs) -> None:
         """Set the bits of each row [start, stop) of `ranges`: disjoint, in any alignment."""
 
-    def rewrite_runs(self, entries: Array, update: Update) -> Runs:
-        """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
+    def find(self, entries: Array, match: Match) -> Runs:
+        """Return the runs [start, stop) of entries that match."""
 
+
+# --- which implementation -------------------------------------------------------------------------------------
 
 _active: list[Kernels] = []  # one, once it is chosen
 
@@ -93,7 +187,7 @@ def available() -> tuple[Name, ...]:
 
 
 def use(name: Name) -> None:
-    """Use the implementation `name` from now on, in every thread.
+    """Use the implementation `name` for arrays made from now on.
 
     Parameters
     ----------
@@ -107,32 +201,133 @@ def use(name: Name) -> None:
     if name not in available():
         hint = "; the extra 'jit' brings numba" if name == "fused" else ""
         raise ValueError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")
-    _active[:] = [cast(Kernels, import_module(f"hwdbm.kernels.{name}"))]
+    try:
+        _active[:] = [named(name)]
+    except Exception as error:  # whatever numba or LLVM raises where they don't work
+        raise ValueError(f"the kernels {name!r} can't be compiled here: {error}") from error
+
+
+def named(name: Name) -> Kernels:
+    """Return an implementation, imported and so compiled."""
+    return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
 
 
 def active() -> Kernels:
-    """Return the implementation in use, choosing one at the first call."""
+    """Return the implementation that new arrays get, choosing one at the first call.
+
+    Where ``fused`` is there but can't be compiled, ``vector`` takes over, and the log says so once.
+    """
     if not _active:
-        use(available()[0])
+        for name in available():
+            try:
+                use(name)
+                break
+            except ValueError as error:
+                _log.warning("hwdbm: %s; 'vector' takes over", " ".join(str(error).split())[:200])
     return _active[0]
 
 
 def current() -> Name:
-    """Return the name of the implementation in use."""
+    """Return the name of the implementation that new arrays get."""
     return "fused" if active().__name__.endswith("fused") else "vector"
 
 
 def warm_up() -> None:
-    """Load the implementation in use, and compile it if it never was: half a second that a first call takes otherwise.
+    """Load the implementation that new arrays get, compiling it if it never was, and call each function once.
 
     Examples
     --------
     >>> warm_up()
     """
-    kernels, runs = active(), np.array([[0, 64]], dtype=np.int64)
-    pte, words = np.zeros(64, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+    kernels, runs, index = active(), np.array([[0, 64, 0]], dtype=np.int64), np.zeros(1, dtype=np.int64)
+    pte, words, place = np.zeros(64, dtype=np.uint64), np.zeros(1, dtype=np.uint64), Place(0, 1, 0, 64, 64)
+    mask = words.copy()
+    mask.flags.writeable = False
     kernels.scan(pte, runs, dirty(3), words)
     kernels.rewrite(pte, runs, clean(3), words, words)
-    kernels.rewrite_within(pte, runs, clean(3), words, words, words)
-    kernels.rewrite_runs(pte, clean(2))
-    kernels.fill(words, runs)
+    for within in (words, mask):
+        kernels.rewrite_within(pte, runs, clean(3), within, words, words)
+    kernels.exchange(pte, runs, pte.copy(), words, words)
+    kernels.rewrite_at(pte, index, clean(2), place, words, words, words)
+    kernels.exchange_at(pte, index, words.copy(), place, words, words, words)
+    kernels.set_at(pte, index, words)
+    kernels.find(pte, dirty(2))
+    kernels.fill(words, runs[:, :2])
+
+
+# --- the doors ------------------------------------------------------------------------------------------------
+
+
+def check_runs(
+    pte: Array,
+    runs: Runs,
+    *written: Array,
+    within: Array | None = None,
+    values: Array | None = None,
+    change: bool = False,
+) -> Runs:
+    """Return `runs`, contiguous, after checking that they lie in the arrays; its cost is that of the runs."""
+    uint64s(pte, "pte", writable=change)
+    runs = _indices(runs, "runs", 3)
+    words = min(uint64s(array, "words", writable=True).size for array in written)
+    if within is not None:
+        words = min(words, uint64s(within, "within").size)
+    starts, stops, bits = runs[:, 0], runs[:, 1], runs[:, 2]
+    if len(runs) == 1:  # nearly always
+        start, stop, bit = runs[0].tolist()
+        fits, total = 0 <= start <= stop <= pte.size and 0 <= bit <= words * 64 - (stop - start), stop - start
+    elif len(runs):
+        sizes = stops - starts
+        fits = int(starts.min()) >= 0 and int(sizes.min()) >= 0 and int(stops.max()) <= pte.size
+        fits = fits and 0 <= int(bits.min()) and int((bits + sizes).max()) <= words * 64
+        total = int(sizes.sum())
+    else:
+        fits, total = True, 0
+    if not fits:
+        raise ValueError(f"runs aren't inside of {pte.size} descriptors and {words} words")
+    if values is not None:
+        uint64s(values, "values", total, writable=True)
+    return runs
+
+
+def check_at(
+    entries: Array, index: Runs | None = None, place: Place | None = None, *words: Array, values: Array | None = None
+) -> Runs:
+    """Return `index`, contiguous, after checking that it lies in `entries`, and the pages of `place` in the words."""
+    uint64s(entries, "entries", writable=index is not None)
+    if index is None:
+        return _NO_INDEX
+    index = _indices(index, "index", 1)
+    if index.size and not (0 <= int(index.min()) and int(index.max()) < entries.size):
+        raise ValueError(f"index isn't inside of {entries.size} entries")
+    if place is not None:
+        out, also, kept = (uint64s(array, "words", writable=True).size * 64 for array in words)
+        first, size, lo, hi, end = place
+        if not (0 < size <= 1 << 40 and abs(first) <= 1 << 52):
+            raise ValueError(f"an entry at page {first} of {size} pages isn't in a slot")
+        if not (0 <= lo <= hi <= min(out, also) and 0 <= end <= (kept or end) <= 1 << 52):
+            raise ValueError(f"pages {lo}..{hi} and 0..{end} aren't inside of the words")
+    if values is not None:
+        uint64s(values, "values", index.size, writable=place is not None)
+    return index
+
+
+def check_ranges(words: Array, ranges: Runs) -> Runs:
+    """Return `ranges`, contiguous, after checking that they lie in the words."""
+    size = uint64s(words, "words", writable=True).size * 64
+    ranges = _indices(ranges, "ranges", 2)
+    if len(ranges) and not (0 <= int(ranges.min()) and int(ranges.max()) <= size):
+        raise ValueError(f"ranges aren't inside of {size} bits")
+    return ranges
+
+
+def _indices(value: Any, name: str, columns: int) -> Runs:
+    if not isinstance(value, np.ndarray) or value.dtype != np.int64 or not value.dtype.isnative:
+        raise TypeError(f"{name} are an array of int64, not {getattr(value, 'dtype', type(value).__name__)}")
+    if value.ndim != min(columns, 2) or (columns > 1 and value.shape[1] != columns):
+        raise ValueError(f"{name} have shape (n,{f' {columns}' if columns > 1 else ''}), not {value.shape}")
+    return np.ascontiguousarray(value) if not (value.flags.c_contiguous and value.flags.aligned) else value
+
+
+_NO_INDEX = np.empty(0, dtype=np.int64)
+_log = logging.getLogger("hwdbm")

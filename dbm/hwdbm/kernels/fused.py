@@ -3,18 +3,23 @@
 The inner loops take slices, never an index range: with indices numba checks for wrap-around, and LLVM no longer
 vectorises (six times slower, measured). A group of 64 descriptors makes one bitmap word; descriptors are read once
 to make words and, only where a word isn't zero, gone over again while they are still in the first-level cache.
+
+Every function here is one call of compiled code that changes descriptors and sets their bits: no signal handler of
+Python's runs between the two. Each is compiled for one signature, when this module is imported; an array that is only
+read may be read-only.
 """
 
 from functools import cache
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numpy.typing import NDArray
 
-from hwdbm.kernels import Tally
+from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs
+from hwdbm.kernels._cache import compiled
 from hwdbm.pte import Match, Update
 
-__all__ = ["fill", "rewrite", "rewrite_runs", "rewrite_within", "scan"]
+__all__ = ["exchange", "exchange_at", "fill", "find", "rewrite", "rewrite_at", "rewrite_within", "scan", "set_at"]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
@@ -22,30 +27,73 @@ Runs = NDArray[np.int64]
 _ALL = (1 << 64) - 1
 _SOME = 256  # words of a mask that are looked at together
 
+# Types of arguments: arrays that are written, arrays that are only read, words and indices.
+_W = types.Array(types.uint64, 1, "C")
+_R = types.Array(types.uint64, 1, "C", readonly=True)
+_INDEX = types.Array(types.int64, 1, "C", readonly=True)
+_RUNS = types.Array(types.int64, 2, "C", readonly=True)
+_U, _I = types.uint64, types.int64
+_MATCH, _CHANGE, _NOTES, _PLACE = (_U,) * 2, (_U,) * 4, (_U,) * 4, (_I,) * 5
+
 
 def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
     """Set in `out` the bit of each descriptor that matches."""
+    runs = check_runs(pte, runs, out)
     _scan(pte, runs, np.uint64(match.mask), np.uint64(match.value), out)
 
 
-def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> Tally:
-    """Apply `update`, and set in `out` and `also` the bit of each descriptor that it changed."""
-    return Tally(*_rewrite(pte, runs, *_masks(update), out, also))
+def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array, notes: Notes = BOTH) -> Tally:
+    """Apply `update`, and set in `out` and `also` the bits of the descriptors that it changed."""
+    runs = check_runs(pte, runs, out, also, change=True)
+    return Tally(*_rewrite(pte, runs, *_masks(update), *_noted(notes), out, also))
 
 
-def rewrite_within(pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array) -> Tally:
+def rewrite_within(
+    pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array, notes: Notes = BOTH
+) -> Tally:
     """Apply `update` where the bit in `within` is set; otherwise as `rewrite`."""
-    return Tally(*_rewrite_within(pte, runs, *_masks(update), within, out, also))
+    runs = check_runs(pte, runs, out, also, within=within, change=True)
+    return Tally(*_rewrite_within(pte, runs, *_masks(update), *_noted(notes), within, out, also))
+
+
+def exchange(pte: Array, runs: Runs, values: Array, out: Array, also: Array, notes: Notes = BOTH) -> None:
+    """Swap descriptors with `values`, and set in `out` and `also` the bits that `notes` asks of what was there."""
+    runs = check_runs(pte, runs, out, also, values=values, change=True)
+    _exchange(pte, runs, values, *_noted(notes), out, also)
+
+
+def rewrite_at(
+    entries: Array, index: Runs, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> int:
+    """Apply `update` to the entries `index`, set the bits of their pages, and return how many it changed."""
+    index = check_at(entries, index, place, out, also, kept)
+    return int(_rewrite_at(entries, index, *_masks(update), *_noted(notes), *place, out, also, kept))
+
+
+def exchange_at(
+    entries: Array, index: Runs, values: Array, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> None:
+    """Swap the entries `index` with `values`, and set the bits of their pages that `notes` asks of what was there."""
+    index = check_at(entries, index, place, out, also, kept, values=values)
+    _exchange_at(entries, index, values, *_noted(notes), *place, out, also, kept)
+
+
+def set_at(entries: Array, index: Runs, bits: Array) -> None:
+    """Set `bits` in the entries `index`, which may repeat."""
+    index = check_at(entries, index, values=bits)
+    _set_at(entries, index, bits)
 
 
 def fill(words: Array, ranges: Runs) -> None:
     """Set the bits of each row [start, stop) of `ranges`."""
+    ranges = check_ranges(words, ranges)
     _fill(words, ranges)
 
 
-def rewrite_runs(entries: Array, update: Update) -> Runs:
-    """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
-    runs: Runs = _rewrite_runs(entries, *_masks(update))
+def find(entries: Array, match: Match) -> Runs:
+    """Return the runs [start, stop) of entries that match."""
+    check_at(entries)
+    runs: Runs = _find(entries, np.uint64(match.mask), np.uint64(match.value))
     return runs
 
 
@@ -60,18 +108,25 @@ def _masks(update: Update) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     )
 
 
+@cache
+def _noted(notes: Notes) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    # A value outside of its mask is matched by nothing.
+    pairs = [(0, 1) if match is None else (match.mask, match.value) for match in notes]
+    return tuple(np.uint64(number) for pair in pairs for number in pair)  # type: ignore[return-value]
+
+
 @njit(inline="always")
-def _hit(d, mask, value):  # type: ignore[no-untyped-def]
+def _hit(d, mask, value):
     return (d & mask) == value
 
 
 @njit(inline="always")
-def _changed(d, mask, value, keep, sets):  # type: ignore[no-untyped-def]
+def _changed(d, mask, value, keep, sets):
     return (d & keep) | sets if (d & mask) == value else d
 
 
 @njit(inline="always")
-def _popcount(word):  # type: ignore[no-untyped-def]
+def _popcount(word):
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
     pairs = np.uint64(0x3333333333333333)
     word = (word & pairs) + ((word >> np.uint64(2)) & pairs)
@@ -79,138 +134,141 @@ def _popcount(word):  # type: ignore[no-untyped-def]
     return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-@njit(nogil=True, cache=True)
-def _word_at(pte, start, stop, mask, value):  # type: ignore[no-untyped-def]
-    """Return the word of a last group that has fewer than 64 descriptors."""
+@njit(nogil=True)
+def _word(pte, mask, value):
+    """Return the word of a group of up to 64 descriptors."""
     word = np.uint64(0)
-    for j in range(stop - start):
-        word |= np.uint64(_hit(pte[start + j], mask, value)) << np.uint64(j)
+    if pte.size == 64:  # a length that the compiler knows makes vector code
+        for j in range(64):
+            word |= np.uint64(_hit(pte[j], mask, value)) << np.uint64(j)
+    else:
+        for j in range(pte.size):
+            word |= np.uint64(_hit(pte[j], mask, value)) << np.uint64(j)
     return word
 
 
-@njit(nogil=True, cache=True)
-def _scan_run(pte, mask, value, out):  # type: ignore[no-untyped-def]
-    full = pte.size // 64
-    for w in range(full):
+@njit(nogil=True)
+def _publish(pte, word, mask1, value1, mask2, value2, shift, out, also):
+    """Set the bits of a group in which the descriptors of `word` match, in the one word of `out` and of `also`."""
+    first = second = word
+    if mask1 | value1:
+        first &= _word(pte, mask1, value1)
+    if mask2 | value2:
+        second &= _word(pte, mask2, value2)
+    out[0] |= first << shift
+    also[0] |= second << shift
+
+
+@njit(nogil=True)
+def _rewrite_few(pte, mask, value, keep, sets, mask1, value1, mask2, value2, asked, shift, out, also):
+    """Rewrite a group of up to 64 descriptors of which the first is bit `shift`; return the word of those it was."""
+    word = _word(pte, mask, value) & asked
+    if word:
+        _publish(pte, word, mask1, value1, mask2, value2, shift, out, also)
+        rest = word
+        while rest:
+            above = rest & (rest - np.uint64(1))
+            i = np.int64(_popcount((rest ^ above) - np.uint64(1)))
+            pte[i] = (pte[i] & keep) | sets
+            rest = above
+    return word
+
+
+@njit(nogil=True)
+def _scan_groups(pte, mask, value, out):
+    for w in range(pte.size // 64):
         word = np.uint64(0)
         for j in range(64):
             word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
         if word:
             out[w] |= word
-    if full * 64 < pte.size:
-        out[full] |= _word_at(pte, full * 64, pte.size, mask, value)
 
 
-@njit(inline="always")
-def _rewrite_bits(pte, start, word, keep, sets):  # type: ignore[no-untyped-def]
-    """Rewrite the few descriptors from `start` on whose bit is set in `word`."""
-    while word:
-        rest = word & (word - np.uint64(1))
-        i = start + np.int64(_popcount((word ^ rest) - np.uint64(1)))
-        pte[i] = (pte[i] & keep) | sets
-        word = rest
-
-
-@njit(nogil=True, cache=True)
-def _rewrite_run(pte, mask, value, keep, sets, out, also):  # type: ignore[no-untyped-def]
+@njit(nogil=True)
+def _rewrite_groups(pte, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
     changed, words, full = np.uint64(0), 0, pte.size // 64
-    # Four words at a time: at a density of 1 % whether one word is zero is anybody's guess, and a branch on it costs
-    # more than the reading; whether four are is predicted well.
+    noted = (mask1 | value1 | mask2 | value2) != 0
+    # Four words at a time: at a density of 1 % a branch on one word is mispredicted so often that it costs more than
+    # the reading; a branch on four isn't.
     four = np.empty(4, np.uint64)
-    for quad in range(full // 4):
-        some = np.uint64(0)
-        for k in range(4):
+    for quad in range((full + 3) // 4):
+        some, size = np.uint64(0), min(4, full - quad * 4)
+        for k in range(size):
             word = np.uint64(0)
             for j in range(64):
                 word |= np.uint64(_hit(pte[quad * 256 + k * 64 + j], mask, value)) << np.uint64(j)
             four[k] = word
             some |= word
         if some:
-            for k in range(4):
+            for k in range(size):
                 word, w = four[k], quad * 4 + k
-                out[w] |= word
-                also[w] |= word
-                hits = _popcount(word)
-                changed += hits
-                words += word != 0
-                if hits > 4:
+                if word:
+                    if noted:
+                        group = pte[w * 64 : w * 64 + 64]
+                        _publish(
+                            group, word, mask1, value1, mask2, value2, np.uint64(0), out[w : w + 1], also[w : w + 1]
+                        )
+                    else:
+                        out[w] |= word
+                        also[w] |= word
+                    changed += _popcount(word)
+                    words += 1
                     for j in range(64):
                         pte[w * 64 + j] = _changed(pte[w * 64 + j], mask, value, keep, sets)
-                else:
-                    _rewrite_bits(pte, w * 64, word, keep, sets)
-    for w in range(full // 4 * 4, (pte.size + 63) // 64):
-        start, stop = w * 64, min(w * 64 + 64, pte.size)
-        word = _word_at(pte, start, stop, mask, value)
-        if word:
-            out[w] |= word
-            also[w] |= word
-            changed += _popcount(word)
-            words += 1
-            _rewrite_bits(pte, start, word, keep, sets)
     return changed, words
 
 
-@njit(nogil=True, cache=True)
-def _rewrite_listed(pte, mask, value, keep, sets, within, out, also, at):  # type: ignore[no-untyped-def]
+@njit(nogil=True)
+def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also, at):
     """Rewrite the descriptors whose bits are set, one by one; `at` has room for their positions."""
     words, read, n = 0, 0, 0
     for w in range(within.size):
-        asked, size = within[w], min(64, pte.size - w * 64)
-        if size < 64:  # bits beyond the last descriptor may be set
-            asked &= (np.uint64(1) << np.uint64(size)) - np.uint64(1)
-        if within[w]:
-            read += size
+        asked = within[w]
+        if asked:
+            read += 64
         while asked:
             rest = asked & (asked - np.uint64(1))
             at[n] = np.uint64(w * 64) + _popcount((asked ^ rest) - np.uint64(1))
             n += 1
             asked = rest
     hits = 0
-    for i in range(n):  # of those that match the positions come to the front
+    for i in range(n):  # the positions of those that match come to the front
         at[hits] = at[i]
         if _hit(pte[at[i]], mask, value):
             hits += 1
     before = np.uint64(1 << 62)
     for i in range(hits):
         j = at[i]
-        pte[j] = (pte[j] & keep) | sets
+        d = pte[j]
+        pte[j] = (d & keep) | sets
         w, bit = j >> np.uint64(6), np.uint64(1) << (j & np.uint64(63))
-        out[w] |= bit
-        also[w] |= bit
+        if _hit(d, mask1, value1):
+            out[w] |= bit
+        if _hit(d, mask2, value2):
+            also[w] |= bit
         words += w != before
         before = w
-    return read, hits, words
+    return read, np.uint64(hits), words
 
 
-@njit(nogil=True, cache=True)
-def _rewrite_asked(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
-    """Rewrite the descriptors whose bits are set, by groups: all 64 of one are read."""
-    changed, words, read = np.uint64(0), 0, 0
-    full = pte.size // 64
+@njit(nogil=True)
+def _rewrite_asked(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
+    """Rewrite the descriptors whose bits are set, by groups: all 64 of each are read."""
+    changed, words, read, zero = np.uint64(0), 0, 0, np.uint64(0)
     for w in range(within.size):
-        if not within[w]:
-            continue
-        start = w * 64
-        stop = min(start + 64, pte.size)
-        read += stop - start
-        word = np.uint64(0)
-        if w < full:
-            for j in range(64):
-                word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
-        else:
-            word = _word_at(pte, start, stop, mask, value)
-        word &= within[w]
-        if word:
-            out[w] |= word
-            also[w] |= word
+        if within[w]:
+            read += 64
+            group, first, second = pte[w * 64 : w * 64 + 64], out[w : w + 1], also[w : w + 1]
+            word = _rewrite_few(
+                group, mask, value, keep, sets, mask1, value1, mask2, value2, within[w], zero, first, second
+            )
             changed += _popcount(word)
-            words += 1
-            _rewrite_bits(pte, start, word, keep, sets)
+            words += word != 0
     return read, changed, words
 
 
-@njit(nogil=True, cache=True)
-def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
+@njit(nogil=True)
+def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
     changed, words, read = np.uint64(0), 0, 0
     at = np.empty(_SOME * 8, np.uint64)
     for first in range(0, within.size, _SOME):
@@ -220,80 +278,206 @@ def _rewrite_run_within(pte, mask, value, keep, sets, within, out, also):  # typ
             asked += _popcount(within[w])
         if asked == 0:
             continue
-        part, some = pte[first * 64 : last * 64], within[first:last]
-        if asked < np.uint64(_SOME * 4):  # few: to look at each takes less than to read the groups that they are in
-            r, c, n = _rewrite_listed(part, mask, value, keep, sets, some, out[first:last], also[first:last], at)
+        part, some, outs, alsos = pte[first * 64 : last * 64], within[first:last], out[first:last], also[first:last]
+        if asked < np.uint64(_SOME * 4):  # few: looking at each takes less than reading the groups that they are in
+            r, c, n = _rewrite_listed(
+                part, mask, value, keep, sets, mask1, value1, mask2, value2, some, outs, alsos, at
+            )
         else:
-            r, c, n = _rewrite_asked(part, mask, value, keep, sets, some, out[first:last], also[first:last])
-        read, changed, words = read + r, changed + np.uint64(c), words + n
+            r, c, n = _rewrite_asked(part, mask, value, keep, sets, mask1, value1, mask2, value2, some, outs, alsos)
+        read, changed, words = read + r, changed + c, words + n
     return read, changed, words
 
 
-@njit(nogil=True, cache=True)
-def _scan(pte, runs, mask, value, out):  # type: ignore[no-untyped-def]
+@njit(nogil=True, inline="always")
+def _cut(lo, hi, bit):
+    """Return where the whole words of a run begin and end, and the first of them."""
+    head = min(-bit % 64, hi - lo)
+    first = lo + head
+    return first, first + (hi - first) // 64 * 64, (bit + head) // 64
+
+
+@compiled(*(_W, _RUNS, *_MATCH, _W))
+def _scan(pte, runs, mask, value, out):
     for r in range(runs.shape[0]):
-        lo, hi = runs[r, 0], runs[r, 1]
-        _scan_run(pte[lo:hi], mask, value, out[lo // 64 : (hi + 63) // 64])
+        lo, hi, bit = runs[r, 0], runs[r, 1], runs[r, 2]
+        first, last, w = _cut(lo, hi, bit)
+        if lo < first:
+            out[bit // 64] |= _word(pte[lo:first], mask, value) << np.uint64(bit % 64)
+        _scan_groups(pte[first:last], mask, value, out[w : w + (last - first) // 64])
+        if last < hi:
+            out[w + (last - first) // 64] |= _word(pte[last:hi], mask, value)
 
 
-@njit(nogil=True, cache=True)
-def _rewrite(pte, runs, mask, value, keep, sets, out, also):  # type: ignore[no-untyped-def]
-    read, changed, words = np.int64(0), np.int64(0), 0
+@compiled(*(_W, _RUNS, *_CHANGE, *_NOTES, _W, _W))
+def _rewrite(pte, runs, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
+    read, changed, words, everything = np.int64(0), np.uint64(0), 0, ~np.uint64(0)
     for r in range(runs.shape[0]):
-        lo, hi = runs[r, 0], runs[r, 1]
-        first, last = lo // 64, (hi + 63) // 64
-        n, w = _rewrite_run(pte[lo:hi], mask, value, keep, sets, out[first:last], also[first:last])
-        read, changed, words = read + hi - lo, changed + np.int64(n), words + w
-    return read, changed, words
-
-
-@njit(nogil=True, cache=True)
-def _rewrite_within(pte, runs, mask, value, keep, sets, within, out, also):  # type: ignore[no-untyped-def]
-    read, changed, words = 0, np.int64(0), 0
-    for r in range(runs.shape[0]):
-        lo, hi = runs[r, 0], runs[r, 1]
-        first, last = lo // 64, (hi + 63) // 64
-        d, n, w = _rewrite_run_within(
-            pte[lo:hi], mask, value, keep, sets, within[first:last], out[first:last], also[first:last]
+        lo, hi, bit = runs[r, 0], runs[r, 1], runs[r, 2]
+        read += hi - lo
+        first, last, w = _cut(lo, hi, bit)
+        if lo < first:
+            v = bit // 64
+            word = _rewrite_few(
+                pte[lo:first], mask, value, keep, sets, mask1, value1, mask2, value2,
+                everything, np.uint64(bit % 64), out[v : v + 1], also[v : v + 1],
+            )  # fmt: skip
+            changed, words = changed + _popcount(word), words + (word != 0)
+        v = w + (last - first) // 64
+        c, n = _rewrite_groups(
+            pte[first:last], mask, value, keep, sets, mask1, value1, mask2, value2, out[w:v], also[w:v]
         )
-        read, changed, words = read + d, changed + np.int64(n), words + w
-    return read, changed, words
+        changed, words = changed + c, words + n
+        if last < hi:
+            word = _rewrite_few(
+                pte[last:hi], mask, value, keep, sets, mask1, value1, mask2, value2,
+                everything, np.uint64(0), out[v : v + 1], also[v : v + 1],
+            )  # fmt: skip
+            changed, words = changed + _popcount(word), words + (word != 0)
+    return read, np.int64(changed), words
 
 
-@njit(nogil=True, cache=True)
-def _fill(words, ranges):  # type: ignore[no-untyped-def]
+@compiled(*(_W, _RUNS, *_CHANGE, *_NOTES, _R, _W, _W))
+def _rewrite_within(pte, runs, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
+    read, changed, words = np.int64(0), np.uint64(0), 0
+    for r in range(runs.shape[0]):
+        lo, hi, bit = runs[r, 0], runs[r, 1], runs[r, 2]
+        first, last, w = _cut(lo, hi, bit)
+        if lo < first:
+            v = bit // 64
+            if within[v]:
+                read += first - lo
+                word = _rewrite_few(
+                    pte[lo:first], mask, value, keep, sets, mask1, value1, mask2, value2,
+                    within[v] >> np.uint64(bit % 64), np.uint64(bit % 64), out[v : v + 1], also[v : v + 1],
+                )  # fmt: skip
+                changed, words = changed + _popcount(word), words + (word != 0)
+        v = w + (last - first) // 64
+        d, c, n = _rewrite_groups_within(
+            pte[first:last], mask, value, keep, sets, mask1, value1, mask2, value2, within[w:v], out[w:v], also[w:v]
+        )
+        read, changed, words = read + d, changed + c, words + n
+        if last < hi and within[v]:
+            read += hi - last
+            word = _rewrite_few(
+                pte[last:hi], mask, value, keep, sets, mask1, value1, mask2, value2,
+                within[v], np.uint64(0), out[v : v + 1], also[v : v + 1],
+            )  # fmt: skip
+            changed, words = changed + _popcount(word), words + (word != 0)
+    return read, np.int64(changed), words
+
+
+@njit(nogil=True)
+def _swap(pte, values, mask1, value1, mask2, value2, shift, out, also):
+    """Swap a group of up to 64 descriptors of which the first is bit `shift`."""
+    out[0] |= _word(pte, mask1, value1) << shift
+    also[0] |= _word(pte, mask2, value2) << shift
+    for j in range(pte.size):
+        old = pte[j]
+        pte[j] = values[j]
+        values[j] = old
+
+
+@compiled(*(_W, _RUNS, _W, *_NOTES, _W, _W))
+def _exchange(pte, runs, values, mask1, value1, mask2, value2, out, also):
+    at = 0
+    for r in range(runs.shape[0]):
+        lo, hi, bit = runs[r, 0], runs[r, 1], runs[r, 2]
+        first, _, w = _cut(lo, hi, bit)
+        if lo < first:
+            v = bit // 64
+            _swap(
+                pte[lo:first], values[at : at + first - lo], mask1, value1, mask2, value2,
+                np.uint64(bit % 64), out[v : v + 1], also[v : v + 1],
+            )  # fmt: skip
+        at += first - lo
+        for start in range(first, hi, 64):
+            stop = min(start + 64, hi)
+            _swap(
+                pte[start:stop], values[at : at + stop - start], mask1, value1, mask2, value2,
+                np.uint64(0), out[w : w + 1], also[w : w + 1],
+            )  # fmt: skip
+            at, w = at + stop - start, w + 1
+
+
+@njit(nogil=True)
+def _fill_one(words, lo, hi):
+    if lo >= hi:
+        return
     full = ~np.uint64(0)
+    head, last = lo // 64, (hi - 1) // 64
+    head_mask, last_mask = full << np.uint64(lo % 64), full >> np.uint64(63 - (hi - 1) % 64)
+    if head == last:
+        words[head] |= head_mask & last_mask
+    else:
+        words[head] |= head_mask
+        words[head + 1 : last] = full
+        words[last] |= last_mask
+
+
+@njit(nogil=True)
+def _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept):
+    """Set the bits of the pages of entry `i`, which was `d`."""
+    start = first + i * size
+    stop = start + size
+    if _hit(d, mask1, value1):
+        _fill_one(out, max(start, lo), min(stop, hi))
+        if kept.size:
+            _fill_one(kept, max(start, 0), min(stop, lo))
+            _fill_one(kept, max(start, hi), min(stop, end))
+    if _hit(d, mask2, value2):
+        _fill_one(also, max(start, lo), min(stop, hi))
+
+
+@compiled(*(_W, _INDEX, *_CHANGE, *_NOTES, *_PLACE, _W, _W, _W))
+def _rewrite_at(
+    entries, index, mask, value, keep, sets, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept
+):
+    changed = 0
+    for i in index:
+        d = entries[i]
+        if _hit(d, mask, value):
+            entries[i] = (d & keep) | sets
+            changed += 1
+            _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+    return changed
+
+
+@compiled(*(_W, _INDEX, _W, *_NOTES, *_PLACE, _W, _W, _W))
+def _exchange_at(entries, index, values, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept):
+    for k in range(index.size):
+        i = index[k]
+        d = entries[i]
+        entries[i] = values[k]
+        values[k] = d
+        _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+
+
+@compiled(*(_W, _INDEX, _R))
+def _set_at(entries, index, bits):
+    for k in range(index.size):
+        entries[index[k]] |= bits[k]
+
+
+@compiled(*(_W, _RUNS))
+def _fill(words, ranges):
     for r in range(ranges.shape[0]):
-        lo, hi = ranges[r, 0], ranges[r, 1]
-        if lo >= hi:
-            continue
-        head, last = lo // 64, (hi - 1) // 64
-        head_mask, last_mask = full << np.uint64(lo % 64), full >> np.uint64(63 - (hi - 1) % 64)
-        if head == last:
-            words[head] |= head_mask & last_mask
-        else:
-            words[head] |= head_mask
-            words[head + 1 : last] = full
-            words[last] |= last_mask
+        _fill_one(words, ranges[r, 0], ranges[r, 1])
 
 
-@njit(nogil=True, cache=True)
-def _rewrite_runs(entries, mask, value, keep, sets):  # type: ignore[no-untyped-def]
+@compiled(*(_R, *_MATCH))
+def _find(entries, mask, value):
     runs = np.empty((entries.size // 2 + 1, 2), np.int64)
-    found, inside, writes = 0, False, sets != 0 or ~keep != 0
-    full = entries.size // 64
+    found, inside, full = 0, False, entries.size // 64
     for w in range((entries.size + 63) // 64):
-        if w < full:  # a group without a hit, or of hits that aren't written, in a row of such, is passed over
+        if w < full:  # a group without a match, or of matches in the middle of a run, is passed over whole
             word = np.uint64(0)
             for j in range(64):
                 word |= np.uint64(_hit(entries[w * 64 + j], mask, value)) << np.uint64(j)
-            if (word == 0 and not inside) or (~word == 0 and inside and not writes):
+            if (word == 0 and not inside) or (~word == 0 and inside):
                 continue
         for i in range(w * 64, min(w * 64 + 64, entries.size)):
-            d = entries[i]
-            hit = _hit(d, mask, value)
-            if hit and writes:
-                entries[i] = (d & keep) | sets
+            hit = _hit(entries[i], mask, value)
             if hit != inside:
                 runs[found, 1 if inside else 0] = i
                 found += inside

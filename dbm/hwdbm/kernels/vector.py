@@ -1,95 +1,188 @@
-"""Kernels in numpy and numexpr: the portable ones.
+"""Kernels in numpy: the portable ones.
 
-The masks are numexpr's, evaluated over blocks small enough that the temporaries stay in the cache. numexpr knows no
-unsigned type, so descriptors and masks pass as int64 views: right bit for bit for ``& | ^ ~ ==``, and nothing else
-is used.
+They go over the descriptors in blocks small enough that the temporaries stay in the cache. What a block's descriptors
+were is in the bitmaps before one call of numpy's changes them, so a signal handler that raises in between marks a page
+too many, and never one too few.
 """
 
 from collections.abc import Iterator
 
-import numexpr as ne
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.kernels import Tally
-from hwdbm.pte import Match, Update
+from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs
+from hwdbm.pte import ANY, Match, Update
 
-__all__ = ["HIT", "NEW", "fill", "rewrite", "rewrite_runs", "rewrite_within", "scan"]
+__all__ = ["exchange", "exchange_at", "fill", "find", "rewrite", "rewrite_at", "rewrite_within", "scan", "set_at"]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
-HIT = "(pte & mask) == value"
-NEW = "where(hit, (pte & keep) | sets, pte)"
-
-_BLOCK = 1 << 17  # descriptors: 1 MiB of them, and 128 KiB of booleans
-_GAP = 1 << 13  # descriptors: a shorter gap between two runs is bridged
+_BLOCK = 1 << 15  # descriptors: 256 KiB of them, and 32 KiB of booleans
+_GAP = 1 << 12  # descriptors: a shorter gap between two runs is bridged
 _ALL = (1 << 64) - 1
 
 
 def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
     """Set in `out` the bit of each descriptor that matches."""
-    for block, words in _blocks(runs):
+    runs = check_runs(pte, runs, out)
+    room = _Room(pte.size)
+    for block, words, shift in _blocks(runs):
         if _possible(pte[block], match):
-            out[words] |= _packed(_hit(pte[block], match))
+            _set(out[words], _packed(room.hit(pte[block], match), shift))
 
 
-def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array) -> Tally:
-    """Apply `update`, and set in `out` and `also` the bit of each descriptor that it changed."""
-    tally = Tally()
-    for block, words in _blocks(runs):
+def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array, notes: Notes = BOTH) -> Tally:
+    """Apply `update`, and set in `out` and `also` the bits of the descriptors that it changed."""
+    runs = check_runs(pte, runs, out, also, change=True)
+    room, read, changed, found = _Room(pte.size), 0, 0, 0
+    for block, words, shift in _blocks(runs):
         entries = pte[block]
-        tally += Tally(read=entries.size)
-        if _possible(entries, update.where):
-            hit = _hit(entries, update.where)
-            tally += _publish(_packed(hit), out[words], also[words])
-            _update(entries, hit, update)
-    return tally
+        read += entries.size
+        if not _possible(entries, update.where):
+            continue
+        hit = room.hit(entries, update.where)
+        hits = _packed(hit, shift)
+        some = int(np.count_nonzero(hits))
+        if some:
+            changed, found = changed + int(np.bitwise_count(hits).sum(dtype=np.int64)), found + some
+            _publish(entries, hit, hits, notes, shift, out[words], also[words])
+            room.change(entries, hit, update)
+    return Tally(read, changed, found)
 
 
-def rewrite_within(pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array) -> Tally:
+def rewrite_within(
+    pte: Array, runs: Runs, update: Update, within: Array, out: Array, also: Array, notes: Notes = BOTH
+) -> Tally:
     """Apply `update` where the bit in `within` is set; otherwise as `rewrite`."""
-    tally = Tally()
-    for block, words in _blocks(runs):
+    runs = check_runs(pte, runs, out, also, within=within, change=True)
+    room, read, changed, found = _Room(pte.size), 0, 0, 0
+    for block, words, shift in _blocks(runs):
         entries = pte[block]
         (wanted,) = within[words].nonzero()
-        if wanted.size:
-            tally += Tally(read=int(np.minimum(64, entries.size - 64 * wanted).sum()))  # the last may be a part
-            hits = _packed(_hit(entries, update.where)) & within[words]
-            tally += _publish(hits, out[words], also[words])
-            chosen = np.unpackbits(hits.view(np.uint8), count=entries.size, bitorder="little")
-            _update(entries, chosen.view(np.bool_), update)
-    return tally
+        if not wanted.size:
+            continue
+        read += int(np.minimum(64, entries.size - 64 * wanted).sum())  # the last group may be a part
+        hits = _packed(room.hit(entries, update.where), shift) & within[words]
+        some = int(np.count_nonzero(hits))
+        if some:
+            changed, found = changed + int(np.bitwise_count(hits).sum(dtype=np.int64)), found + some
+            hit = np.unpackbits(hits.view(np.uint8), count=shift + entries.size, bitorder="little").view(np.bool_)
+            hit = hit[shift:]
+            _publish(entries, hit, hits, notes, shift, out[words], also[words])
+            room.change(entries, hit, update)
+    return Tally(read, changed, found)
+
+
+def exchange(pte: Array, runs: Runs, values: Array, out: Array, also: Array, notes: Notes = BOTH) -> None:
+    """Swap descriptors with `values`, and set in `out` and `also` the bits that `notes` asks of what was there."""
+    runs = check_runs(pte, runs, out, also, values=values, change=True)
+    at = 0
+    for block, words, shift in _blocks(runs, gap=0):
+        entries = pte[block]
+        new = values[at : at + entries.size].copy()
+        for match, target in zip(notes, (out, also), strict=True):
+            if match is not None:
+                _set(target[words], _packed(match(entries), shift))
+        values[at : at + entries.size] = entries
+        entries[:] = new
+        at += entries.size
+
+
+def rewrite_at(
+    entries: Array, index: Runs, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> int:
+    """Apply `update` to the entries `index`, set the bits of their pages, and return how many it changed."""
+    index = check_at(entries, index, place, out, also, kept)
+    index = index[update.where(entries[index])]
+    if index.size:
+        old = entries[index]
+        _note_at(old, index, notes, place, out, also, kept)
+        entries[index] = old & np.uint64(~update.clears & _ALL) | np.uint64(update.sets)
+    return int(index.size)
+
+
+def exchange_at(
+    entries: Array, index: Runs, values: Array, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> None:
+    """Swap the entries `index` with `values`, and set the bits of their pages that `notes` asks of what was there."""
+    index = check_at(entries, index, place, out, also, kept, values=values)
+    old, new = entries[index], values.copy()
+    _note_at(old, index, notes, place, out, also, kept)
+    values[:] = old
+    entries[index] = new
+
+
+def set_at(entries: Array, index: Runs, bits: Array) -> None:
+    """Set `bits` in the entries `index`, which may repeat."""
+    index = check_at(entries, index, values=bits)
+    np.bitwise_or.at(entries, index, bits)
 
 
 def fill(words: Array, ranges: Runs) -> None:
     """Set the bits of each row [start, stop) of `ranges`."""
+    ranges = check_ranges(words, ranges)
     ranges = ranges[ranges[:, 0] < ranges[:, 1]]
-    for start in range(0, len(ranges), _BLOCK // 8):
-        _fill(words, ranges[start : start + _BLOCK // 8])
+    for start in range(0, len(ranges), _BLOCK):
+        _fill(words, ranges[start : start + _BLOCK])
 
 
-def rewrite_runs(entries: Array, update: Update) -> Runs:
-    """Apply `update` to any entries, and return the runs [start, stop) of those that it was applied to."""
-    hit = update.where(entries)
-    if update.sets | update.clears:
-        entries[hit] = update(entries[hit])
-    edges = np.flatnonzero(np.diff(hit, prepend=False, append=False))
+def find(entries: Array, match: Match) -> Runs:
+    """Return the runs [start, stop) of entries that match."""
+    check_at(entries)
+    edges = np.flatnonzero(np.diff(match(entries), prepend=False, append=False))
     return edges.astype(np.int64).reshape(-1, 2)
 
 
-def _blocks(runs: Runs) -> Iterator[tuple[slice, slice]]:
-    """Yield the blocks of the runs as slices of descriptors and of words.
+class _Room:
+    """Temporaries of a pass, which every block uses again."""
+
+    def __init__(self, size: int) -> None:
+        size = min(size, _BLOCK)
+        self._entries, self._hit = np.empty(size, dtype=np.uint64), np.empty(size, dtype=np.bool_)
+
+    def hit(self, entries: Array, match: Match) -> Bools:
+        """Return whether each of `entries` matches; the next call takes the array back."""
+        some, hit = self._entries[: entries.size], self._hit[: entries.size]
+        np.bitwise_and(entries, np.uint64(match.mask), out=some)
+        return np.equal(some, np.uint64(match.value), out=hit)
+
+    def change(self, entries: Array, hit: Bools, update: Update) -> None:
+        """Apply `update` where `hit`, with one call that writes to `entries`."""
+        some, flips = self._entries[: entries.size], _flips(update)
+        if flips is not None:  # a product takes a third of the time of a choice
+            np.multiply(hit, np.uint64(flips), out=some)
+            np.bitwise_xor(entries, some, out=entries)
+        else:
+            np.bitwise_and(entries, np.uint64(~update.clears & _ALL), out=some)
+            np.bitwise_or(some, np.uint64(update.sets), out=some)
+            np.copyto(entries, some, where=hit)
+
+
+def _blocks(runs: Runs, gap: int | None = None) -> Iterator[tuple[slice, slice, int]]:
+    """Yield the blocks of the runs: slices of descriptors and of words, and the first descriptor's bit in its word.
 
     Short gaps are read too: nothing matches there, and a block costs less than two calls do.
     """
-    far = np.flatnonzero(runs[1:, 0] - runs[:-1, 1] > _GAP)
-    starts = runs[np.concatenate(([0], far + 1)), 0] if len(runs) else runs[:, 0]
-    stops = runs[np.concatenate((far, [-1])), 1] if len(runs) else runs[:, 1]
-    for lo, hi in zip(starts.tolist(), stops.tolist(), strict=True):
-        for start in range(lo, hi, _BLOCK):
-            stop = min(start + _BLOCK, hi)
-            yield slice(start, stop), slice(start >> 6, (stop + 63) >> 6)
+    gap = _GAP if gap is None else gap
+    if len(runs) > 1 and gap:
+        apart = runs[1:, 0] - runs[:-1, 1] > gap
+        apart |= runs[1:, 2] - runs[:-1, 2] != runs[1:, 0] - runs[:-1, 0]  # elsewhere in the bitmap
+        starts, stops = np.append(True, apart), np.append(apart, True)
+        runs = np.stack([runs[starts, 0], runs[stops, 1], runs[starts, 2]], axis=1)
+    for lo, hi, bit in runs.tolist():
+        start, at = lo, bit
+        while start < hi:
+            stop = min(start + (64 - at % 64 if at % 64 else _BLOCK), hi)
+            yield slice(start, stop), slice(at >> 6, (at + stop - start + 63) >> 6), at & 63
+            start, at = stop, at + stop - start
+
+
+def _flips(update: Update) -> int | None:
+    """Return the bits in which what matches differs from what it becomes, or None if that isn't the same for all."""
+    where, bits = update.where, update.sets | update.clears
+    return None if bits & ~where.mask else (where.value ^ update.sets) & bits
 
 
 def _possible(pte: Array, match: Match) -> bool:
@@ -98,43 +191,41 @@ def _possible(pte: Array, match: Match) -> bool:
     Two reductions at the speed of memory spare most of the work where nothing was written.
     """
     ones, zeros = match.value, match.mask & ~match.value
-    if int(np.bitwise_or.reduce(pte)) & ones != ones:
+    if ones and int(np.bitwise_or.reduce(pte)) & ones != ones:
         return False
     return not zeros or not int(np.bitwise_and.reduce(pte)) & zeros
 
 
-def _hit(pte: Array, match: Match) -> NDArray[np.bool_]:
-    masks = _signed(mask=match.mask, value=match.value)
-    hit: NDArray[np.bool_] = ne.evaluate(HIT, {"pte": pte.view(np.int64), **masks}, {})
-    return hit
-
-
-def _packed(hit: NDArray[np.bool_]) -> Array:
+def _packed(hit: Bools, shift: int) -> Array:
+    """Return words of bits, of which `hit` begins at bit `shift`."""
+    if shift:  # then they are few, and of one word
+        hit = np.concatenate((np.zeros(shift, dtype=np.bool_), hit))
     octets = np.packbits(hit, bitorder="little")
     if octets.size % 8:
         octets = np.pad(octets, (0, -octets.size % 8))
     return octets.view(np.uint64)
 
 
-def _update(pte: Array, hit: NDArray[np.bool_], update: Update) -> None:
-    """Rewrite the descriptors where `hit`: one by one where they are few, the whole block where they are many."""
-    if np.count_nonzero(hit) * 16 < hit.size:
-        (index,) = hit.nonzero()
-        pte[index] = update(pte[index])
-    else:
-        signed = pte.view(np.int64)
-        masks = _signed(keep=~update.clears & _ALL, sets=update.sets)
-        ne.evaluate(NEW, {"pte": signed, "hit": hit, **masks}, {}, out=signed)
+def _set(words: Array, hits: Array) -> None:
+    np.bitwise_or(words, hits, out=words)
 
 
-def _signed(**masks: int) -> dict[str, np.int64]:
-    return {name: np.uint64(mask).astype(np.int64) for name, mask in masks.items()}
+def _publish(entries: Array, hit: Bools, hits: Array, notes: Notes, shift: int, out: Array, also: Array) -> None:
+    for match, words in zip(notes, (out, also), strict=True):
+        if match is not None:
+            _set(words, hits if match == ANY else _packed(match(entries) & hit, shift))
 
 
-def _publish(hits: Array, out: Array, also: Array) -> Tally:
-    np.bitwise_or(out, hits, out=out)
-    np.bitwise_or(also, hits, out=also)
-    return Tally(0, int(np.bitwise_count(hits).sum(dtype=np.int64)), int(np.count_nonzero(hits)))
+def _note_at(old: Array, index: Runs, notes: Notes, place: Place, out: Array, also: Array, kept: Array) -> None:
+    """Set the bits of the pages of the entries `index`, which were `old`."""
+    first, size, lo, hi, end = place
+    for match, words in zip(notes, (out, also), strict=True):
+        chosen = index[:0] if match is None else index[match(old)]
+        spans = np.stack([first + chosen * size, first + (chosen + 1) * size], axis=1)
+        fill(words, np.clip(spans, lo, hi))
+        if words is out and kept.size:
+            fill(kept, np.clip(spans, 0, lo))
+            fill(kept, np.clip(spans, hi, max(end, hi)))
 
 
 def _fill(words: Array, ranges: Runs) -> None:
@@ -146,6 +237,6 @@ def _fill(words: Array, ranges: Runs) -> None:
     np.bitwise_or.at(words, head[one], head_mask[one] & last_mask[one])
     np.bitwise_or.at(words, head[~one], head_mask[~one])
     np.bitwise_or.at(words, last[~one], last_mask[~one])
-    for first, stop in zip((head + 1).tolist(), last.tolist(), strict=True):
-        if first < stop:
-            words[first:stop] = full
+    for start, stop in zip((head + 1).tolist(), last.tolist(), strict=True):
+        if start < stop:
+            words[start:stop] = full

@@ -84,7 +84,7 @@ class Frames:
 
     def blockable(self, stripes: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return for each level-2 entry whether one block may map it: whole, congruent, one run of private frames."""
-        spans = self._layout.spans(2, stripes)
+        spans = self._layout.span(2, stripes)
         whole = (spans[:, 0] >= 0) & (spans[:, 1] <= self._layout.npages)
         return whole & ~self._broken[stripes] & self.congruent
 
