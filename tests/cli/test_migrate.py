@@ -378,8 +378,13 @@ def test_rebase(run, tmp_path: Path) -> None:
     assert result.status == 0
     assert list(json.loads(result.out)["copied"].values()) == [4096, 4096]
     assert (tmp_path / "base").read_bytes() == guest.memory(0).tobytes()
+    before = (tmp_path / "base").read_bytes()
     result = run("snapshot", "rebase", tmp_path / "base", tmp_path / "diff0")
-    assert result.out == f"{tmp_path}/diff0: 4096 bytes copied to {tmp_path}/base\n"
+    assert result.status == 1
+    assert "diff0: it is older than" in result.err
+    assert (tmp_path / "base").read_bytes() == before
+    result = run("snapshot", "rebase", tmp_path / "base", tmp_path / "diff1")
+    assert result.out == f"{tmp_path}/diff1: 4096 bytes copied to {tmp_path}/base\n"
 
 
 def test_rebase_of_another_size(run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 
+import numpy as np
 import pytest
 from migrationvm import LAYOUT, FakeVm
 
@@ -190,3 +191,147 @@ def test_a_vm_that_runs_is_paused_meanwhile(tmp_path):
     snapshot.rebase(tmp_path / "full", tmp_path / "diff")
     assert (tmp_path / "full").read_bytes() == content(vm)
     vm.close()
+
+
+class TestRebaseRefusesWhatItCannotBeSureOf:
+    @pytest.fixture
+    def chain(self, tmp_path):
+        """Return a base and two diffs, in their order."""
+        guest = PlainGuest(LAYOUT)
+        guest.memory(0)[:] = 7
+        paths = [tmp_path / name for name in ("base", "diff0", "diff1")]
+        snapshot.write_full(guest, paths[0])
+        for turn, path in enumerate(paths[1:]):
+            guest.write(0x4000_0000 + turn * 4096, bytes([turn + 1]) * 4096)
+            snapshot.write_diff(guest, path)
+        return paths
+
+    def refused(self, why, base, *diffs):
+        before = base.read_bytes(), sorted(path.name for path in base.parent.iterdir())
+        with pytest.raises(OSError, match=why) as raised:
+            snapshot.rebase_all(base, diffs)
+        assert raised.value.errno == errno.EINVAL
+        assert (base.read_bytes(), sorted(path.name for path in base.parent.iterdir())) == before
+
+    def test_itself(self, chain):
+        base, diff, _ = chain
+        os.link(base, base.parent / "hard")
+        self.refused("the same file as", base, base)
+        self.refused("the same file as", base, base.parent / "hard")
+        self.refused("the same file as", base, diff, diff)
+
+    def test_links(self, chain):
+        base, diff, _ = chain
+        (base.parent / "link").symlink_to(diff)
+        self.refused("is a symbolic link", base, base.parent / "link")
+        (base.parent / "to-base").symlink_to(base)
+        self.refused("is a symbolic link", base.parent / "to-base", diff)
+
+    def test_holes_that_a_copy_filled(self, chain):
+        base, diff, _ = chain
+        when = diff.stat().st_mtime_ns
+        diff.write_bytes(diff.read_bytes())
+        os.utime(diff, ns=(when, when))
+        self.refused("it has no holes", base, diff)
+
+    def test_another_order(self, chain):
+        base, first, second = chain
+        self.refused("it is older than", base, second, first)
+        snapshot.rebase(base, first)
+        snapshot.rebase(base, second)
+        self.refused("it is older than", base, first)
+
+    def test_one_that_is_missing_changes_nothing(self, chain):
+        base, first, _ = chain
+        before = base.read_bytes()
+        with pytest.raises(FileNotFoundError):
+            snapshot.rebase_all(base, [first, base.parent / "no"])
+        assert base.read_bytes() == before
+
+    @pytest.mark.parametrize("calls", range(4))
+    def test_a_base_is_old_or_new(self, chain, monkeypatch, calls):
+        """Wherever copying stops."""
+        base, *diffs = chain
+        before, real, left = base.read_bytes(), os.pwrite, [calls]
+
+        def full(fd, data, at):
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            return real(fd, data, at)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            snapshot.rebase_all(base, diffs)
+        assert raised.value.filename == str(base)
+        assert base.read_bytes() == before
+        assert len(list(base.parent.iterdir())) == 3
+
+    def test_what_is_written(self, chain):
+        base, *diffs = chain
+        base.chmod(0o644)
+        want = bytearray(base.read_bytes())
+        want[:8192] = b"\1" * 4096 + b"\2" * 4096
+        assert snapshot.rebase_all(base, diffs) == [4096, 4096]
+        assert base.read_bytes() == want
+        assert base.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_diff_replaces_no_file(tmp_path):
+    guest = PlainGuest(LAYOUT)
+    snapshot.write_full(guest, tmp_path / "base")
+    guest.write(0x4000_0000, b"1")
+    for name in ("base", "link"):
+        if name == "link":
+            (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(FileExistsError, match="replaces no file"):
+            snapshot.write_diff(guest, tmp_path / name)
+    assert (tmp_path / "base").stat().st_size == LAYOUT.total
+    assert snapshot.write_diff(guest, tmp_path / "diff").dirty == 1
+
+
+def test_a_plain_guest_without_a_log_has_no_diff(tmp_path):
+    with pytest.raises(FileNotFoundError, match="begin with a full snapshot"):
+        snapshot.write_diff(PlainGuest(LAYOUT), tmp_path / "diff")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_migration_has_the_log_to_itself(tmp_path):
+    guest = PlainGuest(LAYOUT)
+    snapshot.write_full(guest, tmp_path / "base")
+    guest.write(0x4000_0000, b"1")
+    client = guest.client("migration")
+    with pytest.raises(OSError, match="migration") as raised:
+        snapshot.write_diff(guest, tmp_path / "diff")
+    assert raised.value.errno == errno.EBUSY
+    client.close()
+    assert snapshot.write_diff(guest, tmp_path / "diff").dirty == 1
+
+
+@pytest.mark.parametrize("block", [0x2000, 0x10000, 0x40000])
+def test_large_blocks_at_a_slots_ends(tmp_path, monkeypatch, block):
+    """A block that reaches over the end of a slot takes in the next slot's first pages; they are written right, too."""
+    layout = MemoryMap(4096, (Memslot(0, 0, 0, 3, 0), Memslot(1, 0, 16, 5, 0), Memslot(2, 0, 64, 77, 0)))
+    guest = PlainGuest(layout)
+    for slot in layout.slots:
+        guest.memory(slot.id)[:] = np.arange(slot.npages * 4096) // 4096 + 40 * slot.id + 1
+    snapshot.write_full(guest, tmp_path / "full")
+    for gpa in (2 << 12, 16 << 12, 64 << 12, 140 << 12):
+        guest.write(gpa, bytes([200]) * 4096)
+    real = snapshot.extents
+
+    def coarse(fd):
+        end = 0
+        for start, stop in real(fd):
+            lo, hi = max(start // block * block, end), min(-(-stop // block) * block, layout.total)
+            if lo < hi:
+                yield lo, hi
+            end = hi
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "extents", coarse)
+        snapshot.write_diff(guest, tmp_path / "diff")
+    with (tmp_path / "diff").open("rb") as file:
+        for start, stop in coarse(file.fileno()):
+            assert file.seek(start) == start
+            assert file.read(stop - start) == content(guest)[start:stop]

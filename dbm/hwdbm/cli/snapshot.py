@@ -27,11 +27,14 @@ def rebase(
 ) -> None:
     """Lay differential snapshots over their base, as Firecracker's snapshot-editor does.
 
-    What is data in a difference is copied; a hole leaves the base as it is. If it is interrupted, do it again.
+    What is data in a difference is copied; a hole leaves the base as it is. If it is
+    interrupted, the base is what it was. Refused is what can't be trusted: a link, the same file twice, a diff without
+    holes, and one that is older than what it would change.
     """
-    copied = {str(diff): files.rebase(base, diff) for diff in diffs}
+    sizes = files.rebase_all(base, diffs)
+    copied = {str(diff): size for diff, size in zip(diffs, sizes, strict=True)}
+    done = f"{base} was changed"
     if as_json:
-        result(json.dumps({"base": str(base), "copied": copied}, indent=2))
+        result(json.dumps({"base": str(base), "copied": copied}, indent=2), done)
         return
-    for diff, size in copied.items():
-        result(f"{diff}: {size} bytes copied to {base}")
+    result("\n".join(f"{diff}: {size} bytes copied to {base}" for diff, size in copied.items()), done)

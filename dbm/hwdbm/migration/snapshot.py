@@ -7,21 +7,24 @@ first, it gives the memory of its moment. A page that is dirty and zero is data,
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from errno import EINVAL, EIO, ENXIO
+from errno import EEXIST, EINVAL, EIO, ENOENT, ENXIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.errors import StaleLeaseError
-from hwdbm.vm.source import Pages, Source
+from hwdbm.check import instance
+from hwdbm.errors import HwdbmError, StaleLeaseError
+from hwdbm.files import NewFile, open_regular
+from hwdbm.vm.source import Pages, Source, client_of
 
-__all__ = ["Written", "extents", "rebase", "write_diff", "write_full"]
+__all__ = ["Written", "extents", "rebase", "rebase_all", "write_diff", "write_full"]
 
 _CHUNK = 1 << 20  # bytes, a multiple of every page
 
@@ -70,6 +73,8 @@ def write_full(source: Source, path: Path) -> Written:
     OSError
         If it can't be written. The file is what it was, and so is the dirty log.
     """
+    instance(source, Source, "source")
+    path = check.path(path, "path")
     if not all(slot.logging for slot in source.slots):
         source.start_log()
     return _write(source, path, _put_all)
@@ -79,20 +84,28 @@ def write_diff(source: Source, path: Path) -> Written:
     """Write what was dirtied since the last snapshot to a sparse file.
 
     Parameters, result and errors are those of `write_full`. The source must be logging. After a failure the next
-    differential snapshot has what this one would have had: every bit is put back.
+    differential snapshot has what this one would have had: every bit is put back. A file that is there already may be
+    the base, or another link of the chain: it isn't replaced, and the error is EEXIST. Without a log it is ENOENT.
     """
+    instance(source, Source, "source")
+    path = check.path(path, "path")
+    if path.is_symlink() or path.exists():
+        raise OSError(EEXIST, "a diff replaces no file, which could be what it is a diff of", str(path))
+    if not all(slot.logging for slot in source.slots):
+        raise OSError(ENOENT, "the log isn't on: begin with a full snapshot", str(path))
     return _write(source, path, _put_dirty)
 
 
 def rebase(base: Path, diff: Path) -> int:
     """Lay a differential snapshot over its base, as Firecracker's ``snapshot-editor edit-memory rebase`` does.
 
-    Several are laid in the order in which they were made. Should it fail half-way, it can be done again.
+    Several are laid in the order in which they were made. The base is written anew and renamed: should it fail
+    half-way, or be killed, the base is what it was. It then has the time of the diff.
 
     Parameters
     ----------
     base : Path
-        The file that is changed.
+        The file that is replaced.
     diff : Path
         The sparse file.
 
@@ -104,18 +117,63 @@ def rebase(base: Path, diff: Path) -> int:
     Raises
     ------
     OSError
-        EINVAL if the sizes differ; nothing is changed then.
+        EINVAL for what can't be trusted, and nothing is changed then: files of different sizes, the same file twice, a
+        symbolic link, a diff that is older than the base that it would change, and one without holes, where nothing
+        tells what was dirty from what a copy filled with zeros.
     """
-    with diff.open("rb") as source, base.open("r+b") as target:
-        sizes = [os.fstat(file.fileno()).st_size for file in (target, source)]
-        if sizes[0] != sizes[1]:
-            raise OSError(EINVAL, f"a diff of {sizes[1]} bytes is not of a base of {sizes[0]}", str(diff))
-        copied = 0
-        for start, stop in extents(source.fileno()):
-            _copy(source.fileno(), target.fileno(), start, stop)
-            copied += stop - start
-        os.fsync(target.fileno())
-    return copied
+    return rebase_all(base, [diff])[0]
+
+
+def rebase_all(base: Path, diffs: Sequence[Path]) -> list[int]:
+    """Lay several differential snapshots over their base, the oldest first; all of them, or none.
+
+    Parameters, result and errors are those of `rebase`, with a number of bytes for each diff.
+    """
+    base, diffs = check.path(base, "base"), [check.path(diff, "diff") for diff in diffs]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_regular(_no_link(path))) for path in (base, *diffs)]
+        _check_chain((base, *diffs), [os.fstat(file.fileno()) for file in files])
+        for path, file in zip(diffs, files[1:], strict=True):
+            if list(extents(file.fileno())) == [(0, os.fstat(file.fileno()).st_size)]:
+                raise _untrusted(path, "it has no holes: was it copied by something that fills them with zeros?")
+        new = stack.enter_context(NewFile(base))
+        size = os.fstat(files[0].fileno()).st_size
+        os.truncate(new.fd, size)
+        copied = []
+        with _naming(base):
+            for file in files:
+                found = list(extents(file.fileno()))
+                for start, stop in found:
+                    _copy(file.fileno(), new.fd, start, stop)
+                copied.append(sum(stop - start for start, stop in found))
+            # Its place in the order, for the next one.
+            os.utime(new.fd, ns=(os.fstat(new.fd).st_atime_ns, os.fstat(files[-1].fileno()).st_mtime_ns))
+    return copied[1:]
+
+
+def _no_link(path: Path) -> Path:
+    if path.is_symlink():
+        raise _untrusted(path, "it is a symbolic link: name the file itself")
+    return path
+
+
+def _check_chain(paths: Sequence[Path], stats: Sequence[os.stat_result]) -> None:
+    """Raise if the files can't be a base and the diffs that were made after it, in their order."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path, found in zip(paths, stats, strict=True):
+        if found.st_size != stats[0].st_size:
+            raise _untrusted(path, f"a diff of {found.st_size} bytes is not of a base of {stats[0].st_size}")
+        key = found.st_dev, found.st_ino
+        if key in seen:
+            raise _untrusted(path, f"it is the same file as {seen[key]}")
+        seen[key] = path
+    for (earlier, before), (later, after) in pairwise(zip(paths, stats, strict=True)):
+        if after.st_mtime_ns < before.st_mtime_ns:
+            raise _untrusted(later, f"it is older than {earlier}, and would undo what came after it")
+
+
+def _untrusted(path: Path, why: str) -> OSError:
+    return OSError(EINVAL, why, str(path))
 
 
 def extents(fd: int) -> Iterator[tuple[int, int]]:
@@ -147,22 +205,24 @@ def _write(source: Source, path: Path, put: Put) -> Written:
     ran, lent = source.running, dict[int, Pages]()
     source.pause()
     try:
-        for slot in source.slots:
-            lent[slot.id] = source.dirty(slot.id)
-        pages = {slot_id: lease.bitmap for slot_id, lease in lent.items()}
-        size = sum(slot.npages for slot in source.slots) * source.page_size
-        with _replaced(path) as fd:
-            os.truncate(fd, size)
-            put(fd, source, pages)
-            data = sum(stop - start for start, stop in extents(fd))
-    except BaseException:
-        for lease in lent.values():
-            with contextlib.suppress(StaleLeaseError):
-                lease.rollback()
-        raise
-    else:
-        for lease in lent.values():
-            lease.commit()
+        with client_of(source, "snapshot") as client, NewFile(path) as file:
+            try:
+                for slot in source.slots:
+                    lent[slot.id] = client.take(slot.id)
+                pages = {slot_id: lease.bitmap for slot_id, lease in lent.items()}
+                size = sum(slot.npages for slot in source.slots) * source.page_size
+                with _naming(path):
+                    os.truncate(file.fd, size)
+                    put(file.fd, source, pages)
+                    data = sum(stop - start for start, stop in extents(file.fd))
+                file.commit()
+            except BaseException:
+                for lease in lent.values():
+                    with contextlib.suppress(StaleLeaseError):
+                        lease.rollback()
+                raise
+            for lease in lent.values():
+                lease.commit()
     finally:
         if ran:
             source.resume()
@@ -247,20 +307,11 @@ def _copy(source: int, target: int, start: int, stop: int) -> None:
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[int]:
-    """Yield a new file, which takes the place of `path` when the block ends well."""
-    name = ""
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors of the system name the file that was meant."""
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600: memory is its owner's
-        try:
-            yield fd
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        Path(name).replace(path)
-    except BaseException as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename != str(path):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        yield
+    except OSError as error:
+        if error.filename is not None or isinstance(error, HwdbmError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
