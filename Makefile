@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+PIP = $(BIN)/python -P -m pip --disable-pip-version-check -qq
 
 CAPTURES = $(sort $(wildcard tests/data/captures/*/*.npz))
 
@@ -30,11 +30,11 @@ migrate: $(VENV)/.user ## move a machine that keeps writing to another process, 
 
 .PHONY: test
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 .PHONY: cover
 cover: $(VENV)/.dev ## run the tests, and report what they cover: it takes longer
-	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses auto --cov --cov-report=term $(PYTEST_ARGS)
 
 # Ten times as many random examples as `make test` asks: some twenty minutes on two cores.
 EFFORT ?= 10
@@ -43,7 +43,7 @@ THOROUGH = tests/test_stage2.py tests/test_stage2_machine.py tests/kernels tests
 
 .PHONY: thorough
 thorough: $(VENV)/.dev ## run the tests that draw at random, EFFORT times as long
-	HWDBM_EFFORT=$(EFFORT) $(BIN)/python -m pytest --numprocesses auto $(THOROUGH) $(PYTEST_ARGS)
+	HWDBM_EFFORT=$(EFFORT) $(BIN)/python -P -m pytest --numprocesses auto $(THOROUGH) $(PYTEST_ARGS)
 
 # Random mutants of the package, each against the tests that cover it: an hour for 300 on two cores. It goes on where it
 # was stopped. SAMPLE and SEED choose others.
@@ -56,7 +56,7 @@ mutants: $(VENV)/.dev ## do the tests bite? random mutants of the package agains
 
 .PHONY: handover
 handover: $(VENV)/.dev ## cut the link, and kill either side, at every message of a migration
-	HWDBM_HANDOVER=all $(BIN)/python -m pytest --numprocesses auto tests/migration/test_handover.py $(PYTEST_ARGS)
+	HWDBM_HANDOVER=all $(BIN)/python -P -m pytest --numprocesses auto tests/migration/test_handover.py $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm

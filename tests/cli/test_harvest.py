@@ -33,7 +33,7 @@ def raw(tmp_path: Path) -> list[object]:
 def test_files_are_kvms_words(run, path: Path, tmp_path: Path) -> None:
     result = run("harvest", path, "--output", tmp_path / "a" / "b", "--page-size", "4K", "--json")
     assert (result.status, result.err) == (0, "")
-    report = json.loads(result.out)
+    (report,) = json.loads(result.out)["images"]
     with np.load(path) as arrays:
         slots = arrays["memslots"].tolist()
         for (number, gfn, npages), found in zip(slots, report["slots"], strict=True):
@@ -65,14 +65,15 @@ def test_page_size_is_the_granule_by_default(run, tmp_path: Path) -> None:
 
 
 def test_leaves_by_size(run) -> None:
-    report = json.loads(run("harvest", CAPTURES / "4k_blocks" / "round1.npz", "--json").out)
+    (report,) = json.loads(run("harvest", CAPTURES / "4k_blocks" / "round1.npz", "--json").out)["images"]
     assert report["slots"][0]["dirty-leaves"] == {"1G": 0, "2M": 47, "4K": 0}
     assert report["slots"][0]["dirty"] == 47 * 512
     assert (report["granule"], report["ipa-bits"], report["hw-dbm"]) == ("4K", 40, True)
     assert (report["total"]["tables"], report["total"]["table-bytes"]) == (8, 8 * 4096)
 
 
-def test_text_for_people(run, tmp_path: Path) -> None:
+def test_text_for_people(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # a table with the files' names is wide
     result = run("harvest", ODD, "--output", tmp_path, "--check")
     assert result.status == 0
     lines = result.out.splitlines()
@@ -82,7 +83,8 @@ def test_text_for_people(run, tmp_path: Path) -> None:
     ]
     assert lines[3].split()[:5] == ["1", "0x0000000100123000", "4K", "1237", "286"]
     assert lines[3].endswith(f"286 of 4K     as expected  {tmp_path / 'slot1.bitmap'}")
-    assert lines[5].startswith("2422 of 11477 pages dirty (9920512 bytes); 31 tables (126976 bytes) read in ")
+    assert lines[5] == "2422 of 11477 pages dirty (9920512 bytes)"
+    assert lines[6].startswith("31 tables (126976 bytes) read in ")
     assert "\x1b" not in result.out + result.err
 
 
@@ -97,7 +99,7 @@ class TestPolicy:
     def test_dbm_is_not_on(self, run) -> None:
         result = run("harvest", KVM, "--json")
         assert result.status == 0
-        assert json.loads(result.out)["total"]["dirty"] == 0
+        assert json.loads(result.out)["images"][0]["total"]["dirty"] == 0
         assert result.err.count("\n") == 1
         assert "VTCR_EL2 = 0x00000000802d3558 has hardware DBM off" in result.err
 
@@ -113,8 +115,8 @@ class TestCheck:
     def test_matches(self, run, path: Path, how: list[str]) -> None:
         result = run("harvest", path, "--check", "--json", *how)
         assert (result.status, result.err) == (0, "")
-        assert [slot["differs"] for slot in json.loads(result.out)["slots"]] == [
-            0 for _ in json.loads(result.out)["slots"]
+        assert [slot["differs"] for slot in json.loads(result.out)["images"][0]["slots"]] == [
+            0 for _ in json.loads(result.out)["images"][0]["slots"]
         ]
 
     @pytest.mark.parametrize("now", ["dirty", "clean"])
@@ -150,12 +152,12 @@ class TestSlots:
         slots = ["--slot", "7:0x80600000:256K", "--slot", "2:2G:4K"]
         result = run("harvest", *raw, *slots, "--output", tmp_path, "--json")
         assert result.status == 0
-        assert [slot["id"] for slot in json.loads(result.out)["slots"]] == [2, 7]
+        assert [slot["id"] for slot in json.loads(result.out)["images"][0]["slots"]] == [2, 7]
         assert (tmp_path / "slot7.bitmap").read_bytes() == bytes([8, 0, 0, 0, 0, 0, 0, 0])
         assert (tmp_path / "slot2.bitmap").read_bytes() == bytes(8)
 
     def test_in_place_of_the_captures(self, run) -> None:
-        report = json.loads(run("harvest", ODD, "--slot", "5:0x100123000:1M", "--json").out)
+        report = json.loads(run("harvest", ODD, "--slot", "5:0x100123000:1M", "--json").out)["images"][0]
         assert [slot["id"] for slot in report["slots"]] == [5]
         assert report["slots"][0]["pages"] == 256
 
@@ -172,8 +174,8 @@ class TestSlots:
 
     def test_overlap(self, run) -> None:
         result = run("harvest", ODD, "--slot", "0:0:8K", "--slot", "1:4K:8K")
-        assert (result.status, result.out) == (1, "")
-        assert result.err.startswith("hwdbm: slot 0")
+        assert (result.status, result.out) == (2, "")
+        assert "slot 0" in result.err
 
 
 class TestSeveralImages:
@@ -224,7 +226,7 @@ class TestFailures:
             arrays = dict(loaded)
         arrays["table_data"][:, 7] = 1
         np.savez(tmp_path / "corrupt.npz", **arrays)
-        result = run("harvest", tmp_path / "corrupt.npz", "--output", tmp_path / "out", "--json")
+        result = run("harvest", tmp_path / "corrupt.npz", "--output", tmp_path / "out")
         self.is_one_line(result, "level-3 entry at", "for IPA", "reserved")
         assert not (tmp_path / "out").exists()
 
@@ -302,3 +304,71 @@ def test_progress_is_for_terminals(run, monkeypatch: pytest.MonkeyPatch) -> None
     json.loads(result.out)
     assert result.err == ""
     assert "reading" in terminal.getvalue()
+
+
+class TestOneShape:
+    """Of one image or several, of good ones or bad: an object for each, with what was found or an error."""
+
+    def test_a_bad_one_among_good_ones(self, run, tmp_path: Path) -> None:
+        bad = tmp_path / "bad.npz"
+        bad.write_bytes(ODD.read_bytes()[:1000])
+        result = run("harvest", ODD, bad, ALL[0], "--output", tmp_path / "out", "--json")
+        assert result.status == 1
+        one, two, three = json.loads(result.out)["images"]
+        assert (one["image"], two["image"], three["image"]) == (str(ODD), str(bad), str(ALL[0]))
+        assert one["slots"]
+        assert three["slots"]
+        assert set(two) == {"image", "error"}
+        assert all(Path(slot["file"]).exists() for report in (one, three) for slot in report["slots"])
+        assert result.err == f"hwdbm: {two['error']}\n"
+        text = run("harvest", bad, ODD)
+        assert (text.status, text.err) == (1, result.err)
+        assert str(ODD) in text.out
+
+    def test_one_that_is_missing(self, run, tmp_path: Path) -> None:
+        result = run("harvest", tmp_path / "none", "--json")
+        assert (result.status, result.err) == (1, f"hwdbm: {tmp_path}/none: No such file or directory\n")
+        assert json.loads(result.out)["images"] == [
+            {"image": f"{tmp_path}/none", "error": f"{tmp_path}/none: No such file or directory"}
+        ]
+
+
+def test_the_files_of_an_earlier_run_are_removed(run, tmp_path: Path) -> None:
+    for name in ("slot9.bitmap", "slot0.bitmap", "slotted.bitmap", "notes"):
+        (tmp_path / name).write_text("old")
+    assert run("harvest", ODD, "--output", tmp_path).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes", "slot0.bitmap", "slot1.bitmap", "slot2.bitmap", "slotted.bitmap",
+    ]  # fmt: skip
+    assert (tmp_path / "slot0.bitmap").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--page-size", "3K"], "power of two of 4K or more"),
+        (["--page-size", "2K"], "power of two of 4K or more"),
+        (["--slot", "0:0:4K", "--slot", "0:1M:4K"], "two slots have the id 0"),
+        (["--slot", "0:0:8K", "--slot", "1:4K:4K"], "overlap"),
+        (["--slot", "0:1:4K"], "isn't a multiple of 4 KiB"),
+        (["--slot", "-1:0:4K"], "doesn't fit into 64 bits"),
+        (["--ram-base", "0"], "--ram-base is for raw images"),
+        (["--vttbr", "1", "--vtcr", "0"], "VTCR_EL2 = "),
+    ],
+)
+def test_what_the_command_line_alone_has_wrong_is_usage(run, args: list[str], why: str) -> None:
+    result = run("harvest", ODD, *args)
+    assert (result.status, result.out) == (2, "")
+    assert why in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_tables_fit(run, columns: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.npz").write_bytes(ODD.read_bytes())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for args in (["harvest", "a.npz", "--check"], ["inspect", "a.npz"]):
+        out = run(*args).out
+        assert "writable-dirty" in out or "wrong" in out or "as expected" in out
+        if columns >= 80:
+            assert max(map(len, out.splitlines())) <= columns, args

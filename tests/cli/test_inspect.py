@@ -101,10 +101,18 @@ class TestPlot:
             rgb = np.array(list(bytes.fromhex(colour)))
             assert (picture == rgb).all(axis=2).sum() > 500, colour
 
+    def test_the_ending_says_what_is_drawn(self, run, tmp_path: Path) -> None:
+        assert run("inspect", ODD, "--plot", tmp_path / "a.svg").status == 0
+        assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+        for name in ("a.pdf", "a", "no/a.png"):
+            result = run("inspect", ODD, "--plot", tmp_path / name)
+            assert (result.status, result.out) == (2, ""), name
+        assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
+
     def test_cannot_be_written(self, run, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         result = run("inspect", ODD, "--plot", tmp_path / "file" / "a.png")
-        assert result.status == 1
+        assert result.status == 2
         assert "Traceback" not in result.err
 
     def test_huge_slot(self, run, tmp_path: Path) -> None:
@@ -118,7 +126,7 @@ class TestPlot:
         )
 
     def test_many_slots(self, run, tmp_path: Path) -> None:
-        slots = [arg for i in range(40) for arg in ("--slot", f"{i}:{i * 64}K:64K")]
+        slots = [arg for i in range(40) for arg in ("--slot", f"{i}:{(2 << 20) + i * 64}K:64K")]
         assert run("inspect", ODD, *slots, "--plot", tmp_path / "a.png").status == 0
 
 

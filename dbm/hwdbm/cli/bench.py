@@ -34,7 +34,7 @@ def bench(
     ] = None,
     memory: Annotated[
         int,
-        typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="The guest memory; 64G by default."),
+        typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="The guest memory."),
     ] = "64G",  # type: ignore[assignment]  # typer parses it
     repeat: Annotated[int, typer.Option(min=1, help="Measure each so often; the smallest time counts.")] = 9,
     as_json: options.Json = False,

@@ -11,9 +11,10 @@ import typer
 from hwdbm import files
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns, hexadecimal, progress, size_name, warn
-from hwdbm.cli.slotwise import Ask, Found, harvest_slots
 from hwdbm.cli.streams import note, result
+from hwdbm.errors import HwdbmError
 from hwdbm.image import Image
+from hwdbm.image.harvest import Ask, Found, harvest_slots
 from hwdbm.image.slots import SLOT_UNIT
 
 __all__ = ["EPILOG", "harvest"]
@@ -52,14 +53,14 @@ def harvest(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write each slot's bitmap to DIR/slot<ID>.bitmap: little-endian 64-bit words, the "
-            "slot's first page in bit 0. With several images: to DIR/<IMAGE>/slot<ID>.bitmap.",
+            help="Write each slot's bitmap to DIR/slot<ID>.bitmap: little-endian 64-bit words, the slot's first page "
+            "in bit 0. Other slot<ID>.bitmap there are removed. With several images: to DIR/<IMAGE>/slot<ID>.bitmap.",
         ),
     ] = None,
     page_size: Annotated[
         int | None,
         typer.Option(
-            parser=options.parser(parse.size),
+            parser=options.parser(parse.page_size),
             metavar="SIZE",
             help="The page that a bit stands for; the granule by default.",
         ),
@@ -92,33 +93,51 @@ def harvest(
     errors that name the entry, and then nothing is written for that image.
     """
     ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
+    options.check_slots(slot)
     folders = _folders(images, output)
-    reports, differ = [], False
-    done = "" if output is None else "the bitmaps were written"
+    reports: list[dict[str, Any]] = []
     for path in images:
-        image = options.open_for(path, ram_base, vttbr, vtcr, slot)
-        if not image.slots:
-            raise typer.BadParameter(f"{path} names no slots: give --slot ID:GPA:SIZE")
-        if policy is _Policy.DBM and not image.vtcr.hw_dbm:
-            warn(
-                f"{path}: VTCR_EL2 = {hexadecimal(image.registers.vtcr)} has hardware DBM off, so "
-                "leaves with DBM record nothing; see --policy writable"
-            )
-        with progress(str(path)) as visitors:
-            found = harvest_slots(image, ask, visitors)
-        if output is not None:
-            for one in found.slots:
-                one.file = folders[path] / f"slot{one.slot.id}.bitmap"
-                one.file.parent.mkdir(parents=True, exist_ok=True)
-                files.write(one.file, one.bitmap.to_bytes())
-        differ |= _say_differences(path, found)
-        reports.append(_report(path, image, found))
-        if not as_json:
-            result(_text(reports[-1]), done)
+        try:
+            image = options.open_for(path, ram_base, vttbr, vtcr, slot)
+            if check and image.capture is None:
+                raise typer.BadParameter(f"--check: {path} is a raw image, which carries no truth")
+            reports.append(_harvested(path, image, ask, folders.get(path)))
+        except (HwdbmError, OSError) as error:
+            what = str(error) if isinstance(error, HwdbmError) else f"{error.filename or path}: {error.strerror}"
+            note(what if str(path) in what else f"{path}: {what}")
+            reports.append({"image": str(path), "error": what})
+        if not as_json and "error" not in reports[-1]:
+            result(_text(reports[-1]), "" if output is None else "the bitmaps were written")
     if as_json:
-        result(json.dumps(reports[0] if len(images) == 1 else {"images": reports}, indent=2), done)
-    if differ:
+        result(json.dumps({"images": reports}, indent=2), "" if output is None else "the bitmaps were written")
+    if any("error" in report for report in reports):
+        raise typer.Exit(1)
+    if any(slot.get("differs") for report in reports for slot in report["slots"]):
         raise typer.Exit(_MISMATCH)
+
+
+def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None) -> dict[str, Any]:
+    """Harvest an image, write its bitmaps, and return what is to be said of it."""
+    if not image.slots:
+        raise typer.BadParameter(f"{path} names no slots: give --slot ID:GPA:SIZE")
+    if ask.policy == "dbm" and not image.vtcr.hw_dbm:
+        warn(
+            f"{path}: VTCR_EL2 = {hexadecimal(image.registers.vtcr)} has hardware DBM off, so "
+            "leaves with DBM record nothing; see --policy writable"
+        )
+    with progress(str(path)) as visitors:
+        found = harvest_slots(image, ask, visitors)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in found.slots:
+            one.file = folder / f"slot{one.slot.id}.bitmap"
+            files.write(one.file, one.bitmap.to_bytes())
+        # Those of an earlier run, which had other slots, would be taken for this one's.
+        for old in folder.glob("slot*.bitmap"):
+            if old.stem[4:].isdecimal() and old not in {one.file for one in found.slots}:
+                old.unlink()
+    _say_differences(path, found)
+    return _report(path, image, found)
 
 
 def _folders(images: list[Path], output: Path | None) -> dict[Path, Path]:
@@ -137,12 +156,10 @@ def _folders(images: list[Path], output: Path | None) -> dict[Path, Path]:
     return folders
 
 
-def _say_differences(path: Path, found: Found) -> bool:
-    differ = False
+def _say_differences(path: Path, found: Found) -> None:
     for one in found.slots:
         if one.wrong is None or not one.wrong.any():
             continue
-        differ = True
         page = int(one.wrong.pages()[0])
         gfn = one.slot.gpa // SLOT_UNIT + page
         now, then = ("dirty", "clean") if one.found_dirty(page) else ("clean", "dirty")
@@ -150,7 +167,6 @@ def _say_differences(path: Path, found: Found) -> bool:
             f"{path}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
             f"pages of 4K, the first is gfn {gfn:#x}: found {now}, in truth {then}"
         )
-    return differ
 
 
 def _report(path: Path, image: Image, found: Found) -> dict[str, Any]:
@@ -207,7 +223,7 @@ def _text(report: dict[str, Any]) -> str:
             heads.append(head)
     total = report["total"]
     summary = (
-        f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes); "
+        f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes)\n"
         f"{total['tables']} tables ({total['table-bytes']} bytes) read in "
         f"{1000 * total['seconds']:.1f} ms"
     )

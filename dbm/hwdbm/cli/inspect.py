@@ -45,7 +45,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="IMAGE", help="A capture (.npz) or a raw image of RAM.")],
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw a map of the slots' pages by state."),
+        typer.Option(metavar="FILE.png|.svg", help="Draw a map of the slots' pages by state."),
     ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
@@ -57,6 +57,10 @@ def inspect(
 
     All tables are read and checked, as harvest does it.
     """
+    if plot is not None and plot.suffix not in {".png", ".svg"}:
+        raise typer.BadParameter(f"--plot {plot}: .png or .svg")
+    if plot is not None and not plot.parent.is_dir():
+        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
     image = options.open_for(path, ram_base, vttbr, vtcr, slot)
     census = Census()
     stage2s = [image.empty_stage2(slot) for slot in image.slots]

@@ -7,10 +7,12 @@ from typing import Annotated, TypeVar
 import typer
 
 from hwdbm.cli import parse
-from hwdbm.image import Image, Slot, open_image
+from hwdbm.errors import ImageError
+from hwdbm.image import Image, Registers, Slot, open_image
 from hwdbm.image.capture import is_capture
+from hwdbm.image.slots import check_slots as slots_together
 
-__all__ = ["Json", "RamBase", "Slots", "Vtcr", "Vttbr", "open_for", "parser"]
+__all__ = ["Json", "RamBase", "Slots", "Vtcr", "Vttbr", "check_slots", "open_for", "parser"]
 
 T = TypeVar("T")
 
@@ -60,7 +62,15 @@ Slots = Annotated[
         help="A memslot, in place of those that a capture names. Give it once for each slot.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
+
+
+def check_slots(slots: list[Slot] | None) -> None:
+    """Raise `typer.BadParameter` if two ``--slot`` can't be there together."""
+    try:
+        slots_together(slots or (), 64)
+    except ImageError as error:
+        raise typer.BadParameter(f"--slot: {error}") from error
 
 
 def open_for(
@@ -71,7 +81,13 @@ def open_for(
     slots: list[Slot] | None,
 ) -> Image:
     """Open an image as the options say; a raw one without its registers is wrong usage."""
-    if not is_capture(path):
+    check_slots(slots)
+    capture = is_capture(path)
+    if capture and ram_base is not None:
+        raise typer.BadParameter(f"{path} is a capture: --ram-base is for raw images")
+    if ram_base is not None and ram_base % 4096:
+        raise typer.BadParameter(f"--ram-base {ram_base:#x} isn't a multiple of 4K")
+    if not capture:
         missing = [
             option
             for option, value in (("--ram-base", ram_base), ("--vttbr", vttbr), ("--vtcr", vtcr))
@@ -79,4 +95,9 @@ def open_for(
         ]
         if missing:
             raise typer.BadParameter(f"{path} is no capture, and a raw image needs {', '.join(missing)}")
+    if vttbr is not None and vtcr is not None:
+        try:
+            Registers(vttbr, vtcr).decode()
+        except ImageError as error:
+            raise typer.BadParameter(str(error)) from error
     return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)

@@ -1,6 +1,8 @@
 """Writing: tables of text and numbers for people, progress on a terminal."""
 
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +13,9 @@ from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
 __all__ = ["columns", "hexadecimal", "progress", "size_name", "warn"]
+
+
+_EVERY = 10.0  # seconds between two lines of a log
 
 
 def hexadecimal(value: int) -> str:
@@ -44,6 +49,8 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size((80, 24)).columns:
+        return _records(cells)
     lines = (
         "  ".join(
             cell.ljust(width) if i in left else cell.rjust(width)
@@ -52,6 +59,15 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
         for row in cells
     )
     return "\n".join(lines)
+
+
+def _records(cells: list[list[str]]) -> str:
+    """Return a table that is too wide for the screen as a line for each cell."""
+    heads, *rows = cells
+    width = max(map(len, heads))
+    return "\n\n".join(
+        "\n".join(f"{head:<{width}}  {cell}" for head, cell in zip(heads, row, strict=True)) for row in rows
+    )
 
 
 def warn(message: str) -> None:
@@ -69,10 +85,18 @@ def progress(what: str) -> Iterator[list[Visitor]]:
         The visitors to pass to `hwdbm.image.Image.read` for it: none where nobody looks.
     """
     console = Console(file=sys.stderr, stderr=True)
-    if not console.is_terminal:
-        yield []
+    done, told = 0, time.monotonic()
+    if not console.is_terminal:  # a log, which is to show now and then that something goes on
+
+        def log(batch: Batch) -> None:
+            nonlocal done, told
+            done += batch.entries.nbytes
+            if time.monotonic() - told >= _EVERY:
+                told = time.monotonic()
+                note(f"reading {what}: {done / (1 << 20):,.0f} MiB of tables")
+
+        yield [log]
         return
-    done = 0
     with console.status(f"reading {what}") as status:
 
         def count(batch: Batch) -> None:

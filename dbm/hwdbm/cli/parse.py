@@ -6,7 +6,7 @@ from math import inf, nan
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
 
-__all__ = ["address", "number", "size", "slot"]
+__all__ = ["address", "number", "page_size", "size", "slot"]
 
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -80,6 +80,25 @@ def size(text: str) -> int:
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return int(value)
+
+
+def page_size(text: str) -> int:
+    """Return the bytes of a page: a power of two of 4 KiB or more.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> page_size("64K")
+    65536
+    """
+    value = size(text)
+    if value < 4096 or value & value - 1:
+        raise ValueError(f"a page is a power of two of 4K or more, not {text!r}")
+    return value
 
 
 def slot(text: str) -> Slot:

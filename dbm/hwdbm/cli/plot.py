@@ -94,7 +94,7 @@ def map_of(stage2: Stage2, slot: Slot, most_cells: int = _MOST_CELLS) -> Map:
 
 
 def draw(path: Path, title: str, image: Image, stage2s: Sequence[Stage2]) -> None:
-    """Draw the slots of an image into a PNG file.
+    """Draw the slots of an image into a PNG or SVG file, by its ending.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def draw(path: Path, title: str, image: Image, stage2s: Sequence[Stage2]) -> Non
             frameon=False,
         )
         picture = BytesIO()
-        figure.savefig(picture, format="png")
+        figure.savefig(picture, format=path.suffix[1:])
     files.write(path, picture.getvalue())
 
 

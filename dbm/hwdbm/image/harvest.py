@@ -1,4 +1,4 @@
-"""What ``harvest`` finds out about each slot, from one walk over the tables."""
+"""The dirty pages of all slots of an image, from one walk over its tables."""
 
 import time
 from collections.abc import Iterable
@@ -11,11 +11,10 @@ from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import ImageError
 from hwdbm.granule import LEAF_LEVELS
-from hwdbm.image import Image, Policy, Slot
 from hwdbm.image.fill import Filler
-from hwdbm.image.reader import Visitor
+from hwdbm.image.reader import Image, Policy, Visitor
 from hwdbm.image.runs import RunMarker
-from hwdbm.image.slots import SLOT_UNIT, check_page_size
+from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size
 from hwdbm.layout import runs_of
 from hwdbm.stage2 import Stage2
 
