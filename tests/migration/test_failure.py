@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 import time
-from errno import EIO, ENOSPC
+from errno import EBUSY, EIO, ENOSPC
 
 import pytest
 from migrationvm import LAYOUT, FakeVm
@@ -348,3 +348,54 @@ def test_a_source_that_cannot_run_again(vm, inside):
     del vm.resume
     vm.resume()
     check_back(vm)
+
+
+def test_another_kind_of_vm_is_refused_at_hello(inside):
+    """Before its memory goes over, and not by its state, which comes last."""
+    from hwdbm.machine import Machine
+
+    def build(layout):
+        machine = Machine()
+        for slot in layout.slots:
+            machine.add_memslot(slot.npages * 4096, slot.base_gfn * 4096, slot=slot.id)
+        return machine
+
+    vm = FakeVm()
+    vm.kind = "kvm x86_64"
+    vm.resume()
+    vm.start_log()
+    other = inside(build)
+    with pytest.raises(PeerError, match="of kind 'kvm x86_64', which doesn't fit into one of 'machine'"):
+        migrate(vm, other.channel, SOON)
+    assert other.channel.sent < 4096
+    check_back(vm)
+    vm.close()
+
+
+def test_a_log_that_has_a_client_already(vm, inside):
+    vm.resume()
+    vm.start_log()
+    client = vm.client("backup")
+    with pytest.raises(OSError, match="backup") as raised:
+        migrate(vm, inside().channel, SOON)
+    assert raised.value.errno == EBUSY
+    client.close()
+    check_back(vm)
+    check_again(vm, inside)
+
+
+def test_nobody_else_uses_the_log_meanwhile(vm, inside):
+    vm.resume()
+    vm.start_log()
+    other, refused = inside(), []
+
+    def intrude():
+        for verb in (lambda: vm.dirty(0), vm.stop_log, vm.start_log, lambda: vm.client("backup")):
+            with pytest.raises(OSError, match="migration") as raised:
+                verb()
+            refused.append(raised.value.errno)
+
+    migrate(vm, trap(other.channel, Kind.STATE, intrude), SOON)
+    assert refused == [EBUSY] * 4
+    assert other.join().received.destination.digest() == vm.digest()
+    vm.dirty(0).commit()  # and the log is anybody's again

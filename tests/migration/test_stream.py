@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamtools import SMALL, frame, hello, pages, zeros
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import Channel, LayoutError, PeerError, Settings, StreamError, migrate, receive, wire
+from hwdbm.migration import Channel, LayoutError, PeerError, Precopy, Settings, StreamError, migrate, receive, wire
 from hwdbm.migration.wire import ACK, HEAD_SIZE, LIMITS, PASS, Head, Kind, crc32
 from hwdbm.vm import MemoryMap, PlainGuest
 
@@ -344,3 +344,31 @@ def test_a_receiver_that_is_none(name):
         assert guest.running
         with guest.dirty(0) as lease:
             assert 0 in lease.bitmap
+
+
+READY = frame(Kind.READY, 0, bytes(4))
+
+
+@settings(FUZZ, max_examples=60 * EFFORT)
+@given(st.lists(st.tuples(st.integers(0, 16), BODY), max_size=5), st.integers(0, 2))
+@example([(Kind.ALIVE, b"")] * 5, 1)
+@example([(Kind.ACK, ACK.pack(1)), (Kind.ACK, ACK.pack(2)), (Kind.RESUMED, b"")], 1)
+@example([(Kind.ERROR, b"\x1b[2J\xff")], 1)
+def test_a_receiver_that_lies(frames, ready):
+    """Whatever it says, out of order or made up: the source ends soon, and its guest runs unless it was told to go."""
+    raw = READY if ready else b""
+    raw += b"".join(frame(kind, bool(ready) + number, body) for number, (kind, body) in enumerate(frames))
+    here, there = socket.socketpair()
+    guest = PlainGuest(SMALL)
+    guest.memory(0)[:] = 1
+    guest.resume()
+    there.sendall(raw)
+    there.shutdown(socket.SHUT_WR)
+    with Channel(here, timeout=3) as channel, there:
+        attempt = Precopy(guest, channel, Settings(verify=False))
+        with suppress(StreamError):
+            attempt.run()
+    # By chance it may have said all that a receiver says.
+    assert guest.running is (attempt.report.status != "completed" and not attempt.report.handover_unknown)
+    assert attempt.report.error.isprintable()
+    guest.close()

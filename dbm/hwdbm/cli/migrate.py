@@ -3,7 +3,6 @@
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -357,7 +356,7 @@ def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
 
 
 def _text(report: Report) -> str:
-    width = shutil.get_terminal_size((80, 24)).columns
+    width = _width()
     wide = width >= 70
     heads = [
         ("pass", "dirty", "sent", "zero", "time", "bandwidth", "expected"),
@@ -386,6 +385,17 @@ def _text(report: Report) -> str:
             *(_digest("sha256 there", there, width) if there else []),
         ]
     return "\n".join(lines)
+
+
+def _width() -> int:
+    """Return the columns of stdout: COLUMNS says it first, and 80 is what a file has."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 def _row(one: Pass) -> tuple[object, ...]:
