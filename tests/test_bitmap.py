@@ -518,7 +518,7 @@ class Rebinding(DirtyBitmap):
     __slots__ = ()
 
     def __ior__(self, other: DirtyBitmap) -> Self:
-        self.words = self.words | other.words
+        self._words = self.words | other.words
         return self
 
 
@@ -636,3 +636,28 @@ def test_a_copys_bits_share_its_own_words(copied: Callable[[DirtyBitmap], DirtyB
     twin.bits[65] = 1
     assert twin.pages().tolist() == [3, 65]
     assert bitmap.pages().tolist() == [3]
+
+
+@pytest.mark.parametrize("words", [np.zeros(1, np.uint64), np.zeros(64, np.uint64), None, [0]])
+def test_words_stay_the_bitmaps_own(words):
+    bitmap = DirtyBitmap.from_pages([3], 4096)
+    with pytest.raises(AttributeError, match="words are its own"):
+        bitmap.words = words
+    with pytest.raises(AttributeError):
+        bitmap.npages = 1 << 40
+    bitmap.words |= np.uint64(0)
+    assert bitmap.pages().tolist() == [3]
+
+
+def test_ranges_come_back_from_rows_of_any_integer_type():
+    rng = np.random.default_rng(3)
+    for npages in (1, 63, 64, 65, 511, 512, 513, 4000):
+        bitmap = DirtyBitmap.from_pages(np.flatnonzero(rng.random(npages) < 0.5), npages)
+        for rows in (bitmap.ranges(), bitmap.ranges().astype(np.int16), bitmap.ranges().tolist()):
+            assert DirtyBitmap.from_ranges(rows, npages) == bitmap
+    for wrong in ([[0.9, 1.9]], np.array([[0, 1]], dtype=float), [["0", "1"]]):
+        with pytest.raises(TypeError):
+            DirtyBitmap.from_ranges(wrong, 64)
+    for wrong in ([[0, 65]], [[64, 1]], [[-1, 2]], np.array([[2**64 - 1, 2]], dtype=np.uint64), [[1, 2, 3]]):
+        with pytest.raises(BitmapError):
+            DirtyBitmap.from_ranges(wrong, 64)

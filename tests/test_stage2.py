@@ -364,3 +364,34 @@ def test_verify_names_reserved_encodings():
     coarse.saved.bitmap.set_range(3, 1)
     with pytest.raises(InvariantError, match="saved pages"):
         coarse.verify()
+
+
+@pytest.mark.parametrize("gfn", [0xFF, 0x141, -1, 1 << 64])
+def test_a_guest_accesses_its_slot_only(gfn):
+    s2 = Stage2(0x41, base_gfn=0x100)
+    s2.map(0x100, 0x41, pfn=0, dbm=True)
+    before = s2.copy()
+    for access in (walker.guest_write, walker.guest_read):
+        with pytest.raises(GfnError, match="is not inside the slot's 0x100"):
+            access(s2, gfn)
+    assert differences(s2, before) == []
+
+
+def test_a_mask_of_the_stage2s_own_is_refused(kernels):
+    s2 = Stage2(200)
+    s2.map(0, 200, pfn=0, dbm=True)
+    walker.guest_write(s2, 7)
+    before = s2.copy()
+    read_only = DirtyBitmap(200)
+    read_only.words.flags.writeable = False
+    for call in (
+        lambda: s2.clean(s2.host_dirty),
+        lambda: s2.clean(s2.saved.bitmap),
+        lambda: s2.harvest(s2.host_dirty),
+        lambda: s2.harvest(read_only),
+        lambda: s2.track_part(s2.host_dirty),
+    ):
+        with pytest.raises(BitmapError):
+            call()
+        assert differences(s2, before) == []
+    assert s2.harvest().pages().tolist() == [7]

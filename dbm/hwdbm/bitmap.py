@@ -11,6 +11,7 @@ import numpy as np
 from bitarray import bitarray
 from numpy.typing import ArrayLike, NDArray
 
+from hwdbm.check import flag, integer, integers
 from hwdbm.errors import BitmapError
 
 __all__ = ["DirtyBitmap", "word_count"]
@@ -57,15 +58,30 @@ class DirtyBitmap:
     (1, '00000000000000c003000000000000000000000000000000')
     """
 
-    __slots__ = ("_bits", "npages", "words")
+    __slots__ = ("_bits", "_npages", "_words")
 
-    npages: int
-    words: Words
+    _npages: int
+    _words: Words
 
     def __init__(self, npages: int) -> None:
-        self.npages = npages
-        self.words = np.zeros(word_count(npages), dtype=np.uint64)
+        self._npages = integer(npages, "npages", None, 1 << 52, BitmapError)
+        self._words = np.zeros(word_count(self._npages), dtype=np.uint64)
         self._bits: bitarray | None = None
+
+    @property
+    def npages(self) -> int:
+        """Pages that the bitmap stands for."""
+        return self._npages
+
+    @property
+    def words(self) -> Words:
+        """The bits, as a uint64 array whose elements may be set. No other array can be put in its place."""
+        return self._words
+
+    @words.setter
+    def words(self, words: Words) -> None:
+        if words is not self._words:  # what `b.words |= other` puts back is the array itself
+            raise AttributeError("a bitmap's words are its own: set words[:], or make one with from_words")
 
     # --- other forms ---------------------------------------------------------------------------------------
 
@@ -85,12 +101,16 @@ class DirtyBitmap:
         BitmapError
             If the size or type differs, or a bit at or beyond `npages` is set.
         """
-        if words.dtype != np.uint64 or words.ndim != 1 or not words.flags.c_contiguous:
+        npages = integer(npages, "npages", None, 1 << 52, BitmapError)
+        if not isinstance(words, np.ndarray):
+            raise TypeError(f"words are an array of uint64, not {type(words).__name__}")
+        native = words.dtype == np.uint64 and words.dtype.isnative and words.flags.aligned
+        if not native or words.ndim != 1 or not words.flags.c_contiguous:
             raise BitmapError(f"words are a contiguous 1-d uint64 array, not {words.dtype} of shape {words.shape}")
         if words.size != word_count(npages):
             raise BitmapError(f"a bitmap of {npages} pages has {word_count(npages)} words, got {words.size}")
         self = cls.__new__(cls)
-        self.npages, self.words, self._bits = npages, words, None
+        self._npages, self._words, self._bits = npages, words, None
         self.verify()
         return self
 
@@ -147,8 +167,29 @@ class DirtyBitmap:
         The inverse of `ranges` with its default base and unit.
         """
         self = cls(npages)
-        for first, count in np.asarray(ranges, dtype=np.int64).reshape(-1, 2).tolist():
-            self.set_range(first, count)
+        rows = np.asarray(ranges)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(f"ranges are integers, not {rows.dtype}")
+        if rows.size and (rows.ndim != 2 or rows.shape[1] != 2):
+            raise BitmapError(f"ranges are rows of two, not of shape {rows.shape}")
+        rows = integers(rows.ravel(), "ranges", 0, self.npages, BitmapError).reshape(-1, 2) if rows.size else rows
+        rows = rows.reshape(-1, 2).astype(np.int64)
+        first, stop = rows[:, 0], rows.sum(axis=1)
+        if (stop > self.npages).any():
+            wrong = int(np.argmax(stop > self.npages))
+            raise BitmapError(f"pages {int(first[wrong])}..{int(stop[wrong]) - 1} are not inside of the {self.npages}")
+        some = rows[:, 1] > 0
+        first, last = first[some], stop[some] - 1
+        head, tail, full = first >> 6, last >> 6, np.uint64(_ALL)
+        begins = full << (first & 63).astype(np.uint64)
+        ends = full >> (63 - (last & 63)).astype(np.uint64)
+        one = head == tail
+        np.bitwise_or.at(self.words, head[one], begins[one] & ends[one])
+        np.bitwise_or.at(self.words, head[~one], begins[~one])
+        np.bitwise_or.at(self.words, tail[~one], ends[~one])
+        long = tail - head > 1
+        for start, end in zip((head[long] + 1).tolist(), tail[long].tolist(), strict=True):
+            self.words[start:end] = full
         return self
 
     def to_bytes(self) -> bytes:
@@ -229,6 +270,7 @@ class DirtyBitmap:
         >>> DirtyBitmap.from_pages([0, 1, 2, 63, 64], 65).ranges(base=0x8000, unit=0x1000).tolist()
         [[32768, 12288], [290816, 8192]]
         """
+        base, unit = integer(base, "base", None), integer(unit, "unit", None)
         if base < 0 or unit < 0 or base + self.npages * unit > 1 << 64:
             raise BitmapError(f"{self.npages} pages of {unit} from {base:#x} don't fit into 64 bits")
         edges = _positions(_edges(self.words))
@@ -256,6 +298,8 @@ class DirtyBitmap:
         BitmapError
             If the range isn't inside of the bitmap; nothing is changed then.
         """
+        first, npages = integer(first, "first", None), integer(npages, "npages", None)
+        value = flag(value, "value")
         stop = first + npages
         if first < 0 or npages < 0 or stop > self.npages:
             raise BitmapError(f"pages {first}..{stop - 1} are not inside of the {self.npages}")
@@ -340,6 +384,7 @@ class DirtyBitmap:
         BitmapError
             If the range isn't inside of the bitmap.
         """
+        first, npages = integer(first, "first", None), integer(npages, "npages", None)
         if first < 0 or npages < 0 or first + npages > self.npages:
             raise BitmapError(f"pages {first}..{first + npages - 1} are not inside of the {self.npages}")
         cut = type(self)(npages)
@@ -361,6 +406,7 @@ class DirtyBitmap:
         >>> DirtyBitmap.from_pages([1], 3).refine(4).ranges().tolist()
         [[4, 4]]
         """
+        factor = integer(factor, "factor", None)
         if factor < 1:
             raise BitmapError(f"a page is divided into 1 part or more, not {factor}")
         fine = type(self)(self.npages * factor)
@@ -382,6 +428,7 @@ class DirtyBitmap:
         >>> DirtyBitmap.from_pages([1, 9], 10).coarsen(4).pages()
         array([0, 2])
         """
+        factor = integer(factor, "factor", None)
         if factor < 1:
             raise BitmapError(f"a page is made of 1 part or more, not {factor}")
         coarse = type(self)((self.npages + factor - 1) // factor)

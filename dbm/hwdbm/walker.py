@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import integer
+from hwdbm.errors import GfnError
 from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 
@@ -465,6 +467,11 @@ def guest_write(s2: Stage2, gfn: int, *, ha: bool = True, hd: bool = True) -> Ac
     -------
     Access
         What the guest saw. AF is never set without the dirty state where both are due (R_PRHKD, I_DSHLJ).
+
+    Raises
+    ------
+    GfnError
+        If the frame isn't inside of the slot.
     """
     return _access(s2, gfn, write=True, ha=ha, hd=ha and hd)
 
@@ -475,7 +482,11 @@ def guest_read(s2: Stage2, gfn: int, *, ha: bool = True) -> Access:
 
 
 def _access(s2: Stage2, gfn: int, *, write: bool, ha: bool, hd: bool) -> Access:
-    leaf = _walk(s2, gfn - s2.base_gfn)
+    page = integer(gfn, "gfn", None) - s2.base_gfn
+    if not 0 <= page < s2.npages:
+        last = s2.base_gfn + s2.npages - 1
+        raise GfnError(f"gfn {s2.base_gfn + page:#x} is not inside the slot's {s2.base_gfn:#x}..{last:#x}")
+    leaf = _walk(s2, page)
     if leaf is None:
         return Access.TRANSLATION
     new = leaf.desc

@@ -226,11 +226,11 @@ def test_a_lease_keeps_its_size():
 def test_a_bitmap_that_was_spoilt_is_refused_and_the_lease_stays_open():
     log, lease = leased()
     words, npages = lease.bitmap.words, lease.bitmap.npages
-    lease.bitmap.npages = 64
+    lease.bitmap._npages = 64
     with pytest.raises(BitmapError):
         lease.rollback()
     assert "open" in repr(lease)
-    lease.bitmap.npages = npages
+    lease.bitmap._npages = npages
     assert lease.bitmap.words is words
     lease.rollback()
     assert pages_of(log.get_dirty_log(0)) == [3, 100]
@@ -257,7 +257,7 @@ def test_what_a_forgetful_consumer_left_of_the_bitmap_counts():
     for spoil, want in (
         (lambda lease: lease.bitmap.set_range(3, 1, False), [100]),
         (lambda lease: lease.bitmap.bits.setall(True), list(range(200))),
-        (lambda lease: setattr(lease.bitmap, "npages", 64), list(range(200))),  # no bitmap of them: all are dirty
+        (lambda lease: setattr(lease.bitmap, "_npages", 64), list(range(200))),  # no bitmap of them: all are dirty
     ):
         log, lease = leased()
         spoil(lease)
