@@ -50,6 +50,12 @@ def test_examples_of_the_help_run(run, tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "dirty" / "slot2.bitmap").exists()
 
 
+def test_no_summary_is_cut(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for args in (["--help"], ["snapshot", "--help"]):
+        assert "..." not in run(*args).out.partition("Commands:")[2]
+
+
 def test_no_command(run) -> None:
     result = run()
     assert result.status == 2

@@ -87,7 +87,7 @@ def harvest(
     vtcr: options.Vtcr = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say which pages of each memslot are dirty, and write their bitmaps.
+    """Find the dirty pages of each memslot of an image.
 
     All tables are read and checked. A table outside of the image, a loop, a reserved encoding are
     errors that name the entry, and then nothing is written for that image.

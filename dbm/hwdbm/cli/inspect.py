@@ -53,7 +53,7 @@ def inspect(
     vtcr: options.Vtcr = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show an image's registers, its tables by level, its leaves by size and state, its slots.
+    """Show an image's registers, tables, leaves and slots.
 
     All tables are read and checked, as harvest does it.
     """

@@ -25,7 +25,9 @@ def rebase(
     diffs: Annotated[list[Path], typer.Argument(metavar="DIFF...", help="Sparse files, the oldest first.")],
     as_json: options.Json = False,
 ) -> None:
-    """Lay differential snapshots over their base, as Firecracker's snapshot-editor does.
+    """Lay differential snapshots over their base.
+
+    Equal to what Firecracker's snapshot-editor does.
 
     What is data in a difference is copied; a hole leaves the base as it is. If it is
     interrupted, the base is what it was. Refused is what can't be trusted: a link, the same file twice, a diff without
