@@ -246,7 +246,7 @@ def nothing_is_protected_again(patch):
 
 def the_tlb_is_not_flushed(patch):
     """The vCPU goes on with the leaves that it has cached."""
-    patch.setattr(SlotLog, "flush", lambda self, due, *, needed: None)
+    patch.setattr(SlotLog, "flush", lambda self, *_, **__: None)
 
 
 # --- memslots -------------------------------------------------------------------------------------------------
