@@ -31,6 +31,7 @@ __all__ = ["Machine"]
 
 _HVA = 1 << 46  # where backings get their numbers from, if the caller has none: no byte is ever there
 _STATE = 1
+_MOST_VCPUS = 512  # KVM_MAX_VCPUS of arm64
 _NEEDS_HA = "hardware DBM needs the hardware's access flag (VTCR_EL2.HD without HA is ignored)"
 
 
@@ -135,8 +136,8 @@ class Machine:
         chunk = 64 * block if chunk_pages is None else check.integer(chunk_pages, "chunk_pages", None)
         if chunk < block or chunk % block:
             raise ValueError(f"a chunk is a positive multiple of a block's {block} pages, not {chunk}")
-        if vcpus < 1:
-            raise ValueError(f"a machine has 1 vCPU or more, not {vcpus}")
+        if not 1 <= vcpus <= _MOST_VCPUS:
+            raise ValueError(f"a machine has 1 vCPU or more, {_MOST_VCPUS} at most, not {vcpus}")
         if hw_dbm and not ha:
             raise ValueError(_NEEDS_HA)
         check.instance(blocks, (Blocks, str), "blocks")
