@@ -19,6 +19,7 @@ __all__ = ["DirtyBitmap", "word_count"]
 Words = NDArray[np.uint64]
 
 _ALL = (1 << 64) - 1
+_MOST = 1 << 40  # pages: 52 address bits of pages of 4 KiB
 _CHUNK = 1 << 15  # words looked at together where a listing needs temporaries: 256 KiB
 
 
@@ -35,6 +36,7 @@ def word_count(npages: int) -> int:
     >>> [word_count(n) for n in (0, 1, 64, 65)]
     [0, 1, 1, 2]
     """
+    npages = integer(npages, "npages", None, _MOST, BitmapError)
     if npages < 0:
         raise BitmapError(f"a bitmap has 0 pages or more, not {npages}")
     return (npages + 63) // 64
@@ -64,7 +66,7 @@ class DirtyBitmap:
     _words: Words
 
     def __init__(self, npages: int) -> None:
-        self._npages = integer(npages, "npages", None, 1 << 52, BitmapError)
+        self._npages = integer(npages, "npages", None, _MOST, BitmapError)
         self._words = np.zeros(word_count(self._npages), dtype=np.uint64)
         self._bits: bitarray | None = None
 
@@ -101,7 +103,7 @@ class DirtyBitmap:
         BitmapError
             If the size or type differs, or a bit at or beyond `npages` is set.
         """
-        npages = integer(npages, "npages", None, 1 << 52, BitmapError)
+        npages = integer(npages, "npages", None, _MOST, BitmapError)
         if not isinstance(words, np.ndarray):
             raise TypeError(f"words are an array of uint64, not {type(words).__name__}")
         native = words.dtype == np.uint64 and words.dtype.isnative and words.flags.aligned
@@ -136,9 +138,13 @@ class DirtyBitmap:
         array([0, 2])
         """
         size = 8 * word_count(npages)
-        if memoryview(raw).nbytes != size:
-            raise BitmapError(f"a bitmap of {npages} pages has {size} bytes, got {memoryview(raw).nbytes}")
-        return cls.from_words(np.frombuffer(raw, dtype="<u8").astype(np.uint64), npages)
+        try:
+            view = memoryview(raw)
+        except TypeError:
+            raise TypeError(f"a bitmap is made of bytes, not of {type(raw).__name__}") from None
+        if view.nbytes != size:
+            raise BitmapError(f"a bitmap of {npages} pages has {size} bytes, got {view.nbytes}")
+        return cls.from_words(np.frombuffer(view.tobytes(), dtype="<u8").astype(np.uint64), npages)
 
     @classmethod
     def from_pages(cls, pages: Iterable[int] | NDArray[np.integer], npages: int) -> Self:
@@ -149,13 +155,8 @@ class DirtyBitmap:
         BitmapError
             If a page is negative, or at or beyond `npages`.
         """
-        index = np.asarray(pages if isinstance(pages, np.ndarray) else list(pages) or np.empty(0, dtype=np.int64))
-        if index.dtype.kind not in "iu":
-            raise BitmapError(f"pages are integers of 64 bits, not {index.dtype}")
-        if index.size and not (0 <= int(index.min()) and int(index.max()) < npages):
-            raise BitmapError(f"pages {index.min()}..{index.max()} are not all inside of the {npages}")
-        index = index.astype(np.int64)
         self = cls(npages)
+        index = integers(pages, "pages", 0, self.npages - 1, BitmapError)
         octets = self.words.view(np.uint8)
         np.bitwise_or.at(octets, index >> 3, np.left_shift(1, index & 7).astype(np.uint8))
         return self
@@ -219,6 +220,7 @@ class DirtyBitmap:
         raise TypeError("a bitmap's truth is ambiguous: use any(), weight() or len()")
 
     def __contains__(self, page: int) -> bool:
+        page = integer(page, "page", None)
         return 0 <= page < self.npages and bool(self.words[page >> 6] >> np.uint64(page & 63) & np.uint64(1))
 
     def __repr__(self) -> str:
@@ -409,6 +411,8 @@ class DirtyBitmap:
         factor = integer(factor, "factor", None)
         if factor < 1:
             raise BitmapError(f"a page is divided into 1 part or more, not {factor}")
+        if factor > _MOST // max(self.npages, 1):
+            raise BitmapError(f"{self.npages} pages of {factor:#x} parts each are more than a bitmap has")
         fine = type(self)(self.npages * factor)
         step = max(1, _CHUNK // factor)
         for start in range(0, self.words.size, step):
@@ -431,6 +435,8 @@ class DirtyBitmap:
         factor = integer(factor, "factor", None)
         if factor < 1:
             raise BitmapError(f"a page is made of 1 part or more, not {factor}")
+        if factor >= self.npages:
+            return self.from_pages([0] if self.any() else [], min(self.npages, 1))
         coarse = type(self)((self.npages + factor - 1) // factor)
         step = max(1, _CHUNK // factor)
         for start in range(0, coarse.words.size, step):

@@ -226,6 +226,11 @@ def integers(
         if value.size and not (low <= int(value.min()) and int(value.max()) <= high):
             raise error(f"{name} are {_bounds(low, high)}, not {int(value.min())}..{int(value.max())}")
         return value.astype(np.int64)
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} are integers, not {_shown(value)}")
+    value = list(value)
+    if set(map(type, value)) == {int} and low <= min(value) and max(value) <= high:
+        return np.array(value, dtype=np.int64)
     numbers = []
     for each in value:
         try:

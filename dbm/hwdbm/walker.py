@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.check import integer
-from hwdbm.errors import GfnError
+from hwdbm.check import flag, instance, integer, integers, separate, uint64s
+from hwdbm.errors import BitmapError, GfnError
 from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 
@@ -111,8 +111,31 @@ def _leaves(s2: Stage2, lo: int, hi: int) -> Iterator[Leaf]:
 
 
 def _range(s2: Stage2, gfn: int | None, npages: int | None) -> tuple[int, int]:
-    lo = 0 if gfn is None else gfn - s2.base_gfn
-    return lo, s2.npages if npages is None else lo + npages
+    """Return a range of guest frames as pages [lo, hi) of the slot."""
+    instance(s2, Stage2, "s2")
+    gfn = s2.base_gfn if gfn is None else integer(gfn, "gfn", low=None)
+    npages = s2.base_gfn + s2.npages - gfn if npages is None else integer(npages, "npages", low=None)
+    lo = gfn - s2.base_gfn
+    if lo < 0 or npages < 0 or lo + npages > s2.npages:
+        last = s2.base_gfn + s2.npages - 1
+        raise GfnError(f"gfn {gfn:#x}..{gfn + npages - 1:#x} is not inside the slot's {s2.base_gfn:#x}..{last:#x}")
+    return lo, lo + npages
+
+
+def _given(gfn: int, npages: int) -> tuple[int, int]:
+    """Return a range that can't be left out."""
+    return integer(gfn, "gfn", low=None), integer(npages, "npages", low=None)
+
+
+def _check_bitmap(s2: Stage2, bitmap: DirtyBitmap, name: str, *, written: bool = False) -> None:
+    instance(s2, Stage2, "s2")
+    instance(bitmap, DirtyBitmap, name)
+    if bitmap.npages != s2.npages:
+        raise BitmapError(f"the slot has {s2.npages} pages, the bitmap {bitmap.npages}")
+    if written:
+        uint64s(bitmap.words, name, writable=True, error=BitmapError)
+    for own, what in ((s2.host_dirty, "the host's flags"), (s2.saved.bitmap, "the saved pages")):
+        separate(own.words, bitmap.words, f"{name} and {what}", BitmapError)
 
 
 # --- consumers ------------------------------------------------------------------------------------------------
@@ -152,8 +175,15 @@ def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: 
     >>> harvest(s2).pages()
     array([1])
     """
-    out = DirtyBitmap(s2.npages) if out is None else out
-    lo, hi = first, s2.npages if npages is None else first + npages
+    instance(s2, Stage2, "s2")
+    first = integer(first, "first", low=None)
+    npages = s2.npages - first if npages is None else integer(npages, "npages", low=None)
+    lo, hi = first, first + npages
+    if first < 0 or npages < 0 or hi > s2.npages:
+        raise GfnError(f"pages {first}..{hi - 1} are not inside of the slot's {s2.npages}")
+    if out is None:
+        out = DirtyBitmap(s2.npages)
+    _check_bitmap(s2, out, "out", written=True)
     for leaf in _leaves(s2, lo, hi):
         if leaf.state is State.WRITABLE_DIRTY:
             _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W)
@@ -173,6 +203,7 @@ def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: 
 
 def dirty(s2: Stage2) -> DirtyBitmap:
     """Return the pages that `harvest` would, and change nothing."""
+    instance(s2, Stage2, "s2")
     out = _scan(s2, State.WRITABLE_DIRTY)
     for page in range(s2.npages):
         if page in s2.saved.bitmap:
@@ -182,11 +213,13 @@ def dirty(s2: Stage2) -> DirtyBitmap:
 
 def writable(s2: Stage2) -> DirtyBitmap:
     """Return the pages whose leaf has S2AP[1] set."""
+    instance(s2, Stage2, "s2")
     return _scan(s2, State.UNTRACKED, State.WRITABLE_DIRTY)
 
 
 def young(s2: Stage2) -> DirtyBitmap:
     """Return the pages whose leaf has AF set."""
+    instance(s2, Stage2, "s2")
     out = DirtyBitmap(s2.npages)
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.desc & pte.AF:
@@ -206,6 +239,7 @@ def _scan(s2: Stage2, *states: State) -> DirtyBitmap:
 
 def clean(s2: Stage2, mask: DirtyBitmap) -> int:
     """Re-protect the dirty leaves of the pages in `mask`, keeping what blocks recorded for other pages."""
+    _check_bitmap(s2, mask, "mask")
     count = 0
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.state is State.WRITABLE_DIRTY and any(page in mask for page in leaf.pages):
@@ -227,6 +261,9 @@ def clean(s2: Stage2, mask: DirtyBitmap) -> int:
 
 def enable_dbm(s2: Stage2, mask: DirtyBitmap | None = None) -> int:
     """Make untracked leaves writable-clean; the host is told of them."""
+    instance(s2, Stage2, "s2")
+    if mask is not None:
+        _check_bitmap(s2, mask, "mask")
     count = 0
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.state is not State.UNTRACKED:
@@ -241,6 +278,7 @@ def enable_dbm(s2: Stage2, mask: DirtyBitmap | None = None) -> int:
 
 def disable_dbm(s2: Stage2) -> int:
     """Make tracked leaves untracked, saving what they recorded; the host is told of them all."""
+    instance(s2, Stage2, "s2")
     count = 0
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.state in TRACKED:
@@ -337,20 +375,54 @@ def map(  # noqa: A001 - the verb's name
     dbm: bool = False,
 ) -> None:
     """Map guest frames to physical ones, in place of whatever was there."""
+    lo, hi = _range(s2, *_given(gfn, npages))
+    level = _check_level(s2, level, page=True)
+    frames = _frames(s2, lo, hi, pfn, level)
+    writable, dbm = flag(writable, "writable"), flag(dbm, "dbm")
+    if dbm and not writable:
+        raise ValueError("DBM on a leaf that isn't writable would grant the write")
     unmap(s2, gfn, npages)
     size = s2.granule.pages_per_entry(level)
-    for i, page in enumerate(range(gfn - s2.base_gfn, gfn - s2.base_gfn + npages, size)):
+    for page, frame in zip(range(lo, hi, size), frames, strict=True):
         for above in range(1, level):
             if not _read(s2, above, _index(s2, above, page)):
                 _write(s2, above, _index(s2, above, page), pte.TABLE)
-        frame = pfn + i * size if isinstance(pfn, int) else int(pfn[i])
         desc = pte.make_leaf(frame << s2.granule.page_shift, level, writable=writable, dbm=dbm)
         _write(s2, level, _index(s2, level, page), desc)
 
 
+def _check_level(s2: Stage2, level: int, *, page: bool) -> int:
+    """Return a level that has blocks, or with `page` the level of pages."""
+    level = integer(level, "level", low=None)
+    if not (page and level == 3) and (level not in (1, 2) or level not in s2.granule.block_levels(large=True)):
+        raise GfnError(f"level {level} of a {s2.granule} granule has no {'leaves' if page else 'blocks'}")
+    return level
+
+
+def _frames(s2: Stage2, lo: int, hi: int, pfn: int | NDArray[np.integer], level: int) -> list[int]:
+    """Return the frame of each leaf of `level` that maps pages [lo, hi), checked."""
+    size = s2.granule.pages_per_entry(level)
+    if (s2.base_gfn + lo) % size or (hi - lo) % size:
+        raise GfnError(
+            f"gfn {s2.base_gfn + lo:#x} and {hi - lo} pages aren't multiples of a level-{level} leaf's {size:#x}"
+        )
+    count, top = (hi - lo) // size, (1 << (48 - s2.granule.page_shift)) - size
+    if isinstance(pfn, np.ndarray) and pfn.ndim:
+        frames = [int(frame) for frame in integers(pfn, "pfn", 0, top, GfnError)]
+    else:
+        first = integer(pfn, "pfn", 0, top, GfnError)
+        frames = [first + i * size for i in range(count)]
+    if len(frames) != count:
+        raise GfnError(f"{count} leaves need {count} frames, got {len(frames)}")
+    for frame in frames:
+        if frame % size or frame > top:
+            raise GfnError(f"pfn {frame:#x} isn't a multiple of the leaf's {size:#x} pages, inside of 48 address bits")
+    return frames
+
+
 def unmap(s2: Stage2, gfn: int, npages: int) -> None:
     """Remove the leaves of a range, saving what they recorded; the host is told of untracked ones."""
-    lo, hi = _range(s2, gfn, npages)
+    lo, hi = _range(s2, *_given(gfn, npages))
     _isolate(s2, lo, hi)
     for leaf in _leaves(s2, lo, hi):
         _save(s2, leaf)
@@ -368,7 +440,8 @@ def unmap(s2: Stage2, gfn: int, npages: int) -> None:
 
 def split(s2: Stage2, gfn: int, npages: int, level: int = 3) -> int:
     """Replace the blocks that touch a range by tables of leaves of `level`."""
-    lo, hi = _range(s2, gfn, npages)
+    lo, hi = _range(s2, *_given(gfn, npages))
+    level = integer(level, "level", 2, 3, GfnError)
     count = 0
     for _ in range(1, level):  # the pieces of a level-1 block are split in the second pass
         for leaf in list(_leaves(s2, lo, hi)):
@@ -403,7 +476,8 @@ def _isolate(s2: Stage2, lo: int, hi: int) -> None:
 
 def collapse(s2: Stage2, gfn: int, npages: int, level: int = 2) -> int:
     """Replace the tables whose leaves make up a block by that block."""
-    lo, hi = _range(s2, gfn, npages)
+    lo, hi = _range(s2, *_given(gfn, npages))
+    level = _check_level(s2, level, page=False)
     size = s2.granule.pages_per_entry(level)
     start = lo + -(s2.base_gfn + lo) % size
     return sum(_collapse(s2, level, page) for page in range(start, hi - size + 1, size))
@@ -467,25 +541,17 @@ def guest_write(s2: Stage2, gfn: int, *, ha: bool = True, hd: bool = True) -> Ac
     -------
     Access
         What the guest saw. AF is never set without the dirty state where both are due (R_PRHKD, I_DSHLJ).
-
-    Raises
-    ------
-    GfnError
-        If the frame isn't inside of the slot.
     """
-    return _access(s2, gfn, write=True, ha=ha, hd=ha and hd)
+    return _access(s2, gfn, write=True, ha=flag(ha, "ha"), hd=flag(hd, "hd") and ha)
 
 
 def guest_read(s2: Stage2, gfn: int, *, ha: bool = True) -> Access:
     """Do to the leaf of `gfn` what the MMU does at a guest's read. As `guest_write`."""
-    return _access(s2, gfn, write=False, ha=ha, hd=False)
+    return _access(s2, gfn, write=False, ha=flag(ha, "ha"), hd=False)
 
 
 def _access(s2: Stage2, gfn: int, *, write: bool, ha: bool, hd: bool) -> Access:
-    page = integer(gfn, "gfn", None) - s2.base_gfn
-    if not 0 <= page < s2.npages:
-        last = s2.base_gfn + s2.npages - 1
-        raise GfnError(f"gfn {s2.base_gfn + page:#x} is not inside the slot's {s2.base_gfn:#x}..{last:#x}")
+    page, _ = _range(s2, *_given(gfn, 1))
     leaf = _walk(s2, page)
     if leaf is None:
         return Access.TRANSLATION
