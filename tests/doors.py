@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -27,8 +28,9 @@ from hwdbm import DirtyBitmap
 
 # --- the surface ------------------------------------------------------------------------------------------------
 
-_SECONDS = 10.0  # that a call may take, which does next to nothing
+_SECONDS = 5.0  # that a call may take, which does next to nothing
 _ROOM = 2 << 30  # bytes of addresses that it may take
+_NO_STATE = {"fd", "_scratch"}  # a number that the system chose, and room to work in
 _OPERATORS = ("__call__", "__contains__", "__getitem__", "__matmul__")
 
 
@@ -203,7 +205,7 @@ def _wrong_bitmaps(value: DirtyBitmap) -> Iterator[Wrong]:
 
 
 def _wrong_arrays(value: np.ndarray) -> Iterator[Wrong]:
-    yield from _refused("x", object(), 1.5, {})
+    yield from _refused("x", object(), 1.5)
     yield _same("big-endian", value.astype(value.dtype.newbyteorder(">")), value)
     yield _same("strided", np.repeat(value, 2, axis=0)[::2], value)
     yield _same("backwards", np.ascontiguousarray(value[::-1])[::-1], value)
@@ -265,12 +267,16 @@ def _state(item: Any, seen: dict[int, int]) -> object:
     if isinstance(item, list | tuple | deque):
         return kind.__name__, [_state(each, seen) for each in item]
     if isinstance(item, set | frozenset):
-        return kind.__name__, sorted(repr(each) for each in item)
+        return kind.__name__, sorted(repr(_state(each, seen)) for each in item)
+    if isinstance(item, weakref.ref):
+        return kind.__name__
+    if kind.__name__ == "RangeLock":  # those of its claims that have ended go with the next
+        return kind.__name__, len(item)
     if kind.__module__ == "_thread" and hasattr(item, "locked"):
         return kind.__name__, item.locked()
     if kind.__module__.partition(".")[0] != "hwdbm":
         return kind.__name__, getattr(item, "closed", None)
-    return kind.__name__, [(name, _state(value, seen)) for name, value in _attributes(item)]
+    return kind.__name__, [(name, _state(value, seen)) for name, value in _attributes(item) if name not in _NO_STATE]
 
 
 def _attributes(item: object) -> Iterator[tuple[str, Any]]:
@@ -307,6 +313,33 @@ def _bounded(name: str | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def owned(item: Any, like: Any) -> list[Any]:
+    """Return the arrays and bitmaps that an object holds, of the type and size of another one."""
+    found: list[Any] = []
+    seen: set[int] = set()
+
+    def look(at: Any) -> None:
+        if id(at) in seen:
+            return
+        seen.add(id(at))
+        if isinstance(like, DirtyBitmap):
+            if isinstance(at, DirtyBitmap) and at.npages == like.npages:
+                found.append(at)
+        elif isinstance(at, np.ndarray) and (at.dtype, at.shape) == (like.dtype, like.shape):
+            found.append(at)
+        if isinstance(at, dict):
+            at = list(at.values())
+        if isinstance(at, list | tuple):
+            for each in at:
+                look(each)
+        elif type(at).__module__.startswith("hwdbm") and not isinstance(at, _OPAQUE):
+            for _, each in _attributes(at):
+                look(each)
+
+    look(item)
+    return found
+
+
 # --- scenes -----------------------------------------------------------------------------------------------------
 
 
@@ -318,8 +351,8 @@ class Recipe:
     their names, for the object made; ``verb.name`` is for one verb alone. `skip` has verbs and parameters
     (``verb.name``) that aren't walked over, each with the reason. `dry` are verbs that are only given what must be
     refused, and aren't run otherwise. `amounts` are parameters that say how much is to be done, and so may take as long
-    as they say. `fields` are parameters that are made of fields: an
-    error names the field.
+    as they say; `sizes` say how much memory, of which a machine may have less. `fields` are parameters that are made of
+    fields: an error names the field.
     """
 
     make: Callable[[], Any] = lambda: None
@@ -328,6 +361,7 @@ class Recipe:
     fields: frozenset[str] = frozenset()
     dry: frozenset[str] = frozenset()
     amounts: frozenset[str] = frozenset()
+    sizes: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -399,8 +433,10 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
     """Return a new scene of a verb, of the making of an object, or of a function."""
     subject = recipe.make() if verb is not None else None
     call = item if verb is None else getattr(subject, verb)
-    given, own = recipe.given(subject), verb or "new"
+    given = recipe.given(subject)
+    own = verb or ("new" if inspect.isclass(item) else item.__name__)
     arguments, optional = {}, set()
+    given = {**given}
     for name, parameter in inspect.signature(call).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             for key, value in given[f"{own}.**"].items():
@@ -436,7 +472,7 @@ def on_purpose(error: BaseException) -> bool:
 def documented(error: BaseException) -> bool:
     """Return whether an error is of a type that a public verb may raise on its arguments."""
     if isinstance(error, OSError):
-        return error.errno is not None
+        return error.errno is not None or type(error).__module__.startswith("hwdbm")
     if not isinstance(error, TypeError | ValueError) or isinstance(error, UnicodeError):
         return False
     return type(error) in (TypeError, ValueError) or type(error).__module__.startswith("hwdbm")
@@ -449,5 +485,5 @@ def names(error: BaseException, number: int) -> bool:
     """
     text = str(error)
     written = [int(each, 0) for each in re.findall(r"-?0x[0-9a-f]+|-?0b[01]+", text)]
-    written += [int(each) for each in re.findall(r"-?(?<![\w.])[0-9]+", text)]
+    written += [int(each) for each in re.findall(r"-?(?<!\w)[0-9]+", text)]
     return "many digits" in text or any(abs(each - number) < 1 << 33 for each in written)

@@ -130,6 +130,13 @@ STAGE2 = {
     "first": 64,
     "match": pte.dirty,
     "shared": False,
+    "kernels": None,
+    "page": 700,
+    "pages": np.array([3, 700, 1100]),
+    "mapped.npages": 640,
+    "map_at.pfn": np.array([5, 6, 7]),
+    "index": np.array([3, 4]),
+    "bits": np.array([1 << 10, 1 << 10], dtype=np.uint64),
     "ha": True,
     "hd": True,
 }
@@ -155,6 +162,7 @@ RECIPES: dict[str, Recipe] = {
             "factor": 4,
             "page": 6,
         },
+        sizes=frozenset({"npages"}),
     ),
     "granule.Granule": Recipe(lambda: Granule.K4, lambda _: {"text": "4K", "level": 2, "large": True}),
     "memslot.Memslots": Recipe(
@@ -267,6 +275,8 @@ RECIPES |= {
             "harvest.npages": 640,
             "harvest_into.npages": 640,
             "out": DirtyBitmap(NPAGES),
+            "track_part.mask": some_pages(640),
+            "wrprotect_part.mask": some_pages(640),
             "mask": some_pages(),
         },
     ),
@@ -363,7 +373,7 @@ RECIPES |= {
             "count": 100,
             "stores": 100,
             "name": "backup",
-            "workloads": [Uniform(seed=3)],
+            "workloads": Uniform(seed=3),
         },
         fields=frozenset({"slot"}),
         amounts=frozenset({"stores"}),
@@ -510,6 +520,7 @@ RECIPES |= {
             "gpa": GPA + 5000,
             "data": b"some bytes",
             "name": "backup",
+            "length": 5000,
         },
         fields=frozenset({"slot", "slot_id"}),
     ),
@@ -518,6 +529,7 @@ RECIPES |= {
         given=lambda _: {
             "max_downtime": 0.25,
             "max_iterations": 10,
+            "on_limit": "abort",
             "bandwidth": 1e6,
             "auto_converge": True,
             "verify": True,
@@ -577,6 +589,10 @@ NOT_WALKED = {
     "testing": "strategies and a state machine of Hypothesis, which calls them",
     "memslot.Plan": "a result",
     "kernels.Tally": "a result",
+    "kernels.Notes": "what Leaves tells a kernel",
+    "kernels.Place": "what Leaves tells a kernel",
+    "dirtylog.SlotLog": "the protocol: DirtyLog and the machine call it with what they have checked",
+    "dirtylog.RangeLock": "below the doors",
     "bench.Row": "a result",
     "dirtylog.Stats": "a result",
     "dirtylog.Lease": "a log makes it; what consumers do to it is tests/dirtylog/test_lease.py",
@@ -591,10 +607,29 @@ NOT_WALKED = {
     "migration.Precopy": "`migrate` makes and runs it",
 }
 
-# Rooms that don't hold to it yet.
+# Doors that don't hold to it yet. One that does fails the test until it is taken off the list.
 PENDING = {
-    "bench", "bitmap", "dirtylog", "kernels", "kvm", "layout", "machine.GuestMemory", "machine.Machine",
-    "machine.ReferenceVCpu", "machine.VCpu", "migration", "pte", "stage2", "vm", "walker",
+    "bench.Setup", "bench.run", "bench.smallest", "kernels.use", "kvm.Kvm", "kvm.Kvm.check_extension",
+    "kvm.Kvm.close", "kvm.Kvm.create_vm", "kvm.Kvm.msr_indices", "kvm.KvmVm", "kvm.KvmVm.check", "kvm.KvmVm.client",
+    "kvm.KvmVm.close", "kvm.KvmVm.digest", "kvm.KvmVm.dirty", "kvm.KvmVm.from_slots", "kvm.KvmVm.mark_imported",
+    "kvm.KvmVm.memory", "kvm.KvmVm.pause", "kvm.KvmVm.prove", "kvm.KvmVm.read", "kvm.KvmVm.resume",
+    "kvm.KvmVm.set_state", "kvm.KvmVm.start_log", "kvm.KvmVm.state", "kvm.KvmVm.stop_log", "kvm.KvmVm.throttle",
+    "kvm.KvmVm.write", "kvm.VcpuFd", "kvm.VcpuFd.check_extension", "kvm.VcpuFd.close", "kvm.VcpuFd.field",
+    "kvm.VcpuFd.get", "kvm.VcpuFd.get_msrs", "kvm.VcpuFd.get_one_reg", "kvm.VcpuFd.reg_list", "kvm.VcpuFd.run",
+    "kvm.VcpuFd.set", "kvm.VcpuFd.set_msr", "kvm.VcpuFd.set_one_reg", "kvm.VcpuFd.set_signal_mask", "kvm.VmFd",
+    "kvm.VmFd.check_extension", "kvm.VmFd.clear_dirty_log", "kvm.VmFd.close", "kvm.VmFd.create_vcpu",
+    "kvm.VmFd.enable_cap", "kvm.VmFd.get_dirty_log", "kvm.VmFd.reset_dirty_rings", "kvm.VmFd.set_memory_region",
+    "layout.Layout", "layout.Layout.bounds", "layout.Layout.count", "layout.Layout.entries",
+    "layout.Layout.first_child", "layout.Layout.index", "layout.Layout.span", "layout.Layout.whole",
+    "machine.GuestMemory", "machine.GuestMemory.load", "machine.Machine", "machine.Machine.add_memslot",
+    "machine.Machine.reclaim", "machine.Machine.share", "machine.Machine.write", "machine.ReferenceVCpu",
+    "machine.ReferenceVCpu.flush", "machine.ReferenceVCpu.load", "machine.ReferenceVCpu.store", "migration.Settings",
+    "migration.migrate", "pte.Match", "pte.Match.__call__", "pte.Match.also", "pte.Rule", "pte.Rule.__call__",
+    "pte.Update", "pte.Update.__call__", "pte.describe", "pte.make_leaf", "pte.make_table", "pte.output_address",
+    "pte.state", "stage2.Stage2", "stage2.Stage2.collapse", "stage2.Stage2.map", "stage2.Stage2.mapped",
+    "stage2.Stage2.relax", "stage2.Stage2.scan", "stage2.Stage2.split", "stage2.Stage2.unmap", "vm.MemoryMap",
+    "vm.MemoryMap.at", "vm.MemoryMap.find", "vm.MemoryMap.from_bytes", "vm.MemoryMap.of", "vm.MemoryMap.require",
+    "vm.PlainGuest.read", "vm.PlainGuest.write", "vm.client_of", "vm.memory_digest",
 }  # fmt: skip
 
 
@@ -626,6 +661,8 @@ def walked(name: str) -> Iterator[str]:
     if good is not None and good.error is not None:
         yield f"its own arguments are refused: {good.error!r}"
         return
+    if not own:
+        yield from aliased(new)
     scene = new()
     before = scene.state()
     for parameter, value in scene.arguments.items():
@@ -633,15 +670,36 @@ def walked(name: str) -> Iterator[str]:
         if key in recipe.skip:
             continue
         for wrong in doors.wrong(value, parameter in scene.optional):
-            if (own and not wrong.refused) or (parameter in recipe.amounts and large(wrong.value)):
+            if own and not wrong.refused:
+                continue
+            if (parameter in recipe.amounts and large(wrong.value)) or (
+                parameter in recipe.sizes and large(wrong.value, 1 << 40)
+            ):
                 continue
             outcome = scene.run(parameter, wrong.value)
-            named = parameter not in recipe.fields
+            named = is_number(value) and parameter not in recipe.fields
             for complaint in judged(wrong, outcome, before, partial(twin, parameter, wrong), named=named):
                 yield f"{parameter} = {wrong.label}: {complaint}"
             if outcome.error is None or outcome.after != before:
                 scene = new()
                 before = scene.state()
+
+
+def aliased(new: Callable[[], Scene]) -> Iterator[str]:
+    """Give a verb the object's own arrays and bitmaps: it is refused, or does as with a copy of them."""
+    for parameter, value in new().arguments.items():
+        if not isinstance(value, DirtyBitmap | np.ndarray):
+            continue
+        others = {name: each for name, each in new().arguments.items() if name != parameter}
+        for number in range(len(doors.owned((new().subject, others), value))):
+            scene, twin = new(), new()
+            rest = {name: each for name, each in scene.arguments.items() if name != parameter}
+            own = doors.owned((scene.subject, rest), value)[number]
+            before = scene.state()
+            outcome, plain = scene.run(parameter, own), twin.run(parameter, own.copy())
+            wrong = Wrong("its own", own, own.copy(), has_twin=True)
+            for complaint in judged(wrong, outcome, before, lambda plain=plain: plain, named=False):
+                yield f"{parameter} = its own, number {number}: {complaint}"
 
 
 def judged(
@@ -661,7 +719,7 @@ def judged(
         yield f"raises {error!r}, which isn't documented"
     elif not isinstance(error, OSError) and not doors.on_purpose(error):
         yield f"fails somewhere inside: {error!r}"
-    elif wrong.refused and not isinstance(error, TypeError):
+    elif wrong.refused and not isinstance(error, TypeError) and not isinstance(wrong.value, np.ndarray):
         yield f"is refused with {error!r}, and not with a TypeError"
     elif named and is_number(wrong.value) and not wrong.refused and not doors.names(error, int(wrong.value)):
         yield f"isn't named in {error!r}"
@@ -675,13 +733,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def large(value: object) -> bool:
-    return is_number(value) and value > 1 << 20
+def large(value: object, most: int | None = None) -> bool:
+    return is_number(value) and value > 1 << 20 and (most is None or value <= most)
 
 
+# What a call lends or opens is let go of here.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.xfail(strict=False)) if among(name, PENDING) else name for name in DOORS],
+    [pytest.param(name, marks=pytest.mark.xfail) if name in PENDING else name for name in DOORS],
 )
 def test_refused_means_unchanged(name: str) -> None:
     complaints = list(walked(name))
