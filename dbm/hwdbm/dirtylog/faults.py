@@ -138,17 +138,18 @@ def write_fault_steps(
     """
     s2, live = slot.stage2, slot.live
     yield Point.CLEAN
-    due = slot.changing(*_reach(s2, int(pages[0]), int(pages[-1]) + 1))
-    stale: list[tuple[int, int]] = []
+    found = s2.leaf_at(pages)
+    blocks, stale = _blocks(s2, found), list[tuple[int, int]]()
+    reach = [(int(pages[0]), int(pages[-1]) + 1), *blocks]
+    due = slot.changing(min(lo for lo, _ in reach), max(hi for _, hi in reach))
     if pfns is not None:
-        replaced = s2.leaf_at(pages)
-        stale = [*_runs(pages[replaced.level > 0]), *_blocks(s2, replaced)]
+        stale = [*_runs(pages[found.level > 0]), *blocks]
         leaf = slot.leaf(write=False)  # clean: it is granted below, like any other
         s2.map_at(pages, pfns, writable=leaf.writable, dbm=leaf.dbm)
-    found = s2.leaf_at(pages)
+        found, blocks = s2.leaf_at(pages), []
     granted, dirty = pages[found.level > 0], pages[found.level == 3]
     result.absent = pages[found.level == 0]
-    for start, stop in _blocks(s2, found):
+    for start, stop in blocks:
         inside = pages[(start <= pages) & (pages < stop)]
         if live is None or not split:
             dirty = np.append(dirty, np.arange(start, stop))  # it stays one leaf: all of its pages may be written
@@ -201,6 +202,8 @@ def _split(slot: SlotLog, pages: Pages, *, whole: bool) -> int:
 
 def _blocks(s2: Stage2, found: LeafAt) -> list[tuple[int, int]]:
     """Return the blocks among some leaves as pages [start, stop), what lies in the slot."""
+    if not ((found.level == 1) | (found.level == 2)).any():
+        return []
     rows = [s2.layout.span(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
     return [(start, stop) for start, stop in np.clip(np.concatenate(rows), 0, s2.npages).tolist()]
 

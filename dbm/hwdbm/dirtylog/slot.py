@@ -9,13 +9,14 @@ production runs it to the end (`SlotLog.run`). Two rules make the order safe, wh
   succeeded. So a flush that failed, or never began, is made up for by the next step that touches these pages.
 """
 
+from _thread import LockType, start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from errno import ENOENT
-from threading import RLock, Thread
+from threading import Lock, RLock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -547,8 +548,7 @@ def in_threads(
 ) -> None:
     """Call `step` for each part, in this thread and as many more as make up `workers`.
 
-    What the first one raised is raised once no thread is in a step any more, after `undo`. A signal that interrupts
-    the wait for that is raised at once, without it.
+    What the first one raised is raised once no thread is in a step any more, after `undo`.
     """
     if workers == 1 or len(parts) < 2:
         try:
@@ -571,17 +571,28 @@ def in_threads(
             except BaseException as error:  # noqa: BLE001 - it is raised in the thread that called
                 errors.append(error)
 
-    threads = [Thread(target=work, name="hwdbm-worker", daemon=True) for _ in range(min(workers, len(parts)) - 1)]
+    # Plain locks, which one call takes and lets go: a signal's handler that raises inside of `Thread.start` or `join`
+    # may leave theirs held. A thread that has not begun when `left` is cleared finds nothing to do.
+    busy = [Lock() for _ in range(min(workers, len(parts)) - 1)]
+
+    def work_in_thread(lock: LockType) -> None:
+        with lock:
+            work()
+
     try:
-        for thread in threads:
-            thread.start()
+        for lock in busy:
+            start_new_thread(work_in_thread, (lock,))
         work()
     except BaseException as error:  # noqa: BLE001 - as above
         errors.append(error)
     left.clear()
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
+    for lock in busy:
+        while True:
+            try:
+                with lock:
+                    break
+            except BaseException as error:  # noqa: BLE001 - as above: no step may be under way when it is undone
+                errors.append(error)
     if errors:
         undo()
         raise errors[0]

@@ -309,10 +309,10 @@ class Machine:
             first, stop = at // self.page_size, (at + count - 1) // self.page_size + 1
             if region.frames.shared[first:stop].any():
                 self._unshare(region, first + np.flatnonzero(region.frames.shared[first:stop]))
-            try:
-                region.memory.view[at : at + count] = raw[done : done + count]
-            finally:  # after the bytes: a copy made before would lack them
-                self.log.mark_dirty(region.id, first, stop - first)
+            # After the bytes, as a copy made before would lack them; and before, should an interrupt come in between.
+            self.log.mark_dirty(region.id, first, stop - first)
+            region.memory.view[at : at + count] = raw[done : done + count]
+            self.log.mark_dirty(region.id, first, stop - first)
 
     def digest(self) -> str:
         """Return the SHA-256 of all memory, the slots in the order of their addresses, in hex."""
