@@ -440,7 +440,8 @@ class SlotLog:
             self.run(steps())
         except BaseException:
             if taken:
-                self.stage2.host_dirty |= taken[0]
+                words = self.stage2.host_dirty.words
+                np.bitwise_or(words, taken[0].words, out=words)
             raise
         return taken[0]
 
@@ -579,20 +580,19 @@ def in_threads(
         with lock:
             work()
 
-    try:
-        for lock in busy:
-            start_new_thread(work_in_thread, (lock,))
-        work()
-    except BaseException as error:  # noqa: BLE001 - as above
-        errors.append(error)
-    left.clear()
-    for lock in busy:
-        while True:
-            try:
+    idle = deque(busy)
+    while True:  # until no thread is in a step, whatever interrupts this one
+        try:
+            while idle and not errors:
+                start_new_thread(work_in_thread, (idle.popleft(),))
+            work()
+            left.clear()
+            for lock in busy:
                 with lock:
-                    break
-            except BaseException as error:  # noqa: BLE001 - as above: no step may be under way when it is undone
-                errors.append(error)
+                    pass
+            break
+        except BaseException as error:  # noqa: BLE001 - as above
+            errors.append(error)
     if errors:
         undo()
         raise errors[0]
