@@ -380,8 +380,9 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule(logs=st.integers(0, 1))
     def set_flags(self, logs):
-        self.lease = None if not logs or not self.model.logs else self.lease
+        ends = not logs or not self.model.logs
         self.region(flags=logs)
+        self.lease = None if ends else self.lease  # with the log, it is stale
 
     @rule(by=st.sampled_from([-64, -1, 1, 7, 600]), written=PAGES)
     def move(self, by, written):
