@@ -220,7 +220,7 @@ receive(channel, lambda layout: DestinationVm(layout, Path(disk)))
 
 def process(*args: object) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(Path(handovertools.__file__).parent)}
-    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([sys.executable, "-P", *map(str, args)], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
