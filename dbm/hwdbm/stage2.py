@@ -55,13 +55,6 @@ class Stage2:
     kernels : {"vector", "fused"}, optional
         The implementation that works on these leaves; by default the one in use (`hwdbm.kernels.use`).
 
-    Raises
-    ------
-    GfnError
-        If the slot has no page, or doesn't fit into 52 address bits.
-    ValueError
-        If there are no such kernels here.
-
     Attributes
     ----------
     layout : Layout
@@ -71,6 +64,13 @@ class Stage2:
     host_dirty : DirtyBitmap
         The dirty flags of the host's pages: every harvest, clean and replacement sets bits, the host clears them
         (`take_host_dirty`). A leaf that lets the guest write untracked counts as dirty here when it goes.
+
+    Raises
+    ------
+    GfnError
+        If the slot has no page, or doesn't fit into 52 address bits.
+    ValueError
+        If there are no such kernels here.
 
     Examples
     --------
