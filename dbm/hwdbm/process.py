@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["child", "kill_children", "python"]
 
 _GRACE = 10.0  # seconds that a child has to end by itself
+_DYING = 1.0  # seconds that one has that was killed
 
 _children: set["subprocess.Popen[Any]"] = set()
 
@@ -60,4 +61,6 @@ def kill_children() -> None:
     """Kill what `child` started and hasn't ended: for a command that ends at once."""
     for process in list(_children):
         process.kill()
-        process.wait()
+        # Without a limit it would wait for a lock, which this thread may have where a signal interrupted it.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_DYING)

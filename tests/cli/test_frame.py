@@ -41,8 +41,10 @@ def lives(pid: int) -> bool:
 
 class TestInterrupt:
     @pytest.mark.parametrize(
-        "module", ["hwdbm.cli.app", "typer", "numpy", "numpy.linalg", "rich", "hwdbm.machine", "llvmlite", "numba"]
-    )
+        "module",
+        ["hwdbm.cli", "signal", "contextlib", "hwdbm.cli.interrupt", "hwdbm.process", "hwdbm.cli.app", "typer", "numpy",
+         "numpy.linalg", "rich", "hwdbm.machine", "llvmlite", "numba"],
+    )  # fmt: skip
     def test_during_imports(self, module: str) -> None:
         """The process interrupts itself as it begins to import a module."""
         code = (
@@ -54,10 +56,44 @@ class TestInterrupt:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "hwdbm: interrupted\n")
 
-    def test_little_is_imported_before_the_handler(self) -> None:
-        code = "import sys; old = set(sys.modules); from hwdbm.cli import interrupt; print(*(set(sys.modules) - old))"
-        done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
-        assert len(done.stdout.split()) < 20, done.stdout
+    def test_nothing_is_imported_before_an_interrupt_is_answered(self) -> None:
+        """The script's own imports, up to the first that takes longer than a builtin's."""
+        hook = (
+            "import sys, signal; old = set(sys.modules)\n"
+            "def told(event, args):\n"
+            "    if event == 'import' and signal.getsignal(2) is signal.default_int_handler: print(args[0])\n"
+            "sys.addaudithook(told)\n"
+        )
+        code = hook + (ROOT / "bin" / "hwdbm").read_text()
+        command = [sys.executable, "-P", "-c", code, "--version"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        before, version = done.stdout.splitlines()[:-1], done.stdout.splitlines()[-1]
+        assert version == f"hwdbm {hwdbm.__version__}"
+        assert before == ["hwdbm.__main__", "hwdbm"]
+
+    def test_no_system_call_keeps_it_waiting(self) -> None:
+        """A signal just before a call that waits, here one to another thread, doesn't end that call."""
+        code = (
+            "import select, signal, threading; from hwdbm.cli import interrupt; interrupt.install()\n"
+            "signals = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))\n"
+            "signals.start(); select.poll().poll()"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=20)
+        assert (done.returncode, done.stderr) == (130, b"hwdbm: interrupted\n")
+
+    def test_while_its_locks_are_held(self) -> None:
+        """The handler runs in the thread that has them."""
+        code = (
+            "import signal, subprocess, sys; from hwdbm import process; from hwdbm.cli import interrupt\n"
+            "with process.child([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) as child:\n"
+            "    interrupt.install(process.kill_children)\n"
+            "    with interrupt.as_event() as event:\n"
+            "        with event._cond: signal.raise_signal(signal.SIGINT)\n"
+            "        print(event.wait(10), flush=True)\n"
+            "        with child._waitpid_lock: signal.raise_signal(signal.SIGINT)"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=20)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"True\n", b"hwdbm: interrupted\n")
 
     @pytest.mark.parametrize("after", [0.6, 1.2, 2.4])
     @pytest.mark.parametrize(

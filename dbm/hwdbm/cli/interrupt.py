@@ -7,11 +7,13 @@ A command that has more to do first, such as telling a peer, asks for an event i
 
 from __future__ import annotations
 
+import _thread  # nothing that takes a while is imported before an interrupt is answered: no `threading`
 import os
 import signal
+import time
 from contextlib import contextmanager, suppress
 
-TYPE_CHECKING = False  # this is imported first, before anything that takes a while
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
@@ -22,6 +24,9 @@ __all__ = ["INTERRUPTED", "as_event", "ignore", "install", "on_interrupt"]
 INTERRUPTED = 130
 """The exit status."""
 
+_NUDGE = signal.SIGURG  # ends a wait, and nothing else: it is ignored unless somebody has a handler
+_NUDGES = (0.05, 0.5, 2.0)  # seconds before each
+
 _cleanups: list[Callable[[], object]] = []
 
 
@@ -30,6 +35,8 @@ def install(*cleanups: Callable[[], object]) -> None:
     _cleanups[:] = cleanups
     for number in _heeded():
         signal.signal(number, _leave)
+    if signal.getsignal(_NUDGE) is signal.SIG_DFL:
+        _nudge()
 
 
 def ignore() -> None:
@@ -42,6 +49,24 @@ def _heeded() -> list[signal.Signals]:
     """Return the signals that interrupt: Ctrl-C, and those that weren't ignored when the process began (nohup)."""
     others = (signal.SIGTERM, signal.SIGHUP)
     return [signal.SIGINT, *(number for number in others if signal.getsignal(number) is not signal.SIG_IGN)]
+
+
+def _nudge() -> None:
+    """See to it that no signal waits: one that comes just before a system call that waits doesn't end that."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(_NUDGE, lambda *_: None)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    main = _thread.get_ident()
+
+    def nudge() -> None:
+        while True:
+            if os.read(woken, 1)[0] != _NUDGE:
+                for delay in _NUDGES:
+                    time.sleep(delay)
+                    signal.pthread_kill(main, _NUDGE)
+
+    _thread.start_new_thread(nudge, ())
 
 
 @contextmanager
@@ -67,7 +92,7 @@ def as_event() -> Iterator[threading.Event]:
     def handle(_signal: int, _frame: FrameType | None) -> None:
         for number in before:
             signal.signal(number, _leave)
-        event.set()
+        _thread.start_new_thread(event.set, ())  # this thread may be inside of the event, with its lock
 
     before = {number: signal.signal(number, handle) for number in _heeded()}
     try:
