@@ -7,7 +7,7 @@ a digest. Places are in the guest's writable memory, laid end to end.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import gcd
+from math import gcd, isfinite, nan
 from typing import Any, ClassVar
 
 import numpy as np
@@ -286,6 +286,10 @@ def from_dict(given: Mapping[str, Any]) -> Workload:
     name = str(options.pop("name", None))
     if name not in WORKLOADS:
         raise ValueError(f"no workload {name!r}: there are {', '.join(WORKLOADS)}")
+    known = [each.name for each in fields(WORKLOADS[name]) if each.init]
+    unknown = [each for each in options if each not in known]
+    if unknown:
+        raise ValueError(f"workload {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
     try:
         return WORKLOADS[name]._from(options)
     except TypeError as error:
@@ -305,7 +309,7 @@ def parse(text: str, seed: int = 0) -> Workload:
     Raises
     ------
     ValueError
-        If it names none, or has an option that the workload doesn't know.
+        If it names none, or has an option that the workload doesn't know, or one twice.
 
     Examples
     --------
@@ -315,13 +319,15 @@ def parse(text: str, seed: int = 0) -> Workload:
     instance(text, str, "a workload")
     seed = integer(seed, "seed", low=-(1 << 63), high=_MASK)
     name, *options = text.split(",")
-    given: dict[str, Any] = {"name": name.strip(), "seed": seed}
+    given: dict[str, Any] = {"name": name.strip()}
     for option in options:
-        key, equals, number = option.partition("=")
-        if not equals:
+        key, equals, number = (each.strip() for each in option.partition("="))
+        if not equals or not key:
             raise ValueError(f"workload {text!r}: {option!r} is not of the form option=number")
-        given[key.strip()] = _number(number.strip())
-    return from_dict(given)
+        if key in given:
+            raise ValueError(f"workload {text!r} says {key} twice")
+        given[key] = _number(number)
+    return from_dict({"seed": seed} | given)
 
 
 def _number(text: str) -> float | int:
@@ -329,7 +335,9 @@ def _number(text: str) -> float | int:
     try:
         value = float(text[:-1] if scale != 1 else text) * scale
     except ValueError:
-        raise ValueError(f"a number of a workload is like 5, 0.5 or 5M, not {text!r}") from None
+        value = nan
+    if not isfinite(value):
+        raise ValueError(f"a number of a workload is like 5, 0.5 or 5M, not {text!r}")
     return int(value) if scale == 1 and value == int(value) and "." not in text else value
 
 
