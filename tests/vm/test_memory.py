@@ -79,12 +79,21 @@ def test_an_image_that_gets_shorter(memory, tmp_path, monkeypatch):
     seek_data = os.lseek
 
     def cut(fd, start, whence):
-        os.truncate(image, 1000)
-        return seek_data(fd, start, whence) if start < 1000 else start
+        if whence != os.SEEK_END:
+            os.truncate(image, 1000)
+        return seek_data(fd, start, whence) if whence == os.SEEK_END or start < 1000 else start
 
     monkeypatch.setattr(os, "lseek", cut)
     with pytest.raises(OSError, match="it ends at byte 1000, and had 4096"):
         memory.load(image)
+
+
+def test_what_is_no_file_is_not_read(memory, tmp_path):
+    """A pipe would keep the caller waiting, and /dev/zero says that it has no bytes."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(OSError, match=r"is no regular file|Is a directory"):
+            memory.load(path)
 
 
 def test_views_outlive_it():

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from errno import EINVAL, EIO
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
+from hwdbm.files import open_regular
 
 __all__ = ["GuestMemory", "digest", "load", "populate"]
 
@@ -120,17 +120,18 @@ def load(memory: Memory, path: str | os.PathLike[str], offset: int = 0) -> int:
     Raises
     ------
     OSError
-        EINVAL if the file's bytes don't fit, EIO if the file gets shorter meanwhile, and what else reading raises.
+        EINVAL if the file's bytes don't fit, or it is a pipe or a terminal; EIO if it gets shorter meanwhile; and what
+        else reading raises.
     """
     offset, raw, done = check.integer(offset, "offset"), memory.data, 0
-    with Path(path).open("rb", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size - offset
+    with open_regular(path) as file:
+        fd = file.fileno()
+        length = os.lseek(fd, 0, os.SEEK_END) - offset
         if not 0 <= length <= memory.size:
             where = f" from {offset} on" if offset else ""
             raise OSError(EINVAL, f"{length} bytes{where} don't fit into {memory.size}", os.fspath(path))
-        while (done := _next_data(file.fileno(), offset + done, offset + length) - offset) < length:
-            file.seek(offset + done)
-            got = file.readinto(raw[done : min(done + _STEP, length)])
+        while (done := _next_data(fd, offset + done, offset + length) - offset) < length:
+            got = os.preadv(fd, [raw[done : min(done + _STEP, length)]], offset + done)
             if not got:
                 raise OSError(EIO, f"it ends at byte {offset + done}, and had {offset + length}", os.fspath(path))
             done += got
