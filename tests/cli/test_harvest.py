@@ -106,7 +106,7 @@ class TestPolicy:
     def test_another(self, run) -> None:
         result = run("harvest", ODD, "--policy", "all")
         assert result.status == 2
-        assert "'dbm'" in result.err
+        assert "'all' is none of dbm, writable" in result.err
 
 
 class TestCheck:
@@ -353,7 +353,14 @@ def test_the_files_of_an_earlier_run_are_removed(run, tmp_path: Path) -> None:
         (["--slot", "0:1:4K"], "isn't a multiple of 4 KiB"),
         (["--slot", "-1:0:4K"], "doesn't fit into 64 bits"),
         (["--ram-base", "0"], "--ram-base is for raw images"),
-        (["--vttbr", "1", "--vtcr", "0"], "VTCR_EL2 = "),
+        (["--vttbr", "0x1000", "--vtcr", "0x806a3558"], "VTTBR_EL2 = "),
+        (["--vtcr", "0"], "--vtcr 0x0: VTCR_EL2 has bit 31 clear"),
+        (["--output", ""], "'--output': the path is empty"),
+        (["--page-size", "\u0664K"], "is not a size"),
+        (["--page-size", 400 * "9" + ".5K"], "is not a size"),
+        (["--page-size", 5000 * "9"], "is not a size"),
+        (["--vttbr", 5000 * "9"], "is not a number like"),
+        ([""], "'IMAGE': the path is empty"),
     ],
 )
 def test_what_the_command_line_alone_has_wrong_is_usage(run, args: list[str], why: str) -> None:

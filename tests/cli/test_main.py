@@ -1,5 +1,6 @@
 """The command as a process: help, version, missing extras, what goes where."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,26 @@ def process(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 def test_version(run) -> None:
     result = run("--version")
     assert (result.status, result.out) == (0, f"hwdbm {hwdbm.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["bench", "--repeat", "x"], "'--repeat': 'x' is no whole number of 1 or more"),
+        (["bench", ""], "there is no benchmark ''"),
+        (["inspect", ""], "'IMAGE': the path is empty"),
+        (["inspect", ODD, "--plot", ""], "'--plot': the path is empty"),
+        (["snapshot", "rebase", "", "x"], "'BASE': the path is empty"),
+        (["snapshot", "rebase", "x", ""], "'DIFF': the path is empty"),
+    ],
+)
+def test_wrong_usage(run, args, why) -> None:
+    result = run(*args)
+    assert (result.status, result.out) == (2, "")
+    assert why in " ".join(result.err.split())
+
+
+COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["snapshot"], ["snapshot", "rebase"]]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["harvest", "--help"], ["inspect", "-h"]])
@@ -50,10 +71,18 @@ def test_examples_of_the_help_run(run, tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "dirty" / "slot2.bitmap").exists()
 
 
-def test_no_summary_is_cut(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    for args in (["--help"], ["snapshot", "--help"]):
-        assert "..." not in run(*args).out.partition("Commands:")[2]
+@pytest.mark.parametrize("columns", [40, 59, 80, 200])
+def test_help_fits(run, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cut, nothing is a type of Python; only commands to copy are longer than a narrow screen."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for args in COMMANDS:
+        out = run(*args, "--help").out
+        text, _, examples = out.partition("Examples:")
+        for line in [*text.splitlines(), *(each for each in examples.splitlines() if each[:6].strip())]:
+            assert len(line) <= columns, args
+        assert columns < 80 or max(map(len, examples.splitlines()), default=0) <= columns, args
+        assert "..." not in out.partition("Commands:")[2]
+        assert not re.search(r"<(?!ID|IMAGE)", out), args
 
 
 def test_no_command(run) -> None:

@@ -89,7 +89,24 @@ def test_an_image(run, tmp_path: Path) -> None:
         (["--memory", "x"], "is not a size"),
         (["--memory", "0"], "one or more, not 0 bytes"),
         (["--memory", "3K"], "not 3072 bytes"),
-        (["--max-iterations", "0"], "max-iterations"),
+        (["--memory", "100T"], "a memslot has 2147483647 pages of 4096 bytes at most, not the 100T asked for"),
+        (["--max-iterations", "0"], "'--max-iterations': '0' is no whole number of 1 or more"),
+        (["--attempts", "x"], "'--attempts': 'x' is no whole number of 1 or more"),
+        (["--filled", "101"], "'101' is no whole number of 0 to 100"),
+        (["--seed", "-1"], "'-1' is no whole number of 0 to 18446744073709551615"),
+        (["--seed", 5000 * "9"], "is no whole number of 0 to"),
+        (["--source", "KVM"], "'KVM' is none of machine, kvm"),
+        (["--mode", ""], "'' is none of hw-dbm, write-protect"),
+        (["--on-limit", "x"], "'x' is none of abort, wait, pause"),
+        (["--memory-image", ""], "'--memory-image': the path is empty"),
+        (["--replay", ""], "'--replay': the path is empty"),
+        (["--report", ""], "'--report': the path is empty"),
+        (["--tls-dir", ""], "'--tls-dir': the path is empty"),
+        (["--to", "192.0.2.1:1", "--insecure", "--memory", "4K"], "--insecure is for loopback addresses"),
+        (["--workload", "hot,nope=1"], "workload hot has no option 'nope'"),
+        (["--workload", "hot,share=nan"], "not 'nan'"),
+        (["--workload", "idle", "--rate", "5"], "a rate has no effect with a workload that is idle"),
+        (["--workload", "idle,rate=5"], "a rate has no effect with a workload that is idle"),
         (["--max-iterations", "3", "--on-limit", "wait"], "--max-iterations has no effect with --on-limit wait"),
         (["--max-downtime", "nan"], "'nan' is not a number of 0 or more"),
         (["--max-downtime", "-1"], "'-1' is not a number of 0 or more"),
@@ -128,12 +145,45 @@ def test_wrong_usage(run, args, match) -> None:
         (["--unix", "x", "--vm", "kvm", "--mode", "hw-dbm"], "--mode has no effect with --vm kvm"),
         (["--unix", "x", "--kvm-log", "ring"], "--kvm-log has no effect without --vm kvm"),
         (["--unix", "x", "--run", "inf"], "'inf' is not a number"),
+        (["--unix", ""], "'--unix': the path is empty"),
+        (["--unix", "x", "--file", ""], "'--file': the path is empty"),
+        (["--unix", "x", "--vm", "qemu"], "'qemu' is none of machine, kvm"),
+        (["--unix", "x", "--memory-limit", "0"], "no guest would be taken"),
+        (["--unix", "x", "--memory", "2M", "--memory-limit", "1M"], "no guest would be taken"),
+        (["--listen", "0.0.0.0:0", "--insecure"], "--insecure is for loopback addresses"),
     ],
 )
 def test_wrong_usage_of_receive(run, args, match) -> None:
     result = run("receive", *args)
     assert result.status == 2
     assert match in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("args", [["receive", "--unix", "s", "--file"], ["migrate", *SMALL, "--report"]])
+def test_a_file_that_cannot_be_written_is_found_out_before(run, tmp_path: Path, monkeypatch, args) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo("pipe.png")
+    for place in ("nowhere/x.png", "folder.png", "pipe.png", "pipe.png/x.png"):
+        result = run(*args, place)
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith(f"hwdbm: {place}: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "pipe.png"]
+
+
+@pytest.mark.parametrize("args", [["migrate"], ["receive", "--unix", "s"]])
+def test_more_memory_than_there_is(run, args) -> None:
+    result = run(*args, "--memory", "7T")
+    assert result.status == 1
+    assert result.err.startswith("hwdbm: out of memory: a guest of 7,340,032.0 MiB on a machine that has ")
+
+
+def test_files_that_are_none(run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for args in (["--memory-image", tmp_path / "pipe"], ["--memory-image", "/dev/zero"], ["--replay", tmp_path]):
+        result = run("migrate", "--memory", "1M", *args)
+        assert (result.status, result.out) == (1, "")
+        assert "is no regular file" in result.err
 
 
 def test_endpoints() -> None:

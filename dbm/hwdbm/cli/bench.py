@@ -17,12 +17,14 @@ __all__ = ["EPILOG", "bench"]
 
 EPILOG = """Examples:
 
-\b
   The whole table, for 64 GiB of guest memory, in about a minute:
-    hwdbm bench
 
 \b
+    hwdbm bench
+
   A quick look at the kernels alone:
+
+\b
     hwdbm bench harvest --memory 4G --repeat 3
 """
 
@@ -30,13 +32,20 @@ EPILOG = """Examples:
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help=f"Which: {', '.join(BENCHMARKS)}; all by default."),
+        typer.Argument(metavar="NAME", help=f"Which: {', '.join(BENCHMARKS)}; all by default."),
     ] = None,
     memory: Annotated[
         int,
         typer.Option(parser=options.parser(parse.size), metavar="SIZE", help="The guest memory."),
     ] = "64G",  # type: ignore[assignment]  # typer parses it
-    repeat: Annotated[int, typer.Option(min=1, help="Measure each so often; the smallest time counts.")] = 9,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            parser=options.parser(parse.whole(1)),
+            metavar="NUMBER",
+            help="Measure each so often; the smallest time counts.",
+        ),
+    ] = 9,
     as_json: options.Json = False,
 ) -> None:
     """Measure the engine, and the stream of a migration, here and now.
@@ -46,7 +55,9 @@ def bench(
     """
     unknown = sorted(set(names or ()) - set(BENCHMARKS))
     if unknown:
-        raise typer.BadParameter(f"there is no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
+        raise typer.BadParameter(
+            f"there is no benchmark {', '.join(map(repr, unknown))}: there are {', '.join(BENCHMARKS)}"
+        )
     if memory < 512 << 12 or memory % (512 << 12):
         raise typer.BadParameter(f"--memory is a multiple of 2M, not {memory}")
     rows = []

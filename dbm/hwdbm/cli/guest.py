@@ -1,6 +1,8 @@
 """The VMs that the commands of a migration start, modelled or real, and the options that both commands have."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from errno import ENOENT
@@ -11,14 +13,17 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from hwdbm.bitmap import DirtyBitmap
+from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.cli import parse as sizes
+from hwdbm.cli.options import parser
 from hwdbm.errors import BitmapError
+from hwdbm.files import open_regular
 from hwdbm.granule import Granule
 from hwdbm.kvm import KvmUnavailableError, KvmVm
 from hwdbm.machine import Machine, Replay, Workload, parse
-from hwdbm.memslot import Memslot
+from hwdbm.memslot import KVM_MEM_MAX_NR_PAGES, Memslot
 from hwdbm.migration import LayoutError
+from hwdbm.migration.report import mebibytes
 from hwdbm.migration.transport import TlsDir
 from hwdbm.vm import MemoryMap
 from hwdbm.vm.memory import load
@@ -37,6 +42,7 @@ __all__ = [
     "Vm",
     "build",
     "build_kvm",
+    "check_room",
     "endpoint",
     "fill",
     "filled",
@@ -45,10 +51,12 @@ __all__ = [
     "layout_of",
     "machine_for",
     "memory_size",
+    "physical",
     "place",
     "recorded",
     "refuse",
     "tls_of",
+    "usage",
     "workload_of",
 ]
 
@@ -97,20 +105,29 @@ Thp = Annotated[
     ),
 ]
 ModeOption = Annotated[
-    Mode | None, typer.Option("--mode", help="How a modelled machine's log learns of writes; hw-dbm by default.")
+    Mode | None,
+    typer.Option(
+        "--mode",
+        parser=parser(sizes.choice(Mode)),
+        metavar="hw-dbm|write-protect",
+        help="How a modelled machine's log learns of writes; hw-dbm by default.",
+    ),
 ]
 KvmLogOption = Annotated[
     KvmLog | None,
     typer.Option(
         "--kvm-log",
-        help="How the log of a real VM is collected: by GET (bitmap, the default), by GET and CLEAR, the same with all "
-        "pages dirty at first, or by rings.",
+        parser=parser(sizes.choice(KvmLog)),
+        metavar="KIND",
+        help="How the log of a real VM is collected: by GET (bitmap, the default), by GET and CLEAR (clear), the same "
+        "with all pages dirty at first (initially-set), or by rings (ring).",
     ),
 ]
 TlsFolder = Annotated[
     Path | None,
     typer.Option(
         "--tls-dir",
+        parser=parser(sizes.path),
         metavar="DIR",
         help="Certificates, laid out as QEMU's tls-creds-x509: ca-cert.pem, client-cert.pem, client-key.pem, "
         "server-cert.pem, server-key.pem. Both sides show theirs.",
@@ -157,7 +174,7 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
 
 
 def memory_size(text: str) -> int:
-    """Return a guest's memory in bytes: pages of 4 KiB, one or more.
+    """Return a guest's memory in bytes: pages of 4 KiB, one or more, and no more than a memslot has.
 
     Examples
     --------
@@ -167,7 +184,22 @@ def memory_size(text: str) -> int:
     size = sizes.size(text)
     if size % PAGE or not size:
         raise ValueError(f"memory is whole pages of {PAGE} bytes, one or more, not {size} bytes")
+    if size // PAGE > KVM_MEM_MAX_NR_PAGES:
+        raise ValueError(
+            f"a memslot has {KVM_MEM_MAX_NR_PAGES} pages of {PAGE} bytes at most, not the {text} asked for"
+        )
     return size
+
+
+def physical() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_room(memory: int) -> None:
+    """Raise `MemoryError` if this machine can't have a guest of so much memory."""
+    if memory > physical():
+        raise MemoryError(f"a guest of {mebibytes(memory)} on a machine that has {mebibytes(physical())}")
 
 
 def layout_of(memory: int) -> MemoryMap:
@@ -263,6 +295,15 @@ def tls_of(where: Endpoint | None, folder: Path | None, *, insecure: bool) -> Tl
     return None
 
 
+@contextmanager
+def usage() -> Iterator[None]:
+    """Have what the library calls a wrong value be wrong usage: it was given on the command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def refuse(where: str, given: Mapping[str, bool]) -> None:
     """Refuse options that were given and have no effect."""
     for option, is_given in given.items():
@@ -273,14 +314,14 @@ def refuse(where: str, given: Mapping[str, bool]) -> None:
 def workload_of(text: str | None, *, seed: int, rate: float | None) -> Workload:
     """Return the workload of a modelled machine that a text names, or the default one."""
     text = _WORKLOAD if text is None else text
-    if rate is not None and "rate=" in text:
+    has_rate, is_idle = "rate=" in text, text.partition(",")[0].strip() == "idle"
+    refuse("with a workload that is idle", {"a rate": is_idle and (has_rate or rate is not None)})
+    if rate is not None and has_rate:
         raise typer.BadParameter(f"--rate and --workload {text} both give a rate")
-    if rate is None and "rate=" not in text and not text.startswith("idle"):
+    if rate is None and not has_rate and not is_idle:
         rate = _RATE
-    try:
+    with usage():
         return parse(text if rate is None else f"{text},rate={rate}", seed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def recorded(folder: Path, npages: int, interval: float) -> Replay:
@@ -299,9 +340,12 @@ def _recorded(folder: Path, npages: int) -> list[DirtyBitmap]:
         If one isn't of so many pages; the text names it.
     """
     bitmaps = []
+    size = 8 * word_count(npages)
     for file in sorted(folder.iterdir()):
+        with open_regular(file) as opened:
+            raw = opened.read(size + 1)
         try:
-            bitmaps.append(DirtyBitmap.from_bytes(file.read_bytes(), npages))
+            bitmaps.append(DirtyBitmap.from_bytes(raw, npages))
         except BitmapError as error:
             raise ValueError(f"{file}: {error}") from error
     if not bitmaps:
@@ -334,7 +378,8 @@ def build_kvm(
     OSError
         If there is no usable KVM, or the image can't be read or is larger.
     """
-    workload = workload or "counting"
+    workload = "counting" if workload is None else workload
+    refuse("with a guest that is idle", {"--rate": workload == "idle" and rate is not None})
     vm = KvmVm(memory, guest=workload, rate=_KVM_RATE if rate is None else rate or None, seed=seed, **_log(log))
     try:
         bytes_ = vm.memory(0)

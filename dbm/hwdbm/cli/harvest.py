@@ -23,21 +23,25 @@ _MISMATCH = 3  # the exit status
 
 EPILOG = """Examples:
 
-\b
   A capture's slots, as KVM would return them, one file each:
-    hwdbm harvest round1.npz --output dirty --page-size 4K
 
 \b
+    hwdbm harvest round1.npz --output dirty --page-size 4K
+
   Raw RAM of a machine whose first byte is at 1 GiB, and two slots:
+
+\b
     hwdbm harvest ram.img --ram-base 0x40000000 --vttbr 0x41000000
         --vtcr 0x806a3558 --slot 0:0x80000000:1G --slot 1:0:64M --json
 
-\b
   Tables that Linux keeps without hardware DBM; there, writable is dirty:
-    hwdbm harvest guest.npz --policy writable
 
 \b
+    hwdbm harvest guest.npz --policy writable
+
   Compare with the truth that a capture carries:
+
+\b
     hwdbm harvest round1.npz --check
 """
 
@@ -48,10 +52,16 @@ class _Policy(StrEnum):
 
 
 def harvest(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Captures (.npz) or raw images of RAM.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=options.parser(parse.path), metavar="IMAGE", help="Captures (.npz) or raw images of RAM."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
+            parser=options.parser(parse.path),
             metavar="DIR",
             help="Write each slot's bitmap to DIR/slot<ID>.bitmap: little-endian 64-bit words, the slot's first page "
             "in bit 0. Other slot<ID>.bitmap there are removed. With several images: to DIR/<IMAGE>/slot<ID>.bitmap.",
@@ -68,6 +78,8 @@ def harvest(
     policy: Annotated[
         _Policy,
         typer.Option(
+            parser=options.parser(parse.choice(_Policy)),
+            metavar="dbm|writable",
             help="Which leaves are dirty. dbm: those that hardware marked (DBM = 1 and "
             "S2AP[1] = 1). writable: all with S2AP[1] = 1, for tables kept without DBM.",
         ),

@@ -1,6 +1,8 @@
 """``hwdbm inspect``: registers, tables, leaves and slots of an image."""
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -8,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from hwdbm.cli import options
+from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns, hexadecimal, progress, size_name
 from hwdbm.cli.streams import result
+from hwdbm.files import NewFile
 from hwdbm.image import Image
 from hwdbm.image.census import Census, page_states
 from hwdbm.image.fill import Filler
@@ -22,16 +25,19 @@ __all__ = ["EPILOG", "inspect"]
 
 EPILOG = """Examples:
 
-\b
   What a capture holds:
+
+\b
     hwdbm inspect round1.npz
 
-\b
   A picture of its slots (needs the extra 'plot'):
-    hwdbm inspect round1.npz --plot round1.png
 
 \b
+    hwdbm inspect round1.npz --plot round1.png
+
   A raw image, and only how its tables are:
+
+\b
     hwdbm inspect ram.img --ram-base 0x40000000 --vttbr 0x41000000
         --vtcr 0x806a3558 --json
 """
@@ -42,10 +48,19 @@ _HAFDBS = ("none", "access flag", "dirty state", "access flag of tables", "log o
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="IMAGE", help="A capture (.npz) or a raw image of RAM.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=options.parser(parse.path), metavar="IMAGE", help="A capture (.npz) or a raw image of RAM."
+        ),
+    ],
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png|.svg", help="Draw a map of the slots' pages by state."),
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE.png|.svg",
+            help="Draw a map of the slots' pages by state. Needs the extra 'plot'.",
+        ),
     ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
@@ -57,10 +72,7 @@ def inspect(
 
     All tables are read and checked, as harvest does it.
     """
-    if plot is not None and plot.suffix not in {".png", ".svg"}:
-        raise typer.BadParameter(f"--plot {plot}: .png or .svg")
-    if plot is not None and not plot.parent.is_dir():
-        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
+    draw = None if plot is None else _painter(plot)
     image = options.open_for(path, ram_base, vttbr, vtcr, slot)
     census = Census()
     stage2s = [image.empty_stage2(slot) for slot in image.slots]
@@ -73,10 +85,20 @@ def inspect(
         "slots": _slots(image, stage2s),
     }
     result(json.dumps(report, indent=2) if as_json else _text(report))
-    if plot is not None:
-        from hwdbm.cli.plot import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+    if draw is not None:
+        draw(str(path), image, stage2s)
 
-        draw(plot, str(path), image, stage2s)
+
+def _painter(plot: Path) -> Callable[[str, Image, Sequence[Stage2]], None]:
+    """Return what draws an image; that it can't is found out before the image is read."""
+    if plot.suffix not in {".png", ".svg"}:
+        raise typer.BadParameter(f"--plot {plot}: .png or .svg")
+    if not plot.parent.is_dir():
+        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
+    from hwdbm.cli.plot import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+
+    NewFile(plot).close()
+    return partial(draw, plot)
 
 
 def _registers(image: Image) -> dict[str, Any]:

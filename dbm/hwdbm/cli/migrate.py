@@ -29,6 +29,7 @@ from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, Mode
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import columns, warn
 from hwdbm.cli.streams import note, result
+from hwdbm.files import NewFile
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
@@ -49,20 +50,24 @@ EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; i
 
 Examples:
 
-\b
   A guest of 1 GiB that keeps writing, to another process on this machine:
+
+\b
     hwdbm migrate
 
-\b
   The same with 2M blocks, slow enough to watch, and a picture of it:
+
+\b
     hwdbm migrate --thp --bandwidth 200M --report migration.png
 
-\b
   A real guest on /dev/kvm, which counts in its memory, and is checked where it arrives:
-    hwdbm migrate --source kvm
 
 \b
+    hwdbm migrate --source kvm
+
   To a receiver that is elsewhere, with certificates on both sides:
+
+\b
     hwdbm migrate --to destination.example:4444 --tls-dir certificates
 """
 
@@ -83,7 +88,14 @@ def _bandwidth(text: str) -> int:
 
 
 def migrate(
-    source: Annotated[Vm, typer.Option(help="A modelled machine, or a real guest on /dev/kvm.")] = Vm.MACHINE,
+    source: Annotated[
+        Vm,
+        typer.Option(
+            parser=options.parser(parse.choice(Vm)),
+            metavar="machine|kvm",
+            help="A modelled machine, or a real guest on /dev/kvm.",
+        ),
+    ] = Vm.MACHINE,
     to: Annotated[
         Endpoint | None,
         typer.Option(
@@ -97,11 +109,20 @@ def migrate(
         int, typer.Option(parser=options.parser(guest.memory_size), metavar="SIZE", help="The guest's memory.")
     ] = "1G",  # type: ignore[assignment]  # typer parses it
     memory_image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What the memory holds at first. By default it is filled.")
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE",
+            help="What the memory holds at first. By default it is filled.",
+        ),
     ] = None,
     filled: Annotated[
         int | None,
-        typer.Option(min=0, max=100, help="Percent of the memory that hold random data at first; 75 by default."),
+        typer.Option(
+            parser=options.parser(parse.whole(0, 100)),
+            metavar="PERCENT",
+            help="How much of the memory holds random data at first; 75 by default.",
+        ),
     ] = None,
     thp: Thp = None,
     mode: ModeOption = None,
@@ -124,6 +145,7 @@ def migrate(
     replay: Annotated[
         Path | None,
         typer.Option(
+            parser=options.parser(parse.path),
             metavar="DIR",
             help="Read dirty bitmaps that were recorded, in KVM's layout, from a folder, in the order of their names: "
             "in each interval the guest writes the pages of one, in place of a workload.",
@@ -138,7 +160,14 @@ def migrate(
         ),
     ] = None,
     kvm_log: KvmLogOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the memory and the workload.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            parser=options.parser(parse.whole(0, (1 << 64) - 1)),
+            metavar="NUMBER",
+            help="Seed of the memory and the workload.",
+        ),
+    ] = 0,
     bandwidth: Annotated[
         int | None,
         typer.Option(
@@ -153,13 +182,19 @@ def migrate(
     ] = 300,
     max_iterations: Annotated[
         int | None,
-        typer.Option(min=1, help="Passes in a row without progress, after which --on-limit decides; 30 by default."),
+        typer.Option(
+            parser=options.parser(parse.whole(1)),
+            metavar="NUMBER",
+            help="Passes in a row without progress, after which --on-limit decides; 30 by default.",
+        ),
     ] = None,
     on_limit: Annotated[
         OnLimit,
         typer.Option(
+            parser=options.parser(parse.choice(OnLimit)),
+            metavar="abort|wait|pause",
             help="If the rest doesn't fit into --max-downtime: give up, go on until it does, or pause the guest for as "
-            "long as it takes."
+            "long as it takes.",
         ),
     ] = OnLimit.ABORT,
     auto_converge: Annotated[
@@ -171,7 +206,14 @@ def migrate(
     ] = True,
     tls_dir: TlsFolder = None,
     insecure: Insecure = False,
-    attempts: Annotated[int, typer.Option(min=1, help="Try so often; a failure leaves the guest running.")] = 1,
+    attempts: Annotated[
+        int,
+        typer.Option(
+            parser=options.parser(parse.whole(1)),
+            metavar="NUMBER",
+            help="Try so often; a failure leaves the guest running.",
+        ),
+    ] = 1,
     hold: Annotated[
         float | None,
         typer.Option(
@@ -182,7 +224,12 @@ def migrate(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.png|.html", help="Draw what happened. Needs the extra 'plot'.")
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE.png|.html",
+            help="Draw what happened. Needs the extra 'plot'.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -193,8 +240,7 @@ def migrate(
     run and nobody knows whether it does, the source stays paused, and the command says how to resume it. A real guest
     is checked once more when it has run on at the destination.
     """
-    if report is not None and report.suffix not in {".png", ".html"}:
-        raise typer.BadParameter(f"--report {report}: .png or .html")
+    draw = None if report is None else _painter(report)
     if to is None:
         guest.refuse("without --to HOST:PORT", {"--tls-dir": tls_dir is not None, "--insecure": insecure})
     tls = guest.tls_of(to, tls_dir, insecure=insecure)
@@ -203,6 +249,7 @@ def migrate(
     guest.refuse("without --replay", {"--interval": interval is not None and replay is None})
     settings = Settings(max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value)
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
+    guest.check_room(memory)
     vm: Machine | KvmVm
     if source is Vm.KVM:
         guest.refuse("with --source kvm", {"--mode": mode is not None, "--thp": thp is not None})
@@ -231,7 +278,7 @@ def migrate(
                 note("interrupted")
                 raise typer.Exit(INTERRUPTED) from None
             raise
-        _say(done, report, as_json=as_json)
+        _say(done, draw, as_json=as_json)
         if done.failure is not None:
             status = _MISMATCH if isinstance(done.failure, DigestError) else 1
             raise typer.Exit(INTERRUPTED if cancel.is_set() else status)
@@ -275,13 +322,11 @@ def _modelled(
 
 def _real(content: _Content, log: KvmLog, workload: str | None, rate: float | None) -> KvmVm:
     """Return a real VM that is about to run."""
-    try:
+    with guest.usage():
         return guest.build_kvm(
             content.memory, log=log, workload=workload, rate=rate, seed=content.seed, image=content.image,
             percent=content.percent,
         )  # fmt: skip
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _run(precopy: Precopy) -> None:
@@ -338,14 +383,26 @@ def _decided(vm: Machine | KvmVm, failure: HandoverError, cancel: threading.Even
 # --- what is said ------------------------------------------------------------------------------------------
 
 
-def _say(done: Precopy, picture: Path | None, *, as_json: bool) -> None:
+def _painter(picture: Path) -> Callable[[Report], None]:
+    """Return what draws a report; that it can't is found out before there is one."""
+    if picture.suffix not in {".png", ".html"}:
+        raise typer.BadParameter(f"--report {picture}: .png or .html")
+    from hwdbm.migration.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+
+    NewFile(picture).close()
+    return lambda report: draw(picture, report)
+
+
+def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool) -> None:
     report = done.report
     text = json.dumps(report.to_dict(), indent=2) if as_json else _text(report)
-    result(text, done="the migration completed" if done.failure is None else "the migration failed")
-    if picture is not None and report.passes:
-        from hwdbm.migration.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
-
-        draw(picture, report)
+    status = "the migration completed" if done.failure is None else "the migration failed"
+    result(text, status)
+    if draw is not None and report.passes:
+        try:
+            draw(report)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; but {status}", error.filename) from error
     if report.downtime is not None and report.downtime > report.limit:
         warn(f"the guest stood still for {report.downtime * 1e3:,.0f} ms, longer than {report.limit * 1e3:g} ms")
     if report.guest_resumed is False:
@@ -489,7 +546,9 @@ def _connected(
             yield stack.enter_context(transport.connect_unix(to.path))
             return
         if to is not None:
-            yield stack.enter_context(transport.connect_tcp(to.host, to.port, tls, insecure=insecure))
+            with guest.usage():
+                channel = transport.connect_tcp(to.host, to.port, tls, insecure=insecure)
+            yield stack.enter_context(channel)
             return
         path = stack.enter_context(transport.private_socket())
         command = python("-m", "hwdbm", "receive", "--unix", str(path), "--json", "--until-eof", *options_)

@@ -11,6 +11,7 @@ from hwdbm.errors import ImageError
 from hwdbm.image import Image, Registers, Slot, open_image
 from hwdbm.image.capture import is_capture
 from hwdbm.image.slots import check_slots as slots_together
+from hwdbm.vtcr import Vtcr as VtcrFields
 
 __all__ = ["Json", "RamBase", "Slots", "Vtcr", "Vttbr", "check_slots", "open_for", "parser"]
 
@@ -95,9 +96,11 @@ def open_for(
         ]
         if missing:
             raise typer.BadParameter(f"{path} is no capture, and a raw image needs {', '.join(missing)}")
-    if vttbr is not None and vtcr is not None:
+    if vtcr is not None:
         try:
-            Registers(vttbr, vtcr).decode()
-        except ImageError as error:
-            raise typer.BadParameter(str(error)) from error
+            VtcrFields.decode(vtcr)
+            if vttbr is not None:
+                Registers(vttbr, vtcr).decode()
+        except ValueError as error:
+            raise typer.BadParameter(f"--vtcr {vtcr:#x}: {error}") from error
     return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)

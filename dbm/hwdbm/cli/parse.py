@@ -1,14 +1,63 @@
 """Reading what people type: sizes, addresses, slots."""
 
 import re
+from collections.abc import Callable
+from enum import StrEnum
 from math import inf, nan
+from pathlib import Path
+from typing import TypeVar
 
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
 
-__all__ = ["address", "number", "page_size", "size", "slot"]
+__all__ = ["address", "choice", "number", "page_size", "path", "size", "slot", "whole"]
 
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+Kind = TypeVar("Kind", bound=StrEnum)
+
+
+def path(text: str) -> Path:
+    """Return the path that `text` is; an empty one, which `Path` takes for the current folder, is a slip.
+
+    Raises
+    ------
+    ValueError
+        If it is empty.
+    """
+    if not text:
+        raise ValueError("the path is empty")
+    return Path(text)
+
+
+def choice(kinds: type[Kind]) -> Callable[[str], Kind]:
+    """Return a reader of one of some words."""
+
+    def read(text: str) -> Kind:
+        try:
+            return kinds(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is none of {', '.join(kinds)}") from None
+
+    return read
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `low` to `high`.
+
+    Examples
+    --------
+    >>> whole(1)("12")
+    12
+    """
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else low - 1
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{text!r} is no whole number of {low} {'or more' if high is None else f'to {high}'}")
+        return value
+
+    return read
 
 
 def address(text: str) -> int:
@@ -68,7 +117,7 @@ def size(text: str) -> int:
     >>> size("4K"), size("2M"), size("0x1000"), size("1.5G")
     (4096, 2097152, 4096, 1610612736)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         try:
             return address(text)

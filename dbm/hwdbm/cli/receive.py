@@ -17,6 +17,7 @@ from hwdbm.cli import guest, interrupt, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.output import warn
 from hwdbm.cli.streams import note, result
+from hwdbm.files import NewFile
 from hwdbm.migration import Channel, Received, StreamError, transport
 from hwdbm.migration import receive as receive_vm
 from hwdbm.migration.report import mebibytes
@@ -29,16 +30,19 @@ EPILOG = """Sizes in JSON are in bytes; normal and duplicate are numbers of page
 
 Examples:
 
-\b
   For a source on another machine, with certificates on both sides:
+
+\b
     hwdbm receive --listen 0.0.0.0:4444 --tls-dir certificates
 
-\b
   For a source on this machine ('hwdbm migrate --to unix:/run/user/1000/guest'):
-    hwdbm receive --unix /run/user/1000/guest
 
 \b
+    hwdbm receive --unix /run/user/1000/guest
+
   Into a file, which is the memory then:
+
+\b
     hwdbm receive --listen 127.0.0.1:4444 --insecure --file guest.ram
 """
 
@@ -55,13 +59,30 @@ def receive(
     ] = None,
     unix: Annotated[
         Path | None,
-        typer.Option("--unix", metavar="PATH", help="Listen on a Unix socket, which only its owner can use."),
+        typer.Option(
+            "--unix",
+            parser=options.parser(parse.path),
+            metavar="PATH",
+            help="Listen on a Unix socket, which only its owner can use.",
+        ),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Have the memory in a file, without a machine that would run in it."),
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE",
+            help="Have the memory in a file, without a machine that would run in it.",
+        ),
     ] = None,
-    vm: Annotated[Vm | None, typer.Option("--vm", help="A modelled machine (the default), or a real VM.")] = None,
+    vm: Annotated[
+        Vm | None,
+        typer.Option(
+            "--vm",
+            parser=options.parser(parse.choice(Vm)),
+            metavar="machine|kvm",
+            help="A modelled machine (the default), or a real VM.",
+        ),
+    ] = None,
     kvm_log: KvmLogOption = None,
     thp: Thp = None,
     mode: ModeOption = None,
@@ -113,6 +134,11 @@ def receive(
     else:
         guest.refuse("without --vm kvm", {"--kvm-log": kvm_log is not None})
 
+    if memory_limit is not None and (memory or 1) > memory_limit:
+        raise typer.BadParameter(f"--memory-limit of {memory_limit} bytes: no guest would be taken")
+    if file is not None:
+        NewFile(file).close()  # that it can't be there is found out now, and not when the guest has come
+
     def build(layout: MemoryMap) -> Source:
         if file is not None:
             return PlainGuest(layout, file)
@@ -123,9 +149,10 @@ def receive(
     with ExitStack() as stack:
         arrived = stack.enter_context(_until_eof()) if until_eof else threading.Event()
         kernels.warm_up()
-        limit = _physical() if memory_limit is None else memory_limit
+        limit = guest.physical() if memory_limit is None else memory_limit
         ready: Source | None = None
         if memory is not None:
+            guest.check_room(memory)
             layout = guest.kvm_layout(memory) if vm is Vm.KVM else guest.layout_of(memory)
             ready = stack.enter_context(closing(build(layout)))
             for slot in ready.slots:
@@ -155,7 +182,8 @@ def _accepted(where: Endpoint, tls: transport.TlsDir | None, *, insecure: bool, 
     if where.path is not None:
         listener = transport.listen_unix(where.path)
     else:
-        listener = transport.listen_tcp(where.host, where.port, tls, insecure=insecure)
+        with guest.usage():
+            listener = transport.listen_tcp(where.host, where.port, tls, insecure=insecure)
     with listener, interrupt.on_interrupt(listener.close):
         if not quiet:
             note(f"listening on {listener.address}")
@@ -177,10 +205,6 @@ def _until_eof() -> Iterator[threading.Event]:
 
     threading.Thread(target=watch, name="hwdbm-until-eof", daemon=True).start()
     yield arrived
-
-
-def _physical() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _report(received: Received) -> dict[str, Any]:

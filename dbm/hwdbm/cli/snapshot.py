@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hwdbm.cli import options
+from hwdbm.cli import options, parse
 from hwdbm.cli.streams import result
 from hwdbm.migration import snapshot as files
 
@@ -14,15 +14,24 @@ __all__ = ["EPILOG", "rebase"]
 
 EPILOG = """Examples:
 
-\b
   Lay a difference over the snapshot that it is to:
+
+\b
     hwdbm snapshot rebase guest.ram guest.diff
 """
 
 
 def rebase(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The file of all memory, which is changed.")],
-    diffs: Annotated[list[Path], typer.Argument(metavar="DIFF...", help="Sparse files, the oldest first.")],
+    base: Annotated[
+        Path,
+        typer.Argument(
+            parser=options.parser(parse.path), metavar="BASE", help="The file of all memory, which is changed."
+        ),
+    ],
+    diffs: Annotated[
+        list[Path],
+        typer.Argument(parser=options.parser(parse.path), metavar="DIFF", help="Sparse files, the oldest first."),
+    ],
     as_json: options.Json = False,
 ) -> None:
     """Lay differential snapshots over their base.
