@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from hwdbm.cli import main
+from hwdbm.cli import interrupt, main
 
 
 class Result(NamedTuple):
@@ -22,8 +22,9 @@ class Result(NamedTuple):
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Return a function that runs ``hwdbm`` with arguments."""
 
-    # The command leaves its own handler behind, as its process is about to end.
+    # The command leaves its own handlers behind, and a thread, as its process is about to end.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(interrupt, "nudge", lambda: None)
 
     def run_(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["hwdbm", *map(str, args)])

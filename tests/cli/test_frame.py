@@ -74,7 +74,8 @@ class TestInterrupt:
     def test_no_system_call_keeps_it_waiting(self) -> None:
         """A signal just before a call that waits, here one to another thread, doesn't end that call."""
         code = (
-            "import select, signal, threading; from hwdbm.cli import interrupt; interrupt.install()\n"
+            "import select, signal, threading; from hwdbm.cli import interrupt\n"
+            "interrupt.install(); interrupt.nudge()\n"
             "signals = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))\n"
             "signals.start(); select.poll().poll()"
         )
@@ -148,15 +149,16 @@ class TestInterrupt:
 class TestStreams:
     """A result that stdout can't take is a failure, but not that of what was done."""
 
-    KINDS = ("full", "closed", "no reader")
+    KINDS = ("full", "closed", "all but stderr closed", "no reader")
 
     @pytest.fixture(params=KINDS)
     def stdout(self, request) -> Iterator[dict]:
         if request.param == "full":
             with Path("/dev/full").open("w") as full:
                 yield {"stdout": full}
-        elif request.param == "closed":
-            yield {"stdout": None, "preexec_fn": lambda: os.close(1)}
+        elif "closed" in request.param:
+            fds = (1,) if request.param == "closed" else (0, 1)
+            yield {"stdout": None, "preexec_fn": lambda: [os.close(fd) for fd in fds]}
         else:
             reader, writer = os.pipe()
             os.close(reader)

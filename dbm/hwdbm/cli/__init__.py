@@ -21,7 +21,8 @@ def main() -> None:
     from hwdbm.cli import interrupt, streams  # noqa: PLC0415
 
     interrupt.install(files.abandon, process.kill_children)
-    streams.prepare()
+    streams.prepare()  # before any file is opened
+    interrupt.nudge()
     status = _run()
     interrupt.ignore()
     streams.finish()

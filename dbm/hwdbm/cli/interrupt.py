@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-__all__ = ["INTERRUPTED", "as_event", "ignore", "install", "on_interrupt"]
+__all__ = ["INTERRUPTED", "as_event", "ignore", "install", "nudge", "on_interrupt"]
 
 INTERRUPTED = 130
 """The exit status."""
@@ -35,8 +35,6 @@ def install(*cleanups: Callable[[], object]) -> None:
     _cleanups[:] = cleanups
     for number in _heeded():
         signal.signal(number, _leave)
-    if signal.getsignal(_NUDGE) is signal.SIG_DFL:
-        _nudge()
 
 
 def ignore() -> None:
@@ -51,22 +49,22 @@ def _heeded() -> list[signal.Signals]:
     return [signal.SIGINT, *(number for number in others if signal.getsignal(number) is not signal.SIG_IGN)]
 
 
-def _nudge() -> None:
-    """See to it that no signal waits: one that comes just before a system call that waits doesn't end that."""
+def nudge() -> None:
+    """See to it that no signal waits: one that comes just before a system call that waits doesn't end that call."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(_NUDGE, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     main = _thread.get_ident()
 
-    def nudge() -> None:
+    def watch() -> None:
         while True:
             if os.read(woken, 1)[0] != _NUDGE:
                 for delay in _NUDGES:
                     time.sleep(delay)
                     signal.pthread_kill(main, _NUDGE)
 
-    _thread.start_new_thread(nudge, ())
+    _thread.start_new_thread(watch, ())
 
 
 @contextmanager
