@@ -1,5 +1,7 @@
 """Processes of our own: they run the installed package, whatever the current folder holds, and end with the command."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,9 +60,11 @@ def child(command: Sequence[str], grace: float = _GRACE, **options: Any) -> Iter
 
 
 def kill_children() -> None:
-    """Kill what `child` started and hasn't ended: for a command that ends at once."""
+    """Kill what `child` started and hasn't ended, with all that it started: for a command that ends at once."""
     for process in list(_children):
-        process.kill()
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         # Without a limit it would wait for a lock, which this thread may have where a signal interrupted it.
         with suppress(subprocess.TimeoutExpired):
             process.wait(_DYING)

@@ -8,7 +8,7 @@ from hwdbm.bench.stream import StreamSetup, rows
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_rows(transport):
     first, scattered = rows(StreamSetup(memory=8 << 20, fraction=0.1, passes=1, transport=transport))
-    assert "first pass" in first.what
-    assert "scattered pages" in scattered.what
+    assert "first" in first.what
+    assert "scattered" in scattered.what
     assert 0 < first.ratio < 1000
-    assert first.seconds > 0 < scattered.floor_seconds
+    assert first.cost > 0 < scattered.floor_cost

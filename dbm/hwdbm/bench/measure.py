@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["Row", "smallest"]
 
@@ -15,26 +16,29 @@ class Row:
     ----------
     what : str
         What was measured.
-    seconds : float
-        The smallest of its times.
+    cost : float
+        The smallest of its times, in seconds; or bytes of memory.
     floor : str
         What it is compared with.
-    floor_seconds : float
-        The smallest of the floor's times, in the same run.
+    floor_cost : float
+        The smallest of the floor's times, in the same run; or bytes.
     limit : float, optional
         The ratio that the project holds itself to, at most.
+    unit : {"s", "byte"}
+        Of both costs.
     """
 
     what: str
-    seconds: float
+    cost: float
     floor: str
-    floor_seconds: float
+    floor_cost: float
     limit: float | None = None
+    unit: Literal["s", "byte"] = "s"
 
     @property
     def ratio(self) -> float:
         """How many times the floor it takes."""
-        return self.seconds / self.floor_seconds
+        return self.cost / self.floor_cost
 
     @property
     def met(self) -> bool | None:

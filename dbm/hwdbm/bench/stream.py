@@ -94,12 +94,12 @@ def rows(setup: StreamSetup | None = None) -> Iterator[Row]:
             rounds.append(((first, whole), (min(passes), part)))
         channel.sock.sendall(_COMMAND.pack(b"Q", 0))
     for what, size, found in zip(
-        ("first pass", "scattered pages"), (setup.memory, scattered), zip(*rounds, strict=True), strict=True
+        ("first", "scattered"), (setup.memory, scattered), zip(*rounds, strict=True), strict=True
     ):
         # What else the machine does comes in bursts: times of one round compare, and the median leaves out the odd one.
         seconds, floor = sorted(found, key=lambda times: times[0] / times[1])[len(found) // 2]
-        name = f"stream, {setup.transport}, {what} ({size / seconds / (1 << 30):.2f} GiB/s)"
-        yield Row(name, seconds, "sendall/recv_into", floor, _LIMIT)
+        name = f"{setup.transport} stream, {what}, {size / seconds / 1e9:.2f} GB/s"
+        yield Row(name, seconds, "plain sendall", floor, _LIMIT)
 
 
 def _floor(sock: socket.socket, guest: PlainGuest, size: int, repeat: int) -> float:

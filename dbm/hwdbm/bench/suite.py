@@ -85,7 +85,7 @@ def harvest(setup: Setup) -> Iterator[Row]:
         work: Work = {"sum()": entries.sum, "AND in place": lambda: np.bitwise_and(entries, keep, out=entries)}
         work |= {name: lambda s2=s2: s2.harvest(out) for name, s2 in slots.items()}  # type: ignore[misc]
         if walk:
-            work["C, a call a descriptor"] = lambda: walk(entries, out.words)
+            work["C loop"] = lambda: walk(entries, out.words)
         times = smallest(work, before, setup.repeat)
         for name in list(work)[2:]:
             floor, limit = LIMITS.get((name, label), ("sum()", None))
@@ -99,7 +99,7 @@ def enable(setup: Setup) -> Iterator[Row]:
     start, target = entries.copy(), entries.copy()
     work: Work = {"copy": lambda: np.copyto(target, start), "enable_dbm": s2.enable_dbm}
     times = smallest(work, lambda: np.copyto(entries, start), setup.repeat)
-    yield Row("enable_dbm", times["enable_dbm"], "copy of the array", times["copy"], 2.0)
+    yield Row("enable_dbm", times["enable_dbm"], "one copy", times["copy"], 2.0)
 
 
 def blocks(setup: Setup) -> Iterator[Row]:
@@ -129,7 +129,7 @@ def sparse(setup: Setup) -> Iterator[Row]:
     work = {"sparse": lambda: thin.harvest(out), "full": lambda: full.harvest(small)}
     evict = np.ones(1 << 23, dtype=np.uint64)  # so that both are read from memory and not from a cache
     times = smallest(work, evict.sum, setup.repeat)
-    yield Row("1 stripe in 64, the rest unmapped", times["sparse"], "as many stripes, full", times["full"])
+    yield Row("1 stripe in 64, else unmapped", times["sparse"], "full stripes", times["full"])
 
 
 def tables(setup: Setup) -> Iterator[Row]:
@@ -140,12 +140,12 @@ def tables(setup: Setup) -> Iterator[Row]:
         data = np.fromfile(path, dtype=np.uint64)
         times = smallest({"read": lambda: image.stage2(slot.id)}, repeat=max(2, setup.repeat // 3))
         speed = data.nbytes / times["read"] / 1e9
-        yield Row(f"read tables from an image ({speed:.2f} GB/s)", times["read"], "0.5 GB/s", data.nbytes / 0.5e9, 1.0)
+        yield Row(f"tables of an image, {speed:.2f} GB/s", times["read"], "0.5 GB/s", data.nbytes / 0.5e9, 1.0)
 
 
 def unmapped(_: Setup) -> Iterator[Row]:
-    """Harvest a slot of 1 TiB that was never mapped: its resident bytes, in place of seconds, over 400 MiB."""
-    yield Row("1 TiB never mapped, harvested (MiB resident)", resident(1 << 28), "400 MiB", 400 << 20, 1.0)
+    """Harvest a slot of 1 TiB that was never mapped: its resident bytes over 400 MiB."""
+    yield Row("1 TiB never mapped, resident", resident(1 << 28), "400 MiB", 400 << 20, 1.0, "byte")
 
 
 def stream(setup: Setup) -> Iterator[Row]:

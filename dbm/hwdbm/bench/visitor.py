@@ -1,6 +1,7 @@
 """The C walker that the kernels are compared with, compiled when it is asked for."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import files, pte
+from hwdbm.process import child
 
 __all__ = ["load"]
 
@@ -27,7 +29,7 @@ class _Harvest(ctypes.Structure):
 
 
 def load() -> Callable[[Array, Array], None] | None:
-    """Return a harvest that calls a C function for each descriptor, or None where there is no C compiler.
+    """Return a harvest that calls a C function for each descriptor, or None where no C compiler can make it.
 
     The function takes level-3 descriptors, which it re-protects, and the words of their bitmap.
     """
@@ -37,7 +39,11 @@ def load() -> Callable[[Array, Array], None] | None:
     with files.scratch() as folder, as_file(resources("hwdbm.bench") / "visitor.c") as source:
         target = folder / "visitor.so"
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(target), str(source)]
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        environment = os.environ | {"TMPDIR": str(folder)}  # what it leaves when it is killed goes with the folder
+        with child(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+            status = process.wait()
+        if status:
+            return None
         library = ctypes.CDLL(str(target))  # stays loaded when the file goes
     walk, visit = library.walk, library.harvest_visitor
     walk.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.POINTER(_Harvest))

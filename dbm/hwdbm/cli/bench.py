@@ -15,7 +15,9 @@ from hwdbm.cli.streams import result
 
 __all__ = ["EPILOG", "bench"]
 
-EPILOG = """Examples:
+EPILOG = """Times are in ms. The C loop calls a function for each descriptor, as a kernel's walker does.
+
+Examples:
 
   The whole table, for 64 GiB of guest memory, in about a minute:
 
@@ -71,21 +73,24 @@ def bench(
 
 
 def _table(rows: list[Row]) -> str:
-    heads = ("", "time", "times", "what", "limit", "")
-    return columns([heads, *(_cells(row) for row in rows)], left=(0, 3, 4, 5))
+    heads = ("what", "ms", "times", "floor", "limit", "kept")
+    return columns([heads, *(_cells(row) for row in rows)], left=(0, 3, 5))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    resident = "resident" in row.what
-    amount = f"{row.seconds / (1 << 20):.0f} MiB" if resident else f"{row.seconds * 1e3:.3f} ms"
-    limit = "" if row.limit is None else f"<= {row.limit:g}"
-    verdict = {True: "met", False: "NOT MET", None: ""}[row.met]
+    if row.unit == "byte":
+        amount = f"{row.cost / (1 << 20):.0f} MiB"
+    else:
+        amount = f"{row.cost * 1e3:.3f}" if row.cost < 1 else f"{row.cost * 1e3:,.0f}"
+    limit = "" if row.limit is None else f"{row.limit:g}"
+    verdict = {True: "yes", False: "no", None: ""}[row.met]
     return row.what, amount, f"{row.ratio:.3f}", row.floor, limit, verdict
 
 
 def _record(row: Row) -> dict[str, Any]:
-    record = {"what": row.what, "seconds": row.seconds, "floor": row.floor, "floor-seconds": row.floor_seconds}
-    record["ratio"] = row.ratio
+    cost, scale = ("time", 1e3) if row.unit == "s" else ("bytes", 1)
+    record: dict[str, Any] = {"what": row.what, cost: row.cost * scale}
+    record |= {"floor": row.floor, f"floor-{cost}": row.floor_cost * scale, "ratio": row.ratio}
     if row.limit is not None:
         record |= {"limit": row.limit, "met": row.met}
     return record

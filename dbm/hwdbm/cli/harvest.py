@@ -213,7 +213,7 @@ def _report(path: Path, image: Image, found: Found) -> dict[str, Any]:
             "dirty-bytes": sum(slot["dirty"] * slot["page-size"] for slot in slots),
             "tables": found.tables,
             "table-bytes": found.tables * image.granule.page_size,
-            "seconds": round(found.seconds, 6),
+            "time": round(1e3 * found.seconds, 3),
         },
     }
 
@@ -237,7 +237,7 @@ def _text(report: dict[str, Any]) -> str:
     summary = (
         f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes)\n"
         f"{total['tables']} tables ({total['table-bytes']} bytes) read in "
-        f"{1000 * total['seconds']:.1f} ms"
+        f"{total['time']:.1f} ms"
     )
     head = f"{report['image']}: {report['granule']} granule, {report['ipa-bits']}-bit IPA, {dbm}"
     return "\n".join([head, columns(rows, left=(0, 1, 2, *range(6, len(heads)))), summary])

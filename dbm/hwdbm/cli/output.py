@@ -62,11 +62,11 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
 
 
 def _records(cells: list[list[str]]) -> str:
-    """Return a table that is too wide for the screen as a line for each cell."""
+    """Return a table that is too wide for the screen as a line for each cell that isn't empty."""
     heads, *rows = cells
     width = max(map(len, heads))
     return "\n\n".join(
-        "\n".join(f"{head:<{width}}  {cell}" for head, cell in zip(heads, row, strict=True)) for row in rows
+        "\n".join(f"{head:<{width}}  {cell}" for head, cell in zip(heads, row, strict=True) if cell) for row in rows
     )
 
 
