@@ -1,7 +1,12 @@
 """What steps in while a verb works: hardware between any two descriptors, and signal handlers that raise."""
 
 import contextlib
+import dis
+import functools
+import gc
+import itertools
 import signal
+import sys
 import time
 
 import numpy as np
@@ -13,6 +18,7 @@ from steppedkernel import SteppedKernel
 
 from hwdbm import DirtyBitmap, Stage2, pte
 from hwdbm.leaves import Leaves
+from hwdbm.saved import Saved
 from hwdbm.testing import differences, stage2s
 
 VERBS = {
@@ -32,11 +38,15 @@ VERBS = {
     "mkyoung": lambda s: s.mkyoung(),
     "test_clear_young": lambda s: s.test_clear_young(),
     "map_at": lambda s: s.map_at(np.arange(0, s.npages, 3), np.arange(0, s.npages, 3)),
+    "relax_at": lambda s: s.relax_at(np.arange(0, s.npages, 5), dbm=True),
+    "allow_at": lambda s: s.allow_at(np.arange(0, s.npages, 5), dbm=True),
+    "mkyoung_at": lambda s: s.mkyoung_at(np.arange(0, s.npages, 5)),
+    "mmu_update": lambda s: mmu_update(s),  # noqa: PLW0108
     "take_host_dirty": lambda s: s.take_host_dirty(),
     "dirty": lambda s: s.dirty(),
 }
 HARVESTS = {
-    "harvest": lambda s, out: out.__ior__(s.harvest()),
+    "harvest": lambda s, out: s.harvest(),
     "harvest into": lambda s, out: s.harvest(out),
     "harvest of parts": lambda s, out: [s.harvest(out, a, min(100, s.npages - a)) for a in range(0, s.npages, 100)],
     "peek": lambda s, out: s.peek_into(out),
@@ -47,13 +57,17 @@ MASKED = {
     "track_part": lambda s, mask: s.track_part(mask),
     "wrprotect_part": lambda s, mask: s.wrprotect_part(mask),
 }
-RETURNS = {"harvest": Stage2.harvest, "take_host_dirty": Stage2.take_host_dirty}  # bits leave with their result
 
 
 def map_blocks(s2):
     first = -s2.base_gfn % 512
     if s2.npages - first >= 512:
         s2.map(s2.base_gfn + first, (s2.npages - first) // 512 * 512, pfn=0, level=2)
+
+
+def mmu_update(s2):
+    (index,) = pte.leaf(3)(s2.level(3)).nonzero()
+    s2.mmu_update(3, index, np.full(index.size, pte.AF, np.uint64))
 
 
 def calls():
@@ -104,19 +118,26 @@ def check_verb(s2, name, seed):
     before, out = s2.dirty(), DirtyBitmap(s2.npages)
     host = s2.host_dirty.copy()
     mask = DirtyBitmap.from_pages(np.flatnonzero(hardware.rng.random(s2.npages) < 0.3), s2.npages)
-    CALLS[name](s2, out, mask)
+    got = CALLS[name](s2, out, mask)
     hardware.busy = True  # what it does from here on is for the next verb
     s2.verify()
-    wrote = before | hardware.written
+    wrote = before if name == "take_saved" else before | hardware.written
+    check_nothing_is_lost(s2, name, [got], wrote, host | hardware.written, out, mask)
+
+
+def check_nothing_is_lost(s2, name, got, wrote, host, out, mask):
+    """Check that the log and the host know of each write, wherever a verb, which returned `got` or raised, left it."""
     if name in MASKED:
         out |= mask
-    if name == "take_saved":
-        wrote = before
+    if name == "harvest" and got:
+        out |= got[0]
     lost = wrote - (out | s2.dirty())
     assert not lost.any(), f"lost {lost.ranges().tolist()[:3]}"
-    told = s2.host_dirty | s2.dirty() | s2.writable() | host
-    missed = hardware.written - told
-    assert name == "take_host_dirty" or not missed.any(), f"the host doesn't know of {missed.ranges().tolist()[:3]}"
+    told = s2.host_dirty | s2.dirty() | s2.writable()
+    if name == "take_host_dirty" and got:
+        told |= got[0]
+    missed = host - told
+    assert not missed.any(), f"the host doesn't know of {missed.ranges().tolist()[:3]}"
 
 
 @pytest.mark.parametrize("name", ["unmap", "wrprotect", "collapse", "clear_dbm", "disable_dbm"])
@@ -159,22 +180,79 @@ class InterruptedHereError(Exception):
 
 
 @contextlib.contextmanager
-def interrupted(delay, stack):
-    """Raise once, after `delay` seconds, wherever the main thread is then: the code that runs is put into `stack`."""
+def interrupted(delay):
+    """Raise once, after `delay` seconds, wherever the main thread is then."""
 
     def handler(number, frame):
-        while frame:
-            stack.append(frame.f_code)
-            frame = frame.f_back
         raise InterruptedHereError
 
     old = signal.signal(signal.SIGALRM, handler)
+    gc.disable()  # what is raised in a callback of the collector's, such as Hypothesis', goes nowhere
     try:
         signal.setitimer(signal.ITIMER_REAL, delay)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # it came at the last moment, and doesn't come twice
+            gc.enable()
+            signal.signal(signal.SIGALRM, old)
+
+
+class Strike:
+    """Raises where CPython may run a signal handler: in the package, as a function begins, after a call, in a loop.
+
+    At the `at`-th such place; with None it counts them.
+    """
+
+    def __init__(self, at=None):
+        self.at, self.seen = at, 0
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self._frame)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def _frame(self, frame, _event, _argument):
+        if not frame.f_globals.get("__name__", "").startswith("hwdbm."):
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        places, last = places_of(frame.f_code), None
+
+        def step(frame, event, _argument):
+            nonlocal last
+            if event == "opcode":
+                if (last, frame.f_lasti) in places or last is None:
+                    self.seen += 1
+                    if self.seen == self.at:
+                        raise InterruptedHereError
+                last = frame.f_lasti
+            return step
+
+        return step
+
+
+@functools.cache
+def places_of(code):
+    """Return the steps, from offset to offset, between which a handler may run.
+
+    What it raises belongs to the instruction before, so where only that is in a ``try`` block there is no such place.
+    """
+    entries, found = dis.Bytecode(code).exception_entries, set()
+
+    def handler(offset):
+        return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
+
+    instructions = list(dis.get_instructions(code))
+    for one, after in itertools.pairwise(instructions):
+        if one.opname.startswith("JUMP_BACKWARD") and handler(one.offset) == handler(one.argval):
+            found.add((one.offset, one.argval))
+        elif one.opname.startswith("CALL") and handler(one.offset) == handler(after.offset):
+            found.add((one.offset, after.offset))
+    return found
 
 
 def a_slot(rng):
@@ -186,40 +264,70 @@ def a_slot(rng):
     s2.level(3)[rng.integers(0, 500, 60)] |= np.uint64(pte.S2AP_W)
     s2.level(3)[-90:-20] |= np.uint64(pte.S2AP_W)
     s2.unmap(s2.base_gfn + s2.npages - 60, 10)
+    s2.host_dirty.set_range(440, 9)  # a consumer has had them, and the host has not
     return s2
+
+
+def check_a_strike(rng, name, strike):
+    """Check what a verb that is struck leaves behind; return whether it was."""
+    s2 = a_slot(rng)
+    before, out, host = s2.dirty(), DirtyBitmap(s2.npages), s2.host_dirty.copy()
+    mask = DirtyBitmap.from_pages(np.flatnonzero(rng.random(s2.npages) < 0.3), s2.npages)
+    got = []
+    with contextlib.suppress(InterruptedHereError), strike:
+        got.append(CALLS[name](s2, out, mask))  # one call of C: what was returned is kept
+    check_nothing_is_lost(s2, name, got, before, host | before, out, mask)
+    assert not s2._lock.locked()
+    s2.verify()
+    s2.harvest()
+    return not got
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_signal_handler_that_raises_loses_nothing(kernels, name):
-    rng = np.random.default_rng(len(name))
-    s2, struck, rounds = a_slot(rng), 0, 0
-    CALLS[name](s2, DirtyBitmap(s2.npages), DirtyBitmap(s2.npages))
-    start = time.perf_counter()
-    CALLS[name](a_slot(rng), DirtyBitmap(s2.npages), DirtyBitmap(s2.npages))
-    takes = time.perf_counter() - start
-    while rounds < 40 * EFFORT or (not struck and rounds < 4000):  # a short verb is seldom struck
-        rounds += 1
+    rng, takes = np.random.default_rng(len(name)), 0.0
+    for _ in range(2):
         s2 = a_slot(rng)
-        before, out, host = s2.dirty(), DirtyBitmap(s2.npages), s2.host_dirty.copy()
-        mask = DirtyBitmap.from_pages(np.flatnonzero(rng.random(s2.npages) < 0.3), s2.npages)
-        taken, stack = [False], []
-        with contextlib.suppress(InterruptedHereError), interrupted(max(1e-6, rng.random() * takes), stack):
-            CALLS[name](s2, out, mask)
-            taken[0] = True
-        # What a verb returned is its caller's, to keep or to lose.
-        returned = name in RETURNS and not taken[0] and RETURNS[name].__code__ not in stack
-        struck += not taken[0] and not returned
-        if name in MASKED:
-            out |= mask
-        lost = before - (out | s2.dirty())
-        assert returned or not lost.any(), f"lost {lost.ranges().tolist()[:3]}"
-        if not (name == "take_host_dirty" and (taken[0] or returned)):
-            missed = (host | before) - (s2.host_dirty | s2.dirty())
-            assert not missed.any(), f"the host doesn't know of {missed.ranges().tolist()[:3]}"
-        assert not s2._lock.locked()
-        s2.verify()
-        s2.harvest()
+        start = time.perf_counter()
+        CALLS[name](s2, DirtyBitmap(s2.npages), DirtyBitmap(s2.npages))
+        takes = time.perf_counter() - start
+    struck = rounds = 0
+    while rounds < 40 * EFFORT or (not struck and rounds < 4000):  # a short verb is seldom struck
+        struck += check_a_strike(rng, name, interrupted(max(1e-6, rng.random() * takes)))
+        rounds += 1
     assert struck
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_wherever_a_handler_may_run(kernels, name):
+    rng, count = np.random.default_rng(len(name)), Strike()
+    check_a_strike(rng, name, count)
+    places = np.arange(1, count.seen + 1)
+    for at in rng.permutation(places)[: 20 * EFFORT].tolist():
+        assert check_a_strike(rng, name, Strike(at)) or at > count.seen * 0.8, "no longer the same way"
+
+
+@pytest.mark.parametrize("verb", ["take", "drop"])
+def test_saved_keeps_what_its_sinks_do_not_have(verb):
+    def strike(at):
+        saved, sinks = Saved(200), (DirtyBitmap(200), DirtyBitmap(200))
+        saved.widen(10, 190)
+        saved.bitmap.set_range(10, 180)
+        before = saved.bitmap.copy()
+        mask = DirtyBitmap(200)
+        mask.set_range(5, 100)
+        with contextlib.suppress(InterruptedHereError), Strike(at) as count:
+            if verb == "take":
+                saved.take(7, 150, *sinks)
+            else:
+                saved.drop(mask, 0, *sinks)
+        saved.verify()
+        for sink in sinks:
+            assert before.issubset(sink | saved.bitmap)
+        return count.seen
+
+    for at in range(1, strike(None) + 1):
+        strike(at)
 
 
 def test_equal_to_the_walkers_in_steps():

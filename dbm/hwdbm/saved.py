@@ -42,11 +42,6 @@ class Saved:
         if lo < hi:
             self.span = (min(lo, self.span[0]), max(hi, self.span[1])) if self else (lo, hi)
 
-    def narrow(self, lo: int, hi: int, before: tuple[int, int]) -> None:
-        """Undo a `widen` from the span `before`, if no page of [lo, hi) was set after it."""
-        if self.span != before and not self.bitmap.words[lo >> 6 : hi + 63 >> 6].any():
-            self.span = before
-
     def take(self, lo: int, hi: int, *sinks: DirtyBitmap) -> int:
         """Move what is saved of the pages [lo, hi) to each of `sinks`, and return how many words it was in."""
         first, stop = self.span

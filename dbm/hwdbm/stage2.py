@@ -481,14 +481,16 @@ class Stage2:
 
     def take_host_dirty(self) -> DirtyBitmap:
         """Return the host pages' dirty flags and clear them, as the host does before it writes pages back."""
-        with self._lock:
-            taken = self.host_dirty | self.saved.bitmap  # a harvest of a part may have left some in `saved` alone
-            try:
-                self.host_dirty.words.fill(0)
-            except BaseException:
-                np.bitwise_or(self.host_dirty.words, taken.words, out=self.host_dirty.words)
-                raise
-            return taken
+        taken = DirtyBitmap(self.npages)
+        try:
+            with self._lock:
+                # A harvest of a part may have left some in `saved` alone.
+                np.bitwise_or(self.host_dirty.words, self.saved.bitmap.words, out=taken.words)
+                self.host_dirty.clear()
+        except BaseException:
+            np.bitwise_or(self.host_dirty.words, taken.words, out=self.host_dirty.words)  # as in `harvest`
+            raise
+        return taken
 
     # --- tracking and protection ---------------------------------------------------------------------------
 
