@@ -79,10 +79,13 @@ docs: $(VENV)/.dev ## build the documentation and run its examples; a warning is
 bench: $(VENV)/.user ## measure the kernels here and now
 	$(BIN)/hwdbm bench
 
+# asv's own processes are to import nothing from the current folder either.
+ASV = PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m asv
+
 .PHONY: asv
 asv: $(VENV)/.dev ## run each asv benchmark once, so that none can rot
-	cd asv_bench && $(abspath $(BIN))/asv machine --yes >/dev/null
-	cd asv_bench && $(abspath $(BIN))/asv run --quick --show-stderr --python=same
+	cd asv_bench && $(ASV) machine --yes >/dev/null
+	cd asv_bench && $(ASV) run --quick --show-stderr --python=same
 
 .PHONY: clean
 clean: ## remove what was built, and the caches; the environment stays

@@ -42,7 +42,7 @@ class Accesses:
         self.machine.dirty(0).commit()
         if tlb != "miss":
             part = slice(None, None, 2 if tlb == "half" else 1)
-            self.vcpu.store(self.gpas[part], self.values[part])
+            self.vcpu.store(self.gpas[part].copy(), self.values[part].copy())  # it takes contiguous arrays
         if tlb == "flushed":
             slot = self.machine.log.slot(0)
             self.machine.flush(slot, 0, slot.npages)
