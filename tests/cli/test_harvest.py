@@ -34,6 +34,7 @@ def test_files_are_kvms_words(run, path: Path, tmp_path: Path) -> None:
     result = run("harvest", path, "--output", tmp_path / "a" / "b", "--page-size", "4K", "--json")
     assert (result.status, result.err) == (0, "")
     (report,) = json.loads(result.out)["images"]
+    inspected = {slot["id"]: slot for slot in json.loads(run("inspect", path, "--json").out)["slots"]}
     with np.load(path) as arrays:
         slots = arrays["memslots"].tolist()
         for (number, gfn, npages), found in zip(slots, report["slots"], strict=True):
@@ -45,6 +46,8 @@ def test_files_are_kvms_words(run, path: Path, tmp_path: Path) -> None:
             assert found["gpa"] == f"{gfn << 12:#018x}"
             assert (found["size"], found["page-size"]) == (npages << 12, 4096)
             assert (found["pages"], found["dirty"]) == (npages, truth.weight())
+            absent = inspected[number]["absent"]
+            assert found["mapped"] == npages - absent * (inspected[number]["page-size"] >> 12)
             assert found["ranges"] == len(truth.ranges())
             assert found["file"] == str(file)
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(
@@ -54,6 +57,16 @@ def test_files_are_kvms_words(run, path: Path, tmp_path: Path) -> None:
     assert total["dirty"] == sum(slot["dirty"] for slot in report["slots"])
     assert total["dirty-bytes"] == 4096 * total["dirty"]
     assert total["time"] > 0
+
+
+def test_a_slot_of_which_nothing_is_mapped(run) -> None:
+    """Others are: so the root isn't wrong, but this slot may be."""
+    slots = ["--slot", "0:0x80000000:2M", "--slot", "7:0:2M", "--slot", "8:0x80200000:2M"]
+    result = run("harvest", CAPTURES / "4k_blocks" / "round1.npz", *slots, "--json")
+    assert result.status == 0
+    assert [slot["mapped"] for slot in json.loads(result.out)["images"][0]["slots"]] == [512, 0, 512]
+    assert "no page of slot 7 is mapped" in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_page_size_is_the_granule_by_default(run, tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None) -> dict[
         for old in folder.glob("slot*.bitmap"):
             if old.stem[4:].isdecimal() and old not in {one.file for one in found.slots}:
                 old.unlink()
+    for one in found.slots:
+        if not one.mapped:
+            warn(f"{path}: no page of slot {one.slot.id} is mapped: is it where the guest has its memory?")
     _say_differences(path, found)
     return _report(path, image, found)
 
@@ -190,6 +193,7 @@ def _report(path: Path, image: Image, found: Found) -> dict[str, Any]:
             "size": one.slot.size,
             "page-size": one.page_size,
             "pages": one.bitmap.npages,
+            "mapped": one.mapped,
             "dirty": one.dirty,
             "ranges": one.ranges,
             "dirty-leaves": {size_name(size): count for size, count in one.leaves.items()},

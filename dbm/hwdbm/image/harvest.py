@@ -14,7 +14,7 @@ from hwdbm.granule import LEAF_LEVELS
 from hwdbm.image.fill import Filler
 from hwdbm.image.reader import Image, Policy, Visitor
 from hwdbm.image.runs import RunMarker
-from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size
+from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
 from hwdbm.layout import runs_of
 from hwdbm.stage2 import Stage2
 
@@ -57,8 +57,8 @@ class FoundSlot:
         What a bit stands for, in bytes.
     bitmap : DirtyBitmap
         Its dirty pages.
-    dirty, ranges : int
-        Dirty pages, and the runs that they form.
+    mapped, dirty, ranges : int
+        Mapped pages, dirty pages, and the runs that these form.
     leaves : dict of int to int
         Dirty leaves by their size in bytes, also those that are only partly in the slot.
     wrong : DirtyBitmap or None
@@ -70,6 +70,7 @@ class FoundSlot:
     slot: Slot
     page_size: int
     bitmap: DirtyBitmap
+    mapped: int
     dirty: int
     ranges: int
     leaves: dict[int, int]
@@ -141,6 +142,7 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
             slot,
             page_size,
             bitmap,
+            cut(stage2.scan(pte.leaf), slot, image.granule, page_size).weight(),
             bitmap.weight(),
             range_count(bitmap),
             _dirty_leaves(stage2, ask.policy),
