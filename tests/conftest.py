@@ -1,6 +1,7 @@
 """What all tests share: the implementations of the kernels, and how Hypothesis runs."""
 
 import os
+import signal
 from types import ModuleType
 
 import hypothesis
@@ -20,6 +21,12 @@ hypothesis.settings.register_profile(
 if os.environ.pop("CI", None):
     os.environ["HYPOTHESIS_PROFILE"] = "ci"
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# A shell gives what it starts in the background, and nohup whatever it starts, these to be ignored; so would all
+# commands that tests start and interrupt.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 @pytest.fixture(params=hwdbm.kernels.available())

@@ -44,7 +44,8 @@ def leaves_to_map(draw, s2, granule):
     npages = max(0, min(npages, s2.base_gfn + s2.npages - gfn)) // size * size
     gfn = gfn if npages else s2.base_gfn // size * size + size
     pfn = draw(st.integers(0, 1000)) * size
-    frames = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 1 << 20, npages // size) * size
+    most = min(1 << 20, (1 << (48 - granule.page_shift)) // size)  # of a frame's 48 bits
+    frames = np.random.default_rng(draw(st.integers(0, 9))).integers(0, most, npages // size) * size
     return gfn, npages, draw(st.sampled_from([pfn, frames])), level
 
 

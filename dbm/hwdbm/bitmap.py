@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
+import numpy.ma  # which np.unique imports when it is first called: an interrupt would leave it half imported
 from bitarray import bitarray
 from numpy.typing import ArrayLike, NDArray
 

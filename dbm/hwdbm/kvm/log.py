@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.kvm.device import VmFd
-from hwdbm.kvm.ring import DirtyRing, harvest
+from hwdbm.kvm.ring import DirtyRing, harvest, recover
 from hwdbm.memslot import Memslot
 from hwdbm.vm.base import SlotPages
 
@@ -110,8 +110,7 @@ class Rings:
             if self._failure is not None:
                 raise self._failure
             if self._taking:  # an interrupt came: what was read may be in no log, and not be protected anew
-                while self._vm.reset_dirty_rings():
-                    pass
+                recover(self._vm, self.rings)
                 self._mark_all()
             self._taking = True
             total, logs = 0, {log.slot.id: log for log in self.logs}

@@ -24,7 +24,7 @@ from hwdbm.kvm.device import VmFd
 from hwdbm.kvm.ioctl import fence
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = ["GFN", "DirtyRing", "enable_ring", "harvest"]
+__all__ = ["GFN", "DirtyRing", "enable_ring", "harvest", "recover"]
 
 GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])
 """``struct kvm_dirty_gfn``: the slot's id, and the page, counted from the slot's first."""
@@ -119,6 +119,13 @@ class DirtyRing:
         self._next = (self._next + taken.size) % self._entries.size
         return taken
 
+    def find(self) -> None:
+        """Go on behind what was marked as read: an interrupt may have cut `take` in two."""
+        order = np.r_[self._next : self._entries.size, : self._next]
+        marked = self._entries["flags"][order] & DIRTY_GFN_F_RESET != 0
+        count = order.size if marked.all() else int(marked.argmin())
+        self._next = (self._next + count) % self._entries.size
+
     def close(self) -> None:
         """Unmap it."""
         del self._entries
@@ -136,7 +143,7 @@ class DirtyRing:
 def harvest(vm: VmFd, rings: Sequence[DirtyRing]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yield what is in the rings, as a slot's id and pages in it, and in the end have all of it logged anew.
 
-    Pages may come twice. Whoever doesn't take all that comes leaves the rest to nobody.
+    Pages may come twice. Whoever doesn't take all that comes leaves the rest to nobody, and calls `recover` next.
 
     Raises
     ------
@@ -147,15 +154,31 @@ def harvest(vm: VmFd, rings: Sequence[DirtyRing]) -> Iterator[tuple[int, NDArray
     for ring in rings:
         taken = ring.take()
         total += taken.size
-        for slot in np.unique(taken["slot"]).tolist():
+        for slot in set(taken["slot"].tolist()):
             yield slot, taken["offset"][taken["slot"] == slot]
     while total > 0:
-        try:
-            done = vm.reset_dirty_rings()
-        except OSError as error:
-            if error.errno != EINTR:  # since Linux 6.16 a signal ends it early
-                raise
-            continue
+        done = _reset(vm)
         if done == 0:
             raise OSError(EIO, f"KVM_RESET_DIRTY_RINGS: {total} entries were taken, and are not reset")
         total -= done
+
+
+def recover(vm: VmFd, rings: Sequence[DirtyRing]) -> None:
+    """Bring the rings back to where they can be harvested, after one that didn't come to its end.
+
+    What was read by then is nowhere: all pages may be dirty.
+    """
+    for ring in rings:
+        ring.find()
+    while _reset(vm):
+        pass
+
+
+def _reset(vm: VmFd) -> int:
+    """Have the kernel reset what is marked as read, and return how many entries those were."""
+    while True:
+        try:
+            return vm.reset_dirty_rings()
+        except OSError as error:
+            if error.errno != EINTR:  # since Linux 6.16 a signal ends it early
+                raise

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, RLock, Thread, get_ident, main_thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 __all__ = ["Gate", "Runner", "uninterrupted"]
+
+_LOOK = 1e-4  # seconds from when a thread's work has ended until it is looked whether the thread has
 
 
 class Gate:
@@ -88,7 +90,7 @@ class Runner:
         self.failure: BaseException | None = None
         self._work, self._begin, self._interrupt = work, begin, interrupt
         self._busy = False  # whether it may work; the thread alone says so
-        self._closing = False
+        self._closing = self._ended = False
         self._alive = False  # whether the thread has an identifier: changed under the lock
         self._lock = RLock()
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -158,8 +160,11 @@ class Runner:
             return
         interrupt: BaseException | None = None
         while thread.is_alive():
+            # Not join: that asks for the current thread, and for one that `uninterrupted` started that makes an
+            # object which `threading` never forgets.
             try:
-                thread.join()
+                self._idle.wait(lambda: not self._ended)
+                sleep(_LOOK)
             except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
                 interrupt = error
         if interrupt is not None:
@@ -182,6 +187,7 @@ class Runner:
         finally:
             with self._lock:
                 self._alive = False
+            self._ended = True
             self._rest()
 
     def _attempt(self, what: Callable[[], object]) -> None:
