@@ -17,7 +17,6 @@ from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, kernels, pte
 from hwdbm.bench import Setup
 from hwdbm.dirtylog import Stats
 from hwdbm.image import Registers, Slot, open_image
-from hwdbm.layout import Layout
 from hwdbm.machine import (
     Bursty,
     Clock,
@@ -35,6 +34,7 @@ from hwdbm.machine import (
 )
 from hwdbm.memslot import Memslots
 from hwdbm.migration import Channel, Settings
+from hwdbm.stage2 import Layout
 from hwdbm.vm import MemoryMap, PlainGuest
 from hwdbm.vtcr import Vtcr, Vttbr
 
@@ -164,6 +164,7 @@ RECIPES: dict[str, Recipe] = {
         },
         sizes=frozenset({"npages"}),
     ),
+    "granule.size_name": Recipe(given=lambda _: {"size": 4096}),
     "granule.Granule": Recipe(lambda: Granule.K4, lambda _: {"text": "4K", "level": 2, "large": True}),
     "memslot.Memslots": Recipe(
         three_slots,
@@ -250,7 +251,7 @@ RECIPES |= {
             "bits": pte.AddressBits.PA48,
         }
     ),
-    "layout.Layout": Recipe(
+    "stage2.Layout": Recipe(
         lambda: Layout(1000, 0x1F0, Granule.K4),
         lambda _: {
             "npages": 1000,
@@ -580,12 +581,6 @@ NOT_WALKED = {
     "files": "below the doors; tests/test_files.py",
     "process": "below the doors: the command and the benchmarks call it",
     "errors": "errors are made where they are raised",
-    "leaves": "below the doors: Stage2 calls them with what it has checked",
-    "saved": "below the doors: Stage2 calls them with what it has checked",
-    "layout.any_in": "below the doors",
-    "layout.merged": "below the doors",
-    "layout.pieces": "below the doors",
-    "layout.runs_of": "below the doors",
     "testing": "strategies and a state machine of Hypothesis, which calls them",
     "memslot.Plan": "a result",
     "kernels.Tally": "a result",
@@ -603,6 +598,12 @@ NOT_WALKED = {
     "migration.Pass": "a result",
     "migration.Report": "a result",
     "migration.Received": "a result",
+    "stage2.LeafAt": "a result",
+    "snapshot.Written": "a result",
+    "snapshot.write_full": "it writes a file; tests/snapshot",
+    "snapshot.write_diff": "it writes a file; tests/snapshot",
+    "snapshot.rebase": "it writes a file; tests/snapshot",
+    "snapshot.rebase_all": "it writes a file; tests/snapshot",
     "migration.Channel": "the two sides of a migration call it; a peer's frames are tests/migration's",
     "migration.Precopy": "`migrate` makes and runs it",
 }
@@ -619,8 +620,8 @@ PENDING = {
     "kvm.VcpuFd.set", "kvm.VcpuFd.set_msr", "kvm.VcpuFd.set_one_reg", "kvm.VcpuFd.set_signal_mask", "kvm.VmFd",
     "kvm.VmFd.check_extension", "kvm.VmFd.clear_dirty_log", "kvm.VmFd.close", "kvm.VmFd.create_vcpu",
     "kvm.VmFd.enable_cap", "kvm.VmFd.get_dirty_log", "kvm.VmFd.reset_dirty_rings", "kvm.VmFd.set_memory_region",
-    "layout.Layout", "layout.Layout.bounds", "layout.Layout.count", "layout.Layout.entries",
-    "layout.Layout.first_child", "layout.Layout.index", "layout.Layout.span", "layout.Layout.whole",
+    "stage2.Layout", "stage2.Layout.bounds", "stage2.Layout.count", "stage2.Layout.entries",
+    "stage2.Layout.first_child", "stage2.Layout.index", "stage2.Layout.span", "stage2.Layout.whole",
     "machine.GuestMemory", "machine.GuestMemory.load", "machine.Machine", "machine.Machine.add_memslot",
     "machine.Machine.reclaim", "machine.Machine.share", "machine.Machine.write", "machine.ReferenceVCpu",
     "machine.ReferenceVCpu.flush", "machine.ReferenceVCpu.load", "machine.ReferenceVCpu.store", "migration.Settings",

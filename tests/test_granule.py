@@ -2,7 +2,7 @@
 
 import pytest
 
-from hwdbm.granule import LEAF_LEVELS, Granule
+from hwdbm.granule import LEAF_LEVELS, Granule, size_name
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -84,3 +84,10 @@ def test_parse(text: str, granule: Granule) -> None:
 def test_parse_rejects(text: str) -> None:
     with pytest.raises(ValueError, match=f"4K, 16K or 64K, not {text!r}"):
         Granule.parse(text)
+
+
+def test_size_names() -> None:
+    assert [size_name(1 << shift) for shift in (12, 14, 16, 21, 25, 29, 30, 36, 39, 42)] == (
+        ["4K", "16K", "64K", "2M", "32M", "512M", "1G", "64G", "512G", "4T"]
+    )
+    assert size_name(0) == "0"

@@ -6,7 +6,7 @@ engine, `DirtyLog` puts KVM's rules over it, `walker` is the slow reference that
 
 TYPE_CHECKING = False  # the command answers an interrupt before it imports anything that takes a while
 if TYPE_CHECKING:
-    from hwdbm import errors, image, kernels, kvm, machine, migration, pte, vm, walker
+    from hwdbm import errors, image, kernels, kvm, machine, migration, pte, snapshot, vm, walker
     from hwdbm.bitmap import DirtyBitmap
     from hwdbm.dirtylog import DirtyLog, Lease
     from hwdbm.granule import Granule
@@ -27,6 +27,7 @@ __all__ = [
     "machine",
     "migration",
     "pte",
+    "snapshot",
     "vm",
     "walker",
 ]

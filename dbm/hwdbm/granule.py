@@ -8,7 +8,7 @@ from enum import Enum
 
 from hwdbm.check import flag, instance, integer
 
-__all__ = ["LEAF_LEVELS", "Granule"]
+__all__ = ["LEAF_LEVELS", "Granule", "size_name"]
 
 LEAF_LEVELS = (1, 2, 3)
 """The levels that `hwdbm.Stage2` keeps arrays for, from the largest leaf to the page."""
@@ -118,3 +118,18 @@ class Granule(Enum):
         if level in (1, 2):
             return {Granule.K4: 16, Granule.K16: 32, Granule.K64: 32}[self] if level in self.block_levels() else 1
         return 1
+
+
+def size_name(size: int) -> str:
+    """Return bytes as people write them, where that is exact: ``4K``, ``2M``.
+
+    Examples
+    --------
+    >>> size_name(4096), size_name(1 << 30), size_name(0x1800), size_name(100)
+    ('4K', '1G', '6K', '100')
+    """
+    size = integer(size, "size")
+    for shift, suffix in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
+        if size and size % (1 << shift) == 0:
+            return f"{size >> shift}{suffix}"
+    return str(size)

@@ -8,8 +8,8 @@ import pytest
 from synthetic import Geometry, Tables
 
 from hwdbm import Granule, Stage2, pte
-from hwdbm.cli.plot import map_of
 from hwdbm.image import Slot, open_image
+from hwdbm.image.picture import map_of
 from hwdbm.pte import State
 
 CAPTURES = Path(__file__).parents[1] / "data" / "captures"

@@ -9,7 +9,7 @@ import pytest
 
 import hwdbm
 from hwdbm.cli import parse
-from hwdbm.cli.output import columns, size_name
+from hwdbm.cli.output import columns
 
 ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
 MAIN = "from hwdbm.cli import main; main()"
@@ -142,13 +142,6 @@ def test_size(text: str, size: int) -> None:
 def test_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
         parse.size(text)
-
-
-def test_size_names() -> None:
-    assert [size_name(1 << shift) for shift in (12, 14, 16, 21, 25, 29, 30, 36, 39, 42)] == (
-        ["4K", "16K", "64K", "2M", "32M", "512M", "1G", "64G", "512G", "4T"]
-    )
-    assert size_name(0) == "0"
 
 
 def test_columns() -> None:

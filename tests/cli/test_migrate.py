@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hwdbm import DirtyBitmap
+from hwdbm import DirtyBitmap, snapshot
 from hwdbm.cli.guest import Endpoint, endpoint
 from hwdbm.memslot import Memslot
-from hwdbm.migration import snapshot
 from hwdbm.vm import MemoryMap, PlainGuest
 
 pytest.importorskip("hwdbm.machine")

@@ -22,8 +22,8 @@ import hwdbm
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.kernels import BOTH, Tally, fused, vector
-from hwdbm.layout import runs_of
 from hwdbm.pte import Match, Update
+from hwdbm.stage2.layout import runs_of
 
 ALL = (1 << 64) - 1
 UPDATES = (pte.clean, pte.arm, pte.disarm, pte.wrprotect, pte.mkold, pte.mkyoung)

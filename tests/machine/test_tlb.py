@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwdbm import Granule
-from hwdbm.layout import Layout
 from hwdbm.machine import Machine
 from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, WRITABLE, Tlb
+from hwdbm.stage2.layout import Layout
 
 
 def fill(tlb, pages, kind, level=3):

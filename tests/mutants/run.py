@@ -52,9 +52,8 @@ MOST_SECONDS = 45.0
 
 # Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
 ROOMS = {
-    "kernels": ("tests/kernels", "tests/test_stage2.py", "tests/test_stage2_parts.py"),
+    "kernels": ("tests/kernels", "tests/stage2/test_stage2.py", "tests/stage2/test_stage2_parts.py"),
     "bench": ("tests/test_bench.py", "tests/migration/test_bench.py", "tests/cli"),
-    "leaves": ("tests/test_stage2.py", "tests/test_layout.py"),
     "errors": ("tests/test_doors.py",),
 }
 

@@ -10,9 +10,10 @@ import typer
 
 from hwdbm import files
 from hwdbm.cli import options, parse
-from hwdbm.cli.output import columns, hexadecimal, progress, size_name, warn
+from hwdbm.cli.output import columns, hexadecimal, progress, warn
 from hwdbm.cli.streams import note, result
 from hwdbm.errors import HwdbmError
+from hwdbm.granule import size_name
 from hwdbm.image import Image
 from hwdbm.image.harvest import Ask, Found, harvest_slots
 from hwdbm.image.slots import SLOT_UNIT

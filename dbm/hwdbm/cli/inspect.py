@@ -11,9 +11,10 @@ import numpy as np
 import typer
 
 from hwdbm.cli import options, parse
-from hwdbm.cli.output import columns, hexadecimal, progress, size_name
+from hwdbm.cli.output import columns, hexadecimal, progress
 from hwdbm.cli.streams import result
 from hwdbm.files import NewFile
+from hwdbm.granule import size_name
 from hwdbm.image import Image
 from hwdbm.image.census import Census, page_states
 from hwdbm.image.fill import Filler
@@ -95,7 +96,7 @@ def _painter(plot: Path) -> Callable[[str, Image, Sequence[Stage2]], None]:
         raise typer.BadParameter(f"--plot {plot}: .png or .svg")
     if not plot.parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
-    from hwdbm.cli.plot import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+    from hwdbm.image.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
 
     NewFile(plot).close()
     return partial(draw, plot)

@@ -12,7 +12,7 @@ from hwdbm.cli.streams import note
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
-__all__ = ["columns", "hexadecimal", "progress", "size_name", "warn"]
+__all__ = ["columns", "hexadecimal", "progress", "warn"]
 
 
 _EVERY = 10.0  # seconds between two lines of a log
@@ -21,20 +21,6 @@ _EVERY = 10.0  # seconds between two lines of a log
 def hexadecimal(value: int) -> str:
     """Return an address or a register as ``0x%016x``."""
     return f"{value:#018x}"
-
-
-def size_name(size: int) -> str:
-    """Return bytes as people write them, where that is exact: ``4K``, ``2M``.
-
-    Examples
-    --------
-    >>> size_name(4096), size_name(1 << 30), size_name(0x1800), size_name(100)
-    ('4K', '1G', '6K', '100')
-    """
-    for shift, suffix in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
-        if size and size % (1 << shift) == 0:
-            return f"{size >> shift}{suffix}"
-    return str(size)
 
 
 def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from hwdbm import snapshot as files
 from hwdbm.cli import options, parse
 from hwdbm.cli.streams import result
-from hwdbm.migration import snapshot as files
 
 __all__ = ["EPILOG", "rebase"]
 

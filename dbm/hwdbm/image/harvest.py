@@ -15,8 +15,8 @@ from hwdbm.image.fill import Filler
 from hwdbm.image.reader import Image, Policy, Visitor
 from hwdbm.image.runs import RunMarker
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
-from hwdbm.layout import runs_of
 from hwdbm.stage2 import Stage2
+from hwdbm.stage2.layout import runs_of
 
 __all__ = ["Ask", "Found", "FoundSlot", "harvest_slots", "range_count"]
 

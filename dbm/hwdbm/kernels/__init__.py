@@ -1,8 +1,8 @@
 """The hot loops over flat descriptor arrays, in two implementations with one signature each.
 
 ``vector`` is numpy, always there. ``fused`` is numba: one pass that tests, packs and re-protects; it needs the extra
-``jit``. Both are for private arrays, which have one owner. An array has its kernels (`hwdbm.leaves.Leaves`): `use` says
-which of the two a new one gets, by default ``fused`` where numba is installed.
+``jit``. Both are for private arrays, which have one owner. An array has its kernels (`hwdbm.stage2.leaves.Leaves`):
+`use` says which of the two a new one gets, by default ``fused`` where numba is installed.
 
 Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 3) int64 array of rows
 (start, stop, bit), sorted and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from ``bit``

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.layout import Layout
+from hwdbm.stage2 import Layout
 
 __all__ = ["FramePool", "Frames"]
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.dirtylog import DirtyLog, Lease, LogClient
 from hwdbm.granule import Granule
-from hwdbm.layout import Layout
 from hwdbm.machine.blocks import BlockKeeper, Blocks
 from hwdbm.machine.clock import Clock, Costs
 from hwdbm.machine.faults import FaultHandler
@@ -24,7 +23,7 @@ from hwdbm.machine.space import AddressSpace, Region
 from hwdbm.machine.vcpu import VCpu
 from hwdbm.machine.workload import Workload, from_dict
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Memslot, slot_name
-from hwdbm.stage2 import Stage2
+from hwdbm.stage2 import Layout, Stage2
 from hwdbm.vm.memory import GuestMemory, digest
 
 __all__ = ["Machine"]

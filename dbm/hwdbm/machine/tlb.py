@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.layout import Layout
+from hwdbm.stage2 import Layout
 
 __all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Distinct", "Tlb"]
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from hwdbm import check
 from hwdbm.dirtylog import DirtyLog
-from hwdbm.layout import Layout
 from hwdbm.machine.clock import Clock
 from hwdbm.machine.faults import FaultHandler
 from hwdbm.machine.mmu import DONE, Walk, walk
 from hwdbm.machine.space import AddressSpace, Region
 from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, Tlb
+from hwdbm.stage2 import Layout
 from hwdbm.walker import Access
 
 __all__ = ["BATCH", "VCpu"]

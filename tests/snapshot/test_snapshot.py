@@ -9,7 +9,7 @@ import pytest
 from migrationvm import LAYOUT, FakeVm
 
 from hwdbm.memslot import Memslot
-from hwdbm.migration import snapshot
+from hwdbm.snapshot import files as snapshot
 from hwdbm.vm import MemoryMap, PlainGuest
 
 

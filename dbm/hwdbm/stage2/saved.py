@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import InvariantError
-from hwdbm.layout import pieces
+from hwdbm.stage2.layout import pieces
 
 __all__ = ["Saved"]
 

@@ -15,7 +15,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
-from hwdbm.layout import Layout, any_in, runs_of
+from hwdbm.stage2.layout import Layout, any_in, runs_of
 
 __all__ = ["LeafAt", "Leaves", "Record"]
 

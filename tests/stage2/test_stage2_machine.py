@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from hwdbm import DirtyBitmap, Granule, Stage2, kernels, pte
 from hwdbm.errors import BitmapError
-from hwdbm.leaves import Record
+from hwdbm.stage2.leaves import Record
 from hwdbm.testing import Stage2Machine
 
 LONG = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from hwdbm import files
-from hwdbm.cli.output import size_name
 from hwdbm.errors import ImageError
+from hwdbm.granule import size_name
 from hwdbm.image import Image, Slot
 from hwdbm.image.census import page_states
 from hwdbm.pte import State

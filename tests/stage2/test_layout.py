@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
-from hwdbm.layout import Layout, any_in, merged, pieces, runs_of
+from hwdbm.stage2.layout import Layout, any_in, merged, pieces, runs_of
 
 LEVELS = (1, 2, 3)
 # Around the borders of words, stripes and 1 GiB blocks of a 4 KiB granule.

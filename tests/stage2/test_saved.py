@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import BitmapError, InvariantError
-from hwdbm.saved import Saved
+from hwdbm.stage2.saved import Saved
 
 NPAGES = 201
 BORDERS = (0, 1, 64, 128, 201)

@@ -30,9 +30,9 @@ from hwdbm.check import flag, integer, integers, separate, uint64s
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import Granule
 from hwdbm.kernels import Name, Tally, named
-from hwdbm.layout import Layout, merged
-from hwdbm.leaves import Asks, LeafAt, Leaves, Record, every
-from hwdbm.saved import Saved
+from hwdbm.stage2.layout import Layout, merged
+from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record, every
+from hwdbm.stage2.saved import Saved
 
 __all__ = ["LeafAt", "Stage2"]
 

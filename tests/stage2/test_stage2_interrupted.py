@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from steppedkernel import SteppedKernel
 
 from hwdbm import DirtyBitmap, Stage2, pte
-from hwdbm.leaves import Leaves
-from hwdbm.saved import Saved
+from hwdbm.stage2.leaves import Leaves
+from hwdbm.stage2.saved import Saved
 from hwdbm.testing import differences, stage2s
 
 VERBS = {
