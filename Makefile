@@ -62,6 +62,10 @@ handover: $(VENV)/.dev ## cut the link, and kill either side, at every message o
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100
 
+.PHONY: firmware
+firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
+	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports
 	$(BIN)/ruff check
