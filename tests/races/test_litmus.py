@@ -1,0 +1,91 @@
+"""The machine against verdicts, the broken machines against the tests, and the reader of herd's format."""
+
+import pytest
+
+from hwdbm.races.litmus import Litmus, UnreadError, compare, read_folder, read_kinds
+from hwdbm.races.machine import BROKEN
+from hwdbm.races.program import Setup
+from hwdbm.races.twenty import TWENTY
+
+STORE_AND_SWAP = r"""AArch64 STRx+SWPptex
+(* a store, and an unmap by exchange *)
+TTHM=HA HD
+{
+ [PTE(x)]=(oa:PA(x), db:0, dbm:1);
+ 0:X2=x; 1:X4=PTE(x);
+ 1:X6=(oa:PA(x), valid:0);
+}
+ P0          | P1             ;
+ MOV W1,#1   | SWP X6,X8,[X4] ;
+ L0:         |                ;
+ STR W1,[X2] |                ;
+"""
+CONDITIONS = {
+    r"exists (1:X8=(oa:PA(x), db:0, dbm:1) /\ x=1)": (False, False),
+    r"exists (1:X8=(oa:PA(x), dbm:1) /\ x=1 /\ ~Fault(P0:L0,x))": (True, False),
+    r"exists (Fault(P0:L0,x,MMU:Translation) /\ x=0)": (True, False),
+    r"exists Fault(P0:L0,x,MMU:Permission)": (False, False),
+    r"forall (x=1 \/ Fault(P0,x))": (True, True),
+    "locations [x;]\nforall pte_x=(valid:0, db:0, dbm:0) \\/ pte_x=(valid:0)": (True, True),
+}
+
+
+@pytest.mark.parametrize("test", TWENTY, ids=lambda test: test.name)
+def test_the_machine_agrees_with_the_verdict(test):
+    assert test.agrees()
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_machine_without_the_rule_is_noticed(rule):
+    guards = [test for test in TWENTY if rule in test.guards]
+    assert guards
+    assert not any(test.agrees(frozenset({rule})) for test in guards)
+
+
+@pytest.mark.parametrize(("condition", "expected"), CONDITIONS.items())
+def test_reads_herds_format(condition, expected):
+    yes, no, states = Litmus.read(STORE_AND_SWAP + condition).outcomes()
+    assert (yes > 0, no == 0) == expected
+    assert states > yes + no > 0
+
+
+def test_compares_and_names_what_it_did_not_read(tmp_path):
+    good = STORE_AND_SWAP + "exists x=1"
+    (tmp_path / "a.litmus").write_text(good)
+    (tmp_path / "b.litmus").write_text(good.replace("SWPptex", "wrong"))
+    (tmp_path / "c.litmus").write_text(good.replace("SWPptex", "branch").replace("MOV W1,#1", "CBZ W1,L0"))
+    (tmp_path / "d.litmus").write_text(good.replace("SWPptex", "unjudged"))
+    kinds = read_kinds("STRx+SWPptex Allowed\nSTRx+wrong\tHD\tForbidden\nSTRx+branch Allowed\n")
+    found = compare(list(read_folder(tmp_path)), kinds)
+    assert (found.agree, found.differ, found.unjudged) == (["STRx+SWPptex"], ["STRx+wrong"], ["STRx+unjudged"])
+    assert found.unread == {"STRx+branch": "the instruction 'CBZ W1,L0'"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("AArch64", "X86_64"),
+        ("SWP X6,X8,[X4]", "LDXR X6,[X4]"),
+        ("[PTE(x)]=(oa:PA(x)", "[PTE(x)]=(oa:PA(x), el0:0"),
+        ("TTHM=HA HD", "TTHM=HA HD\nVariant=imprecise"),
+        ("exists", "probably"),
+        ("x=1", "x=1 => x=2"),
+        ("P0  ", "P1.F"),
+        ("[X2]", "[X9]"),
+    ],
+)
+def test_what_is_not_read_is_an_error_that_says_so(old, new):
+    text = (STORE_AND_SWAP + "exists x=1").replace(old, new)
+    with pytest.raises(UnreadError):
+        Litmus.read(text).outcomes()
+
+
+def test_a_folder_without_tests_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        list(read_folder(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["fly x", "store x", "store q 1", "load x@r -> a", "store x blue", "tlbi q"])
+def test_a_program_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"."):
+        Setup({"x": "clean"}, [text])
