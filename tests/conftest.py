@@ -29,9 +29,24 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, default)
 
 
-@pytest.fixture(params=hwdbm.kernels.available())
+SHARED_TOO = {"test_kernels", "test_stage2", "test_stage2_at", "test_stage2_parts"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernels" in metafunc.fixturenames:
+        names = [*hwdbm.kernels.available(), *(["atomic"] if metafunc.module.__name__ in SHARED_TOO else [])]
+        metafunc.parametrize("kernels", names, indirect=True)
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Run the test once with each implementation in use; the one that was in use comes back after it."""
+    """Run the test once with each implementation in use; the one that was in use comes back after it.
+
+    Where nobody else writes, the kernels for shared arrays do what the others do: so here private ones have them too.
+    """
     monkeypatch.setattr(hwdbm.kernels, "_active", [])
-    hwdbm.kernels.use(request.param)
+    if request.param == "atomic":
+        hwdbm.kernels._active.append(hwdbm.kernels.shared())
+    else:
+        hwdbm.kernels.use(request.param)
     return hwdbm.kernels.active()

@@ -21,6 +21,7 @@ class SteppedKernel:
     def __init__(self, hook: Callable[[], None]) -> None:
         self.hook = hook
         self.fill, self.find = vector.fill, vector.find
+        self.merge, self.remove = vector.merge, vector.remove
 
     def _and_or(self, pte, i, keep, sets):
         self.hook()

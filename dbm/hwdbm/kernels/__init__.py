@@ -1,8 +1,10 @@
-"""The hot loops over flat descriptor arrays, in two implementations with one signature each.
+"""The hot loops over flat descriptor arrays, in three implementations with one signature each.
 
 ``vector`` is numpy, always there. ``fused`` is numba: one pass that tests, packs and re-protects; it needs the extra
-``jit``. Both are for private arrays, which have one owner. An array has its kernels (`hwdbm.stage2.leaves.Leaves`):
-`use` says which of the two a new one gets, by default ``fused`` where numba is installed.
+``jit``. Both are for private arrays, which have one owner. ``atomic``, of numba too, is for shared arrays, which
+hardware, other threads and other processes write at the same time. An array has its kernels
+(`hwdbm.stage2.leaves.Leaves`): `use` says which of the first two a private one gets, by default ``fused`` where numba is
+installed.
 
 Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 3) int64 array of rows
 (start, stop, bit), sorted and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from ``bit``
@@ -13,8 +15,9 @@ Functions at an index take the entries of any level, ``index``, an (n,) int64 ar
 `Place`, which says which pages they stand for.
 
 What was there decides which bits are set (`Notes`), and bits are only ever set. From its first run to its last a call
-owns descriptors and words: nobody else may write them meanwhile. Calls that own disjoint ranges may run in parallel
-threads. A signal handler that raises during a call leaves each descriptor as it was, or changed with its bits set.
+of ``vector`` or ``fused`` owns descriptors and words: nobody else may write them meanwhile. Calls that own disjoint
+ranges may run in parallel threads, and those of ``atomic`` on any ranges. A signal handler that raises during a call
+leaves each descriptor as it was, or changed with its bits set.
 
 ====================  ==========================================================================
 ``scan``              set the bit of each descriptor that matches, change nothing
@@ -25,6 +28,8 @@ threads. A signal handler that raises during a call leaves each descriptor as it
 ``exchange_at``       put values in place of entries, set the bits of their pages, return what was there
 ``set_at``            set bits in entries
 ``fill``              set all bits of the given ranges
+``merge``             set in words the bits of others
+``remove``            clear in words the bits of others
 ``find``              return the runs of entries that match
 ====================  ==========================================================================
 
@@ -166,6 +171,12 @@ class Kernels(Protocol):
     def fill(self, words: Array, ranges: Runs) -> None:
         """Set the bits of each row [start, stop) of `ranges`: disjoint, in any alignment."""
 
+    def merge(self, words: Array, bits: Array) -> None:
+        """Set in `words` the bits that are set in `bits`."""
+
+    def remove(self, words: Array, bits: Array) -> None:
+        """Clear in `words` the bits that are set in `bits`."""
+
     def find(self, entries: Array, match: Match) -> Runs:
         """Return the runs [start, stop) of entries that match."""
 
@@ -198,18 +209,35 @@ def use(name: Name) -> None:
     ValueError
         If there is no such implementation, or it can't be used here.
     """
-    if name not in available():
-        hint = "; the extra 'jit' brings numba" if name == "fused" else ""
-        raise ValueError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")
-    try:
-        _active[:] = [named(name)]
-    except Exception as error:  # whatever numba or LLVM raises where they don't work
-        raise ValueError(f"the kernels {name!r} can't be compiled here: {error}") from error
+    _active[:] = [named(name)]
 
 
 def named(name: Name) -> Kernels:
-    """Return an implementation, imported and so compiled."""
-    return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
+    """Return an implementation for private arrays, imported and so compiled; `use` says what it raises."""
+    if name not in available():
+        hint = "; the extra 'jit' brings numba" if name == "fused" else ""
+        raise ValueError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")
+    return _imported(name)
+
+
+def shared() -> Kernels:
+    """Return the implementation for shared arrays.
+
+    Raises
+    ------
+    ValueError
+        If there is no numba, or it can't compile here.
+    """
+    if "fused" not in available():
+        raise ValueError("shared arrays need atomic operations, and so numba: the extra 'jit' brings it")
+    return _imported("atomic")
+
+
+def _imported(name: str) -> Kernels:
+    try:
+        return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
+    except Exception as error:  # whatever numba or LLVM raises where they don't work
+        raise ValueError(f"the kernels {name!r} can't be compiled here: {error}") from error
 
 
 def active() -> Kernels:
@@ -251,6 +279,8 @@ def warm_up() -> None:
     kernels.rewrite_at(pte, index, clean(2), place, words, words, words)
     kernels.exchange_at(pte, index, words.copy(), place, words, words, words)
     kernels.set_at(pte, index, words)
+    kernels.merge(words, mask)
+    kernels.remove(words, mask)
     kernels.find(pte, dirty(2))
     kernels.fill(words, runs[:, :2])
 
@@ -310,6 +340,11 @@ def check_at(
     if values is not None:
         uint64s(values, "values", index.size, writable=place is not None)
     return index
+
+
+def check_words(words: Array, bits: Array) -> None:
+    """Raise if two arrays of words aren't of one size, or the first isn't to be written."""
+    uint64s(bits, "bits", uint64s(words, "words", writable=True).size)
 
 
 def check_ranges(words: Array, ranges: Runs) -> Runs:

@@ -10,10 +10,22 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs
+from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs, check_words
 from hwdbm.pte import ANY, Match, Update
 
-__all__ = ["exchange", "exchange_at", "fill", "find", "rewrite", "rewrite_at", "rewrite_within", "scan", "set_at"]
+__all__ = [
+    "exchange",
+    "exchange_at",
+    "fill",
+    "find",
+    "merge",
+    "remove",
+    "rewrite",
+    "rewrite_at",
+    "rewrite_within",
+    "scan",
+    "set_at",
+]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
@@ -126,6 +138,18 @@ def fill(words: Array, ranges: Runs) -> None:
     ranges = ranges[ranges[:, 0] < ranges[:, 1]]
     for start in range(0, len(ranges), _BLOCK):
         _fill(words, ranges[start : start + _BLOCK])
+
+
+def merge(words: Array, bits: Array) -> None:
+    """Set in `words` the bits that are set in `bits`."""
+    check_words(words, bits)
+    np.bitwise_or(words, bits, out=words)
+
+
+def remove(words: Array, bits: Array) -> None:
+    """Clear in `words` the bits that are set in `bits`."""
+    check_words(words, bits)
+    np.bitwise_and(words, ~bits, out=words)
 
 
 def find(entries: Array, match: Match) -> Runs:

@@ -4,7 +4,7 @@ Each descriptor is changed by one operation of a kernel, which decides on what i
 was there asks for. Nothing here knows what a dirty bit is for: `hwdbm.Stage2` puts the consumers and the verbs on top.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hwdbm import kernels, pte
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import uint64s
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
@@ -91,17 +92,34 @@ class Leaves:
         The slot's shape.
     implementation : Kernels, optional
         The kernels for these arrays; by default the private ones that are in use when the first is called.
+    arrays : mapping of int to (n,) uint64 array, optional
+        The entries by level, where they lie already: in memory that others map too. By default new ones, all zero.
 
     Attributes
     ----------
     level : dict of int to (n,) uint64 array
-        The entries by level, all zero at first.
+        The entries by level.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an array isn't of the layout's entries, or can't be written.
     """
 
-    def __init__(self, layout: Layout, implementation: Kernels | None = None) -> None:
+    def __init__(
+        self, layout: Layout, implementation: Kernels | None = None, arrays: Mapping[int, Array] | None = None
+    ) -> None:
         self.layout = layout
-        # np.zeros leaves the memory to be backed when it is first written: what was never mapped costs nothing.
-        self.level = {level: np.zeros(layout.count(level), dtype=np.uint64) for level in LEAF_LEVELS}
+        if arrays is None:
+            # np.zeros leaves the memory to be backed when it is first written: what was never mapped costs nothing.
+            self.level = {level: np.zeros(layout.count(level), dtype=np.uint64) for level in LEAF_LEVELS}
+        else:
+            if set(arrays) != set(LEAF_LEVELS):
+                raise ValueError(f"arrays are of levels 1, 2 and 3, not of {sorted(arrays)}")
+            self.level = {
+                level: uint64s(arrays[level], f"the entries of level {level}", layout.count(level), writable=True)
+                for level in LEAF_LEVELS
+            }
         self._kernels = implementation
 
     @property

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import InvariantError
+from hwdbm.kernels import Kernels, vector
 from hwdbm.stage2.layout import pieces
 
 __all__ = ["Saved"]
@@ -21,6 +22,8 @@ class Saved:
     ----------
     npages : int
         Pages of the slot.
+    implementation : Kernels, optional
+        The kernels of the leaves, if others set bits too: by default the bitmaps have one owner.
 
     Attributes
     ----------
@@ -30,9 +33,10 @@ class Saved:
         The pages [lo, hi) of which some may be set: more than are, never fewer.
     """
 
-    def __init__(self, npages: int) -> None:
+    def __init__(self, npages: int, implementation: Kernels = vector) -> None:
         self.bitmap = DirtyBitmap(npages)
         self.span = 0, 0
+        self._kernels = implementation
 
     def __bool__(self) -> bool:
         return self.span[0] < self.span[1]
@@ -64,8 +68,8 @@ class Saved:
     def _move(self, words: slice, taken: Array, sinks: tuple[DirtyBitmap, ...]) -> int:
         # They are with the sinks before they leave here: whoever interrupts this finds them twice, and not nowhere.
         for sink in sinks:
-            np.bitwise_or(sink.words[words], taken, out=sink.words[words])
-        np.bitwise_and(self.bitmap.words[words], ~taken, out=self.bitmap.words[words])
+            self._kernels.merge(sink.words[words], taken)
+        self._kernels.remove(self.bitmap.words[words], taken)
         return int(np.count_nonzero(taken))
 
     def verify(self) -> None:

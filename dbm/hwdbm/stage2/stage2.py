@@ -17,7 +17,7 @@ under one lock, and what it recorded for pages outside of the part goes to `save
 thread may be writing. Every other verb has the Stage2 to itself.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import Self
 
@@ -30,6 +30,7 @@ from hwdbm.check import flag, integer, integers, separate, uint64s
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import Granule
 from hwdbm.kernels import Name, Tally, named
+from hwdbm.kernels import shared as shared_kernels
 from hwdbm.stage2.layout import Layout, merged
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record, every
 from hwdbm.stage2.saved import Saved
@@ -53,7 +54,13 @@ class Stage2:
     granule : Granule
         The size of a page.
     kernels : {"vector", "fused"}, optional
-        The implementation that works on these leaves; by default the one in use (`hwdbm.kernels.use`).
+        The implementation that works on private leaves; by default the one in use (`hwdbm.kernels.use`).
+    shared : bool
+        Whether others write the descriptors too, while verbs run: hardware, other threads, other processes. Needs the
+        extra ``jit``.
+    arrays : mapping of int to (n,) uint64 array, optional
+        The entries of levels 1, 2 and 3 where they lie already, in memory that others map; as long as `layout` says.
+        By default new ones, with nothing mapped.
 
     Attributes
     ----------
@@ -70,7 +77,7 @@ class Stage2:
     GfnError
         If the slot has no page, or doesn't fit into 52 address bits.
     ValueError
-        If there are no such kernels here.
+        If there are no such kernels here: without numba none for shared leaves. If `arrays` aren't those of the slot.
 
     Examples
     --------
@@ -86,11 +93,22 @@ class Stage2:
     """
 
     def __init__(
-        self, npages: int, base_gfn: int = 0, granule: Granule = Granule.K4, *, kernels: Name | None = None
+        self,
+        npages: int,
+        base_gfn: int = 0,
+        granule: Granule = Granule.K4,
+        *,
+        kernels: Name | None = None,
+        shared: bool = False,
+        arrays: Mapping[int, Array] | None = None,
     ) -> None:
         self.layout = Layout(npages, base_gfn, granule)
-        self._leaves = Leaves(self.layout, None if kernels is None else named(kernels))
-        self.saved = Saved(self.npages)
+        self.shared = flag(shared, "shared")
+        if self.shared and kernels is not None:
+            raise ValueError(f"kernels {kernels!r} are for private leaves")
+        implementation = shared_kernels() if self.shared else None if kernels is None else named(kernels)
+        self._leaves = Leaves(self.layout, implementation, arrays)
+        self.saved = Saved(self.npages, self._leaves.kernels) if self.shared else Saved(self.npages)
         self._host_dirty = DirtyBitmap(self.npages)
         self._lock = Lock()  # what parallel harvests share: the entries above level 3, and `saved`
 
@@ -137,8 +155,9 @@ class Stage2:
         return self._leaves.level[level]
 
     def copy(self) -> Self:
-        """Return a Stage2 of its own with the same leaves, saved pages and host flags."""
+        """Return a Stage2 of its own with the same leaves, saved pages and host flags, in memory of its own."""
         twin = type(self)(self.npages, self.base_gfn, self.granule)
+        twin.shared, twin.saved = self.shared, Saved(self.npages, self._leaves.kernels)
         twin._leaves = Leaves(self.layout, self._leaves.kernels)
         for level, entries in self._leaves.level.items():
             twin.level(level)[:] = entries
@@ -370,7 +389,7 @@ class Stage2:
         except BaseException:
             # What was taken goes back. No Python code runs between these two but on another exception.
             self.saved.span = 0, self.npages
-            np.bitwise_or(self.saved.bitmap.words, taken.words, out=self.saved.bitmap.words)
+            self._leaves.kernels.merge(self.saved.bitmap.words, taken.words)
             raise
         return taken
 
@@ -486,9 +505,9 @@ class Stage2:
             with self._lock:
                 # A harvest of a part may have left some in `saved` alone.
                 np.bitwise_or(self.host_dirty.words, self.saved.bitmap.words, out=taken.words)
-                self.host_dirty.clear()
+                self._leaves.kernels.remove(self.host_dirty.words, taken.words)
         except BaseException:
-            np.bitwise_or(self.host_dirty.words, taken.words, out=self.host_dirty.words)  # as in `harvest`
+            self._leaves.kernels.merge(self.host_dirty.words, taken.words)  # as in `harvest`
             raise
         return taken
 
