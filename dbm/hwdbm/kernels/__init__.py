@@ -3,8 +3,8 @@
 ``vector`` is numpy, always there. ``fused`` is numba: one pass that tests, packs and re-protects; it needs the extra
 ``jit``. Both are for private arrays, which have one owner. ``atomic``, of numba too, is for shared arrays, which
 hardware, other threads and other processes write at the same time. An array has its kernels
-(`hwdbm.stage2.leaves.Leaves`): `use` says which of the first two a private one gets, by default ``fused`` where numba is
-installed.
+(`hwdbm.stage2.leaves.Leaves`): `use` says which of the first two a private one gets, by default ``fused`` where numba
+is installed.
 
 Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 3) int64 array of rows
 (start, stop, bit), sorted and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from ``bit``
