@@ -34,7 +34,10 @@ SHARED_TOO = {"test_kernels", "test_stage2", "test_stage2_at", "test_stage2_part
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernels" in metafunc.fixturenames:
-        names = [*hwdbm.kernels.available(), *(["atomic"] if metafunc.module.__name__ in SHARED_TOO else [])]
+        names = [
+            *hwdbm.kernels.available(),
+            *(["atomic"] if metafunc.module.__name__.rpartition(".")[2] in SHARED_TOO else []),
+        ]
         metafunc.parametrize("kernels", names, indirect=True)
 
 
