@@ -127,7 +127,7 @@ def test_a_rate_is_kept_and_throttled(make):
     assert stores(0.2) == pytest.approx(100_000, rel=0.3)
     machine.throttle(90)
     assert stores(0.2) == pytest.approx(10_000, rel=0.5)
-    with pytest.raises(ValueError, match="0 to 99 percent, not 100"):
+    with pytest.raises(ValueError, match="percent is 0 to 99, not 100"):
         machine.throttle(100)
 
 

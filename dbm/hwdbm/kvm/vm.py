@@ -26,7 +26,7 @@ from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offse
 from hwdbm.kvm.thread import VcpuThread
 from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
-from hwdbm.vm.base import BaseVm, SlotPages, percentage
+from hwdbm.vm.base import LoggedVm, SlotPages, percentage
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.runner import uninterrupted
 
@@ -43,7 +43,7 @@ _PROTECT2 = {
 }
 
 
-class KvmVm(BaseVm):
+class KvmVm(LoggedVm):
     """A VM in the kernel: memory, a dirty log, vCPUs, and a guest in them. It is a source of migrations, too.
 
     Slot 0 is the memory that the guest writes. Slot 1, at gpa 0x10000, is the guest: a page of code, and a page with
@@ -184,7 +184,7 @@ class KvmVm(BaseVm):
             raise ValueError(f"manual_protect is one of {', '.join(_PROTECT2)}, not {manual_protect!r}")
         if ring is not None and manual_protect != "off":
             raise ValueError(f"manual_protect={manual_protect!r} is of bitmaps, and the log is of rings")
-        BaseVm.__init__(self, mmap.PAGESIZE)
+        LoggedVm.__init__(self, mmap.PAGESIZE)
         self._closed = True  # until all of it is there
         self._ring = None if ring is None else check.integer(ring, "ring", None)
         self._guest, self._running, self._manual = Guest(), False, manual_protect != "off"

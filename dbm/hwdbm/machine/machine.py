@@ -5,8 +5,7 @@ import os
 from collections.abc import Sequence
 from errno import EINVAL
 from threading import RLock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,8 @@ from hwdbm.machine.vcpu import VCpu
 from hwdbm.machine.workload import Workload, from_dict
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Memslot, slot_name
 from hwdbm.stage2 import Layout, Stage2
-from hwdbm.vm.memory import GuestMemory, digest
+from hwdbm.vm.base import BaseVm, percentage
+from hwdbm.vm.memory import GuestMemory
 
 __all__ = ["Machine"]
 
@@ -34,7 +34,7 @@ _MOST_VCPUS = 512  # KVM_MAX_VCPUS of arm64
 _NEEDS_HA = "hardware DBM needs the hardware's access flag (VTCR_EL2.HD without HA is ignored)"
 
 
-class Machine:
+class Machine(BaseVm):
     """A VM whose stage-2 tables, TLBs and faults are modelled, and whose memory is real.
 
     It is a source of migrations, too.
@@ -83,7 +83,10 @@ class Machine:
 
     Notes
     -----
-    A machine that was closed raises `ValueError` from everything but `close`, `running` and `repr`.
+    A machine that was closed raises `ClosedError` from everything but `close`, `running` and `repr`.
+
+    What `read` and `write` are given may go on from slot to slot; where a byte is in no slot they raise EFAULT. `write`
+    writes read-only slots, too. A shared page becomes private first, and the guest's leaf of the old frame goes.
 
     Examples
     --------
@@ -151,6 +154,7 @@ class Machine:
         )
         clock = Clock(Costs() if costs is None else costs, lambda: log.stats)
         space = AddressSpace(granule)
+        super().__init__(granule.page_size)
         faults = FaultHandler(log, clock, thp=thp, split_blocks=policy is not Blocks.TRACK)
         made = [
             VCpu(
@@ -169,13 +173,14 @@ class Machine:
         self.log, self.clock, self.space, self.faults, self.vcpus = log, clock, space, faults, tuple(made)
         self._pool = FramePool()
         self._runners = tuple(VCpuRunner(vcpu, space) for vcpu in made)
-        self._running = self._closed = False
+        self._running = False
         self._hd_lock = RLock()
         self._keeper = BlockKeeper(log, policy, chunk, clock.add)
 
     def __repr__(self) -> str:
         size = sum(region.size for region in self.space.regions)
-        return f"<Machine: {len(self.vcpus)} vCPUs, {size >> 20} MiB in {len(self.slots)} slots, {self.log!r}>"
+        slots = len(self.log.memslots)
+        return f"<Machine: {len(self.vcpus)} vCPUs, {size >> 20} MiB in {slots} slots, {self.log!r}>"
 
     # --- memory --------------------------------------------------------------------------------------------
 
@@ -253,69 +258,28 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.attach(slot, layout)
         self.space.add(Region(slot, gpa, size, hva, readonly, memory, frames))
+        self._add_memory(slot, memory.view)
         return self.log.slot(slot)
-
-    @property
-    def page_size(self) -> int:
-        """Bytes in a page."""
-        return self.log.granule.page_size
 
     @property
     def slots(self) -> tuple[Memslot, ...]:
         """The memslots in the order of their ids."""
+        self._check_open()
         return self.log.memslots
 
-    def memory(self, slot: int) -> NDArray[np.uint8]:
-        """Return the bytes of a slot, a writable view. What is written there is to be marked (`mark_imported`).
+    def _parts(self, gpa: int, length: int) -> list[tuple[Memslot, int, int]]:
+        """Return the parts of a run of bytes, which may go on from slot to slot, or raise EFAULT."""
+        return self._memory_map.parts(gpa, length)
 
-        Raises
-        ------
-        OSError
-            ENOENT if there is no such slot.
-        """
-        return self._region(slot).memory.view
-
-    def _region(self, slot: int) -> Region:
-        self._check_open()
-        return self.space.find(check.integer(slot, "slot", None))
-
-    def read(self, gpa: int, length: int) -> bytes:
-        """Return bytes, as a device or the VMM reads them: no leaf is looked at.
-
-        Raises
-        ------
-        OSError
-            EFAULT where a byte is in no slot.
-        """
-        self._check_open()
-        parts = self.space.runs(check.integer(gpa, "gpa", None), check.integer(length, "length", 0))
-        return b"".join(region.memory.view[at : at + count].tobytes() for region, at, _, count in parts)
-
-    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes, as a device or the VMM does, and mark the pages in the log. It may write read-only slots.
-
-        A shared page becomes a private one first, and the guest's leaf of the old frame goes.
-
-        Raises
-        ------
-        OSError
-            EFAULT where a byte is in no slot. Nothing is written then.
-        """
-        self._check_open()
-        check.instance(data, (bytes, bytearray, memoryview), "data")
-        raw, gpa = np.frombuffer(data, dtype=np.uint8), check.integer(gpa, "gpa", None)
-        for region, at, done, count in self.space.runs(gpa, raw.size):
-            first, stop = at // self.page_size, (at + count - 1) // self.page_size + 1
-            if region.frames.shared[first:stop].any():
-                self._unshare(region, first + np.flatnonzero(region.frames.shared[first:stop]))
-            # After the bytes, as a copy made before would lack them; and before, should an interrupt come in between.
-            self.log.mark_dirty(region.id, first, stop - first)
-            region.memory.view[at : at + count] = raw[done : done + count]
-            self.log.mark_dirty(region.id, first, stop - first)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all memory, the slots in the order of their addresses, in hex."""
-        return digest(region.memory.view for region in self.space.regions)
+    def _write(self, slot_id: int, start: int, raw: NDArray[np.uint8], first_page: int, npages: int) -> None:
+        """Write to a slot, be it read-only. A shared page becomes private first: the guest's leaf of its frame goes."""
+        region, stop = self.space.find(slot_id), first_page + npages
+        if region.frames.shared[first_page:stop].any():
+            self._unshare(region, first_page + np.flatnonzero(region.frames.shared[first_page:stop]))
+        # After the bytes, as a copy made before would lack them; and before, should an interrupt come in between.
+        self.log.mark_dirty(slot_id, first_page, npages)
+        region.memory.view[start : start + raw.size] = raw
+        self.log.mark_dirty(slot_id, first_page, npages)
 
     # --- the log -------------------------------------------------------------------------------------------
 
@@ -547,15 +511,9 @@ class Machine:
             For another one.
         """
         self._check_open()
-        percent = check.integer(percent, "percent", None)
-        if not 0 <= percent <= 99:
-            raise ValueError(f"vCPUs are throttled by 0 to 99 percent, not {percent}")
+        percent = percentage(percent)
         for runner in self._runners:
             runner.percent = percent
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the machine is closed")
 
     def _check_paused(self) -> None:
         self._check_open()
@@ -641,20 +599,16 @@ class Machine:
 
     def close(self) -> None:
         """Stop the vCPUs for good, and let go of the memory. A second time does nothing."""
-        self._running, self._closed = False, True
+        self._running = False
+        super().close()
+
+    def _release(self) -> None:
         for runner in self._runners:
             runner.close()
         for region in self.space.regions:
             region.memory.close()
-            self.space.remove(region.id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self.space.clear()
+        super()._release()
 
 
 def _parsed(state: bytes) -> Sequence[tuple[Workload, int, float]]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from hwdbm.granule import Granule
 from hwdbm.machine.frames import Frames
-from hwdbm.memslot import slot_name
+from hwdbm.memslot import Memslot, slot_name
+from hwdbm.vm import MemoryMap
 from hwdbm.vm.memory import GuestMemory
 
 __all__ = ["AddressSpace", "Region"]
@@ -64,13 +65,13 @@ class AddressSpace:
     def __init__(self, granule: Granule) -> None:
         self.page_shift = granule.page_shift
         self.word_shift = granule.page_shift - 3
-        self.regions: tuple[Region, ...] = ()
         self._set(())
 
     def _set(self, regions: tuple[Region, ...]) -> None:
-        self.regions = regions
-        self._bases = np.array([region.gpa for region in regions], dtype=np.int64)
-        self._ends = np.array([region.end for region in regions], dtype=np.int64)
+        self.regions = regions  # by address, as in the map
+        shift = self.page_shift
+        slots = (Memslot(each.id, 0, each.gpa >> shift, each.size >> shift, each.hva) for each in regions)
+        self._map = MemoryMap(1 << shift, tuple(slots)) if regions else None
         self._readonly = np.array([region.readonly for region in regions], dtype=np.bool_)
         self.writable = tuple(region for region in regions if not region.readonly)
         self._linear = np.cumsum([0, *(region.size for region in self.writable)])
@@ -79,9 +80,9 @@ class AddressSpace:
         """Add a region that overlaps no other."""
         self._set(tuple(sorted((*self.regions, region), key=lambda each: each.gpa)))
 
-    def remove(self, slot: int) -> None:
-        """Remove a region by its slot's id."""
-        self._set(tuple(region for region in self.regions if region.id != slot))
+    def clear(self) -> None:
+        """Remove all regions."""
+        self._set(())
 
     def find(self, slot: int) -> Region:
         """Return a region by its slot's id, or raise ENOENT."""
@@ -90,9 +91,13 @@ class AddressSpace:
                 return region
         raise OSError(ENOENT, f"there is no {slot_name(slot)}")
 
+    def _locate(self, gpas: Addresses) -> NDArray[np.intp]:
+        """Return for each address which of `regions` it is in, -1 where it is in none."""
+        return np.full(gpas.size, -1) if self._map is None else self._map.locate(gpas)
+
     def fault(self, gpa: int, *, write: bool) -> OSError:
         """Return the error for an access that no handler resolves: EFAULT, with the address."""
-        readonly = any(region.gpa <= gpa < region.end for region in self.regions)
+        readonly = int(self._locate(np.array([gpa]))[0]) >= 0
         access = "write" if write else "read"
         why = "its slot is read-only" if readonly else "no slot is there"
         return OSError(EFAULT, f"a {access} of gpa {gpa:#x} can't be handled: {why}")
@@ -110,37 +115,16 @@ class AddressSpace:
             if region.gpa <= low and high < region.end and not (write and region.readonly):
                 yield region, None
                 return
-        index = np.searchsorted(self._bases, gpas, side="right") - 1
+        index = self._locate(gpas)
         good = index >= 0
-        if self.regions:
-            good &= gpas < self._ends[index]
-            if write:
-                good &= ~self._readonly[index]
+        if write and self.regions:
+            good &= ~self._readonly[index]
         (wrong,) = (~good).nonzero()
         stop = int(wrong[0]) if wrong.size else gpas.size
         for number in np.unique(index[:stop]).tolist():
             yield self.regions[number], (index[:stop] == number).nonzero()[0]
         if wrong.size:
             yield None, wrong[:1]
-
-    def runs(self, gpa: int, length: int) -> Iterator[tuple[Region, int, int, int]]:
-        """Yield (region, offset in it, offset in the run, bytes) for a run of bytes, slot after slot.
-
-        Raises
-        ------
-        OSError
-            EFAULT where a byte is in no slot, before anything is yielded.
-        """
-        pieces, done = [], 0
-        while done < length:
-            here = gpa + done
-            region = next((region for region in self.regions if region.gpa <= here < region.end), None)
-            if region is None:
-                raise OSError(EFAULT, f"{length} bytes at gpa {gpa:#x} can't be reached: no slot is at {here:#x}")
-            count = min(length - done, region.end - here)
-            pieces.append((region, here - region.gpa, done, count))
-            done += count
-        yield from pieces
 
     @property
     def writable_size(self) -> int:

@@ -1,4 +1,4 @@
-"""What every VM shares: memory by slot and by address, a log with one consumer at a time, a process, and an end."""
+"""What every VM is: memory by slot and by address, a process, and an end; and the log of those without a `DirtyLog`."""
 
 import os
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memory import digest
 from hwdbm.vm.memorymap import MemoryMap
 
-__all__ = ["BaseVm", "SlotPages", "percentage"]
+__all__ = ["BaseVm", "LoggedVm", "SlotPages", "percentage"]
 
 
 class SlotPages:
@@ -106,9 +106,9 @@ class SlotPages:
 
 
 class BaseVm:
-    """A VM with slots of memory, of which `SlotPages` know the dirty pages.
+    """A VM with slots of memory, by id and by address, of one process, until it is closed.
 
-    A subclass has `_switch` and `_release`, calls `_add_slot`, and calls `_check_open` first in each verb of its own.
+    A subclass has `slots`, `_write` and `_release`, calls `_add_memory`, and `_check_open` first in its own verbs.
 
     Attributes
     ----------
@@ -122,23 +122,18 @@ class BaseVm:
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self._owner, self._closed = os.getpid(), False
-        self._lock = RLock()  # of the log, and of writes with their marks
-        self._turn = Turn(self._lock)
-        self._taker = 0  # the thread that takes for the client, which has the lock
         self._memory: dict[int, NDArray[np.uint8]] = {}
-        self._pages: dict[int, SlotPages] = {}
         self._map: MemoryMap | None = None  # made when it is asked for, since slots are added one by one
 
-    def _add_slot(self, pages: SlotPages, memory: NDArray[np.uint8]) -> None:
-        self._memory[pages.slot.id], self._pages[pages.slot.id], self._map = memory, pages, None
+    def _add_memory(self, slot_id: int, memory: NDArray[np.uint8]) -> None:
+        self._memory[slot_id], self._map = memory, None
 
     # --- memory --------------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> tuple[Memslot, ...]:
         """The memslots."""
-        self._check_open()
-        return tuple(pages.slot for pages in self._pages.values())
+        raise NotImplementedError
 
     def memory(self, slot_id: int) -> NDArray[np.uint8]:
         """Return the bytes of a slot, ``(npages * page_size,)``: a writable view.
@@ -150,21 +145,26 @@ class BaseVm:
         OSError
             ENOENT if there is no such slot.
         """
-        return self._memory[self._slot(slot_id).slot.id]
+        self._check_open()
+        memory = self._memory.get(check.integer(slot_id, "slot", None))
+        if memory is None:
+            raise OSError(ENOENT, f"there is no {slot_name(slot_id)}")
+        return memory
 
     def read(self, gpa: int, length: int) -> bytes:
-        """Return bytes of memory.
+        """Return bytes of memory, as a device or the VMM reads them.
 
         Raises
         ------
         OSError
-            EINVAL if they aren't inside of one slot.
+            EINVAL if they aren't inside of one slot; a VM may say that a run can go on in the next.
         """
-        slot, start = self._at(gpa, check.integer(length, "length"))
-        return self._memory[slot.id][start : start + length].tobytes()
+        self._check_open()
+        parts = self._parts(check.integer(gpa, "gpa", None), check.integer(length, "length"))
+        return b"".join(self._memory[slot.id][start : start + count].tobytes() for slot, start, count in parts)
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Write to memory as a device does, and mark the pages dirty where the slot logs.
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write to memory as a device or the VMM does, and mark the pages dirty where the slot logs.
 
         Raises
         ------
@@ -173,20 +173,84 @@ class BaseVm:
         TypeError
             If `data` isn't bytes.
         """
-        raw = np.frombuffer(data, dtype=np.uint8) if memoryview(data).nbytes else np.empty(0, dtype=np.uint8)
-        slot, start = self._at(gpa, raw.size)
-        first, last = start // self.page_size, (start + max(raw.size, 1) - 1) // self.page_size
-        pages = self._pages[slot.id]
-        with self._lock:  # the write and its mark are one, seen from `dirty`
-            if pages.slot.logging and raw.size:
-                pages.mark(first, last - first + 1)
-            self._memory[slot.id][start : start + raw.size] = raw
-
-    def _at(self, gpa: int, length: int) -> tuple[Memslot, int]:
         self._check_open()
+        check.instance(data, (bytes, bytearray, memoryview), "data")
+        raw = np.frombuffer(data, dtype=np.uint8) if memoryview(data).nbytes else np.empty(0, dtype=np.uint8)
+        done = 0
+        for slot, start, count in self._parts(check.integer(gpa, "gpa", None), raw.size):
+            if count:
+                first, stop = start // self.page_size, (start + count - 1) // self.page_size + 1
+                self._write(slot.id, start, raw[done : done + count], first, stop - first)
+            done += count
+
+    @property
+    def _memory_map(self) -> MemoryMap:
         if self._map is None:
             self._map = MemoryMap(self.page_size, self.slots)
-        return self._map.at(check.integer(gpa, "gpa", None), length)
+        return self._map
+
+    def _parts(self, gpa: int, length: int) -> list[tuple[Memslot, int, int]]:
+        """Return the parts of a run of bytes: the slot, where in it the part begins, and its length."""
+        slot, start = self._memory_map.at(gpa, length)
+        return [(slot, start, length)]
+
+    def _write(self, slot_id: int, start: int, raw: NDArray[np.uint8], first_page: int, npages: int) -> None:
+        """Write to a slot from a byte of it on, and mark the pages that this touches."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
+        self._check_open()
+        return digest(self._memory[slot.id] for slot in sorted(self.slots, key=lambda slot: slot.base_gfn))
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the {type(self).__name__} is closed")
+        if os.getpid() != self._owner:
+            raise ClosedError(f"the {type(self).__name__} is of process {self._owner}, which this one was forked from")
+
+    def close(self) -> None:
+        """Give everything back; a second time does nothing. Views of the memory that others hold stay valid.
+
+        In a process forked off since, only the copies are given back that the child has of files and mappings.
+        """
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        """Give back what there is, which may have been done in part before, or be a forked process's copy."""
+        self._memory.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LoggedVm(BaseVm):
+    """A VM of which `SlotPages` know the dirty pages; a subclass has `_switch`, too, and calls `_add_slot`."""
+
+    def __init__(self, page_size: int) -> None:
+        super().__init__(page_size)
+        self._lock = RLock()  # of the log, and of writes with their marks
+        self._turn = Turn(self._lock)
+        self._taker = 0  # the thread that takes for the client, which has the lock
+        self._pages: dict[int, SlotPages] = {}
+
+    def _add_slot(self, pages: SlotPages, memory: NDArray[np.uint8]) -> None:
+        self._pages[pages.slot.id] = pages
+        self._add_memory(pages.slot.id, memory)
+
+    @property
+    def slots(self) -> tuple[Memslot, ...]:
+        """The memslots."""
+        self._check_open()
+        return tuple(pages.slot for pages in self._pages.values())
 
     def _slot(self, slot_id: int) -> SlotPages:
         self._check_open()
@@ -195,11 +259,12 @@ class BaseVm:
             raise OSError(ENOENT, f"there is no {slot_name(slot_id)}")
         return pages
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
-        self._check_open()
-        slots = sorted(self.slots, key=lambda slot: slot.base_gfn)
-        return digest(self._memory[slot.id] for slot in slots)
+    def _write(self, slot_id: int, start: int, raw: NDArray[np.uint8], first_page: int, npages: int) -> None:
+        pages = self._pages[slot_id]
+        with self._lock:  # the write and its mark are one, seen from `dirty`
+            if pages.slot.logging:
+                pages.mark(first_page, npages)
+            self._memory[slot_id][start : start + raw.size] = raw
 
     # --- the log -------------------------------------------------------------------------------------------
 
@@ -317,34 +382,9 @@ class BaseVm:
         """Switch all slots' logs."""
         raise NotImplementedError
 
-    # --- the end -------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"the {type(self).__name__} is closed")
-        if os.getpid() != self._owner:
-            raise ClosedError(f"the {type(self).__name__} is of process {self._owner}, which this one was forked from")
-
-    def close(self) -> None:
-        """Give everything back; a second time does nothing. Views of the memory that others hold stay valid.
-
-        In a process forked off since, only the copies are given back that the child has of files and mappings.
-        """
-        self._closed = True
-        self._release()
-
     def _release(self) -> None:
-        """Give back what there is, which may have been done in part before, or be a forked process's copy."""
-        self._memory.clear()
+        super()._release()
         self._pages.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def percentage(percent: int) -> int:

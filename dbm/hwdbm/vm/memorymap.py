@@ -3,7 +3,7 @@
 import struct
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from errno import EINVAL
+from errno import EFAULT, EINVAL
 from typing import Self
 
 import numpy as np
@@ -92,6 +92,31 @@ class MemoryMap:
             if start + length <= slot.npages * self.page_size:
                 return slot, start
         raise OSError(EINVAL, f"gpa {gpa:#x}..{gpa + length - 1:#x} is not inside of one slot")
+
+    def parts(self, gpa: int, length: int) -> list[tuple[Memslot, int, int]]:
+        """Return a run of bytes slot by slot: the slot, where in it a part begins, and how long it is, in bytes.
+
+        Raises
+        ------
+        OSError
+            EFAULT where a byte is in no slot.
+        """
+        found, here, end = [], gpa, gpa + length
+        while here < end:
+            slot = self._slot_at(here // self.page_size)
+            if slot is None:
+                raise OSError(EFAULT, f"{length} bytes at gpa {gpa:#x} can't be reached: no slot is at {here:#x}")
+            count = min(end, slot.end_gfn * self.page_size) - here
+            found.append((slot, here - slot.base_gfn * self.page_size, count))
+            here += count
+        return found
+
+    def locate(self, gpas: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Return for each address which of `by_address` it is in, -1 where it is in none."""
+        frames = gpas >> (self.page_size.bit_length() - 1)
+        index = np.searchsorted(self._starts, frames, side="right") - 1
+        ends = np.array([slot.end_gfn for slot in self.by_address])
+        return np.where((index >= 0) & (frames < ends[index]), index, -1)
 
     def _slot_at(self, gfn: int) -> Memslot | None:
         """Return the slot that a frame is in."""

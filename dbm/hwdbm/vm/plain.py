@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from hwdbm.files import NewFile
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES
-from hwdbm.vm.base import BaseVm, SlotPages, percentage
+from hwdbm.vm.base import LoggedVm, SlotPages, percentage
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.memorymap import MemoryMap
 
 __all__ = ["PlainGuest"]
 
 
-class PlainGuest(BaseVm):
+class PlainGuest(LoggedVm):
     r"""Slots of memory with a dirty log of their own, in which `write` marks what it writes.
 
     It is a `Source`: a migration can arrive in it, in memory or in a file, and leave from it.
