@@ -1,5 +1,6 @@
 """vCPUs in threads of their own, while another thread harvests, splits and copies."""
 
+from itertools import count
 from threading import Thread
 from time import monotonic, sleep
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from hwdbm.machine import HotSet, Idle, Machine, Sequential, Uniform, Zipf
+from hwdbm.machine import runner as running
+from hwdbm.machine.vcpu import BATCH
 
 PAGE = 4096
 SIZE = 8 << 20
@@ -131,19 +134,23 @@ def test_a_rate_is_kept_and_throttled(make):
         machine.throttle(100)
 
 
-def test_an_unlimited_vcpu_is_throttled_too(make):
-    machine = make()
+@pytest.mark.parametrize(("percent", "factor"), [(0, 0), (80, 4), (95, 19)])
+def test_an_unlimited_vcpu_is_throttled_too(make, monkeypatch, percent, factor):
+    """After every batch it waits a multiple of the time that the batch took: here one second by the test's clock."""
+    machine, ticks, waits = make(), count(), []
     machine.run(Uniform(seed=1))
-    machine.step(1 << 18)
-    counts = []
-    for percent in (0, 95):
-        machine.throttle(percent)
-        before = machine.clock.read().counts["stores"]
-        machine.resume()
-        sleep(0.2)
-        machine.pause()
-        counts.append(machine.clock.read().counts["stores"] - before)
-    assert counts[1] < counts[0] / 4
+    machine.throttle(percent)
+    (runner,) = machine._runners
+    monkeypatch.setattr(running, "monotonic", lambda: float(next(ticks)))
+
+    def sleep(seconds):
+        waits.append(seconds)
+        runner._runner.wanted = len(waits) < 3
+
+    runner._runner.sleep, runner._runner.wanted = sleep, True
+    runner._run()
+    assert waits == [factor] * 3
+    assert runner.position == 3 * BATCH
 
 
 def test_what_a_vcpu_fails_with_is_raised(make):
