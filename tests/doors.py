@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
 from functools import cache
@@ -28,8 +28,8 @@ from hwdbm import DirtyBitmap
 
 # --- the surface ------------------------------------------------------------------------------------------------
 
-_SECONDS = 5.0  # that a call may take, which does next to nothing
-_ROOM = 2 << 30  # bytes of addresses that it may take
+_SECONDS = 30.0  # that a call may take, which does next to nothing, on a machine that does other things too
+_ROOM = 200 << 20  # bytes of addresses that it may take
 _NO_STATE = {"fd", "_scratch"}  # a number that the system chose, and room to work in
 _OPERATORS = ("__call__", "__contains__", "__getitem__", "__matmul__")
 
@@ -114,8 +114,14 @@ _INTEGERS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint
 _NUMBERS = (-1, -64, -(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 64, (1 << 64) - 1, 1 << 64, 10**23, 1 << 600)
 
 
-def wrong(value: Any, optional: bool) -> Iterator[Wrong]:
-    """Yield what is to be given in place of a good argument."""
+def wrong(value: Any, optional: bool, several: bool) -> Iterator[Wrong]:
+    """Yield what is to be given in place of a good argument, which may be None, or many of its kind."""
+    for each in _wrong(value, optional):
+        some = several and isinstance(each.value, list | tuple | np.ndarray)
+        yield replace(each, refused=False) if some else each
+
+
+def _wrong(value: Any, optional: bool) -> Iterator[Wrong]:
     if not optional and value is not None:
         yield from _refused(None)
     if isinstance(value, bool):
@@ -148,7 +154,9 @@ def wrong(value: Any, optional: bool) -> Iterator[Wrong]:
             yield from (Wrong(f"a list of {each!r}", [each], refused=True) for each in (1.9, "7", True, None))
             yield from (Wrong(f"a list of {each:#x}", [each]) for each in (-1, 1 << 63, 1 << 64, 1 << 600))
         else:
-            yield from (Wrong(f"a list of {each!r}", [each], refused=True) for each in (1.9, "7", None))
+            texts = bool(value) and isinstance(value[0], str)
+            yield from (Wrong(f"a list of {each!r}", [each], refused=True) for each in (1.9, None))
+            yield Wrong("a list of '7'", ["7"], refused=not texts)
     elif isinstance(value, Mapping):
         yield from _refused(5, "x", [1])
     elif callable(value):
@@ -351,8 +359,8 @@ class Recipe:
     their names, for the object made; ``verb.name`` is for one verb alone. `skip` has verbs and parameters
     (``verb.name``) that aren't walked over, each with the reason. `dry` are verbs that are only given what must be
     refused, and aren't run otherwise. `amounts` are parameters that say how much is to be done, and so may take as long
-    as they say; `sizes` say how much memory, of which a machine may have less. `fields` are parameters that are made of
-    fields: an error names the field.
+    as they say. `fields` are parameters that are made of fields: an error names the field. `measured` are verbs
+    whose result differs from call to call.
     """
 
     make: Callable[[], Any] = lambda: None
@@ -361,7 +369,7 @@ class Recipe:
     fields: frozenset[str] = frozenset()
     dry: frozenset[str] = frozenset()
     amounts: frozenset[str] = frozenset()
-    sizes: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -372,6 +380,7 @@ class Scene:
     call: Callable[..., Any]
     arguments: dict[str, Any]
     optional: frozenset[str]
+    several: frozenset[str]  # those that may be one number, or many
 
     def run(self, name: str | None = None, value: Any = None) -> "Outcome":
         """Make the call with one argument replaced."""
@@ -435,7 +444,7 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
     call = item if verb is None else getattr(subject, verb)
     given = recipe.given(subject)
     own = verb or ("new" if inspect.isclass(item) else item.__name__)
-    arguments, optional = {}, set()
+    arguments, optional, several = {}, set(), set()
     given = {**given}
     for name, parameter in inspect.signature(call).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -453,7 +462,9 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
         arguments[name] = given[key] if key in given else given[name]
         if parameter.default is None or "None" in str(parameter.annotation):
             optional.add(name)
-    return Scene(subject, call, arguments, frozenset(optional))
+        if "ndarray" in str(parameter.annotation):
+            several.add(name)
+    return Scene(subject, call, arguments, frozenset(optional), frozenset(several))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -473,6 +484,8 @@ def documented(error: BaseException) -> bool:
     """Return whether an error is of a type that a public verb may raise on its arguments."""
     if isinstance(error, OSError):
         return error.errno is not None or type(error).__module__.startswith("hwdbm")
+    if isinstance(error, MemoryError):
+        return bool(str(error))
     if not isinstance(error, TypeError | ValueError) or isinstance(error, UnicodeError):
         return False
     return type(error) in (TypeError, ValueError) or type(error).__module__.startswith("hwdbm")

@@ -159,7 +159,7 @@ def test_table(level: int) -> None:
 
 
 def test_level_3_has_no_tables() -> None:
-    with pytest.raises(ValueError, match="levels -1 to 2, not 3"):
+    with pytest.raises(ValueError, match=r"a level of pte\.table is -1 to 2, not 3"):
         pte.table(3)
 
 

@@ -12,7 +12,7 @@ import numpy.ma  # which np.unique imports when it is first called: an interrupt
 from bitarray import bitarray
 from numpy.typing import ArrayLike, NDArray
 
-from hwdbm.check import flag, integer, integers
+from hwdbm.check import flag, integer, integers, octets, zeros
 from hwdbm.errors import BitmapError
 
 __all__ = ["DirtyBitmap", "word_count"]
@@ -51,6 +51,13 @@ class DirtyBitmap:
     npages : int
         Pages that the bitmap stands for; 0 or more. All start clean.
 
+    Raises
+    ------
+    BitmapError
+        For fewer pages than none, or more than 2^40: what 52 bits of address have.
+    MemoryError
+        If there is no room for them.
+
     Examples
     --------
     >>> b = DirtyBitmap(130)
@@ -68,7 +75,7 @@ class DirtyBitmap:
 
     def __init__(self, npages: int) -> None:
         self._npages = integer(npages, "npages", None, _MOST, BitmapError)
-        self._words = np.zeros(word_count(self._npages), dtype=np.uint64)
+        self._words = zeros(word_count(self._npages), f"a bitmap of {self._npages} pages")
         self._bits: bitarray | None = None
 
     @property
@@ -139,10 +146,7 @@ class DirtyBitmap:
         array([0, 2])
         """
         size = 8 * word_count(npages)
-        try:
-            view = memoryview(raw)
-        except TypeError:
-            raise TypeError(f"a bitmap is made of bytes, not of {type(raw).__name__}") from None
+        view = octets(raw, "raw")
         if view.nbytes != size:
             raise BitmapError(f"a bitmap of {npages} pages has {size} bytes, got {view.nbytes}")
         return cls.from_words(np.frombuffer(view.tobytes(), dtype="<u8").astype(np.uint64), npages)

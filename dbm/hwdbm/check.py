@@ -7,7 +7,8 @@ text.
 
 import operator
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["flag", "instance", "instances", "integer", "integers", "one_of", "path", "real", "separate", "uint64s"]
+__all__ = [
+    "flag", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real", "separate", "uint64s",
+    "zeros",
+]  # fmt: skip
+
+_CHUNK = 1 << 16  # numbers of an iterable that are looked at together
 
 
 T = TypeVar("T")
@@ -200,9 +206,7 @@ def path(value: Any, name: str) -> Path:
     return Path(value)
 
 
-def integers(
-    value: Iterable[Any] | NDArray[Any], name: str, low: int, high: int, error: type[Exception] = ValueError
-) -> NDArray[np.int64]:
+def integers(value: Any, name: str, low: int, high: int, error: type[Exception] = ValueError) -> NDArray[np.int64]:
     """Return integers of any type as a one-dimensional int64 array of values of [low, high], both within 63 bits.
 
     Raises
@@ -219,25 +223,86 @@ def integers(
     TypeError: pages are integers, not 0.9
     """
     if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "iu":
-            raise TypeError(f"{name} are integers, not {value.dtype}")
+        if value.dtype.kind not in "iu" or isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} are integers, not {_kind(value)}")
         if value.ndim != 1:
             raise error(f"{name} are an array of one dimension, not of shape {value.shape}")
         if value.size and not (low <= int(value.min()) and int(value.max()) <= high):
-            raise error(f"{name} are {_bounds(low, high)}, not {int(value.min())}..{int(value.max())}")
-        return value.astype(np.int64)
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} are integers, not {_shown(value)}")
-    value = list(value)
-    if set(map(type, value)) == {int} and low <= min(value) and max(value) <= high:
+            raise error(
+                f"{name} are {_bounds(low, high)}, not {_number(int(value.min()))}..{_number(int(value.max()))}"
+            )
         return np.array(value, dtype=np.int64)
-    numbers = []
-    for each in value:
-        try:
-            numbers.append(integer(each, name, low, high, error))
-        except TypeError:
-            raise TypeError(f"{name} are integers, not {_shown(each)}") from None
-    return np.array(numbers, dtype=np.int64)
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise TypeError(f"{name} are integers, not {_shown(value)}")
+    if isinstance(value, range):  # it is known before it is counted
+        for end in (value[0], value[-1]) if value else ():
+            integer(end, name, low, high, error)
+        return _arange(value, name)
+    # One that has no end is found out by what is in it, not by the memory that it takes.
+    elements, found = iter(value), []
+    while chunk := list(islice(elements, _CHUNK)):
+        if set(map(type, chunk)) != {int} or not (low <= min(chunk) and max(chunk) <= high):
+            chunk = [_one(each, name, low, high, error) for each in chunk]
+        found.append(np.array(chunk, dtype=np.int64))
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+
+def _one(value: Any, name: str, low: int, high: int, error: type[Exception]) -> int:
+    try:
+        return integer(value, name, low, high, error)
+    except TypeError:
+        raise TypeError(f"{name} are integers, not {_shown(value)}") from None
+
+
+def _arange(value: range, name: str) -> NDArray[np.int64]:
+    try:
+        return np.arange(value.start, value.stop, value.step, dtype=np.int64)
+    except (MemoryError, ValueError):  # the latter beyond what addresses reach
+        raise MemoryError(f"{name}: {len(value)} numbers take more memory than there is") from None
+
+
+def octets(value: Any, name: str) -> memoryview:
+    """Return what is bytes-like as a contiguous view of its bytes: it is copied only where its bytes lie apart.
+
+    Raises
+    ------
+    TypeError
+        If it isn't bytes-like.
+
+    Examples
+    --------
+    >>> bytes(octets(bytearray(b"abc"), "data"))
+    b'abc'
+    >>> octets("abc", "data")
+    Traceback (most recent call last):
+    TypeError: data is bytes-like, not 'abc'
+    """
+    try:
+        view = memoryview(value)
+    except (TypeError, ValueError, BufferError):
+        raise TypeError(f"{name} is bytes-like, not {_shown(value)}") from None
+    if view.format == "O" or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is bytes-like, not {_shown(value)}")
+    return view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+
+
+def zeros(count: int, what: str) -> NDArray[np.uint64]:
+    """Return words that are all zero, and that nothing backs before they are written.
+
+    Raises
+    ------
+    MemoryError
+        If there is no room for them; the error names the number, and `what` they are.
+
+    Examples
+    --------
+    >>> zeros(2, "words of a bitmap")
+    array([0, 0], dtype=uint64)
+    """
+    try:
+        return np.zeros(count, dtype=np.uint64)
+    except (MemoryError, ValueError):  # as above
+        raise MemoryError(f"{what}: {count} words take more memory than there is") from None
 
 
 def uint64s(
@@ -269,7 +334,7 @@ def uint64s(
     Traceback (most recent call last):
     TypeError: words are an array of uint64, not of int64
     """
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} are an array of uint64, not {_shown(value)}")
     if value.dtype != np.uint64 or not value.dtype.isnative:
         raise TypeError(
@@ -305,6 +370,10 @@ def _bounds(low: int | None, high: int | None) -> str:
     if high is None:
         return f"{low} or more"
     return f"at most {_number(high)}" if low is None else f"{low} to {_number(high)}"
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{'masked ' if isinstance(array, np.ma.MaskedArray) else ''}{array.dtype}"
 
 
 def _number(number: int) -> str:

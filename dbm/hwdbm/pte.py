@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.check import flag, integer
+from hwdbm.check import flag, instance, integer, integers
 
 __all__ = [
     "ADDRESS",
@@ -72,6 +72,8 @@ __all__ = [
     "young",
 ]
 
+_WORD = (1 << 64) - 1
+
 VALID = 1 << 0
 TYPE = 1 << 1  # table (levels below 3) or page (level 3), where VALID
 MEMATTR = 0b1111 << 2
@@ -113,6 +115,30 @@ class State(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+def _descriptors(value: Any, name: str) -> Any:
+    """Return an integer of 64 bits as an `int`, or an array of them as it is.
+
+    What isn't a number of Python's or numpy's passes: the proofs run this code on symbols.
+    """
+    if isinstance(value, np.ndarray) and value.ndim:
+        if value.dtype not in (np.uint64, object) or isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is an array of uint64, not of {value.dtype.str}")
+        return value
+    if isinstance(value, int | np.generic | np.ndarray) or not hasattr(value, "__index__"):
+        return integer(value, name, 0, _WORD)
+    return value
+
+
+def _level(value: Any) -> int:
+    return integer(value, "level", -1, 3)
+
+
+def _masks(rule: Any, *names: str) -> None:
+    """Have the fields of a frozen rule be `int` of 64 bits."""
+    for name in names:
+        object.__setattr__(rule, name, integer(getattr(rule, name), name, 0, _WORD))
+
+
 @overload
 def state(desc: int, level: int) -> State: ...
 @overload
@@ -125,8 +151,8 @@ def state(desc: int | NDArray[np.uint64], level: int) -> State | NDArray[np.uint
     desc : int or (n,) uint64 array
         Descriptors as they lie in a table of `level`.
     level : int
-        1 to 3. At levels 1 and 2 ``01`` is taken as a block: whether the granule has blocks there is for the
-        reader of the table to say.
+        -1 to 3. Above level 3 ``01`` is taken as a block: whether the granule has blocks there is for the reader of
+        the table to say.
 
     Returns
     -------
@@ -138,7 +164,7 @@ def state(desc: int | NDArray[np.uint64], level: int) -> State | NDArray[np.uint
     >>> state(make_leaf(0x8000_0000, 3, dbm=True), 3)
     <State.WRITABLE_CLEAN: 4>
     """
-    _descriptors(desc, "desc")
+    desc, level = _descriptors(desc, "desc"), _level(level)
     if isinstance(desc, np.ndarray):
         return _states(desc, level)
     if not desc & VALID:
@@ -176,6 +202,7 @@ class Match:
     value: int
 
     def __post_init__(self) -> None:
+        _masks(self, "mask", "value")
         if self.value & ~self.mask:
             raise ValueError(f"value {self.value:#018x} has bits outside of mask {self.mask:#018x}")
 
@@ -185,6 +212,7 @@ class Match:
     def __call__(self, desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
     def __call__(self, desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
         """Return whether `desc` matches; elementwise for an array."""
+        desc = _descriptors(desc, "desc")
         return (desc & self.mask) == self.value
 
     def also(self, ones: int = 0, zeros: int = 0) -> "Match":
@@ -195,9 +223,12 @@ class Match:
         ValueError
             If a bit would have to be both.
         """
+        ones, zeros = integer(ones, "ones", 0, _WORD), integer(zeros, "zeros", 0, _WORD)
         both = (self.value | ones) & (self.mask & ~self.value | zeros)
         if both:
-            raise ValueError(f"bits {both:#018x} can't be set and clear at once")
+            raise ValueError(
+                f"bits {both:#018x} can't be set and clear at once: {ones:#018x} are to be 1, {zeros:#018x} 0"
+            )
         return Match(self.mask | ones | zeros, self.value | ones)
 
 
@@ -222,14 +253,19 @@ class Update:
     sets: int = 0
     clears: int = 0
 
+    def __post_init__(self) -> None:
+        instance(self.where, Match, "where")
+        _masks(self, "sets", "clears")
+
     @overload
     def __call__(self, desc: int) -> int: ...
     @overload
     def __call__(self, desc: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
     def __call__(self, desc: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
         """Return what `desc` becomes; elementwise, in a new array, for an array."""
+        desc = _descriptors(desc, "desc")
         if isinstance(desc, np.ndarray):
-            return np.where(self.where(desc), desc & np.uint64(~self.clears & (1 << 64) - 1) | self.sets, desc)
+            return np.where(self.where(desc), desc & np.uint64(~self.clears & _WORD) | self.sets, desc)
         return desc & ~self.clears | self.sets if self.where(desc) else desc
 
 
@@ -249,13 +285,24 @@ class Rule(Generic[T]):
         From a level to a `Match` or an `Update`.
     levels : sequence of int
         The levels at which the rule means something.
+
+    Raises
+    ------
+    TypeError
+        If `make` returns something else.
+    ValueError
+        For a level that isn't -1 to 3.
     """
 
     __slots__ = ("__name__", "_levels")
 
     def __init__(self, name: str, make: Callable[[int], T], levels: Sequence[int] = range(-1, 4)) -> None:
+        instance(name, str, "name")
+        instance(make, Callable, "make")
         self.__name__ = name
-        self._levels: dict[int, T] = {level: make(level) for level in levels}
+        self._levels: dict[int, T] = {level: make(level) for level in integers(levels, "levels", -1, 3).tolist()}
+        for rule in self._levels.values():
+            instance(rule, (Match, Update), "what make returns")
 
     def __repr__(self) -> str:
         return f"<pte.{self.__name__}>"
@@ -271,8 +318,10 @@ class Rule(Generic[T]):
         try:
             return self._levels[level if type(level) is int else integer(level, "level", None)]
         except KeyError:
-            levels = f"{min(self._levels)} to {max(self._levels)}"
-            raise ValueError(f"pte.{self.__name__} is of levels {levels}, not {level}") from None
+            integer(
+                level, f"a level of pte.{self.__name__}", min(self._levels, default=0), max(self._levels, default=0)
+            )
+            raise ValueError(f"pte.{self.__name__} is of levels {sorted(self._levels)}, not {level}") from None
 
 
 def _masks_of_a_leaf(level: int) -> Match:
@@ -365,8 +414,8 @@ def output_address(
     >>> hex(output_address(0x0008_0000_8000_04C3, 12))
     '0x80000000'
     """
-    _descriptors(desc, "desc")
-    shift = integer(shift, "shift", 12, 51)
+    desc, shift = _descriptors(desc, "desc"), integer(shift, "shift", 12, 51)
+    instance(bits, AddressBits, "bits")
     pa: Any = desc & (ADDRESS >> shift << shift)
     if bits is AddressBits.LPA:
         pa = pa | (desc & 0xF000) << 36
@@ -445,7 +494,8 @@ def make_leaf(
     >>> f"{make_leaf(0x8000_0000, 3):#018x} {make_leaf(0x8000_0000, 2, dbm=True):#018x}"
     '0x00000000800007ff 0x000800008000077d'
     """
-    _descriptors(pa, "pa")
+    pa = _descriptors(pa, "pa")
+    instance(bits, AddressBits, "bits")
     writable, dbm, dirty = flag(writable, "writable"), flag(dbm, "dbm"), flag(dirty, "dirty")
     level = integer(level, "level", 0, 3)
     if dbm and not writable:
@@ -474,22 +524,11 @@ def make_table(pa: int | NDArray[np.uint64], bits: AddressBits = AddressBits.PA4
     >>> hex(make_table(0x4100_0000))
     '0x41000003'
     """
-    _descriptors(pa, "pa")
+    pa = _descriptors(pa, "pa")
+    instance(bits, AddressBits, "bits")
     desc: Any = _address_field(pa, bits) | TABLE
     made: int | NDArray[np.uint64] = desc
     return made
-
-
-def _descriptors(value: object, name: str) -> None:
-    """Raise if a value is neither an integer of 64 bits nor an array of them.
-
-    What isn't a number of Python's or numpy's passes: the proofs run this code on symbols.
-    """
-    if isinstance(value, np.ndarray):
-        if value.dtype not in (np.uint64, object):
-            raise TypeError(f"{name} is an array of uint64, not of {value.dtype}")
-    elif isinstance(value, int | np.generic) or not hasattr(value, "__index__"):
-        integer(value, name, 0, (1 << 64) - 1)
 
 
 def describe(desc: int, level: int) -> str:
@@ -500,6 +539,7 @@ def describe(desc: int, level: int) -> str:
     >>> describe(0x0008_0000_8000_04C3, 3)
     '0x00080000800004c3 (level 3 writable-dirty: AF DBM S2AP=rw)'
     """
+    desc, level = integer(desc, "desc", 0, _WORD), _level(level)
     what = state(desc, level)
     if what in (State.ABSENT, State.TABLE, State.RESERVED):
         return f"{desc:#018x} (level {level} {what.label})"

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from hwdbm.check import instance, integer
+
 __all__ = ["Row", "smallest"]
 
 
@@ -60,6 +62,10 @@ def smallest(
     repeat : int
         How often; the first time warms up and isn't counted.
     """
+    instance(work, Mapping, "work")
+    for call in (*work.values(), *([] if before is None else [before])):
+        instance(call, Callable, "what is timed")
+    repeat = integer(repeat, "repeat", 1)
     times: dict[str, float] = {}
     for turn in range(repeat + 1):
         for name, call in work.items():

@@ -1,7 +1,7 @@
 """The benchmarks of the engine, each a function from a set-up to rows."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from hwdbm.bench import visitor
 from hwdbm.bench.measure import Row, smallest
 from hwdbm.bench.stream import StreamSetup, rows
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import instance, instances, integer, one_of
 from hwdbm.image import Slot, open_image
 from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
@@ -49,6 +50,10 @@ class Setup:
 
     npages: int = 1 << 24
     repeat: int = 9
+
+    def __post_init__(self) -> None:
+        for name in ("npages", "repeat"):
+            object.__setattr__(self, name, integer(getattr(self, name), name, 1))
 
 
 def mapped(npages: int, level: int = 3, *, dbm: bool = True, name: kernels.Name | None = None) -> Stage2:
@@ -167,8 +172,22 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
 
 
 def run(setup: Setup, names: list[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of the benchmarks `names`, by default all, as they are measured."""
-    for name in names or BENCHMARKS:
+    """Yield the rows of the benchmarks `names`, by default all, as they are measured.
+
+    Raises
+    ------
+    ValueError
+        If there is no such benchmark; none is run then.
+    """
+    instance(setup, Setup, "setup")
+    chosen = tuple(BENCHMARKS) if names is None else instances(names, str, "names")
+    for name in chosen:
+        one_of(name, BENCHMARKS, "a benchmark")
+    return _run(setup, chosen)
+
+
+def _run(setup: Setup, names: Iterable[str]) -> Iterator[Row]:
+    for name in names:
         yield from BENCHMARKS[name](setup)
 
 

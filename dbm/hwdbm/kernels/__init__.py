@@ -45,7 +45,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.check import uint64s
+from hwdbm.check import instance, uint64s
 from hwdbm.pte import ANY, Match, Update, clean, dirty
 
 __all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
@@ -214,6 +214,7 @@ def use(name: Name) -> None:
 
 def named(name: Name) -> Kernels:
     """Return an implementation for private arrays, imported and so compiled; `use` says what it raises."""
+    instance(name, str, "name")
     if name not in available():
         hint = "; the extra 'jit' brings numba" if name == "fused" else ""
         raise ValueError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")

@@ -6,11 +6,12 @@ not in the slot's, so where the base isn't aligned the first entry of a level be
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.check import instance, integer
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
 
@@ -45,6 +46,9 @@ class Layout:
     """Pages under an entry of each level, from 0: every operation on a slot asks for them."""
 
     def __post_init__(self) -> None:
+        instance(self.granule, Granule, "granule")
+        for name in ("npages", "base_gfn"):
+            object.__setattr__(self, name, integer(getattr(self, name), name, None))
         if self.npages < 1:
             raise GfnError(f"a slot has 1 page or more, not {self.npages}")
         sizes = (*(self.granule.pages_per_entry(level) for level in range(3)), 1)
@@ -61,7 +65,7 @@ class Layout:
     def index(self, level: int, page: Ranges) -> Ranges: ...
     def index(self, level: int, page: int | Ranges) -> int | Ranges:
         """Return the entry of `level` that maps a page, or each page of an array."""
-        size = self.sizes[level]
+        size, page = self._size(level), _pages(page, "page")
         return (self.base_gfn + page) // size - self.base_gfn // size
 
     def count(self, level: int) -> int:
@@ -70,6 +74,8 @@ class Layout:
 
     def entries(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` that map any of the pages [lo, hi)."""
+        self._size(level)
+        lo, hi = integer(lo, "lo", None), integer(hi, "hi", None)
         return slice(self.index(level, lo), self.index(level, hi - 1) + 1) if lo < hi else slice(0, 0)
 
     @overload
@@ -81,7 +87,7 @@ class Layout:
 
         Of an array of entries they are the rows of an (n, 2) int64 array.
         """
-        size = self.sizes[level]
+        size, index = self._size(level), _pages(index, "index")
         start = index * size - self.base_gfn % size
         if isinstance(start, np.ndarray):
             return np.stack([start, start + size], axis=1)
@@ -89,12 +95,15 @@ class Layout:
 
     def bounds(self, level: int, runs: Ranges) -> Ranges:
         """Return the pages [start, stop) of runs of entries, as `span` does of one."""
-        size = self.sizes[level]
-        return runs * size - self.base_gfn % size
+        size = self._size(level)
+        if not isinstance(runs, np.ndarray):
+            raise TypeError(f"runs are an array of int64, not {type(runs).__name__}")
+        found: Ranges = _pages(runs, "runs") * size - self.base_gfn % size
+        return found
 
     def whole(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` of which all pages are in [lo, hi)."""
-        size = self.sizes[level]
+        size, lo, hi = self._size(level), integer(lo, "lo", None), integer(hi, "hi", None)
         offset = self.base_gfn % size
         first, stop = -(-(lo + offset) // size), (hi + offset) // size
         return slice(first, max(first, stop))
@@ -105,8 +114,21 @@ class Layout:
     def first_child(self, level: int, index: NDArray[np.intp]) -> NDArray[np.intp]: ...
     def first_child(self, level: int, index: int | NDArray[np.intp]) -> int | NDArray[np.intp]:
         """Return the first entry of ``level + 1`` under an entry; negative if it lies before the slot."""
-        size, child = self.sizes[level], self.sizes[level + 1]
+        size, child, index = self._size(level, below=1), self.sizes[level + 1], _pages(index, "index")
         return (self.base_gfn // size + index) * self.granule.entries - self.base_gfn // child
+
+    def _size(self, level: int, below: int = 0) -> int:
+        """Return the pages of an entry of a level that has so many below it."""
+        return self.sizes[integer(level, "level", 0, 3 - below)]
+
+
+def _pages(value: Any, name: str) -> Any:
+    """Return an integer as an `int`, or an array of int64 as it is."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        if value.dtype != np.int64 or isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is an array of int64, not of {value.dtype.str}")
+        return value
+    return integer(value, name, None)
 
 
 def merged(ranges: Ranges) -> Ranges:

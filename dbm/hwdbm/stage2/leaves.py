@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hwdbm import kernels, pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.check import uint64s
+from hwdbm.check import uint64s, zeros
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
@@ -111,8 +111,8 @@ class Leaves:
     ) -> None:
         self.layout = layout
         if arrays is None:
-            # np.zeros leaves the memory to be backed when it is first written: what was never mapped costs nothing.
-            self.level = {level: np.zeros(layout.count(level), dtype=np.uint64) for level in LEAF_LEVELS}
+            # They leave the memory to be backed when it is first written: what was never mapped costs nothing.
+            self.level = {level: zeros(layout.count(level), f"level {level}") for level in LEAF_LEVELS}
         else:
             if set(arrays) != set(LEAF_LEVELS):
                 raise ValueError(f"arrays are of levels 1, 2 and 3, not of {sorted(arrays)}")

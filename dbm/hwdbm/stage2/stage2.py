@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
-from hwdbm.check import flag, integer, integers, separate, uint64s
+from hwdbm.check import flag, instance, integer, integers, separate, uint64s
 from hwdbm.errors import BitmapError, GfnError
-from hwdbm.granule import Granule
+from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.kernels import Name, Tally, named
 from hwdbm.kernels import shared as shared_kernels
 from hwdbm.stage2.layout import Layout, merged
@@ -76,6 +76,8 @@ class Stage2:
     ------
     GfnError
         If the slot has no page, or doesn't fit into 52 address bits.
+    MemoryError
+        If there is no room for its descriptors: 8 bytes a page, which nothing backs before they are written.
     ValueError
         If there are no such kernels here: without numba none for shared leaves. If `arrays` aren't those of the slot.
 
@@ -236,14 +238,14 @@ class Stage2:
         size, shift = self.layout.sizes[level], self.granule.page_shift
         frames: NDArray[np.int64] | None = None
         leaf = np.uint64(pte.make_leaf(0, level, writable=writable, dbm=dbm))
-        if isinstance(pfn, np.ndarray | list | tuple) and np.ndim(pfn):
+        if pfn.ndim if isinstance(pfn, np.ndarray) else isinstance(pfn, Iterable):
             frames = integers(pfn, "pfn", -(1 << 63), (1 << 63) - 1, GfnError)
             if frames.shape != (count,):
                 raise GfnError(f"{count} leaves need {count} frames, got an array of shape {frames.shape}")
             low, high = (int(frames.min()), int(frames.max())) if count else (0, 0)
             wrong = next((int(frame) for frame in frames[frames % size != 0][:1]), None) if size > 1 else None
         else:
-            low = integer(pfn.item() if isinstance(pfn, np.ndarray) else pfn, "pfn", None)
+            low = integer(pfn, "pfn", None)
             high, wrong = low + max(count - 1, 0) * size, low if low % size else None
         if low < 0 or high > (1 << (48 - shift)) - size:
             raise GfnError(f"pfn {low:#x}..{high:#x} isn't inside of 48 address bits")
@@ -467,8 +469,12 @@ class Stage2:
         match : callable
             From a level to the predicate for its leaves: `pte.dirty`, `pte.untracked` and the like.
         """
+        instance(match, Callable, "match")
+        masks = {level: match(level) for level in LEAF_LEVELS}
+        for found in masks.values():
+            instance(found, pte.Match, "what match returns")
         out = DirtyBitmap(self.npages)
-        self._leaves.scan(match, 0, self.npages, out)
+        self._leaves.scan(masks.__getitem__, 0, self.npages, out)
         return out
 
     def clean(self, mask: DirtyBitmap) -> int:
@@ -656,13 +662,13 @@ class Stage2:
         return out
 
     def _age(self, rule: ByLevel, gfn: int | None, npages: int | None, out: DirtyBitmap | None) -> int:
-        lo, hi = self._range(gfn, npages)
+        lo, hi = self._range_or_all(gfn, npages)
         with self._lock:
             record = self._silent if out is None else Record(out, out)
             return self._leaves.update(rule, lo, hi, record).changed
 
     def _change(self, rule: ByLevel, gfn: int | None, npages: int | None, *, told: Asks | None = pte.writable) -> int:
-        lo, hi = self._range(gfn, npages)
+        lo, hi = self._range_or_all(gfn, npages)
         with self._lock:
             record = self._saving(lo, hi, told=told)
             self._isolate(lo, hi)
@@ -763,7 +769,7 @@ class Stage2:
             raise GfnError(f"pages {found[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
         if np.unique(found).size != found.size:
             raise GfnError("a page to map is named twice")
-        leaves = self._new_leaves(np.asarray(pfn), found.size, level, writable, dbm)(0, found.size)
+        leaves = self._new_leaves(pfn, found.size, level, writable, dbm)(0, found.size)
         if not found.size:
             return
         with self._lock:
@@ -910,7 +916,7 @@ class Stage2:
 
     def mapped(self, first: int, npages: int) -> bool:
         """Return whether any page of a part has a leaf, or a level-3 entry that isn't zero."""
-        lo, hi = self._pages(first, npages)
+        lo, hi = self._pages(first, integer(npages, "npages", None))
         runs = self._leaves.table_runs(lo, hi)
         return any(self._leaves.find(level, pte.leaf(level), lo, hi).size for level in (1, 2)) or any(
             self.level(3)[start:stop].any() for start, stop, _ in runs.tolist()
@@ -930,17 +936,21 @@ class Stage2:
 
     # --- arguments -----------------------------------------------------------------------------------------
 
-    def _range(self, gfn: int | None, npages: int | None) -> tuple[int, int]:
+    def _range(self, gfn: int, npages: int) -> tuple[int, int]:
         """Return a range of guest frames as pages [lo, hi) of the slot."""
-        start = self.base_gfn if gfn is None else integer(gfn, "gfn", None)
-        lo = start - self.base_gfn
-        count = self.npages - lo if npages is None else integer(npages, "npages", None)
+        start = integer(gfn, "gfn", None)
+        lo, count = start - self.base_gfn, integer(npages, "npages", None)
         if lo < 0 or count < 0 or lo + count > self.npages:
             last = self.base_gfn + self.npages - 1
             raise GfnError(
                 f"gfn {start:#x}..{start + count - 1:#x} is not inside the slot's {self.base_gfn:#x}..{last:#x}"
             )
         return lo, lo + count
+
+    def _range_or_all(self, gfn: int | None, npages: int | None) -> tuple[int, int]:
+        """Return `_range` of what is given; the slot's first page and its end are the defaults."""
+        gfn = self.base_gfn if gfn is None else integer(gfn, "gfn", None)
+        return self._range(gfn, self.base_gfn + self.npages - gfn if npages is None else npages)
 
     def _pages(self, first: int, npages: int | None) -> tuple[int, int]:
         lo = integer(first, "first", None)
