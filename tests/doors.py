@@ -159,6 +159,13 @@ def _wrong(value: Any, optional: bool) -> Iterator[Wrong]:
             yield Wrong("a list of '7'", ["7"], refused=not texts)
     elif isinstance(value, Mapping):
         yield from _refused(5, "x", [1])
+        yield Wrong("an empty mapping", {})
+        for key, kept in value.items():
+            yield Wrong(f"nothing for {key!r}", {each: value[each] for each in value if each != key})
+            if isinstance(kept, np.ndarray):
+                for each in _wrong_arrays(kept):
+                    twin = {**value, key: each.twin} if each.has_twin else None
+                    yield replace(each, value={**value, key: each.value}, twin=twin)
     elif callable(value):
         yield from _refused(5, "x")
     elif value is not None:

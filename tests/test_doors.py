@@ -276,6 +276,7 @@ RECIPES |= {
             "new.npages": NPAGES,
             "new.base_gfn": BASE,
             "new.granule": Granule.K4,
+            "arrays": {n: np.zeros(Layout(NPAGES, BASE, Granule.K4).count(n), dtype=np.uint64) for n in (1, 2, 3)},
             "harvest.npages": 640,
             "harvest_into.npages": 640,
             "out": DirtyBitmap(NPAGES),
@@ -726,7 +727,7 @@ def judged(
         yield f"is refused with {error!r}, and not with a TypeError"
     elif named and is_number(wrong.value) and not wrong.refused and not doors.names(error, int(wrong.value)):
         yield f"isn't named in {error!r}"
-    elif wrong.has_twin and not isinstance(wrong.twin, np.ndarray | DirtyBitmap | bytes | list):
+    elif wrong.has_twin and not isinstance(wrong.twin, np.ndarray | DirtyBitmap | bytes | list | dict):
         plain = twin()
         if type(plain.error) is not type(error):
             yield f"is refused with {error!r}, a plain argument has {plain.error!r}"

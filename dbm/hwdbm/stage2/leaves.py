@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hwdbm import kernels, pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.check import uint64s, zeros
+from hwdbm.check import instance, uint64s, zeros
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
@@ -114,8 +114,9 @@ class Leaves:
             # They leave the memory to be backed when it is first written: what was never mapped costs nothing.
             self.level = {level: zeros(layout.count(level), f"level {level}") for level in LEAF_LEVELS}
         else:
+            instance(arrays, Mapping, "arrays")
             if set(arrays) != set(LEAF_LEVELS):
-                raise ValueError(f"arrays are of levels 1, 2 and 3, not of {sorted(arrays)}")
+                raise ValueError(f"arrays are of levels 1, 2 and 3, not of {list(arrays)}")
             self.level = {
                 level: uint64s(arrays[level], f"the entries of level {level}", layout.count(level), writable=True)
                 for level in LEAF_LEVELS
