@@ -5,8 +5,9 @@ pages are dirty. Input that can't be is an `hwdbm.errors.ImageError` that names 
 guess, and never a walk without an end.
 """
 
+from hwdbm.image.live import Live, NoTablesError, open_live
 from hwdbm.image.reader import Image, Policy, open_image
 from hwdbm.image.registers import Registers
 from hwdbm.image.slots import Slot
 
-__all__ = ["Image", "Policy", "Registers", "Slot", "open_image"]
+__all__ = ["Image", "Live", "NoTablesError", "Policy", "Registers", "Slot", "open_image", "open_live"]

@@ -1,0 +1,295 @@
+"""Tables in place: every verb does to the tables in RAM what it does to a Stage2 that was filled from them."""
+
+import random
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from effort import EFFORT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import Geometry, Tables, flags_of, geometries, populate
+
+import hwdbm
+from hwdbm import DirtyBitmap, pte
+from hwdbm.errors import ImageError
+from hwdbm.image import NoTablesError, Registers, Slot, open_image, open_live
+from hwdbm.image.live import Live
+
+KERNELS = [None, *hwdbm.kernels.available()]
+RULES = (pte.leaf, pte.dirty, pte.writable, pte.tracked, pte.young, pte.read_only)
+
+
+class Both:
+    """The same tables twice: in RAM, tracked in place, and read into a Stage2 of its own."""
+
+    def __init__(self, made, gfn, npages, path, kernels=None, **room):
+        self.g = made.g
+        self.base, raw = made.raw()
+        path.write_bytes(raw)
+        registers = {"ram_base": self.base, "vttbr": made.g.vttbr(made.root), "vtcr": made.g.vtcr}
+        shift = made.g.page
+        image = open_image(path, slots=[Slot(0, gfn << shift, npages << shift)], **registers)
+        self.flat = image.stage2(0)
+        self.live = open_live(path, **registers)
+        self.placed = self.live.stage2(gfn, npages, kernels=kernels, **room)
+        self.path, self.before = path, np.frombuffer(raw, dtype=np.uint64)
+
+    def check(self):
+        for rule in RULES:
+            assert self.placed.scan(rule) == self.flat.scan(rule), rule
+        assert self.placed.dirty() == self.flat.dirty()
+        assert self.placed.host_dirty == self.flat.host_dirty
+        assert self.placed.saved.bitmap == self.flat.saved.bitmap
+        for level in (1, 2):
+            placed, flat = self.placed.level(level), self.flat.level(level)
+            leaves = pte.leaf(level)(flat)
+            assert (pte.leaf(level)(placed) == leaves).all()
+            assert (placed[leaves] == flat[leaves]).all()
+            for page in (0, self.flat.npages - 1):
+                assert self.placed.mapped(page, 1) == (page in self.flat.scan(pte.leaf))
+        self.placed.verify()
+
+    def changed(self):
+        """The words of RAM that are others now."""
+        return np.flatnonzero(self.live.words != self.before)
+
+
+def slot_of(g, rng):
+    """A slot of whole granules, most often across a boundary of some level."""
+    npages = min(rng.choice([1, 63, 64, 65, 400, rng.randrange(1, 400)]), 1 << g.ipa - g.page)
+    boundary = 1 << g.shift(rng.randrange(max(g.start, 0), 4)) - g.page
+    top = 1 << g.ipa - g.page
+    at = rng.randrange(top) // boundary * boundary - rng.choice([0, 0, 1, npages // 2, npages])
+    return min(max(at, 0), top - npages), npages
+
+
+def built(g, seed, *, blocks=True, junk=True):
+    """Tables with leaves of all kinds, and a slot of which no block reaches beyond."""
+    rng = random.Random(seed)
+    tables = Tables(g, seed=seed, junk=junk)
+    gfn, npages = slot_of(g, rng)
+    if blocks:
+        populate(tables, [(0, gfn << g.page - 12, npages << g.page - 12)])
+    for _ in range(npages // 2):
+        tables.leaf(gfn + rng.randrange(npages) << g.page, 3, flags_of(rng))
+    tables.leaf(gfn << g.page, 3, flags_of(rng))
+    return tables, gfn, npages
+
+
+def straddles(both):
+    """Whether a leaf of the slot goes on beyond it."""
+    for page in (0, both.flat.npages - 1):
+        level = both.flat.leaf_level(page)
+        if level is not None:
+            lo, hi = both.flat.layout.span(level, both.flat.layout.index(level, page))
+            if lo < 0 or hi > both.flat.npages:
+                return True
+    return False
+
+
+VERBS = (
+    lambda s2, mask, lo, n: s2.harvest(first=lo, npages=n).ranges().tolist(),
+    lambda s2, mask, lo, n: s2.harvest().ranges().tolist(),
+    lambda s2, mask, lo, n: s2.clean(mask),
+    lambda s2, mask, lo, n: s2.enable_dbm(),
+    lambda s2, mask, lo, n: s2.enable_dbm(mask),
+    lambda s2, mask, lo, n: s2.disable_dbm(),
+    lambda s2, mask, lo, n: s2.track_part(mask).changed,
+    lambda s2, mask, lo, n: s2.wrprotect_part(mask).changed,
+    lambda s2, mask, lo, n: s2.mkold(s2.base_gfn + lo, n),
+    lambda s2, mask, lo, n: s2.mkyoung(s2.base_gfn + lo, n),
+    lambda s2, mask, lo, n: s2.test_clear_young(s2.base_gfn + lo, n).ranges().tolist(),
+    lambda s2, mask, lo, n: s2.allow_at(mask.pages(), dbm=True),
+    lambda s2, mask, lo, n: s2.leaf_at(mask.pages()).level.tolist(),
+    lambda s2, mask, lo, n: s2.block_spans().tolist(),
+    lambda s2, mask, lo, n: s2.take_host_dirty().ranges().tolist(),
+)
+
+
+@settings(max_examples=40 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    g=st.sampled_from(geometries()), seed=st.integers(0, 1 << 32), junk=st.booleans(), kernels=st.sampled_from(KERNELS)
+)
+def test_verbs_do_the_same_in_place(g, seed, junk, kernels, tmp_path):
+    rng = random.Random(seed)
+    both = Both(*built(g, seed, junk=junk), tmp_path / "ram", kernels)
+    npages = both.flat.npages
+    both.check()
+    if straddles(both):
+        before = both.live.words.copy()
+        everything = DirtyBitmap.from_pages(range(npages), npages)
+        with suppress(ImageError):
+            both.placed.clean(everything)
+            both.flat.clean(everything)  # there was nothing to clean in it
+            both.check()
+            return
+        assert (both.live.words == before).all()
+        return
+    for verb in rng.choices(VERBS, k=6):
+        lo = rng.randrange(npages)
+        count = rng.randrange(npages - lo + 1)
+        mask = DirtyBitmap.from_pages(rng.sample(range(npages), rng.randrange(npages + 1)), npages)
+        assert verb(both.placed, mask, lo, count) == verb(both.flat, mask, lo, count)
+        both.check()
+    # Nothing but bits 7, 10 and 51 of the slot's own descriptors has changed.
+    flips = both.live.words[both.changed()] ^ both.before[both.changed()]
+    assert not (flips & np.uint64(~pte.MUTABLE & (1 << 64) - 1)).any()
+
+
+@settings(max_examples=25 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    g=st.sampled_from([g for g in geometries() if g.ipa > g.shift(2) + 3 and not g.ds]), seed=st.integers(0, 1 << 32)
+)
+def test_structure_changes_the_same_in_place(g, seed, tmp_path):
+    """Splits, collapses, maps and unmaps; pages for tables come from a pool, and all of them are used or given back."""
+    rng = random.Random(seed)
+    stripe = g.entries
+    blocks = 3
+    tables = Tables(g, seed=seed)
+    gfn = rng.randrange((1 << g.ipa - g.shift(2)) - blocks + 1) * stripe
+    for i in range(blocks):
+        tables.leaf(gfn + i * stripe << g.page, 2, flags_of(rng) & ~(1 << 52), pa=0x4000_0000 + (i << g.shift(2)))
+    pool = [tables.new_table() for _ in range(12)]
+    free, flushes = set(pool), []
+    both = Both(
+        tables, gfn, blocks * stripe, tmp_path / "ram",
+        tables=lambda: free.pop() if free else None, free=free.add, flush=lambda: flushes.append(1),
+    )  # fmt: skip
+    for _ in range(6):
+        lo = rng.randrange(blocks * stripe)
+        count = min(rng.choice([1, stripe // 3, stripe, 2 * stripe]), blocks * stripe - lo)
+        start = gfn + lo // stripe * stripe
+        what = rng.choice(["unmap", "split", "collapse", "pages", "blocks", "wrprotect", "harvest", "arm"])
+        for s2 in (both.placed, both.flat):
+            if what == "unmap":
+                s2.unmap(gfn + lo, count)
+            elif what == "split":
+                s2.split(gfn + lo, count)
+            elif what == "collapse":
+                s2.collapse(gfn, blocks * stripe)
+            elif what == "pages":
+                s2.map(gfn + lo, count, 0x50000 + lo, dbm=True)
+            elif what == "blocks":
+                s2.map(start, stripe, 1 << 30 - g.page, level=2)
+            elif what == "wrprotect":
+                s2.wrprotect(gfn + lo, count)
+            elif what == "harvest":
+                s2.harvest(first=lo, npages=count)
+            else:
+                s2.enable_dbm()
+        both.check()
+        both.live.refresh()  # what is known of the tables is what is there
+        both.check()
+    used = {int(pa) for pa in both.placed._live.tables[3].pa}
+    assert free | used >= set(pool)
+    assert not free & used
+
+
+def test_a_machine_with_holes_between_its_tables(tmp_path):
+    """What lies between two tables, as far apart in RAM as in the slot, may look like descriptors, and isn't."""
+    for kernels in KERNELS:
+        g = Geometry(12, 1, 36)
+        tables = Tables(g, junk=False)
+        for stripe in (0, 1, 2):
+            tables.leaf(stripe << 21, 3, flags_of(random.Random(stripe)) | 1 << 51 | 1 << 7)
+        middle = tables.output(tables.get(tables.entry(1 << 21, 2)), 12)
+        tables.put(tables.entry(1 << 21, 2), 0)
+        tables.data[middle][:] = 0x0008_0000_0000_04C3  # guest memory, as it happens
+        both = Both(tables, 0, 3 * 512, tmp_path / "ram", kernels)
+        assert both.placed.harvest().pages().tolist() == [0, 1024]
+        words = both.live.words[middle - both.base >> 3 :][:512]
+        assert (words == 0x0008_0000_0000_04C3).all()
+
+
+def test_tables_that_came_are_missed_by_no_verb_until_they_are_known(tmp_path):
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 3, 1 << 51 | 1 << 7)
+    spare = tables.new_table()
+    tables.data[spare][5] = 0x0008_0000_4000_04C3
+    both = Both(tables, 0, 1024, tmp_path / "ram")
+    assert both.placed.dirty().pages().tolist() == [0]
+    entry = tables.entry(1 << 21, 2) - both.base >> 3
+    both.live.words[entry] = spare | 3
+    for verb in (both.placed.dirty, both.placed.harvest, both.placed.enable_dbm, both.placed.mkold, both.placed.young):
+        with pytest.raises(ImageError, match=r"gfn 0x200: the table at .* wasn't there .* refresh\(\)"):
+            verb()
+    both.live.refresh()
+    assert both.placed.harvest().pages().tolist() == [0, 517]
+    both.live.words[entry] = 0  # and one that went maps nothing
+    assert not both.placed.dirty().any()
+    assert both.live.words[spare - both.base + 40 >> 3] == 0x0008_0000_4000_0443
+
+
+def test_a_table_in_two_places_is_refused(tmp_path):
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 3, 1 << 51 | 1 << 7)
+    tables.put(tables.entry(1 << 21, 2), tables.get(tables.entry(0, 2)))
+    for npages in (1024, 512):
+        with pytest.raises(ImageError, match="is used in two places"):
+            Both(tables, 0, npages, tmp_path / "ram")
+
+
+def test_a_block_that_reaches_beyond_the_slot_is_read_and_not_changed(tmp_path):
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 2, 1 << 51 | 1 << 7 | 1 << 10)
+    both = Both(tables, 16, 100, tmp_path / "ram", tables=lambda: None, flush=lambda: None)
+    assert both.placed.dirty().weight() == 100
+    mask = DirtyBitmap.from_pages([50], 100)
+    for verb in (
+        both.placed.harvest,
+        both.placed.mkold,
+        lambda: both.placed.clean(mask),
+        lambda: both.placed.unmap(20, 3),
+    ):
+        with pytest.raises(ImageError, match=r"gfn 0x0\.\.0x1ff is one block|tables are needed"):
+            verb()
+    assert not both.changed().size
+
+
+def test_without_pages_for_tables_nothing_is_split(tmp_path):
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 2, 1 << 51 | 1 << 7)
+    both = Both(tables, 0, 512, tmp_path / "ram")
+    with pytest.raises(NoTablesError, match="give stage2"):
+        both.placed.split(0, 512)
+    assert not both.changed().size
+    given = iter([0x4010_0000])
+    both = Both(tables, 0, 512, tmp_path / "ram", tables=lambda: next(given, None), flush=lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        both.placed.split(0, 512)
+    assert not both.changed().size
+    assert both.placed.dirty().weight() == 512
+
+
+def test_what_is_mapped_to_be_read_is_not_changed(tmp_path):
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    tables.leaf(0, 3, 1 << 51 | 1 << 7)
+    both = Both(tables, 0, 512, tmp_path / "ram")
+    live = open_live(both.path, ram_base=both.base, vttbr=g.vttbr(tables.root), vtcr=g.vtcr, readonly=True)
+    assert live.dirty(0, 512).pages().tolist() == [0]
+    with pytest.raises(ValueError, match=r"read-only|written"):
+        live.stage2(0, 512).harvest()
+    with pytest.raises(ValueError, match="read-only"):
+        both.placed.level(3)[0] = 0
+
+
+def test_bad_files_and_registers(tmp_path):
+    path = tmp_path / "ram"
+    path.write_bytes(b"")
+    with pytest.raises(ImageError, match="can't be mapped"):
+        open_live(path, ram_base=0, vttbr=0x1000, vtcr=0x8000_3558)
+    path.write_bytes(bytes(1 << 16))
+    with pytest.raises(ImageError, match="isn't a multiple of 4 KiB"):
+        open_live(path, ram_base=1, vttbr=0x1000, vtcr=0x806A_3558)
+    with pytest.raises(ImageError, match="is not in the RAM's"):
+        open_live(path, ram_base=0x4000_0000, vttbr=0x1000_0000, vtcr=0x806A_3558).stage2(0, 1)
+    with pytest.raises(hwdbm.errors.GfnError, match="40 bits"):
+        Live(np.zeros(1 << 13, dtype=np.uint64), 0, Registers(0x2000, 0x806A_3558)).stage2(1 << 28, 1)
+    with pytest.raises(FileNotFoundError):
+        open_live(tmp_path / "none", ram_base=0, vttbr=0x1000, vtcr=0x806A_3558)
