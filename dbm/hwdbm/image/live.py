@@ -629,7 +629,6 @@ class _LiveLeaves(Leaves):
         self.exchange_back(level, index, np.zeros(index.size, dtype=np.uint64), record)
         self._room.give([self.tables[level + 1].drop(self.layout.first_child(level, i)) for i in index.tolist()])
 
-
     # --- checking ------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
@@ -726,10 +725,11 @@ class LiveStage2(Stage2):
             raise GfnError(
                 f"gfn {base_gfn:#x} and {npages} pages reach beyond the {live.vtcr.ipa_bits} bits of the IPA space"
             )
-        implementation = kernels_.named(kernels or "fused")
+        self.shared = kernels is None
+        implementation = kernels_.shared() if kernels is None else kernels_.named(kernels)
         self._live = _LiveLeaves(live, self.layout, implementation, _Room(tables, free, flush))
         self._leaves = self._live
-        self.saved = Saved(npages)
+        self.saved = Saved(npages, implementation) if self.shared else Saved(npages)
         self._host_dirty = DirtyBitmap(npages)
         self._lock = Lock()
         self._live.tables = self._walked()
