@@ -277,12 +277,22 @@ def test_any_two_sets(case: tuple[Pages, Pages, int]) -> None:
     check_everything(DirtyBitmap, *case)
 
 
-@given(sets(), st.integers(1, 5))
-def test_any_two_sets_in_small_chunks(case: tuple[Pages, Pages, int], chunk: int) -> None:
-    # Listings and sizes are made in chunks of words: more of them than words at hand come to meet.
+@given(sets(), st.integers(1, 5), st.sampled_from([0, module._FEW, 65]))
+def test_any_two_sets_in_small_chunks(case: tuple[Pages, Pages, int], chunk: int, few: int) -> None:
+    # Listings and sizes are made in chunks of words: more of them than words at hand come to meet. Each chunk is listed
+    # in one of two ways.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
+        patch.setattr(module, "_FEW", few)
         check_everything(DirtyBitmap, *case)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 0.9, 1])
+def test_pages_and_ranges_at_each_density(share: float) -> None:
+    flags = np.random.default_rng(7).random(64 * 300 + 5) < share
+    bitmap = DirtyBitmap.from_pages(np.flatnonzero(flags), flags.size)
+    assert bitmap.pages().tolist() == np.flatnonzero(flags).tolist()
+    assert bitmap.ranges().tolist() == runs(set(np.flatnonzero(flags).tolist()))
 
 
 def test_listing_goes_on_after_a_chunk() -> None:

@@ -26,7 +26,7 @@ from hwdbm.pte import Match, Update
 from hwdbm.stage2.layout import runs_of
 
 ALL = (1 << 64) - 1
-UPDATES = (pte.clean, pte.arm, pte.disarm, pte.wrprotect, pte.mkold, pte.mkyoung)
+UPDATES = (pte.clean, pte.arm, pte.disarm, pte.wrprotect, pte.mkold, pte.mkyoung, pte.track, pte.relax)
 MATCHES = (pte.dirty, pte.writable, pte.read_only, pte.young)
 
 Runs = list[tuple[int, int]]

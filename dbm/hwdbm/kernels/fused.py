@@ -1,8 +1,8 @@
 """Kernels in one pass over the descriptors, compiled by numba and cached on disk.
 
-The inner loops take slices, never an index range: with indices numba checks for wrap-around, and LLVM no longer
-vectorises (six times slower, measured). A group of 64 descriptors makes one bitmap word; descriptors are read once
-to make words and, only where a word isn't zero, gone over again while they are still in the first-level cache.
+A group of 64 descriptors makes one bitmap word; descriptors are read once to make words and, only where a word isn't
+zero, gone over again while they are still in the first-level cache. Groups are vectors of LLVM's: what it makes of a
+loop over 64 descriptors, here, takes twice the time.
 
 Every function here is one call of compiled code that changes descriptors and sets their bits: no signal handler of
 Python's runs between the two. Each is compiled for one signature, when this module is imported; an array that is only
@@ -10,9 +10,12 @@ read may be read-only.
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs
@@ -133,30 +136,86 @@ def _hit(d, mask, value):
     return (d & mask) == value
 
 
-@njit(inline="always")
-def _changed(d, mask, value, keep, sets):
-    return (d & keep) | sets if (d & mask) == value else d
+# --- groups of 64 descriptors ---------------------------------------------------------------------------------
+
+_operation: Any = intrinsic  # in the types it is a class whose call has no arguments
+_WIDTH = 8  # descriptors: a vector that LLVM compares and packs well, whatever registers there are
+_VECTOR = ir.VectorType(ir.IntType(64), _WIDTH)
 
 
-@njit(inline="always")
-def _popcount(word):
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    pairs = np.uint64(0x3333333333333333)
-    word = (word & pairs) + ((word >> np.uint64(2)) & pairs)
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+@_operation
+def _popcount(_context, word):
+    """Return how many bits of a word are set."""
+    return types.uint64(word), lambda _context, builder, _signature, args: builder.ctpop(args[0])
+
+
+@_operation
+def _lowest(_context, word):
+    """Return the number of the lowest bit that is set in a word that isn't zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(word), generate
+
+
+@_operation
+def _word64(_context, pte, at, mask, value):
+    """Return the word of ``pte[at : at + 64]``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask, value = _splat(builder, args[2]), _splat(builder, args[3])
+        word = ir.Constant(ir.IntType(64), 0)
+        for number, place in enumerate(_places(context, builder, signature, args)):
+            hits = builder.icmp_unsigned("==", builder.and_(builder.load(place, align=8), mask), value)
+            bits = builder.zext(builder.bitcast(hits, ir.IntType(_WIDTH)), ir.IntType(64))
+            word = builder.or_(word, builder.shl(bits, ir.Constant(ir.IntType(64), number * _WIDTH)))
+        return word
+
+    return types.uint64(pte, at, mask, value), generate
+
+
+@_operation
+def _change64(_context, pte, at, word, keep, sets):
+    """Change those of ``pte[at : at + 64]`` whose bits are set in `word`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        keep, sets = _splat(builder, args[3]), _splat(builder, args[4])
+        for number, place in enumerate(_places(context, builder, signature, args)):
+            bits = builder.lshr(args[2], ir.Constant(ir.IntType(64), number * _WIDTH))
+            hits = builder.bitcast(builder.trunc(bits, ir.IntType(_WIDTH)), ir.VectorType(ir.IntType(1), _WIDTH))
+            old = builder.load(place, align=8)
+            builder.store(builder.select(hits, builder.or_(builder.and_(old, keep), sets), old), place, align=8)
+        return context.get_dummy_value()
+
+    return types.void(pte, at, word, keep, sets), generate
+
+
+def _places(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Return pointers to the vectors of the 64 descriptors from the second argument on, of the array that is first."""
+    data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    first = builder.bitcast(builder.gep(data, [args[1]]), _VECTOR.as_pointer())
+    return [builder.gep(first, [ir.Constant(ir.IntType(64), number)]) for number in range(64 // _WIDTH)]
+
+
+def _splat(builder: Any, number: Any) -> Any:
+    """Return a vector of which each element is `number`."""
+    some, index = ir.Constant(_VECTOR, ir.Undefined), ir.IntType(32)
+    one = builder.insert_element(some, number, ir.Constant(index, 0))
+    return builder.shuffle_vector(one, some, ir.Constant(ir.VectorType(index, _WIDTH), [0] * _WIDTH))
+
+
+# --- runs of descriptors --------------------------------------------------------------------------------------
 
 
 @njit(nogil=True)
 def _word(pte, mask, value):
     """Return the word of a group of up to 64 descriptors."""
+    if pte.size == 64:
+        return _word64(pte, 0, mask, value)
     word = np.uint64(0)
-    if pte.size == 64:  # a length that the compiler knows makes vector code
-        for j in range(64):
-            word |= np.uint64(_hit(pte[j], mask, value)) << np.uint64(j)
-    else:
-        for j in range(pte.size):
-            word |= np.uint64(_hit(pte[j], mask, value)) << np.uint64(j)
+    for j in range(pte.size):
+        word |= np.uint64(_hit(pte[j], mask, value)) << np.uint64(j)
     return word
 
 
@@ -180,54 +239,74 @@ def _rewrite_few(pte, mask, value, keep, sets, mask1, value1, mask2, value2, ask
         _publish(pte, word, mask1, value1, mask2, value2, shift, out, also)
         rest = word
         while rest:
-            above = rest & (rest - np.uint64(1))
-            i = np.int64(_popcount((rest ^ above) - np.uint64(1)))
+            i = np.int64(_lowest(rest))
             pte[i] = (pte[i] & keep) | sets
-            rest = above
+            rest &= rest - np.uint64(1)
     return word
 
 
 @njit(nogil=True)
 def _scan_groups(pte, mask, value, out):
     for w in range(pte.size // 64):
-        word = np.uint64(0)
-        for j in range(64):
-            word |= np.uint64(_hit(pte[w * 64 + j], mask, value)) << np.uint64(j)
+        word = _word64(pte, w * 64, mask, value)
         if word:
             out[w] |= word
 
 
 @njit(nogil=True)
-def _rewrite_groups(pte, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
-    changed, words, full = np.uint64(0), 0, pte.size // 64
-    noted = (mask1 | value1 | mask2 | value2) != 0
+def _rewrite_groups(pte, mask, value, keep, sets, out, also):
+    """Rewrite whole groups, and set the bits of all that change."""
+    changed, words = np.uint64(0), 0
     # Four words at a time: at a density of 1 % a branch on one word is mispredicted so often that it costs more than
     # the reading; a branch on four isn't.
-    four = np.empty(4, np.uint64)
-    for quad in range((full + 3) // 4):
-        some, size = np.uint64(0), min(4, full - quad * 4)
-        for k in range(size):
-            word = np.uint64(0)
-            for j in range(64):
-                word |= np.uint64(_hit(pte[quad * 256 + k * 64 + j], mask, value)) << np.uint64(j)
-            four[k] = word
-            some |= word
-        if some:
-            for k in range(size):
-                word, w = four[k], quad * 4 + k
-                if word:
-                    if noted:
-                        group = pte[w * 64 : w * 64 + 64]
-                        _publish(
-                            group, word, mask1, value1, mask2, value2, np.uint64(0), out[w : w + 1], also[w : w + 1]
-                        )
-                    else:
-                        out[w] |= word
-                        also[w] |= word
-                    changed += _popcount(word)
-                    words += 1
-                    for j in range(64):
-                        pte[w * 64 + j] = _changed(pte[w * 64 + j], mask, value, keep, sets)
+    for four in range(pte.size // 256):
+        w = four * 4
+        a = _word64(pte, w * 64, mask, value)
+        b = _word64(pte, w * 64 + 64, mask, value)
+        c = _word64(pte, w * 64 + 128, mask, value)
+        d = _word64(pte, w * 64 + 192, mask, value)
+        if a | b | c | d:
+            out[w] |= a
+            out[w + 1] |= b
+            out[w + 2] |= c
+            out[w + 3] |= d
+            also[w] |= a
+            also[w + 1] |= b
+            also[w + 2] |= c
+            also[w + 3] |= d
+            _change64(pte, w * 64, a, keep, sets)
+            _change64(pte, w * 64 + 64, b, keep, sets)
+            _change64(pte, w * 64 + 128, c, keep, sets)
+            _change64(pte, w * 64 + 192, d, keep, sets)
+            changed += _popcount(a) + _popcount(b) + _popcount(c) + _popcount(d)
+            words += (a != 0) + (b != 0) + (c != 0) + (d != 0)
+    for w in range(pte.size // 256 * 4, pte.size // 64):
+        word = _word64(pte, w * 64, mask, value)
+        out[w] |= word
+        also[w] |= word
+        _change64(pte, w * 64, word, keep, sets)
+        changed += _popcount(word)
+        words += word != 0
+    return changed, words
+
+
+@njit(nogil=True)
+def _rewrite_noted(pte, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
+    """Rewrite whole groups, and set the bits that the notes ask for."""
+    changed, words = np.uint64(0), 0
+    for w in range(pte.size // 64):
+        word = _word64(pte, w * 64, mask, value)
+        if word:
+            first = second = word
+            if mask1 | value1:
+                first &= _word64(pte, w * 64, mask1, value1)
+            if mask2 | value2:
+                second &= _word64(pte, w * 64, mask2, value2)
+            out[w] |= first
+            also[w] |= second
+            _change64(pte, w * 64, word, keep, sets)
+            changed += _popcount(word)
+            words += 1
     return changed, words
 
 
@@ -240,10 +319,9 @@ def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, 
         if asked:
             read += 64
         while asked:
-            rest = asked & (asked - np.uint64(1))
-            at[n] = np.uint64(w * 64) + _popcount((asked ^ rest) - np.uint64(1))
+            at[n] = np.uint64(w * 64) + _lowest(asked)
             n += 1
-            asked = rest
+            asked &= asked - np.uint64(1)
     hits = 0
     for i in range(n):  # the positions of those that match come to the front
         at[hits] = at[i]
@@ -337,9 +415,12 @@ def _rewrite(pte, runs, mask, value, keep, sets, mask1, value1, mask2, value2, o
             )  # fmt: skip
             changed, words = changed + _popcount(word), words + (word != 0)
         v = w + (last - first) // 64
-        c, n = _rewrite_groups(
-            pte[first:last], mask, value, keep, sets, mask1, value1, mask2, value2, out[w:v], also[w:v]
-        )
+        if mask1 | value1 | mask2 | value2:
+            c, n = _rewrite_noted(
+                pte[first:last], mask, value, keep, sets, mask1, value1, mask2, value2, out[w:v], also[w:v]
+            )
+        else:
+            c, n = _rewrite_groups(pte[first:last], mask, value, keep, sets, out[w:v], also[w:v])
         changed, words = changed + c, words + n
         if last < hi:
             word = _rewrite_few(
@@ -484,9 +565,7 @@ def _find(entries, mask, value):
     found, inside, full = 0, False, entries.size // 64
     for w in range((entries.size + 63) // 64):
         if w < full:  # a group without a match, or of matches in the middle of a run, is passed over whole
-            word = np.uint64(0)
-            for j in range(64):
-                word |= np.uint64(_hit(entries[w * 64 + j], mask, value)) << np.uint64(j)
+            word = _word64(entries, w * 64, mask, value)
             if (word == 0 and not inside) or (~word == 0 and inside):
                 continue
         for i in range(w * 64, min(w * 64 + 64, entries.size)):

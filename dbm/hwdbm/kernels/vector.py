@@ -32,6 +32,7 @@ Runs = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _BLOCK = 1 << 15  # descriptors: 256 KiB of them, and 32 KiB of booleans
+_FEW = 24  # where one descriptor in so many changes, or fewer, they are changed by their index
 _GAP = 1 << 12  # descriptors: a shorter gap between two runs is bridged
 _ALL = (1 << 64) - 1
 
@@ -41,8 +42,9 @@ def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
     runs = check_runs(pte, runs, out)
     room = _Room(pte.size)
     for block, words, shift in _blocks(runs):
-        if _possible(pte[block], match):
-            _set(out[words], _packed(room.hit(pte[block], match), shift))
+        hit = room.hit(pte[block], match)
+        if hit.any():
+            _set(out[words], _packed(hit, shift))
 
 
 def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array, notes: Notes = BOTH) -> Tally:
@@ -52,15 +54,13 @@ def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array, not
     for block, words, shift in _blocks(runs):
         entries = pte[block]
         read += entries.size
-        if not _possible(entries, update.where):
-            continue
         hit = room.hit(entries, update.where)
-        hits = _packed(hit, shift)
-        some = int(np.count_nonzero(hits))
-        if some:
-            changed, found = changed + int(np.bitwise_count(hits).sum(dtype=np.int64)), found + some
+        count = int(np.count_nonzero(hit))
+        if count:
+            hits = _packed(hit, shift)
+            changed, found = changed + count, found + int(np.count_nonzero(hits))
             _publish(entries, hit, hits, notes, shift, out[words], also[words])
-            room.change(entries, hit, update)
+            room.change(entries, hit, count, update)
     return Tally(read, changed, found)
 
 
@@ -77,13 +77,13 @@ def rewrite_within(
             continue
         read += int(np.minimum(64, entries.size - 64 * wanted).sum())  # the last group may be a part
         hits = _packed(room.hit(entries, update.where), shift) & within[words]
-        some = int(np.count_nonzero(hits))
-        if some:
-            changed, found = changed + int(np.bitwise_count(hits).sum(dtype=np.int64)), found + some
+        count = int(np.bitwise_count(hits).sum(dtype=np.int64))
+        if count:
+            changed, found = changed + count, found + int(np.count_nonzero(hits))
             hit = np.unpackbits(hits.view(np.uint8), count=shift + entries.size, bitorder="little").view(np.bool_)
             hit = hit[shift:]
             _publish(entries, hit, hits, notes, shift, out[words], also[words])
-            room.change(entries, hit, update)
+            room.change(entries, hit, count, update)
     return Tally(read, changed, found)
 
 
@@ -172,16 +172,23 @@ class _Room:
         np.bitwise_and(entries, np.uint64(match.mask), out=some)
         return np.equal(some, np.uint64(match.value), out=hit)
 
-    def change(self, entries: Array, hit: Bools, update: Update) -> None:
-        """Apply `update` where `hit`, with one call that writes to `entries`."""
-        some, flips = self._entries[: entries.size], _flips(update)
-        if flips is not None:  # a product takes a third of the time of a choice
-            np.multiply(hit, np.uint64(flips), out=some)
-            np.bitwise_xor(entries, some, out=entries)
-        else:
-            np.bitwise_and(entries, np.uint64(~update.clears & _ALL), out=some)
-            np.bitwise_or(some, np.uint64(update.sets), out=some)
-            np.copyto(entries, some, where=hit)
+    def change(self, entries: Array, hit: Bools, count: int, update: Update) -> None:
+        """Apply `update` where `hit`, which is true `count` times, with one call that writes to `entries`."""
+        flips, keep, sets = _flips(update), np.uint64(~update.clears & _ALL), np.uint64(update.sets)
+        if count * _FEW < entries.size:
+            (index,) = hit.nonzero()
+            entries[index] = entries[index] & keep | sets
+            return
+        some = self._entries[: entries.size]
+        if flips is None:
+            np.bitwise_and(entries, keep, out=some)
+            np.bitwise_or(some, sets, out=some)
+            np.bitwise_xor(some, entries, out=some)
+            np.multiply(some, hit, out=some)
+        elif count < entries.size:
+            np.copyto(some, hit)  # a conversion and a product take a third of the time of a choice
+            np.multiply(some, flips, out=some)
+        np.bitwise_xor(entries, flips if flips is not None and count == entries.size else some, out=entries)
 
 
 def _blocks(runs: Runs, gap: int | None = None) -> Iterator[tuple[slice, slice, int]]:
@@ -203,21 +210,10 @@ def _blocks(runs: Runs, gap: int | None = None) -> Iterator[tuple[slice, slice, 
             start, at = stop, at + stop - start
 
 
-def _flips(update: Update) -> int | None:
+def _flips(update: Update) -> np.uint64 | None:
     """Return the bits in which what matches differs from what it becomes, or None if that isn't the same for all."""
     where, bits = update.where, update.sets | update.clears
-    return None if bits & ~where.mask else (where.value ^ update.sets) & bits
-
-
-def _possible(pte: Array, match: Match) -> bool:
-    """Return whether a match can't be ruled out by what all descriptors of the block have in common.
-
-    Two reductions at the speed of memory spare most of the work where nothing was written.
-    """
-    ones, zeros = match.value, match.mask & ~match.value
-    if ones and int(np.bitwise_or.reduce(pte)) & ones != ones:
-        return False
-    return not zeros or not int(np.bitwise_and.reduce(pte)) & zeros
+    return None if bits & ~where.mask else np.uint64((where.value ^ update.sets) & bits)
 
 
 def _packed(hit: Bools, shift: int) -> Array:
