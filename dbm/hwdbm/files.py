@@ -19,6 +19,8 @@ __all__ = ["NewFile", "abandon", "open_regular", "scratch", "write"]
 _NO_UNNAMED = (EINVAL, EISDIR, EOPNOTSUPP)  # what a file system or kernel without O_TMPFILE says
 _PREFIX, _SUFFIX = ".hwdbm-", ".tmp"  # of a file that has a name before it has its place
 
+_IN_MEMORY, _NAME = "/dev/shm", len("/hwdbm-12345678")  # noqa: S108  # the folder in it is private
+
 _named: "WeakSet[NewFile]" = WeakSet()
 _scratch: set[Path] = set()
 
@@ -238,15 +240,39 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """Yield a temporary folder, its owner's alone, that is removed when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="hwdbm-") as name:  # mode 0700
+def scratch(longest: int | None = None) -> Iterator[Path]:
+    """Yield a temporary folder, its owner's alone, that is removed when the block ends.
+
+    Parameters
+    ----------
+    longest : int, optional
+        Bytes that its path may have. Where the usual place is deeper, or there is none that can be written, it is
+        made in memory.
+
+    Yields
+    ------
+    Path
+        The folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="hwdbm-", dir=_place(longest)) as name:  # mode 0700
         folder = Path(name)
         _scratch.add(folder)
         try:
             yield folder
         finally:
             _scratch.discard(folder)
+
+
+def _place(longest: int | None) -> str | None:
+    """Return where `scratch` makes its folder; None for the usual place."""
+    try:
+        usual = tempfile.gettempdir()
+    except FileNotFoundError:  # its text says where it looked
+        if os.access(_IN_MEMORY, os.W_OK | os.X_OK):
+            return _IN_MEMORY
+        raise
+    deep = longest is not None and len(os.fsencode(usual)) + _NAME > longest
+    return _IN_MEMORY if deep and os.access(_IN_MEMORY, os.W_OK | os.X_OK) else None
 
 
 def abandon() -> None:

@@ -122,6 +122,16 @@ class TestInterrupt:
         assert process.returncode == 130
         assert "Traceback" not in err
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_again_while_it_is_answered(self, number: int) -> None:
+        code = (
+            "import signal, time; from hwdbm.cli import interrupt\n"
+            f"interrupt.install(lambda: (signal.raise_signal({int(number)}), time.sleep(20)))\n"
+            f"signal.raise_signal({int(number)})"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=10)
+        assert (done.returncode, done.stderr) == (130, b"hwdbm: interrupted\n")
+
     def test_leaves_no_files(self, tmp_path: Path) -> None:
         """A draft and a temporary folder are removed by the process that is interrupted."""
         code = (

@@ -116,6 +116,62 @@ def test_missing_extra(missing: str, extra: str, args: list[object], tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter('default'); "
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "args", "status", "said"),
+    [
+        ("numba", "raise ImportError('numba needs\\nanother numpy')", ["harvest", ODD], 0, "'vector' takes over"),
+        ("numba", "", ["harvest", ODD], 0, "'vector' takes over"),
+        ("llvmlite", "raise OSError('no libllvmlite.so')", ["harvest", ODD], 0, "no libllvmlite.so; 'vector'"),
+        ("llvmlite", "raise MemoryError", ["harvest", ODD], 0, "here: MemoryError; 'vector' takes over"),
+        ("zlib_ng", "raise ImportError('wrong ELF class')", ["migrate", "--help"], 0, ""),
+        ("typer", "raise ImportError('wrong ELF class')", ["--help"], 1, "a library that this needs can't be imported"),
+        ("rich", "import no_such_library", ["--help"], 1, "this needs no_such_library, which isn't installed"),
+        ("typer", "raise SystemExit(7)", ["--help"], 1, "please report it: SystemExit: 7"),
+        ("typer", "raise RuntimeError(\"can't start new thread\")", ["--help"], 1, "no room for another thread"),
+        ("rich", "import warnings; warnings.warn('one\\ntwo'); raise OSError('three')", ["--help"], 1, "three"),
+    ],
+)  # fmt: skip
+def test_a_library_that_is_broken(module: str, code: str, args, status: int, said: str, tmp_path: Path) -> None:
+    """What can do without it does, with one line; the others fail with one line, and blame the library."""
+    (tmp_path / "fake" / module).mkdir(parents=True)
+    (tmp_path / "fake" / module / "__init__.py").write_text(code)
+    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}{MAIN}", *args)
+    assert (done.returncode, done.stdout != "") == (status, status == 0), done.stderr
+    lines = done.stderr.splitlines()
+    if "warnings" in code:
+        assert lines.pop(0) == "hwdbm: warning: one"
+    assert len(lines) == (said != ""), done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "args", "said"),
+    [
+        ("NUMBA_DISABLE_JIT", "1", ["harvest", ODD], "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
+        ("NUMBA_NUM_THREADS", "many", ["harvest", ODD], "warning: Environment variable 'NUMBA_NUM_THREADS'"),
+        ("MPLBACKEND", "none", ["inspect", ODD, "--plot", "a.svg"], ""),
+        ("MPLCONFIGDIR", "/proc/none", ["inspect", ODD, "--plot", "a.svg"], ""),
+    ],
+)
+def test_a_library_that_is_told_something_odd(name: str, value: str, args, said: str, tmp_path: Path) -> None:
+    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}os.environ[{name!r}] = {value!r}; {MAIN}", *args)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == (said != ""), done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["", "x", "-3", "0", "1", "19", "40", "\u0664\u0660", "9" * 30, "9" * 5000])
+def test_any_width_will_do(run, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", columns)
+    for args in (["--help"], ["harvest", ODD], ["inspect", ODD], ["migrate", "--memory", "1M", "--workload", "idle"]):
+        assert run(*args).status == 0, args
+    assert run("harvest", "no").status == 1
+
+
 def test_a_missing_module_of_our_own_is_no_missing_extra() -> None:
     done = process("import sys; sys.modules['hwdbm.cli.app'] = None; " + MAIN)
     assert "ModuleNotFoundError" in done.stderr

@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 import stat
+import tempfile
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -267,6 +268,29 @@ def test_a_path_that_is_too_long():
     for verb in (transport.listen_unix, transport.connect_unix):
         with pytest.raises(OSError, match="107 bytes at most: '/x"):
             verb(Path("/" + "x" * 107))
+
+
+@pytest.mark.parametrize("place", ["too deep", "none"])
+def test_a_private_socket_wherever_temporary_files_are(place, tmp_path, monkeypatch):
+    """The usual place may be too deep for a socket's path, and there may be none that can be written."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep) if place == "too deep" else None)
+    if place == "none":
+        monkeypatch.setattr(tempfile, "_get_default_tempdir", missing)
+    with transport.private_socket() as path:
+        with transport.listen_unix(path) as listener, transport.connect_unix(path):
+            assert listener.address == f"unix:{path}"
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert not path.parent.exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    why = "No usable" if place == "none" else "107 bytes"
+    with pytest.raises(OSError, match=why), transport.private_socket() as path:
+        transport.listen_unix(path)
+
+
+def missing(*_):
+    raise FileNotFoundError(2, "No usable temporary directory found")
 
 
 def test_another_user(monkeypatch):

@@ -30,19 +30,17 @@ def main() -> None:
 
 
 def _run() -> int:
-    from hwdbm.cli.streams import StdoutError  # noqa: PLC0415
+    from hwdbm.cli import streams  # noqa: PLC0415
 
     try:
+        streams.tame()
         from hwdbm.cli.app import run  # noqa: PLC0415
 
         return run()
-    except StdoutError as error:
+    except streams.StdoutError as error:
         return _failed(str(error))
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            return _bug(error)
-        return _failed(f"this needs {error.name}, which isn't installed: pip install 'hwdbm[{extra}]'")
+    except ImportError as error:
+        return _not_imported(error)
     except MemoryError as error:
         return _failed(": ".join(filter(None, ("out of memory", str(error)))))
     except OSError as error:
@@ -50,8 +48,20 @@ def _run() -> int:
         return _failed(f"{error.filename}: {what}" if error.filename is not None else what)
     except ValueError as error:  # what the library raises for bad input
         return _failed(str(error))
-    except Exception as error:  # noqa: BLE001  # whatever it is, it ends in one line
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, it ends in one line
+        if isinstance(error, RuntimeError) and "start new thread" in str(error):
+            return _failed("the system has no room for another thread, or doesn't allow one")
         return _bug(error)
+
+
+def _not_imported(error: ImportError) -> int:
+    name = (error.name or "").partition(".")[0]
+    if name == "hwdbm":
+        return _bug(error)
+    if not isinstance(error, ModuleNotFoundError):
+        return _failed(f"a library that this needs can't be imported: {error}")
+    extra = f": pip install 'hwdbm[{_EXTRAS[name]}]'" if name in _EXTRAS else ""
+    return _failed(f"this needs {error.name}, which isn't installed{extra}")
 
 
 def _failed(message: str) -> int:
@@ -61,7 +71,7 @@ def _failed(message: str) -> int:
     return 1
 
 
-def _bug(error: Exception) -> int:
+def _bug(error: BaseException) -> int:
     if sys.flags.dev_mode:
         raise error
     return _failed(

@@ -12,7 +12,7 @@ import typer
 
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns, hexadecimal, progress
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import result, width
 from hwdbm.files import NewFile
 from hwdbm.granule import size_name
 from hwdbm.image import Image
@@ -192,7 +192,8 @@ def _text(report: dict[str, Any]) -> str:
     for name, fields in report["registers"].items():
         rest = "  ".join(f"{key}={value}" for key, value in fields.items() if key != "value")
         lines.append(f"{name:<17}{fields['value']}")
-        lines += wrap(rest, 80, break_on_hyphens=False, initial_indent=" " * 17, subsequent_indent=" " * 17)
+        indent = " " * (17 if width() >= 60 else 2)
+        lines += wrap(rest, min(width(), 80), break_on_hyphens=False, initial_indent=indent, subsequent_indent=indent)
     lines.append("")
     heads = ["level", "tables", "bytes", "leaf", "leaves", *(s.label for s in _LEAVES)]
     rows: list[list[object]] = [[*heads, "contiguous", "old", "to tables", "absent"]]

@@ -28,6 +28,7 @@ _NUDGE = signal.SIGURG  # ends a wait, and nothing else: it is ignored unless so
 _NUDGES = (0.05, 0.5, 2.0)  # seconds before each
 
 _cleanups: list[Callable[[], object]] = []
+_leaving: list[bool] = []  # whether an interrupt is being answered
 
 
 def install(*cleanups: Callable[[], object]) -> None:
@@ -101,10 +102,12 @@ def as_event() -> Iterator[threading.Event]:
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a cleanup that hangs can be interrupted too
+    if _leaving:
+        os._exit(INTERRUPTED)  # a cleanup that hangs can be interrupted too
+    _leaving.append(True)
+    with suppress(OSError):
+        os.write(2, b"hwdbm: interrupted\n")
     for cleanup in reversed(_cleanups):
         with suppress(Exception):
             cleanup()
-    with suppress(OSError):
-        os.write(2, b"hwdbm: interrupted\n")
     os._exit(INTERRUPTED)

@@ -28,7 +28,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import columns, warn
-from hwdbm.cli.streams import note, result
+from hwdbm.cli.streams import note, result, width
 from hwdbm.files import NewFile
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
@@ -413,8 +413,8 @@ def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool)
 
 
 def _text(report: Report) -> str:
-    width = _width()
-    wide = width >= 70
+    columns_ = width()
+    wide = columns_ >= 70
     heads = [
         ("pass", "dirty", "sent", "zero", "time", "bandwidth", "expected"),
         ("", "MiB", "MiB", "pages", "ms", "MiB/s", "downtime ms"),
@@ -432,27 +432,16 @@ def _text(report: Report) -> str:
     if report.guest_resumed:
         told.append("the guest runs at the destination, and its memory is right there")
     for each in told:
-        lines += textwrap.wrap(each, width - 1)
+        lines += textwrap.wrap(each, columns_ - 1)
     here, there = report.source_sha256, report.destination_sha256
     if here and here == there:
-        lines += _digest("sha256", here, width)
+        lines += _digest("sha256", here, columns_)
     else:
         lines += [
-            *(_digest("sha256 here ", here, width) if here else []),
-            *(_digest("sha256 there", there, width) if there else []),
+            *(_digest("sha256 here ", here, columns_) if here else []),
+            *(_digest("sha256 there", there, columns_) if there else []),
         ]
     return "\n".join(lines)
-
-
-def _width() -> int:
-    """Return the columns of stdout: COLUMNS says it first, and 80 is what a file has."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
 
 
 def _row(one: Pass) -> tuple[object, ...]:

@@ -1,6 +1,5 @@
 """Writing: tables of text and numbers for people, progress on a terminal."""
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from hwdbm.cli.streams import note
+from hwdbm.cli.streams import note, width
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
@@ -35,12 +34,12 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size((80, 24)).columns:
+    if sum(widths) + 2 * (len(widths) - 1) > width():
         return _records(cells)
     lines = (
         "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(size) if i in left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
     )
@@ -50,9 +49,9 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
 def _records(cells: list[list[str]]) -> str:
     """Return a table that is too wide for the screen as a line for each cell that isn't empty."""
     heads, *rows = cells
-    width = max(map(len, heads))
+    longest = max(map(len, heads))
     return "\n\n".join(
-        "\n".join(f"{head:<{width}}  {cell}" for head, cell in zip(heads, row, strict=True) if cell) for row in rows
+        "\n".join(f"{head:<{longest}}  {cell}" for head, cell in zip(heads, row, strict=True) if cell) for row in rows
     )
 
 

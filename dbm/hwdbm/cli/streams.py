@@ -11,7 +11,7 @@ from io import TextIOWrapper
 
 from hwdbm.errors import printable
 
-__all__ = ["StdoutError", "finish", "note", "prepare", "result"]
+__all__ = ["StdoutError", "finish", "note", "prepare", "result", "tame", "width"]
 
 
 class StdoutError(Exception):
@@ -50,6 +50,39 @@ def prepare() -> None:
         encoding, lines = sys.stdout.encoding, sys.stdout.line_buffering
         # A file's name may be any bytes, and any locale must do.
         sys.stdout = _Stdout(sys.stdout.detach(), encoding, "backslashreplace", line_buffering=lines)
+
+
+def tame() -> None:
+    """Have warnings and logs, the libraries' too, be one line each; and keep the libraries to what this is for."""
+    import logging  # noqa: PLC0415  # an interrupt is answered first
+    import warnings  # noqa: PLC0415
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage().removeprefix("hwdbm: "))
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        note(f"warning: {str(message).strip().partition(chr(10))[0]}")
+
+    logging.lastResort = Notes(logging.WARNING)
+    warnings.showwarning = show
+    # Pictures go into files: what matplotlib would have in windows, or keep from one run to the next, is no matter.
+    os.environ.pop("MPLBACKEND", None)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    for name in ("COLUMNS", "LINES"):  # which the libraries believe, whatever they hold
+        value = os.environ.get(name, "")
+        if not (value.isascii() and value.isdigit() and 0 < int(value[:5]) < 10_000):
+            os.environ.pop(name, None)
+
+
+def width() -> int:
+    """Return the columns of stdout, 20 or more: COLUMNS says it first, and 80 is what a file has."""
+    with suppress(KeyError, ValueError):
+        return max(int(os.environ["COLUMNS"]), 20)
+    try:
+        return max(os.get_terminal_size(1).columns or 80, 20)
+    except OSError:
+        return 80
 
 
 def result(text: str, done: str = "") -> None:

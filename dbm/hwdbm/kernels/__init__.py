@@ -238,7 +238,8 @@ def _imported(name: str) -> Kernels:
     try:
         return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
     except Exception as error:  # whatever numba or LLVM raises where they don't work
-        raise ValueError(f"the kernels {name!r} can't be compiled here: {error}") from error
+        why = str(error) or type(error).__name__
+        raise ValueError(f"the kernels {name!r} can't be compiled here: {why}") from error
 
 
 def active() -> Kernels:

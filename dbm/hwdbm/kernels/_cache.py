@@ -24,10 +24,15 @@ def compiled(*signature: types.Type) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher: Any = njit(nogil=True)(function)
+        if dispatcher is function:
+            raise RuntimeError("numba is switched off (NUMBA_DISABLE_JIT)")
         try:
             dispatcher._cache = _Cache(function)
-        except Exception as error:  # noqa: BLE001 - no folder to write to: numba has no error of its own for it
-            _say_once(f"compiled kernels aren't cached: {error}")
+        except Exception:  # noqa: BLE001 - numba has no error of its own for it
+            _say_once(
+                "compiled kernels aren't kept, and are compiled at each start: neither the package's folder nor the "
+                "user's cache can be written (NUMBA_CACHE_DIR names another)"
+            )
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
@@ -54,14 +59,14 @@ class _Cache(FunctionCache):
             try:
                 self.flush()
             except Exception as failed:  # noqa: BLE001 - nor may the folder be writable
-                _say_once(f"compiled kernels aren't cached: {failed}")
+                _say_once(f"compiled kernels aren't kept: {failed}")
             return None
 
     def save_overload(self, sig: object, data: object) -> None:
         try:
             super().save_overload(sig, data)
         except Exception as error:  # noqa: BLE001 - a full disk, a folder that went
-            _say_once(f"compiled kernels aren't cached: {error}")
+            _say_once(f"compiled kernels aren't kept: {error}")
 
 
 class _File(IndexDataCacheFile):

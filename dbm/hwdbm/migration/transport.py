@@ -35,6 +35,7 @@ __all__ = [
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
 _LONGEST = 107  # bytes of a path in struct sockaddr_un
+_SOCKET = "migrate.sock"
 _BACKLOG = 16
 _MOST_WAITING = 16  # connections that haven't said HELLO; the oldest gives way to the next
 
@@ -237,8 +238,8 @@ class Listener:
 @contextmanager
 def private_socket() -> Iterator[Path]:
     """Yield the path of a socket to be, in a new folder that only its owner can enter, and remove both after."""
-    with files.scratch() as folder:
-        yield folder / "migrate.sock"
+    with files.scratch(_LONGEST - len(f"/{_SOCKET}")) as folder:
+        yield folder / _SOCKET
 
 
 def listen_unix(path: Path) -> Listener:

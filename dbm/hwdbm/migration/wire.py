@@ -101,7 +101,7 @@ HEAD_SIZE: Final = _HEAD.size
 def _crc32() -> Callable[..., int]:
     try:
         module = import_module("zlib_ng.zlib_ng")
-    except ModuleNotFoundError:
+    except Exception:  # noqa: BLE001  # it isn't there, or doesn't work here: it is only faster
         return zlib.crc32
     return cast("Callable[..., int]", module.crc32)
 
