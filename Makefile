@@ -76,7 +76,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports
 .PHONY: docs
 docs: $(VENV)/.dev ## build the documentation and run its examples; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
-	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs build/doctest
+	$(BIN)/python -P -m pytest -q --numprocesses auto docs/test_pages.py
 	@echo "build/docs/index.html"
 
 .PHONY: bench
@@ -93,7 +93,7 @@ asv: $(VENV)/.dev ## run each asv benchmark once, so that none can rot
 
 .PHONY: clean
 clean: ## remove what was built, and the caches; the environment stays
-	rm -rf build dist docs/_build docs/api asv_bench/env asv_bench/results asv_bench/html
+	rm -rf build dist docs/_build docs/api docs/commands docs/json asv_bench/env asv_bench/results asv_bench/html
 	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find dbm tests docs asv_bench -name __pycache__ -prune -exec rm -rf {} +
 

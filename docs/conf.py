@@ -1,6 +1,10 @@
 """How Sphinx builds these pages: `make docs`."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "hwdbm"
 author = "The hwdbm authors"
@@ -18,7 +22,7 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # in docstrings, `Stage2` is a link
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -46,5 +50,23 @@ kvm = platform.machine() == "x86_64" and Path("/dev/kvm").exists()
 html_theme = "pydata_sphinx_theme"
 html_title = f"hwdbm {release}"
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "secondary_sidebar_items": ["page-toc"]}
-html_sidebars = {"**": []}
+html_static_path = ["_static", "schemas"]
+html_css_files = ["hwdbm.css"]
+html_theme_options = {
+    "show_toc_level": 2,
+    "secondary_sidebar_items": ["page-toc"],
+    "header_links_before_dropdown": 6,
+    "navbar_align": "left",
+    "navigation_with_keys": False,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+html_sidebars = {"index": [], "start": [], "tutorial": []}
+
+
+def setup(app):
+    """Have the pages that are made from the program written before the sources are read."""
+    import reference
+
+    app.connect("config-inited", reference.write)
+    app.connect("config-inited", reference.forget)

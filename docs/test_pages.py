@@ -1,0 +1,147 @@
+"""Every page's examples run: `make docs`. A page's Python has one namespace, its commands one folder.
+
+A block ``{doctest}`` is compared as doctest does, with ``...`` for what differs from run to run. A block ``console``
+has commands behind ``$``, which bash runs in a folder with the clone's ``tests`` and ``docs`` in it. A command behind
+another prompt, as in ``destination$``, is one that waits for something: it starts, says its first line, and the rest of
+its output is compared when the page has ended. What a command prints is compared as doctest compares; ``# exit status
+N`` behind a command says that it fails.
+"""
+
+import doctest
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import hwdbm
+
+DOCS = Path(__file__).parent
+MADE = {"api", "commands", "json", "_build", "schemas", "_ext"}
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in MADE)
+BLOCK = re.compile(
+    r"^(?:```|:::)(\{doctest\}|console)[ ]*\n((?::[a-z]+:.*\n)*)(.*?)^(?:```|:::)$", re.DOTALL | re.MULTILINE
+)
+PROMPT = re.compile(r"^([a-z]*)\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+SECONDS = 120
+
+
+def blocks(text: str) -> list[tuple[str, str, str, int]]:
+    """Return each block's kind, options, body, and the line it begins in."""
+    return [(m[1], m[2], m[3], text.count("\n", 0, m.start(3))) for m in BLOCK.finditer(text)]
+
+
+@dataclass
+class Waiting:
+    """A command that runs while others do."""
+
+    command: str
+    expected: str
+    process: subprocess.Popen[str]
+    said: list[str] = field(default_factory=list)
+    first: threading.Event = field(default_factory=threading.Event)
+
+    def listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            self.first.set()
+        self.first.set()
+
+
+class Shell:
+    """The commands of a page."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("tests", "docs"):
+            (folder / name).symlink_to(DOCS.parent / name)
+        self.environment = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(folder),
+            "COLUMNS": "100",
+        }
+        self.waiting: list[Waiting] = []
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-euc", command],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, prompt: str, command: str, expected: str) -> None:
+        if prompt:
+            waiting = Waiting(command, expected, self.start(command))
+            self.waiting.append(waiting)
+            threading.Thread(target=waiting.listen, daemon=True).start()
+            assert waiting.first.wait(SECONDS), f"{command!r} says nothing"
+            return
+        process = self.start(command)
+        try:
+            out, _ = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+        self.check(command, expected, out, process.returncode)
+
+    def check(self, command: str, expected: str, out: str, status: int) -> None:
+        failure = re.search(r"# exit status (\d+)", command)
+        assert status == (int(failure[1]) if failure else 0), f"{command!r}: exit status {status}\n{out}"
+        checker = doctest.OutputChecker()
+        if not checker.check_output(expected, out, FLAGS):
+            example = doctest.Example(command, expected)
+            raise AssertionError(f"{command}\n{checker.output_difference(example, out, FLAGS)}")
+
+    def close(self) -> None:
+        for each in self.waiting:
+            try:
+                each.process.wait(SECONDS)
+            finally:
+                each.process.kill()
+            self.check(each.command, each.expected, "".join(each.said), each.process.returncode)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell, kernel = Shell(tmp_path), hwdbm.kernels.active().__name__.rpartition(".")[2]
+    kvm = platform.machine() == "x86_64" and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    names: dict[str, object] = {"hwdbm": hwdbm, "Path": Path, "kvm": kvm, "__name__": "__main__"}
+    runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
+    try:
+        for kind, options, body, line in blocks(page.read_text(encoding="utf-8")):
+            if "skipif" in options and not kvm:
+                continue
+            if kind == "console":
+                parts = PROMPT.split(body)
+                assert not parts[0].strip(), f"line {line}: output before a command"
+                for prompt, command, expected in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+                    shell.run(prompt, command, expected.lstrip("\n"))
+            else:
+                example = doctest.DocTestParser().get_doctest(body, names, page.name, str(page), line)
+                out: list[str] = []
+                runner.run(example, clear_globs=False, out=out.append)
+                assert not out, "".join(out)
+                names = example.globs
+    finally:
+        hwdbm.kernels.use(kernel)  # a page may choose another
+        for each in shell.waiting if sys.exc_info()[0] else ():
+            each.process.kill()
+    shell.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_a_block_of_shell_with_output_is_one_that_runs(page: Path) -> None:
+    """A prompt outside of `console` would be an example that nothing checks."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    assert not re.search(r"^(\$|>>>) ", text, re.MULTILINE)

@@ -1,0 +1,136 @@
+"""What commands print with --json is what docs/schemas says, key by key, and a schema says nothing else."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import typer
+
+from hwdbm.cli.app import app
+from hwdbm.machine import Machine
+from hwdbm.migration.report import Pass, Report
+from hwdbm.snapshot import write_diff, write_full
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+CAPTURE = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
+MAIN = [sys.executable, "-P", "-c", "from hwdbm.cli import main; main()"]
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    return json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def check(name: str, *texts: str) -> None:
+    """Hold outputs against a schema; together they show each of its keys."""
+    schema = schema_of(name)
+    validator = jsonschema.Draft202012Validator(schema)
+    shown: set[str] = set()
+    for text in texts:
+        value = json.loads(text)
+        validator.validate(value)
+        collect(value, shown)
+    missing = set(keys(schema)) - shown
+    assert not missing, f"no output of `{name}` has {sorted(missing)}"
+
+
+def collect(value: object, into: set[str]) -> None:
+    if isinstance(value, dict):
+        into.update(value)
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        collect(each, into)
+
+
+def objects(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        part for part in (schema, schema.get("items", {}), *schema.get("$defs", {}).values()) if "properties" in part
+    ]
+
+
+def keys(schema: dict[str, Any]) -> list[str]:
+    return [key for part in objects(schema) for key in part["properties"]]
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_schema_is_one(path: Path) -> None:
+    schema = schema_of(path.stem)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for part in objects(schema):
+        assert part["additionalProperties"] is False
+        for key, value in part["properties"].items():
+            assert value["description"].endswith("."), key
+
+
+@pytest.mark.parametrize("wrong", [{"images": [{"image": 1}]}, {"images": [{"image": "a", "sum": 1}]}, {}])
+def test_a_schema_refuses_what_is_wrong(wrong: object) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema_of("harvest"))
+
+
+def test_harvest(run, tmp_path: Path) -> None:
+    found = run("harvest", CAPTURE, "--check", "--output", tmp_path / "out", "--json")
+    failed = run("harvest", CAPTURE, tmp_path / "nowhere.npz", "--json")
+    assert (found.status, failed.status) == (0, 1)
+    check("harvest", found.out, failed.out)
+
+
+def test_inspect(run) -> None:
+    check("inspect", run("inspect", CAPTURE, "--json").out)
+
+
+def test_bench(run) -> None:
+    check("bench", run("bench", "enable", "unmapped", "--memory", "2M", "--repeat", "1", "--json").out)
+
+
+def test_migrate_and_receive(run) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        receiver = subprocess.Popen(
+            [*MAIN, "receive", "--unix", f"{folder}/s", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert receiver.stderr is not None
+            assert "listening" in receiver.stderr.readline()
+            migrated = run("migrate", "--memory", "1M", "--max-downtime", "9000", "--to", f"unix:{folder}/s", "--json")
+            received, _ = receiver.communicate(timeout=30)
+        finally:
+            receiver.kill()
+    assert migrated.status == 0
+    # What a migration of this kind can't show: a failure, a throttled guest, a real one.
+    rare = Report(4096, 1 << 20, 0.3, status="failed", error="gone", handover_unknown=True, guest_resumed=False)
+    rare.passes = [Pass(1, 256, 1 << 20, expected_downtime=0.4, throttle=20, paused=0.5)]
+    check("migrate", migrated.out, json.dumps(rare.to_dict()))
+    check("receive", received, json.dumps(json.loads(received) | {"guest-resumed": True}))
+
+
+def test_rebase(run, tmp_path: Path) -> None:
+    with Machine() as machine:
+        machine.add_memslot(1 << 20, 0)
+        machine.start_log()
+        write_full(machine, tmp_path / "base")
+        machine.vcpus[0].store(np.array([4096]), np.array([1], dtype=np.uint64))
+        write_diff(machine, tmp_path / "diff")
+    base, diff = tmp_path / "base", tmp_path / "diff"
+    check("snapshot-rebase", run("snapshot", "rebase", base, diff, "--json").out)
+
+
+def test_each_command_has_one() -> None:
+    """A command that takes --json has a schema, and a schema a command."""
+
+    def leaves(group: Any, prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                found |= leaves(command, f"{prefix}{name}-")
+            elif any("--json" in parameter.opts for parameter in command.params):
+                found.add(f"{prefix}{name}")
+        return found
+
+    assert leaves(typer.main.get_command(app)) == {path.stem for path in SCHEMAS.glob("*.json")}
