@@ -301,6 +301,9 @@ class Machine:
         Whether the hardware may set AF at any time.
     combined : bool
         Whether a TLB keeps entries of stage 1 and 2 combined.
+    precise : bool
+        Whether faults are handled, so that one is taken when no access before it can fault. A mark that has to wait may
+        be given up then, to walk again: it leads to no other end, and out of dead ones.
     broken : frozenset of str
         Rules that the machine lacks: of `BROKEN`.
     """
@@ -316,6 +319,7 @@ class Machine:
     ets2: bool = False
     speculate: bool = True
     combined: bool = False
+    precise: bool = False
     broken: frozenset[str] = frozenset()
     _waits: list[list[_Waits]] = field(default_factory=list)
     _names: dict[str, int] = field(default_factory=dict)
@@ -506,6 +510,8 @@ class Machine:
             return
         if did.need:
             yield from self._mark(state, t, k, thread)
+            if self.precise and not did.done and not self._certain(t, k, thread):
+                yield (t, k, "retry"), _with(state, t, k, _START)
         if did.done:
             return
         if op.kind is Kind.TLBI:
@@ -601,6 +607,8 @@ class Machine:
             if not self._allows(state, t, i, thread, found, op, faults=did.fault is not None):
                 return
         if did.fault is not None:
+            if self.precise and not self._certain(t, k, thread):
+                return
             yield (t, k, "fault", did.fault), _with(state, t, k, did._replace(done=True))
             return
         if writes and not all(thread[i].done for i in self._waits[t][k].values):

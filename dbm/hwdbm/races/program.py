@@ -70,8 +70,9 @@ class Setup:
     frames : sequence of str
         Frames that no page begins with.
     options : mapping, optional
-        ``values``, what cells hold at first, by name; and parameters of `Machine`: hd, ha, speculate, combined, broken,
-        ets2.
+        ``values``, what cells hold at first, by name; ``numbers``, those of frames; ``block``, each page's number in a
+        level-2 block with a descriptor ``pte:block``; ``run``, the pages of a contiguous run; and parameters of
+        `Machine`: hd, ha, speculate, combined, broken, ets2.
 
     Raises
     ------
@@ -87,16 +88,27 @@ class Setup:
         frames: Sequence[str] = (),
         options: Mapping[str, Any] = {},
     ) -> None:
+        options = {"ha": True, "hd": True, "speculate": False, **options}
         named = [*pages, *(name for name in frames if name not in pages)]
-        self.frame = {name: number for number, name in enumerate(named, 1)}
-        entries = [f"pte:{name}" for name in pages]
+        self.frame = {name: number for number, name in enumerate(named, 1)} | options.pop("numbers", {})
+        block, run = options.pop("block", {}), options.pop("run", ())
+        entries = [f"pte:{name}" for name in pages] + (["pte:block"] if block else [])
         self.cells = [*entries, *(f"frame:{name}" for name in named), *(cells or {})]
         self.mem = [descriptor(state, self.frame[name]) for name, state in pages.items()]
+        self.mem += [0] if block else []
         self.mem += [0 for _ in named] + list((cells or {}).values())
-        options = {"ha": True, "hd": True, "speculate": False, **options}
         for name, value in options.pop("values", {}).items():
             self.mem[self.cells.index(name)] = value
-        self.pages = {name: Page(cell) for cell, name in enumerate(pages)}
+        members = tuple(self.cell(f"pte:{name}") for name in run)
+        self.pages = {
+            name: Page(
+                cell, self.cell("pte:block") if block else None, members if name in run else (), block.get(name, 0)
+            )
+            for cell, name in enumerate(pages)
+        }
+        for number, name in enumerate(run):
+            self.mem[self.cell(f"pte:{name}")] |= pte.CONTIGUOUS
+            self.pages[name] = self.pages[name]._replace(number=number)
         self.registers = [dict[str, int]() for _ in programs]
         ops = [[*self._read(text, registers)] for text, registers in zip(programs, self.registers, strict=True)]
         for each in ("ha", "hd"):

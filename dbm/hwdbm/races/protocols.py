@@ -1,0 +1,308 @@
+"""The protocols that are proved: production's own generators, and rules of the hardware and of other software."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Final
+
+from hwdbm import pte
+from hwdbm.races.production import VERBS, Outer, Slot, _Caught
+from hwdbm.races.program import Setup
+from hwdbm.races.protocol import Act, Actor, Protocol, Run, View
+
+__all__ = ["PRODUCTION", "production"]
+
+_NPAGES: Final = 128
+_PAGES: Final = {"x": 0, "y": 64}  # in two words of the bitmap, so that two steps may go on at once
+Steps = Generator[Act | Run, Any, None]
+
+
+def _setup(programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, **options: Any) -> Setup:
+    """Return a machine whose pages are those of a real slot: frames at 512, those for copy-on-write at 1024."""
+    others = [f"new:{name}" for name in pages]
+    numbers = {name: 512 + number for name, number in pages.items()}
+    numbers |= {f"new:{name}": 1024 + number for name, number in pages.items()}
+    cells = {f"{what}:{name}": 0 for name in pages for what in ("copy", "disk")}
+    return Setup(
+        dict.fromkeys(pages, "clean"), programs, cells, others,
+        {"numbers": numbers, **({"block": dict(pages)} if block else {}), **options},
+    )  # fmt: skip
+
+
+def _frame(view: View, name: str) -> str:
+    """Return the cell of the frame that a page has, by its descriptor; the host has it mapped there too."""
+    desc = view[f"pte:{name}"]
+    if "pte:block" in view.protocol.setup.cells and view["pte:block"] & pte.TABLE != pte.TABLE:
+        return f"frame:{name}"
+    frame = (desc & pte.ADDRESS) >> 12
+    named = next((each for each, number in view.protocol.setup.frame.items() if number == frame), name)
+    return f"frame:{named}"
+
+
+def _copy(name: str, to: str = "copy") -> Act:
+    return Act(f"copies {name}", lambda view: view.__setitem__(f"{to}:{name}", view[_frame(view, name)]))
+
+
+def _commit() -> Act:
+    def do(view: View) -> None:
+        assert isinstance(view.world, Outer)  # noqa: S101 - the protocol has a slot
+        view.world = view.world.having(view.number, view.world.of(view.number)._replace(lease=0))
+
+    return Act("commits the lease", do, quiet=True)
+
+
+def _consume(bits: int, pages: Mapping[str, int]) -> Steps:
+    for name, number in pages.items():
+        if bits >> number & 1:
+            yield _copy(name)
+    yield _commit()
+
+
+def _kept(view: View) -> str | None:
+    """Say which write was lost: the copy isn't what memory holds, and nothing says that the page is dirty."""
+    slot, world = view.protocol.slot, view.world
+    assert isinstance(world, Outer)  # noqa: S101 - as above
+    for name in slot.pages:
+        desc = view[f"pte:{name}"]
+        if "pte:block" in view.protocol.setup.cells and view["pte:block"] & pte.TABLE != pte.TABLE:
+            desc = view["pte:block"]
+        if view[f"copy:{name}"] != view[_frame(view, name)] and slot.lost(world, name, desc):
+            return f"a write to page {name} is lost: the copy is old, and nothing says that it is dirty"
+    return None
+
+
+def _host_kept(view: View) -> str | None:
+    """Say which write the host doesn't know of: the disk is old, and no flag says that the page is dirty."""
+    slot, world = view.protocol.slot, view.world
+    assert isinstance(world, Outer)  # noqa: S101 - as above
+    for name, number in slot.pages.items():
+        desc = view[f"pte:{name}"]
+        dirty = desc & pte.VALID and desc & pte.S2AP_W
+        flagged = (world.inner.host | world.inner.saved) >> number & 1
+        if not dirty and not flagged and view[f"disk:{name}"] != view[_frame(view, name)]:
+            return f"the host drops page {name}, which the guest has written: its flag is clear, and so is the leaf"
+    return None
+
+
+def production(
+    name: str,
+    summary: str,
+    programs: Sequence[str],
+    actors: Sequence[Actor],
+    *,
+    pages: Mapping[str, int] = _PAGES,
+    npages: int = _NPAGES,
+    mechanism: str = "hardware DBM",
+    block: bool = False,
+    logs: bool = True,
+    host: bool = False,
+    hd: bool = True,
+    symmetric: tuple[int, ...] = (),
+    log_type: type[Any] = _Caught,
+    verbs: Mapping[str, Any] = VERBS,
+    options: Mapping[str, Any] = {},
+) -> Protocol:
+    """Return a protocol of a real slot, with its end's condition; with `host` that of the host's flags too."""
+    setup = _setup(programs, pages, block=block, hd=hd, **options)
+    slot = Slot(setup, pages, npages, mechanism, block=block, logs=logs, log_type=log_type, verbs=verbs)
+
+    def end(view: View) -> str | None:
+        return _kept(view) or (_host_kept(view) if host else None)
+
+    return Protocol(name, setup, actors, end, summary=summary, slot=slot, symmetric=symmetric)
+
+
+# --- what the actors do -----------------------------------------------------------------------------------------
+
+
+def _get(lo: int = 0, hi: int = _NPAGES, pages: Mapping[str, int] = _PAGES) -> Callable[[], Steps]:
+    def consumer() -> Steps:
+        yield from _consume((yield Run("get", (lo, hi))), pages)
+
+    return consumer
+
+
+def _sync_get() -> Steps:
+    yield Run("sync", (0, _NPAGES))
+    yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
+
+
+def _peek_clear() -> Steps:
+    yield Run("peek", (0, _NPAGES))
+    yield from _consume((yield Run("clear", (0, _NPAGES))), _PAGES)
+
+
+def _get_failing() -> Steps:
+    for fails in (1, 0):
+        bits = yield Run("get", (0, _NPAGES), fails=fails)
+        if bits != "failed":
+            yield from _consume(bits, _PAGES)
+            return
+        yield Run("rollback", (0, _NPAGES))
+
+
+def _get_rolled_back() -> Steps:
+    bits = yield Run("get", (0, _NPAGES))
+    if bits:
+        yield _copy("x")  # the consumer fails when it has some of them
+        yield Run("rollback", (0, _NPAGES))
+    yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
+
+
+def run(verb: str, page: int, npages: int = 1) -> Callable[[], Steps]:
+    """Return an actor that runs one verb."""
+
+    def actor() -> Steps:
+        yield Run(verb, (page, page + npages))
+
+    return actor
+
+
+def _handler(verb: str = "write fault") -> Callable[[str], Steps]:
+    def handle(page: str) -> Steps:
+        number = _PAGES[page]
+        yield Run(verb, (number, number + 1))
+
+    return handle
+
+
+def _mapper(page: str) -> Steps:
+    number = _PAGES[page]
+    yield Run("map", (number, number + 1))
+
+
+def _device() -> Steps:
+    yield Act("the device writes x", lambda view: view.__setitem__("frame:x", 7))
+    yield Run("mark", (0, 1))
+
+
+def _write_back() -> Steps:
+    yield Run("take host flags", (0, _NPAGES))
+    bits = yield Act("has the flags", lambda view: view.world.inner.taken)  # type: ignore[attr-defined]
+    for name, number in _PAGES.items():
+        if bits >> number & 1:
+            yield _copy(name, "disk")
+
+
+def _cow(page: str) -> Steps:
+    number = _PAGES[page]
+    yield Act(
+        f"copies {page} to its new frame", lambda view: view.__setitem__(f"frame:new:{page}", view[f"frame:{page}"])
+    )
+    yield Run("copy-on-write", (number, number + 1))
+
+
+def _twice() -> Steps:
+    for _ in range(2):
+        yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
+
+
+def _split_collapse() -> Steps:
+    yield Run("split", (0, 512))
+    yield Run("collapse", (0, 512))
+
+
+def _start() -> Steps:
+    yield Run("start", (0, _NPAGES))
+    yield _copy("x")
+    yield _copy("y")
+    yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
+
+
+def _cow_get() -> Steps:
+    yield Run("write-protect", (0, 1))
+    yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
+
+
+S, H = "S", "H"
+_WP: Final = {"mechanism": "write-protection", "hd": False}
+
+PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
+    "get": lambda **how: production(
+        "get", "GET cleans, flushes and copies while two vCPUs write",
+        ["store x 1; store y 1", "store x 2"], [Actor(S, _get())], **how,
+    ),
+    "get-twice": lambda **how: production(
+        "get-twice", "two GETs, one after the other", ["store x 1; store x 2"],
+        [Actor(S, _twice)], **how,
+    ),
+    "sync-get": lambda **how: production(
+        "sync-get", "a sync publishes, then GET takes", ["store x 1; store y 1"], [Actor(S, _sync_get)], **how,
+    ),
+    "clear": lambda **how: production(
+        "clear", "GET shows and CLEAR takes, under manual protection",
+        ["store x 1; store y 1", "store x 2"], [Actor(S, _peek_clear)], **how,
+    ),
+    "get-failing": lambda **how: production(
+        "get-failing", "the flush of a GET fails, its pages go back, and it is tried again",
+        ["store x 1; store y 1"], [Actor(S, _get_failing)], **how,
+    ),
+    "rollback": lambda **how: production(
+        "rollback", "a consumer fails with a page half copied, and its lease is rolled back",
+        ["store x 1; store y 1"], [Actor(S, _get_rolled_back)], **how,
+    ),
+    "two-parts": lambda **how: production(
+        "two-parts", "two threads GET a part of the slot each",
+        ["store x 1; store y 1"],
+        [Actor(S, _get(0, 64, {"x": 0})), Actor("S2", _get(64, 128, {"y": 64}))], **how,
+    ),
+    "write-protect": lambda **how: production(
+        "write-protect", "GET without hardware DBM: the fault's handler marks",
+        ["store x 1; store y 1", "store x 2"],
+        [Actor(S, _get()), Actor(H, _handler(), 0), Actor("H1", _handler(), 1)], **_WP, **how,
+    ),
+    "write-protect-clear": lambda **how: production(
+        "write-protect-clear", "GET shows and CLEAR takes, without hardware DBM",
+        ["store x 1; store x 2"], [Actor(S, _peek_clear), Actor(H, _handler(), 0)], **_WP, **how,
+    ),
+    "unmap": lambda **how: production(
+        "unmap", "the host unmaps a page while it is harvested, and it is mapped again",
+        ["store x 1; store x 2"], [Actor(S, _get()), Actor("host", run("unmap", 0)), Actor(H, _mapper, 0)],
+        host=True, **how,
+    ),
+    "write-back": lambda **how: production(
+        "write-back", "the host takes its dirty flags, and writes pages back, beside a GET",
+        ["store x 1; store x 2"], [Actor(S, _get()), Actor("host", _write_back)], host=True, **how,
+    ),
+    "write-back-unmap": lambda **how: production(
+        "write-back-unmap", "the host takes its flags and unmaps the page",
+        ["store x 1; store x 2"],
+        [Actor("host", _write_back), Actor("S2", run("unmap", 0)), Actor(H, _mapper, 0)], host=True, **how,
+    ),
+    "split": lambda **how: production(
+        "split", "a block is split while it is harvested", ["store x 1; store y 1"],
+        [Actor(S, _get(0, 512)), Actor("S2", run("split", 0, 512))], npages=512, block=True, **how,
+    ),
+    "split-fault": lambda **how: production(
+        "split-fault", "a write fault splits its block, without hardware DBM", ["store x 1; store y 1"],
+        [Actor(S, _get(0, 512)), Actor(H, _handler(), 0)], npages=512, block=True, **_WP, **how,
+    ),
+    "collapse": lambda **how: production(
+        "collapse", "a block is split, and put together again, while it is written", ["store x 1; store y 1"],
+        [Actor(S, _get(0, 512)), Actor("S2", _split_collapse)], npages=512, block=True, **how,
+    ),
+    "switch-off": lambda **how: production(
+        "switch-off", "the mechanism changes from hardware DBM to write-protection",
+        ["store x 1; store x 2"], [Actor(S, _get()), Actor("S2", run("switch", 0)), Actor(H, _handler(), 0)], **how,
+    ),
+    "switch-on": lambda **how: production(
+        "switch-on", "the mechanism changes from write-protection to hardware DBM, whose bit in VTCR is on before",
+        ["store x 1; store x 2"], [Actor(S, _get()), Actor("S2", run("switch", 0)), Actor(H, _handler(), 0)],
+        mechanism="write-protection", **how,
+    ),
+    "age": lambda **how: production(
+        "age", "pages are made old beside a GET", ["store x 1; store x 2"],
+        [Actor(S, _get()), Actor("S2", run("age", 0))], **how,
+    ),
+    "start": lambda **how: production(
+        "start", "the log begins, and the first pass copies all, while the guest writes",
+        ["store x 1; store x 2"], [Actor(S, _start)], logs=False, **how,
+    ),
+    "device": lambda **how: production(
+        "device", "a device writes and marks, beside a GET", ["store y 1"],
+        [Actor(S, _sync_get), Actor("device", _device)], **how,
+    ),
+    "copy-on-write": lambda **how: production(
+        "copy-on-write", "a shared page is written: its copy takes its place, and a GET follows",
+        ["store x 1"], [Actor(S, _cow_get), Actor(H, _cow, 0)], **how,
+    ),
+}  # fmt: skip
+"""Production's protocols, by name: each a function of what is to be another way."""
