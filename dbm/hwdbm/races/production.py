@@ -1,8 +1,8 @@
 """The protocol that production runs, as actors of a `Protocol`: its own generators, on a real slot.
 
-`Slot` has a real `SlotLog` with its real `Stage2`. To take a step it puts the slot into the state in question, starts the
-generator anew, brings it to where it was by the states that it saw then, and lets it run to its next point. Nothing of
-the protocol is written a second time. Two things are the explorer's own: pages that a run holds are a note here, as
+`Slot` has a real `SlotLog` with its real `Stage2`. To take a step it puts the slot into the state in question, starts
+the generator anew, brings it to where it was by the states that it saw then, and lets it run to its next point. Nothing
+of the protocol is written a second time. Two things are the explorer's own: pages that a run holds are a note here, as
 there are no threads; and a flush takes its time, TLBI and DSB by themselves, before the code behind it goes on.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
@@ -152,7 +153,7 @@ def _caught(call: Callable[[], object]) -> Steps:
     raise AssertionError("a verb without steps")
 
 
-def _pages(lo: int, hi: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _pages(lo: int, hi: int) -> NDArray[np.int64]:
     return np.arange(lo, hi)
 
 
@@ -214,6 +215,10 @@ class Slot:
     verbs : mapping
         The steps, by name.
     """
+
+    log: SlotLog
+    lease: Lease
+    mask: NDArray[np.uint64]
 
     def __init__(
         self,
@@ -350,7 +355,7 @@ class Slot:
             def hook(first: int, npages: int) -> None:
                 asked.append((first, first + npages))
                 if fail:
-                    raise OSError(5, "the flush failed")
+                    raise OSError(5, "the flush failed")  # noqa: TRY301 - as the caller's own hook would
 
             self._hook = hook
             happened = next(steps)
@@ -410,7 +415,7 @@ class Slot:
             yield protocol._said(actor, act.text, at, after), protocol.moved(after, number, left)
 
     def alone(self, running: object) -> bool:
-        """Return whether the next step of a run reads no descriptor: its pages are held, so that nobody else sees it."""
+        """Return whether the next step of a run reads no descriptor: its pages are held, and nobody sees it."""
         assert isinstance(running, Running)  # noqa: S101 - as below
         return running.point in (Point.FLUSH, Point.TAKE, Point.COPY) and not running.todo and not running.fails
 
@@ -469,7 +474,7 @@ class Slot:
                 self._results[key] = f"verify: {error}"
         return str(self._results[key])
 
-    # --- for protocols -------------------------------------------------------------------------------------------------
+    # --- for protocols ----------------------------------------------------------------------------------------
 
     def failed(self, at: "Situation") -> str | None:
         """Return what went wrong in the production code."""

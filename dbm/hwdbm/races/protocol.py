@@ -61,6 +61,12 @@ class View:
             raise BlockedError
         self.state = machine.write(self.state, cell, value)
 
+    def exchange(self, name: str, value: int) -> int:
+        """Write a cell, and return what it held."""
+        old = self[name]
+        self[name] = value
+        return old
+
     def lets_write(self, page: str, *, stale: bool = False) -> bool:
         """Return whether the descriptor of a page lets the guest write; with `stale` also whether a TLB's may."""
         machine = self.protocol.setup.machine
@@ -86,6 +92,8 @@ class Act:
         What a TLBI flushes.
     stage : str
         Of which stage: "s2", "s1" or "all".
+    level : str or None
+        The cell of the only descriptor whose entries a TLBI takes away, if it says which (a level hint).
     quiet : bool
         Whether nobody else's step has to do with it, so that it is tried in one order only.
     """
@@ -96,6 +104,7 @@ class Act:
     kind: str = "act"
     pages: tuple[str, ...] = ()
     stage: str = "all"
+    level: str | None = None
     quiet: bool = False
 
 
@@ -318,7 +327,7 @@ class Protocol:
             if not self.erratum:
                 local = local._replace(noted=_NOBODY, before=_NOBODY)
         elif act.kind == "tlbi":
-            cells = self.cells_of(act.pages)
+            cells = self.cells_of(act.pages) if act.level is None else frozenset({self.setup.cell(act.level)})
             users = _NOBODY if act.stage == "s2" and machine.combined else machine.users(at.state, cells)
             local = local._replace(noted=users, before=local.noted | local.before)
             at = at._replace(state=machine.forget(at.state, cells, act.stage))
@@ -380,7 +389,7 @@ class Protocol:
         if not self.symmetric:
             return at
         one, two = self.symmetric
-        if (at.state.threads[one], at.faults[one]) <= (at.state.threads[two], at.faults[two]):
+        if _order(at.state.threads[one]) <= _order(at.state.threads[two]):
             return at
         return self._swapped(at, one, two)
 
@@ -470,6 +479,10 @@ class Protocol:
         if self.slot is not None:
             found += self.slot.changes(before.world, after.world)
         return tuple(found)
+
+
+def _order(thread: tuple[Did, ...]) -> list[tuple[Hashable, ...]]:
+    return [(did.walk or (), did.need, str(did.fault), did.done, str(did.value)) for did in thread]
 
 
 def _with_local(at: Situation, number: int, local: Local) -> Situation:

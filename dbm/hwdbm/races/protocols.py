@@ -6,7 +6,7 @@ from typing import Any, Final
 from hwdbm import pte
 from hwdbm.races.production import VERBS, Outer, Slot, _Caught
 from hwdbm.races.program import Setup
-from hwdbm.races.protocol import Act, Actor, Protocol, Run, View
+from hwdbm.races.protocol import Act, Actor, Protocol, Run, View, store
 
 __all__ = ["PRODUCTION", "production"]
 
@@ -170,7 +170,7 @@ def _mapper(page: str) -> Steps:
 
 
 def _device() -> Steps:
-    yield Act("the device writes x", lambda view: view.__setitem__("frame:x", 7))
+    yield store("frame:x", 7, "the device writes x")
     yield Run("mark", (0, 1))
 
 
@@ -213,12 +213,16 @@ def _cow_get() -> Steps:
 
 
 S, H = "S", "H"
-_WP: Final = {"mechanism": "write-protection", "hd": False}
+_WP: Final[dict[str, Any]] = {"mechanism": "write-protection", "hd": False}
 
 PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
     "get": lambda **how: production(
         "get", "GET cleans, flushes and copies while two vCPUs write",
         ["store x 1; store y 1", "store x 2"], [Actor(S, _get())], **how,
+    ),
+    "two-vcpus": lambda **how: production(
+        "two-vcpus", "GET, while two vCPUs that are the same write one page",
+        ["store x 1; store x 2"] * 2, [Actor(S, _get())], symmetric=(0, 1), **how,
     ),
     "get-twice": lambda **how: production(
         "get-twice", "two GETs, one after the other", ["store x 1; store x 2"],

@@ -1,0 +1,124 @@
+"""Protocols are proved, mistakes found; and what a search says is so."""
+
+import pytest
+
+from hwdbm import pte
+from hwdbm.races.mistakes import MISTAKES
+from hwdbm.races.production import VERBS
+from hwdbm.races.program import Setup
+from hwdbm.races.protocol import Act, Actor, Protocol, again, check, copy, fetch_clear, flush, kept, load, store
+from hwdbm.races.protocols import PRODUCTION
+
+# The others take longer than a second: `make races` has them all.
+QUICK = ("get-twice", "sync-get", "rollback", "write-protect-clear", "unmap", "split-fault", "age", "start", "device",
+         "copy-on-write", "write-back-unmap", "switch-off")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_production_is_proved(name):
+    report = check(PRODUCTION[name]())
+    assert report.proved, report
+    assert report.states > 100
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found_and_without_it_there_is_none(name):
+    wrong, right = (check(MISTAKES[name].make(each)) for each in (True, False))
+    assert not wrong.proved
+    assert wrong.wrong
+    assert wrong.steps
+    assert right.proved, right
+
+
+def test_the_catalogue_is_covered():
+    cited = {cite for mistake in MISTAKES.values() for cite in mistake.cites}
+    bugs = {f"R{number}" for number in range(1, 38)}
+    assert bugs - cited == {"R32"}  # a matter of the page's size
+    assert {"RFC patch 2", "RFC patch 4", "RFC patch 5", "RFC patch 6", "RFC problem 1", "v2 3/8", "v2 4/8"} <= cited
+    paragraphs = {f"5.{number}" for number in range(1, 25)}
+    # 5.21 says what a dirty bit doesn't prove; 5.25 is a list of CPUs.
+    assert paragraphs - cited == {"5.21"}
+
+
+def harvest():
+    old = yield fetch_clear("pte:x", pte.S2AP_W)
+    yield from flush("x")
+    if old & pte.S2AP_W:
+        yield copy("x")
+
+
+def test_counterexample_is_as_short_as_can_be_and_says_where_the_page_is_lost():
+    report = check(MISTAKES["no-flush"].make(True))
+    assert [(step.actor, step.text) for step in report.steps] == [
+        ("vCPU0", "translates for store x 1: dirty"),
+        ("S", "cleans x"),
+        ("S", "copies x"),
+        ("vCPU0", "store x 1 is visible"),
+    ] or len(report.steps) <= 6
+    assert report.lost_at is not None
+    assert report.steps[report.lost_at].text == "copies x"
+
+
+def test_a_deadlock_is_found():
+    def wait():
+        yield Act("waits for nothing", when=lambda view: view["never"] == 1)
+
+    report = check(Protocol("stuck", Setup({}, [], {"never": 0}), [Actor("S", wait)]))
+    assert report.wrong == "nobody can go on"
+
+
+def test_an_endless_loop_is_found_and_one_that_others_end_is_not():
+    def loop():
+        if not (yield load("stop")):
+            yield again()
+
+    def stop():
+        yield store("stop", 1)
+
+    setup = Setup({}, [], {"stop": 0})
+    assert check(Protocol("ended", setup, [Actor("S", loop), Actor("T", stop)])).proved
+    report = check(Protocol("endless", setup, [Actor("S", loop, bounded=True), Actor("T", stop)]))
+    assert report.wrong == "S may go round for ever"
+    assert check(Protocol("alone", setup, [Actor("S", loop)])).wrong == "from here no end can be reached"
+
+
+def test_a_fault_that_its_handler_leaves_is_found():
+    def handle(page):
+        yield load(f"pte:{page}")
+
+    report = check(Protocol("again", Setup({"x": "readonly"}, ["store x 1"]), [Actor("H", handle, handles=0)]))
+    assert "never goes on" in report.wrong
+
+
+def test_symmetric_vcpus_are_explored_once():
+    def make(symmetric):
+        setup = Setup({"x": "clean"}, ["store x 1", "store x 1"], {"copy:x": 0})
+        return Protocol("two", setup, [Actor("S", harvest)], kept("x"), symmetric=symmetric)
+
+    whole, half = check(make(())), check(make((0, 1)))
+    assert whole.proved
+    assert half.proved
+    assert half.states < 0.6 * whole.states
+
+
+def test_more_states_than_allowed_is_an_error():
+    with pytest.raises(ValueError, match="more than 10 states"):
+        check(MISTAKES["no-flush"].make(False), limit=10)
+
+
+def unflushed(slot, lo, hi):
+    """Take the steps of a GET, but for its flush."""
+    lease, log = slot.lease, slot.log
+
+    def steps():
+        for point in log.get_steps(lease, lo, hi):
+            log.shared.flush = None
+            yield point
+
+    return steps()
+
+
+def test_production_without_its_flush_is_found():
+    report = check(PRODUCTION["get-twice"](verbs={**VERBS, "get": unflushed}))
+    assert not report.proved
+    assert "a write to page x is lost" in report.wrong
