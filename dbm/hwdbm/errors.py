@@ -7,11 +7,14 @@ __all__ = [
     "ConvergenceError",
     "DigestError",
     "GfnError",
+    "GuestExitError",
     "HandoverError",
     "HwdbmError",
     "ImageError",
     "InvariantError",
+    "KvmUnavailableError",
     "LayoutError",
+    "PatternError",
     "PeerError",
     "StaleLeaseError",
     "StreamError",
@@ -78,6 +81,35 @@ class ImageError(HwdbmError, ValueError):
 
 class InvariantError(HwdbmError, AssertionError):
     """``verify()`` found a state that must never be; see the model page of the documentation."""
+
+
+class GuestExitError(HwdbmError, OSError):
+    """A vCPU of a real VM stopped for good: its guest did what nothing here handles, or KVM failed (EIO)."""
+
+
+class KvmUnavailableError(HwdbmError, OSError):
+    """There is no ``/dev/kvm`` here that can be used; the text says why.
+
+    Examples
+    --------
+    >>> from hwdbm.kvm import Kvm
+    >>> Kvm("/nowhere/kvm")
+    Traceback (most recent call last):
+    hwdbm.errors.KvmUnavailableError: [Errno 2] /nowhere/kvm: there is no such file: this kernel has no KVM
+    """
+
+
+class PatternError(HwdbmError, AssertionError):
+    """A guest's memory isn't what its code can have written: a page was lost, or torn.
+
+    Examples
+    --------
+    >>> from hwdbm.kvm.guest import check_counting
+    >>> import numpy as np
+    >>> check_counting(np.array([4, 4, 2, 3], dtype=np.uint8), page_size=1)
+    Traceback (most recent call last):
+    hwdbm.errors.PatternError: page 2 counts 2 after page 1's 4: going up the pages, the count falls once, by 1
+    """
 
 
 class StaleLeaseError(HwdbmError, OSError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hwdbm.kvm import KvmVm, abi
-from hwdbm.kvm.state import State
+from hwdbm.kvm.state import VmState
 
 SIZE = (1 << 20) + 13 * 4096
 Make = Callable[..., KvmVm]
@@ -61,7 +61,7 @@ def test_registers_travel(make: Make) -> None:
                 assert other.vcpus[0].get(name) == vm.vcpus[0].get(name), name
         regs = [np.frombuffer(each.vcpus[0].get("regs"), dtype=np.uint64) for each in (vm, other)]
         assert np.array_equal(*regs)
-        mine, theirs = State.from_bytes(vm.state()), State.from_bytes(other.state())
+        mine, theirs = VmState.from_bytes(vm.state()), VmState.from_bytes(other.state())
         assert mine.guest == theirs.guest
         ours = [dict(state.vcpus[0]["msrs"]) for state in (mine, theirs)]
         assert {index for index in ours[0] if ours[0][index] != ours[1].get(index)} <= {0x10}  # the TSC runs

@@ -16,7 +16,7 @@ from streamtools import SMALL, frame, hello
 from hwdbm.memslot import Memslot
 from hwdbm.migration import Channel, PeerError, Settings, StreamError, migrate, receive
 from hwdbm.migration.sender import Limiter
-from hwdbm.migration.staging import BUFFERS, Shared, SharedStaging, SocketStaging, staging
+from hwdbm.migration.staging import BUFFERS, SharedMemory, SharedStaging, SocketStaging, staging
 from hwdbm.migration.wire import PASS, PAYLOAD, SHARING, Kind
 from hwdbm.vm import MemoryMap, PlainGuest
 
@@ -264,7 +264,7 @@ class TestWaiting:
         """Whoever waits for a buffer has sent what returns one."""
         source, destination = pair
         staging = SharedStaging(source)
-        with Shared([os.dup(fd) for fd in staging.descriptors]) as other:
+        with SharedMemory([os.dup(fd) for fd in staging.descriptors]) as other:
             self.fill(staging)
             waiter = threading.Thread(target=staging.buffer)
             waiter.start()

@@ -7,8 +7,6 @@ from typing import Literal
 
 from hwdbm.check import instance, integer
 
-__all__ = ["Row", "smallest"]
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

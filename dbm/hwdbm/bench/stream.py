@@ -23,8 +23,6 @@ from hwdbm.process import child, python
 from hwdbm.vm import MemoryMap, PlainGuest
 from hwdbm.vm.memory import populate
 
-__all__ = ["StreamSetup", "rows", "serve"]
-
 _COMMAND = struct.Struct("<cQ")
 _LIMIT = 1 / 0.8  # times the floor, at most
 

@@ -18,9 +18,7 @@ from hwdbm.image import Slot, open_image
 from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
 
-__all__ = ["BENCHMARKS", "Setup", "dirtied", "mapped", "raw_image", "resident", "run"]
-
-FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
+_FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
 LIMITS = {
     ("fused", "clean"): ("sum()", 1.1),
     ("fused", "50 % dirty"): ("AND in place", 1.25),
@@ -80,7 +78,7 @@ def harvest(setup: Setup) -> Iterator[Row]:
     out, walk = backed(setup.npages), visitor.load()
     entries = mapped(setup.npages).level(3)
     clean, keep = entries.copy(), np.uint64(~pte.S2AP_W & (1 << 64) - 1)
-    for label, fraction in FRACTIONS.items():
+    for label, fraction in _FRACTIONS.items():
         start = dirtied(clean, fraction)
 
         def before(start: NDArray[np.uint64] = start) -> None:
@@ -110,7 +108,7 @@ def enable(setup: Setup) -> Iterator[Row]:
 def blocks(setup: Setup) -> Iterator[Row]:
     """Harvest the same memory as 2 MiB blocks, over its harvest as pages."""
     pages, s2, out = mapped(setup.npages), mapped(setup.npages, level=2), backed(setup.npages)
-    for label, fraction in FRACTIONS.items():
+    for label, fraction in _FRACTIONS.items():
         seconds = []
         for slot, level in ((pages, 3), (s2, 2)):
             entries = slot.level(level)

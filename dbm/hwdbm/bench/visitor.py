@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from hwdbm import files, pte
 from hwdbm.process import child
 
-__all__ = ["load"]
-
 Array = NDArray[np.uint64]
 
 

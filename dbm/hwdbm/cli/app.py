@@ -12,8 +12,6 @@ from typer.core import TyperCommand, TyperGroup
 import hwdbm
 from hwdbm.cli import bench, harvest, inspect, migrate, receive, snapshot
 
-__all__ = ["app", "run"]
-
 _USAGE = 2  # the exit status
 # typer brings a click of its own since 0.16, without public names for what it raises.
 _UsageError: type[Any] = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")

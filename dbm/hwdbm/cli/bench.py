@@ -13,8 +13,6 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns
 from hwdbm.cli.streams import result
 
-__all__ = ["EPILOG", "bench"]
-
 EPILOG = """Times are in ms. The C loop calls a function for each descriptor, as a kernel's walker does.
 
 Examples:

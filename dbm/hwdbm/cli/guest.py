@@ -28,39 +28,7 @@ from hwdbm.migration.transport import TlsDir
 from hwdbm.vm import MemoryMap
 from hwdbm.vm.memory import load
 
-__all__ = [
-    "GPA",
-    "PAGE",
-    "Endpoint",
-    "Insecure",
-    "KvmLog",
-    "KvmLogOption",
-    "Mode",
-    "ModeOption",
-    "Thp",
-    "TlsFolder",
-    "Vm",
-    "build",
-    "build_kvm",
-    "check_room",
-    "endpoint",
-    "fill",
-    "filled",
-    "kvm_for",
-    "kvm_layout",
-    "layout_of",
-    "machine_for",
-    "memory_size",
-    "physical",
-    "place",
-    "recorded",
-    "refuse",
-    "tls_of",
-    "usage",
-    "workload_of",
-]
-
-GPA = 0x4000_0000
+_GPA = 0x4000_0000
 """Where the guest's memory begins, as on QEMU's machine ``virt``."""
 
 PAGE = Granule.K4.page_size
@@ -140,8 +108,8 @@ def build(memory: int, *, mode: Mode, thp: bool, seed: int, image: Path | None, 
     """Return a paused machine with memory that is filled, and mapped as far as it is."""
     machine = Machine(hw_dbm=mode is Mode.HW_DBM, thp=thp, seed=seed)
     try:
-        slot = machine.add_memslot(memory, GPA, memory_image=image)
-        content = memory if image else filled(memory, percent)
+        slot = machine.add_memslot(memory, _GPA, memory_image=image)
+        content = memory if image else _filled(memory, percent)
         if image is None:
             fill(machine.memory(slot.id), content, seed)
         _boot(machine, slot.id, content)
@@ -151,7 +119,7 @@ def build(memory: int, *, mode: Mode, thp: bool, seed: int, image: Path | None, 
     return machine
 
 
-def filled(memory: int, percent: int) -> int:
+def _filled(memory: int, percent: int) -> int:
     """Return how many bytes of memory hold something: a whole number of blocks."""
     return min(memory * percent // 100 // _BLOCK * _BLOCK, memory)
 
@@ -170,7 +138,7 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
     words = machine.memory(slot).view(np.uint64)
     for start in range(0, content // page * page, _STEP):
         offsets = np.arange(start, min(start + _STEP, content // page * page), page)
-        machine.vcpus[0].store(offsets + GPA, words[offsets // 8])
+        machine.vcpus[0].store(offsets + _GPA, words[offsets // 8])
 
 
 def memory_size(text: str) -> int:
@@ -204,7 +172,7 @@ def check_room(memory: int) -> None:
 
 def layout_of(memory: int) -> MemoryMap:
     """Return the layout of what `build` makes: one slot."""
-    return MemoryMap(PAGE, (Memslot(0, 0, GPA // PAGE, memory // PAGE, 0),))
+    return MemoryMap(PAGE, (Memslot(0, 0, _GPA // PAGE, memory // PAGE, 0),))
 
 
 def machine_for(layout: MemoryMap, *, mode: Mode, thp: bool, vcpus: int = 1) -> Machine:
@@ -384,7 +352,7 @@ def build_kvm(
     try:
         bytes_ = vm.memory(0)
         if image is None:
-            fill(bytes_, filled(memory, percent), seed)
+            fill(bytes_, _filled(memory, percent), seed)
         else:
             load(bytes_, image)
         if workload == "counting":

@@ -18,8 +18,6 @@ from hwdbm.image import Image
 from hwdbm.image.harvest import Ask, Found, harvest_slots
 from hwdbm.image.slots import SLOT_UNIT
 
-__all__ = ["EPILOG", "harvest"]
-
 _MISMATCH = 3  # the exit status
 
 EPILOG = """Examples:

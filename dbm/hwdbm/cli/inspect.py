@@ -22,8 +22,6 @@ from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 from hwdbm.vtcr import hafdbs
 
-__all__ = ["EPILOG", "inspect"]
-
 EPILOG = """Examples:
 
   What a capture holds:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-__all__ = ["INTERRUPTED", "as_event", "ignore", "install", "nudge", "on_interrupt"]
 
 INTERRUPTED = 130
 """The exit status."""

@@ -36,8 +36,6 @@ from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, 
 from hwdbm.migration.report import mebibytes
 from hwdbm.process import child, python
 
-__all__ = ["EPILOG", "migrate"]
-
 _MISMATCH = 3  # the exit status
 _START = 30.0  # seconds that the receiver has to come up
 _SWITCH = 2e-4  # seconds: the vCPUs and the sender are threads of one interpreter, and each waits for the other

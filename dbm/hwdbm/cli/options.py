@@ -13,8 +13,6 @@ from hwdbm.image.capture import is_capture
 from hwdbm.image.slots import check_slots as slots_together
 from hwdbm.vtcr import Vtcr as VtcrFields
 
-__all__ = ["Json", "RamBase", "Slots", "Vtcr", "Vttbr", "check_slots", "open_for", "parser"]
-
 T = TypeVar("T")
 
 

@@ -11,9 +11,6 @@ from hwdbm.cli.streams import note, width
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
-__all__ = ["columns", "hexadecimal", "progress", "warn"]
-
-
 _EVERY = 10.0  # seconds between two lines of a log
 
 

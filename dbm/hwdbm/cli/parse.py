@@ -10,8 +10,6 @@ from typing import TypeVar
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
 
-__all__ = ["address", "choice", "number", "page_size", "path", "size", "slot", "whole"]
-
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 Kind = TypeVar("Kind", bound=StrEnum)

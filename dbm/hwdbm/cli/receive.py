@@ -24,8 +24,6 @@ from hwdbm.migration.report import mebibytes
 from hwdbm.vm import MemoryMap, PlainGuest, Source
 from hwdbm.vm.memory import populate
 
-__all__ = ["EPILOG", "receive"]
-
 EPILOG = """Sizes in JSON are in bytes; normal and duplicate are numbers of pages.
 
 Examples:

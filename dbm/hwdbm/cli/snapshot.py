@@ -10,8 +10,6 @@ from hwdbm import snapshot as files
 from hwdbm.cli import options, parse
 from hwdbm.cli.streams import result
 
-__all__ = ["EPILOG", "rebase"]
-
 EPILOG = """Examples:
 
   Lay a difference over the snapshot that it is to:

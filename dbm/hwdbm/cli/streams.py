@@ -11,8 +11,6 @@ from io import TextIOWrapper
 
 from hwdbm.errors import printable
 
-__all__ = ["StdoutError", "finish", "note", "prepare", "result", "tame", "width"]
-
 
 class StdoutError(Exception):
     """stdout can't be written."""

@@ -11,8 +11,6 @@ from typing import Any, Self
 
 from hwdbm.dirtylog.lease import Lease
 
-__all__ = ["LogClient", "Turn"]
-
 
 class Turn:
     """Whose turn it is to take from a log: anybody's, or one client's alone.

@@ -17,8 +17,6 @@ from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
 from hwdbm.stage2 import LeafAt, Stage2
 
-__all__ = ["Backing", "Granted", "Verb"]
-
 Pages = NDArray[np.int64]
 Verb = Callable[[Stage2, int, int], int]
 """Changes leaves of a Stage2, given the first page and their number, and returns how many it changed."""

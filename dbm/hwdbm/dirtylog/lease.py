@@ -20,8 +20,6 @@ from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, StaleLeaseError
 
-__all__ = ["Lease", "Lender", "Loans"]
-
 PutBack = Callable[[DirtyBitmap, int, int], bool]
 
 

@@ -22,14 +22,12 @@ from hwdbm.dirtylog.client import LogClient, Turn
 from hwdbm.dirtylog.faults import Backing, Granted, Verb
 from hwdbm.dirtylog.lease import Lease, kept
 from hwdbm.dirtylog.mechanism import MECHANISMS, HardwareDbm, Mechanism, WriteProtect
-from hwdbm.dirtylog.slot import FlushHook, Shared, SlotLog, Span, Steps
+from hwdbm.dirtylog.slot import FlushHook, LogParts, SlotLog, Span, Steps
 from hwdbm.dirtylog.stats import Stats
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import Granule
 from hwdbm.memslot import KVM_PHYS_SHIFT, KVM_USER_MEM_SLOTS, Change, Memslot, Memslots, Plan, slot_name
 from hwdbm.stage2 import Stage2
-
-__all__ = ["DirtyLog"]
 
 Mask = DirtyBitmap | NDArray[np.uint64] | bytes | bytearray | memoryview
 Pages = Iterable[int] | NDArray[np.integer]
@@ -131,7 +129,7 @@ class DirtyLog:
         self._slots: dict[int, SlotLog] = {}
         self._slots_lock = Lock()  # KVM's: for what changes the set of slots, or what holds for all of them
         self._plan: Plan | None = None  # a change of the memslots that is under way
-        self._shared = Shared(flush, check.integer(workers, "workers", 1, 1 << 10))
+        self._shared = LogParts(flush, check.integer(workers, "workers", 1, 1 << 10))
         self._mechanisms = {name: make() for name, make in MECHANISMS.items()}
         named = _named(hw_dbm)
         self._mechanism = self._by_name(named if mechanism is None else mechanism)

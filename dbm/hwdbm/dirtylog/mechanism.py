@@ -17,10 +17,8 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.kernels import Tally
 from hwdbm.stage2 import Stage2
 
-__all__ = ["MECHANISMS", "UNLOGGED", "Leaf", "Mechanism"]
 
-
-class Leaf(NamedTuple):
+class NewLeaf(NamedTuple):
     """How a page that the host lets the guest write is mapped.
 
     Parameters
@@ -36,7 +34,7 @@ class Leaf(NamedTuple):
     marked: bool
 
 
-UNLOGGED: Final = Leaf(writable=True, dbm=False, marked=False)
+UNLOGGED: Final = NewLeaf(writable=True, dbm=False, marked=False)
 """The leaf of a page while its slot doesn't log."""
 
 
@@ -76,7 +74,7 @@ class Mechanism(Protocol):
 
     # --- faults --------------------------------------------------------------------------------------------
 
-    def leaf(self, *, write: bool) -> Leaf:
+    def leaf(self, *, write: bool) -> NewLeaf:
         """Return how a page is mapped while its slot logs, as it is being written or only read."""
 
     def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
@@ -125,8 +123,8 @@ class HardwareDbm:
     def unrecorded(self, s2: Stage2) -> DirtyBitmap:
         return s2.scan(pte.untracked)
 
-    def leaf(self, *, write: bool) -> Leaf:  # noqa: ARG002 - the MMU marks the write when it is tried again
-        return Leaf(writable=True, dbm=True, marked=False)
+    def leaf(self, *, write: bool) -> NewLeaf:  # noqa: ARG002 - the MMU marks the write when it is tried again
+        return NewLeaf(writable=True, dbm=True, marked=False)
 
     def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
         s2.relax_at(pages, dbm=True)
@@ -173,8 +171,8 @@ class WriteProtect:
     def unrecorded(self, s2: Stage2) -> DirtyBitmap:
         return s2.scan(pte.untracked) | s2.scan(pte.tracked)
 
-    def leaf(self, *, write: bool) -> Leaf:
-        return Leaf(writable=write, dbm=False, marked=write)
+    def leaf(self, *, write: bool) -> NewLeaf:
+        return NewLeaf(writable=write, dbm=False, marked=write)
 
     def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
         s2.relax_at(pages)

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
 
-__all__ = ["Claim", "RangeLock"]
-
 
 class Claim:
     """A range of one thread, from when it asks for it to when it lets go.

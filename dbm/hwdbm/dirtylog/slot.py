@@ -25,15 +25,13 @@ from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog.client import LogClient, Turn
 from hwdbm.dirtylog.lease import Lease, Loans
-from hwdbm.dirtylog.mechanism import UNLOGGED, Leaf, Mechanism
+from hwdbm.dirtylog.mechanism import UNLOGGED, Mechanism, NewLeaf
 from hwdbm.dirtylog.rangelock import Claim, RangeLock
 from hwdbm.dirtylog.stats import Meter
 from hwdbm.errors import GfnError, InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.stage2 import Stage2
-
-__all__ = ["FlushHook", "Point", "Shared", "SlotLog"]
 
 FlushHook = Callable[[Memslot, int, int], object]
 """Called with (slot, first page, pages): no vCPU may use a translation of them from before when it returns."""
@@ -60,7 +58,7 @@ class Point(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Shared:
+class LogParts:
     """What all slots of a log have in common.
 
     Parameters
@@ -105,7 +103,7 @@ class SlotLog:
         The size of a page.
     mechanism : Mechanism
         How writes are learnt of.
-    shared : Shared
+    shared : LogParts
         What all slots have in common.
 
     Attributes
@@ -122,7 +120,7 @@ class SlotLog:
         The leases that are open.
     """
 
-    def __init__(self, memslot: Memslot, granule: Granule, mechanism: Mechanism, shared: Shared) -> None:
+    def __init__(self, memslot: Memslot, granule: Granule, mechanism: Mechanism, shared: LogParts) -> None:
         self.memslot, self.mechanism, self.shared = memslot, mechanism, shared
         self.stage2 = Stage2(memslot.npages, memslot.base_gfn, granule)
         self.live: DirtyBitmap | None = None
@@ -406,7 +404,7 @@ class SlotLog:
 
     # --- other writers and the host ------------------------------------------------------------------------
 
-    def leaf(self, *, write: bool) -> Leaf:
+    def leaf(self, *, write: bool) -> NewLeaf:
         """Return how a page that the host lets the guest write is to be mapped."""
         return UNLOGGED if self.live is None else self.mechanism.leaf(write=write)
 

@@ -5,8 +5,6 @@ from threading import Lock
 
 from hwdbm.kernels import Tally
 
-__all__ = ["Meter", "Stats"]
-
 
 @dataclass(frozen=True, slots=True)
 class Stats:

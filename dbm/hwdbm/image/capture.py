@@ -32,8 +32,6 @@ from hwdbm.image.memory import Array, gather
 from hwdbm.image.slots import SLOT_UNIT, Slot
 from hwdbm.image.walk import Batch
 
-__all__ = ["Capture", "CapturedTables", "is_capture"]
-
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # an .npz is a zip archive; the second is of an empty one
 _MOST_SLOTS = 32767  # as many as KVM has
 _HEADER = 1 << 16  # bytes that an array's header has at most

@@ -12,8 +12,6 @@ from hwdbm.image.walk import Batch
 from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 
-__all__ = ["Census", "LevelCount", "page_states"]
-
 _CHUNK = 1 << 18  # pages whose states are looked up together
 
 

@@ -10,8 +10,6 @@ from hwdbm.image.walk import Batch
 from hwdbm.stage2 import Stage2
 from hwdbm.vtcr import Vtcr
 
-__all__ = ["Filler"]
-
 
 class Filler:
     """A visitor that copies the entries of one slot, a whole table at a time where it can.

@@ -18,8 +18,6 @@ from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.layout import runs_of
 
-__all__ = ["Ask", "Found", "FoundSlot", "harvest_slots", "range_count"]
-
 _CHUNK = 1 << 17  # leaves, or words, looked at together: 1 MiB
 
 
@@ -144,7 +142,7 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
             bitmap,
             cut(stage2.scan(pte.leaf), slot, image.granule, page_size).weight(),
             bitmap.weight(),
-            range_count(bitmap),
+            _range_count(bitmap),
             _dirty_leaves(stage2, ask.policy),
             _compare(image, slot, ask, page_size, bitmap) if ask.check else None,
         )
@@ -153,12 +151,12 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
     return Found(ask, found, sum(tables.values()), seconds)
 
 
-def range_count(bitmap: DirtyBitmap) -> int:
+def _range_count(bitmap: DirtyBitmap) -> int:
     """Return how many runs of dirty pages there are. Equal to ``len(bitmap.ranges())``.
 
     Examples
     --------
-    >>> range_count(DirtyBitmap.from_pages([0, 1, 63, 64, 66], 70))
+    >>> _range_count(DirtyBitmap.from_pages([0, 1, 63, 64, 66], 70))
     3
     """
     count, carry = 0, 0

@@ -5,8 +5,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "TableMemory", "gather"]
-
 Array = NDArray[np.uint64]
 
 

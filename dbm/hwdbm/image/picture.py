@@ -22,8 +22,6 @@ from hwdbm.image.census import page_states
 from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 
-__all__ = ["Map", "draw", "map_of"]
-
 # Okabe and Ito's palette, which can be told apart whatever one's colour vision.
 _COLOURS = {
     State.ABSENT: "#e8e8e8",

@@ -12,8 +12,6 @@ from hwdbm.files import open_regular
 from hwdbm.granule import Granule
 from hwdbm.image.memory import Array, gather
 
-__all__ = ["RawTables", "check_raw"]
-
 _DUMP = "write the guest's RAM as it is, as QEMU's pmemsave does"
 _PACKED = "unpack it first"
 _DISK = "it is no memory"

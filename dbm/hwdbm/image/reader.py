@@ -22,12 +22,10 @@ from hwdbm.image.slots import Slot, check_page_size, check_slots, cut
 from hwdbm.image.walk import Batch, walk
 from hwdbm.stage2 import Stage2
 
-__all__ = ["Image", "Policy", "Visitor", "open_image"]
-
 Policy = Literal["dbm", "writable"]
 """Which leaves count as dirty: DBM = 1 and S2AP[1] = 1; or S2AP[1] = 1 whatever DBM says."""
 
-POLICIES = get_args(Policy)
+_POLICIES = get_args(Policy)
 
 Visitor = Callable[[Batch], object]
 """What is called with every batch of a walk."""
@@ -185,7 +183,7 @@ class Image:
         """
         of = self.slot(slot)
         size = check_page_size(of, self.granule, page_size)
-        one_of(policy, POLICIES, "policy", ImageError)
+        one_of(policy, _POLICIES, "policy", ImageError)
         contiguous = flag(contiguous, "contiguous")
         stage2 = self.empty_stage2(of)
         visitors: list[Visitor] = [Filler(stage2, self.vtcr)]
@@ -206,7 +204,7 @@ class Image:
         """Return the slot's bitmap from what a walk filled; `dirty` in its second half."""
         instance(slot, Slot, "slot")
         instance(stage2, Stage2, "stage2")
-        one_of(policy, POLICIES, "policy", ImageError)
+        one_of(policy, _POLICIES, "policy", ImageError)
         page_size = check_page_size(slot, self.granule, integer(page_size, "page_size", low=None))
         if runs is not None:
             instance(runs, RunMarker, "runs")
@@ -226,7 +224,7 @@ class Image:
             If that is of another size than the slot.
         """
         instance(slot, Slot, "slot")
-        one_of(policy, POLICIES, "policy", ImageError)
+        one_of(policy, _POLICIES, "policy", ImageError)
         contiguous = flag(contiguous, "contiguous")
         if self.capture is None:
             return None

@@ -7,8 +7,6 @@ from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 from hwdbm.vtcr import Vtcr, Vttbr, pa_range
 
-__all__ = ["Registers"]
-
 
 @dataclass(frozen=True, slots=True)
 class Registers:

@@ -8,8 +8,6 @@ from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.image.slots import Slot
 from hwdbm.image.walk import Batch
 
-__all__ = ["RunMarker"]
-
 
 class RunMarker:
     """A visitor that finds the contiguous runs with a dirty entry that touch a slot.

@@ -9,8 +9,6 @@ from hwdbm.check import instance, instances, integer
 from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 
-__all__ = ["SLOT_UNIT", "Slot", "check_page_size", "check_slots", "cut"]
-
 SLOT_UNIT = 4096
 """Bytes: what memslots are aligned to and captures count them in, whatever the granule."""
 

@@ -17,8 +17,6 @@ from hwdbm.errors import ImageError
 from hwdbm.image.memory import Array, TableMemory
 from hwdbm.vtcr import Vtcr
 
-__all__ = ["Batch", "walk"]
-
 _BATCH = 1 << 20  # bytes of tables looked at together, so that they stay in the cache
 _SPARE = 1 << 26  # bytes of tables that may be read over again, where an image is small
 

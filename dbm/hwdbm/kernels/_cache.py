@@ -13,8 +13,6 @@ from typing import Any
 from numba import njit, types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["compiled"]
-
 _log = logging.getLogger("hwdbm")
 _said: list[str] = []
 

@@ -24,22 +24,9 @@ from numpy.typing import NDArray
 
 from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs, check_words
 from hwdbm.kernels._cache import compiled
-from hwdbm.kernels.fused import _masks, _noted, find
+from hwdbm.kernels.fused import _masks, _noted
+from hwdbm.kernels.fused import find as find
 from hwdbm.pte import Match, Update
-
-__all__ = [
-    "exchange",
-    "exchange_at",
-    "fill",
-    "find",
-    "merge",
-    "remove",
-    "rewrite",
-    "rewrite_at",
-    "rewrite_within",
-    "scan",
-    "set_at",
-]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]

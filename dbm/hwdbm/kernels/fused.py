@@ -20,22 +20,9 @@ from numpy.typing import NDArray
 
 from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs
 from hwdbm.kernels._cache import compiled
-from hwdbm.kernels.vector import merge, remove
+from hwdbm.kernels.vector import merge as merge
+from hwdbm.kernels.vector import remove as remove
 from hwdbm.pte import Match, Update
-
-__all__ = [
-    "exchange",
-    "exchange_at",
-    "fill",
-    "find",
-    "merge",
-    "remove",
-    "rewrite",
-    "rewrite_at",
-    "rewrite_within",
-    "scan",
-    "set_at",
-]
 
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]

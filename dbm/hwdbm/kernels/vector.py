@@ -13,20 +13,6 @@ from numpy.typing import NDArray
 from hwdbm.kernels import BOTH, Notes, Place, Tally, check_at, check_ranges, check_runs, check_words
 from hwdbm.pte import ANY, Match, Update
 
-__all__ = [
-    "exchange",
-    "exchange_at",
-    "fill",
-    "find",
-    "merge",
-    "remove",
-    "rewrite",
-    "rewrite_at",
-    "rewrite_within",
-    "scan",
-    "set_at",
-]
-
 Array = NDArray[np.uint64]
 Runs = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -6,9 +6,9 @@ three forms; the `guest`s with their machine code (`guest_x86`, `guest_arm64`) a
 `task` is; the `thread` that a vCPU runs in; and the `state` that a migration carries.
 """
 
-from hwdbm.kvm.device import Kvm, KvmUnavailableError, VcpuFd, VmFd
-from hwdbm.kvm.guest import PatternError
-from hwdbm.kvm.thread import GuestExitError
+from hwdbm.errors import GuestExitError, KvmUnavailableError, PatternError
+from hwdbm.kvm.device import Kvm, VmFd
+from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.kvm.vm import KvmVm
 
 __all__ = ["GuestExitError", "Kvm", "KvmUnavailableError", "KvmVm", "PatternError", "VcpuFd", "VmFd"]

@@ -11,24 +11,6 @@ from enum import IntEnum
 from struct import Struct
 from types import MappingProxyType
 
-__all__ = [
-    "API_VERSION",
-    "ARCHES",
-    "DIRTY_GFN_F_DIRTY",
-    "DIRTY_GFN_F_RESET",
-    "DIRTY_LOG_INITIALLY_SET",
-    "DIRTY_LOG_MANUAL_PROTECT_ENABLE",
-    "MSR_KVM_WALL_CLOCK_NEW",
-    "REGISTERS",
-    "RUN",
-    "STRUCTS",
-    "Arch",
-    "Cap",
-    "Exit",
-    "Ioctl",
-    "arch",
-]
-
 API_VERSION = 12
 """What ``KVM_GET_API_VERSION`` answers, for ever."""
 
@@ -213,7 +195,7 @@ class Exit(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Arch:
+class _Arch:
     """What differs between architectures.
 
     Parameters
@@ -241,9 +223,9 @@ class Arch:
     total_store_order: bool
 
 
-ARCHES: Mapping[str, Arch] = MappingProxyType(
+ARCHES: Mapping[str, _Arch] = MappingProxyType(
     {
-        "x86_64": Arch(
+        "x86_64": _Arch(
             machine="x86_64",
             ring_page_offset=64,
             ring_caps=(Cap.DIRTY_LOG_RING_ACQ_REL, Cap.DIRTY_LOG_RING),
@@ -252,7 +234,7 @@ ARCHES: Mapping[str, Arch] = MappingProxyType(
             msrs=True,
             total_store_order=True,
         ),
-        "aarch64": Arch(
+        "aarch64": _Arch(
             machine="aarch64",
             ring_page_offset=64,
             ring_caps=(Cap.DIRTY_LOG_RING_ACQ_REL,),
@@ -265,7 +247,7 @@ ARCHES: Mapping[str, Arch] = MappingProxyType(
 """The architectures, by `platform.machine`'s name."""
 
 
-def arch() -> Arch:
+def arch() -> _Arch:
     """Return what this machine is.
 
     Raises

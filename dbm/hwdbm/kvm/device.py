@@ -12,24 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import word_count
+from hwdbm.errors import KvmUnavailableError
 from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Cap, Ioctl
 from hwdbm.kvm.ioctl import KvmFile, packed
 from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.memslot import slot_name
-
-__all__ = ["Kvm", "KvmUnavailableError", "VcpuFd", "VmFd"]
-
-
-class KvmUnavailableError(OSError):
-    """There is no ``/dev/kvm`` here that can be used; the text says why.
-
-    Examples
-    --------
-    >>> Kvm("/nowhere/kvm")
-    Traceback (most recent call last):
-    hwdbm.kvm.device.KvmUnavailableError: [Errno 2] /nowhere/kvm: there is no such file: this kernel has no KVM
-    """
 
 
 class Kvm(KvmFile):

@@ -12,35 +12,12 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.errors import PatternError
 from hwdbm.kvm import guest_arm64, guest_x86
 from hwdbm.kvm.task import Task
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = [
-    "PatternError",
-    "at",
-    "boot",
-    "check_counting",
-    "check_random",
-    "code",
-    "first_break",
-    "set_chunk",
-    "shares",
-    "top",
-]
-
 _BY_MACHINE: dict[str, ModuleType] = {"x86_64": guest_x86, "aarch64": guest_arm64}
-
-
-class PatternError(AssertionError):
-    """A guest's memory isn't what its code can have written: a page was lost, or torn.
-
-    Examples
-    --------
-    >>> check_counting(np.array([4, 4, 2, 3], dtype=np.uint8), page_size=1)
-    Traceback (most recent call last):
-    hwdbm.kvm.guest.PatternError: page 2 counts 2 after page 1's 4: going up the pages, the count falls once, by 1
-    """
 
 
 def _here() -> ModuleType:

@@ -9,8 +9,6 @@ from typing import NoReturn
 from hwdbm.kvm.task import Task
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = ["CODE", "LISTING", "TOP", "at", "boot", "set_chunk"]
-
 TOP = 1 << 40
 """Where a VM of type 0 ends."""
 

@@ -8,8 +8,6 @@ from hwdbm.kvm import abi
 from hwdbm.kvm.task import CODE_GPA, Task
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = ["CODE", "LISTING", "PORT", "TOP", "at", "boot", "set_chunk"]
-
 PORT = 0xF1
 """The guest writes to this port when it has done a chunk. Nothing is there."""
 

@@ -13,8 +13,6 @@ from typing import Self
 from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Ioctl
 
-__all__ = ["KvmFile", "fence", "packed"]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)  # the last is a number for some requests
 _libc.ioctl.restype = ctypes.c_int

@@ -11,8 +11,6 @@ from hwdbm.kvm.ring import DirtyRing, harvest, recover
 from hwdbm.memslot import Memslot
 from hwdbm.vm.base import SlotPages
 
-__all__ = ["KernelPages", "Rings"]
-
 Lock = AbstractContextManager[bool]
 
 

@@ -24,8 +24,6 @@ from hwdbm.kvm.device import VmFd
 from hwdbm.kvm.ioctl import fence
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = ["GFN", "DirtyRing", "enable_ring", "harvest", "recover"]
-
 GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])
 """``struct kvm_dirty_gfn``: the slot's id, and the page, counted from the slot's first."""
 

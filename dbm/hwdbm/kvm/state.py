@@ -18,8 +18,6 @@ from hwdbm.kvm import abi
 from hwdbm.kvm.task import KINDS
 from hwdbm.kvm.vcpu import VcpuFd
 
-__all__ = ["Guest", "State", "capture", "restore"]
-
 _FORMAT = 1
 _MOST_VCPUS = 4096
 
@@ -55,7 +53,7 @@ class Guest:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class VmState:
     """A VM's state, checked.
 
     Parameters
@@ -76,7 +74,7 @@ class State:
         return json.dumps(state, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> "State":
+    def from_bytes(cls, raw: bytes) -> "VmState":
         """Return the state that `to_bytes` wrote.
 
         Raises

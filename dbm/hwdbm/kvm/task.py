@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = ["CODE_GPA", "CODE_SLOT", "DATA_SLOT", "KINDS", "Task", "iteration_offset"]
-
 KINDS = ("counting", "random", "idle")
 """The guests. `idle` has no code: its vCPUs exist, and never run."""
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from errno import EIO
 from time import monotonic
 
+from hwdbm.errors import GuestExitError
 from hwdbm.kvm import guest
 from hwdbm.kvm.abi import Exit
 from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.vm.runner import Gate, Runner
-
-__all__ = ["GuestExitError", "VcpuThread"]
 
 _KICK = signal.SIGUSR1
 _TURN = 0.005  # seconds between two exits of a guest with a rate
@@ -26,10 +25,6 @@ _CHUNK = 4096  # pages between two exits of one without
 # what happens until it looks again. One that emulates a guest's instructions does many of them in between.
 _RING_CHUNK = 32
 _PATIENCE = 100  # times that a ring may be full and yet have nothing in it: somebody else emptied it meanwhile
-
-
-class GuestExitError(OSError):
-    """A vCPU stopped for good: its guest did something that nobody here answers, or KVM gave up. The errno is EIO."""
 
 
 class VcpuThread:

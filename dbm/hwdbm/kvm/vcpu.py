@@ -12,8 +12,6 @@ from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Exit, Ioctl
 from hwdbm.kvm.ioctl import KvmFile, packed
 
-__all__ = ["VcpuFd"]
-
 _MOST_MSRS = 256  # MSR_ENTRIES, of one KVM_GET_MSRS or KVM_SET_MSRS
 _IMMEDIATE_EXIT, _ = abi.RUN["immediate_exit"]
 _EXITS = frozenset(Exit)

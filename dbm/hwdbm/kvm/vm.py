@@ -21,7 +21,7 @@ from hwdbm.kvm.abi import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT_ENAB
 from hwdbm.kvm.device import Kvm, VmFd
 from hwdbm.kvm.log import KernelPages, Rings
 from hwdbm.kvm.ring import DirtyRing, enable_ring
-from hwdbm.kvm.state import Guest, State, capture, restore
+from hwdbm.kvm.state import Guest, VmState, capture, restore
 from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offset
 from hwdbm.kvm.thread import VcpuThread
 from hwdbm.kvm.vcpu import VcpuFd
@@ -29,8 +29,6 @@ from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
 from hwdbm.vm.base import LoggedVm, SlotPages, percentage
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.runner import uninterrupted
-
-__all__ = ["KvmVm"]
 
 _PROOF = 10.0  # seconds that a guest has to write a chunk of pages
 _LOOK = 0.02  # seconds between two looks at whether it has
@@ -395,7 +393,7 @@ class KvmVm(LoggedVm):
             self._check_paused()
             self._check_vcpus()
             vcpus = tuple(capture(thread.vcpu, self._msrs) for thread in self._threads)
-            return State(self._guest, vcpus).to_bytes()
+            return VmState(self._guest, vcpus).to_bytes()
 
     def set_state(self, state: bytes) -> None:
         """Go on where another VM was, with its memory.
@@ -411,7 +409,7 @@ class KvmVm(LoggedVm):
         self._check_open()
         with self._control:
             self._check_paused()
-            found = State.from_bytes(state)
+            found = VmState.from_bytes(state)
             if len(found.vcpus) < len(self._threads):
                 raise ValueError(f"a state of {len(found.vcpus)} vCPUs, and here are {len(self._threads)}")
             while len(self._threads) < len(found.vcpus):

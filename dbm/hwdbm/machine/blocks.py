@@ -14,10 +14,8 @@ from hwdbm.dirtylog import DirtyLog
 from hwdbm.machine.frames import Frames
 from hwdbm.stage2 import Stage2
 
-__all__ = ["BlockKeeper", "Blocks"]
 
-
-class Count(Protocol):
+class _Count(Protocol):
     """`Clock.add`."""
 
     def __call__(self, **counts: int) -> None:
@@ -51,7 +49,7 @@ class BlockKeeper:
         Takes what was done, as `Clock.add`.
     """
 
-    def __init__(self, log: DirtyLog, policy: Blocks, chunk_pages: int, count: Count) -> None:
+    def __init__(self, log: DirtyLog, policy: Blocks, chunk_pages: int, count: _Count) -> None:
         self._log, self.policy, self._count = log, policy, count
         self._chunk = chunk_pages
 

@@ -11,8 +11,6 @@ from threading import Lock
 from hwdbm.check import instance, integer, real
 from hwdbm.dirtylog import Stats
 
-__all__ = ["COLLECTOR", "GUEST", "Clock", "Costs", "Reading"]
-
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -65,10 +63,10 @@ class Costs:
             object.__setattr__(self, cost.name, real(getattr(self, cost.name), cost.name, low=0.0))
 
 
-NAMES = tuple(cost.name for cost in fields(Costs))
-COLLECTOR = ("flushes", "leaves_read", "leaves_changed", "collapses")
+_NAMES = tuple(cost.name for cost in fields(Costs))
+_COLLECTOR = ("flushes", "leaves_read", "leaves_changed", "collapses")
 """What whoever reads the log waits for."""
-GUEST = tuple(name for name in NAMES if name not in COLLECTOR)
+_GUEST = tuple(name for name in _NAMES if name not in _COLLECTOR)
 """What the guest waits for."""
 
 
@@ -90,12 +88,12 @@ class Reading:
     @property
     def guest(self) -> float:
         """Seconds that the guest's side took."""
-        return self._seconds(GUEST)
+        return self._seconds(_GUEST)
 
     @property
     def collector(self) -> float:
         """Seconds that the log's side took."""
-        return self._seconds(COLLECTOR)
+        return self._seconds(_COLLECTOR)
 
     def _seconds(self, names: tuple[str, ...]) -> float:
         return sum(self.counts[name] * float(getattr(self.costs, name)) for name in names)
@@ -127,7 +125,7 @@ class Clock:
         instance(costs, Costs, "costs")
         instance(log, Callable, "log")
         self._costs, self._log = costs, log
-        self._counts = dict.fromkeys(NAMES, 0)
+        self._counts = dict.fromkeys(_NAMES, 0)
         self._lock = Lock()
 
     def add(self, **counts: int) -> None:

@@ -10,8 +10,6 @@ from hwdbm.machine.clock import Clock
 from hwdbm.machine.mmu import ACCESS_FLAG, PERMISSION, TRANSLATION
 from hwdbm.machine.space import Region
 
-__all__ = ["FaultHandler"]
-
 Pages = NDArray[np.int64]
 Codes = NDArray[np.uint8]
 

@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 
 from hwdbm.stage2 import Layout
 
-__all__ = ["FramePool", "Frames"]
-
 Pages = NDArray[np.int64]
 
 

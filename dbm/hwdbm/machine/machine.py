@@ -26,8 +26,6 @@ from hwdbm.stage2 import Layout, Stage2
 from hwdbm.vm.base import BaseVm, percentage
 from hwdbm.vm.memory import GuestMemory
 
-__all__ = ["Machine"]
-
 _HVA = 1 << 46  # where backings get their numbers from, if the caller has none: no byte is ever there
 _STATE = 1
 _MOST_VCPUS = 512  # KVM_MAX_VCPUS of arm64

@@ -13,8 +13,6 @@ from hwdbm.machine.tlb import CLEAN, READ_ONLY, WRITABLE, Distinct
 from hwdbm.stage2 import Stage2
 from hwdbm.walker import Access
 
-__all__ = ["ACCESS_FLAG", "DONE", "PERMISSION", "TRANSLATION", "Walk", "walk"]
-
 Pages = NDArray[np.int64]
 Codes = NDArray[np.uint8]
 

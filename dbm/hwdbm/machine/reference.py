@@ -13,8 +13,6 @@ from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 from hwdbm.walker import Access
 
-__all__ = ["Cached", "ReferenceVCpu"]
-
 
 class Cached(Enum):
     """What a cached leaf lets the vCPU do without looking at memory."""

@@ -13,8 +13,6 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.check import instances, real
 from hwdbm.machine.workload import Workload
 
-__all__ = ["Replay"]
-
 Numbers = NDArray[np.uint64]
 
 _LEAST = 1e-9  # seconds of an interval

@@ -7,8 +7,6 @@ from hwdbm.machine.vcpu import BATCH, VCpu
 from hwdbm.machine.workload import Idle, Workload
 from hwdbm.vm.runner import Runner
 
-__all__ = ["VCpuRunner"]
-
 _TICK = 0.001  # seconds to wait where nothing is due
 
 

@@ -13,8 +13,6 @@ from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm import MemoryMap
 from hwdbm.vm.memory import GuestMemory
 
-__all__ = ["AddressSpace", "Region"]
-
 Addresses = NDArray[np.int64]
 Part = tuple["Region | None", NDArray[np.intp] | None]
 

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from hwdbm.stage2 import Layout
 
-__all__ = ["CLEAN", "NONE", "READ_ONLY", "WRITABLE", "Distinct", "Tlb"]
-
 Pages = NDArray[np.int64]
 Kinds = NDArray[np.uint8]
 

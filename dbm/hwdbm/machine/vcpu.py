@@ -23,8 +23,6 @@ from hwdbm.machine.tlb import CLEAN, NONE, READ_ONLY, Tlb
 from hwdbm.stage2 import Layout
 from hwdbm.walker import Access
 
-__all__ = ["BATCH", "VCpu"]
-
 BATCH = 1 << 16
 """Accesses that are done together at most, and so the longest that a flush waits for a vCPU: some milliseconds."""
 
@@ -38,7 +36,7 @@ Chosen = NDArray[np.intp] | None
 """Which accesses of a batch; None for all."""
 
 
-class Scratch:
+class _Scratch:
     """Room for what is worked out about a batch: what is allocated for each is backed anew for each, page by page.
 
     Parameters
@@ -105,7 +103,7 @@ class VCpu:
         self._entries, self._seed = tlb_entries, seed
         self.tlb: dict[int, Tlb] = {}
         self.lock = Lock()
-        self._scratch: list[Scratch] = []  # as many as threads have used this vCPU at once: one
+        self._scratch: list[_Scratch] = []  # as many as threads have used this vCPU at once: one
 
     def attach(self, slot: int, layout: Layout) -> None:
         """Begin to cache leaves of a slot."""
@@ -181,13 +179,13 @@ class VCpu:
         try:
             scratch = self._scratch.pop()
         except IndexError:
-            scratch = Scratch(BATCH)
+            scratch = _Scratch(BATCH)
         try:
             self._access_in(scratch, region, gpas, data, write=write)
         finally:
             self._scratch.append(scratch)
 
-    def _access_in(self, scratch: Scratch, region: Region, gpas: Addresses, data: Values, *, write: bool) -> None:
+    def _access_in(self, scratch: _Scratch, region: Region, gpas: Addresses, data: Values, *, write: bool) -> None:
         tlb, memory, size = self.tlb[region.id], region.memory.words, gpas.size
         words, pages = scratch.words[:size], scratch.pages[:size]
         np.subtract(gpas, region.gpa, out=words)
@@ -221,7 +219,7 @@ class VCpu:
 
     def _miss(
         self,
-        scratch: Scratch,
+        scratch: _Scratch,
         region: Region,
         tlb: Tlb,
         pages: Pages,

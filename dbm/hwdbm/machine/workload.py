@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from hwdbm.check import instance, integer, real, uint64s
 
-__all__ = ["WORKLOADS", "Bursty", "HotSet", "Idle", "Sequential", "Uniform", "Workload", "Zipf", "from_dict", "parse"]
-
 Numbers = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
 

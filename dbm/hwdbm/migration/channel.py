@@ -18,12 +18,10 @@ from typing import NoReturn, Self, TypeVar
 from hwdbm.errors import PeerError, StreamError, printable
 from hwdbm.migration.wire import HEAD_SIZE, LIMITS, Head, Kind, crc32
 
-__all__ = ["BUFFER", "TIMEOUT", "Channel"]
-
 TIMEOUT = 30.0
 """Seconds without a frame after which the other side counts as gone."""
 
-BUFFER = 1 << 22
+_BUFFER = 1 << 22
 """Bytes that the kernel may hold for a socket, in each direction, if its limits allow."""
 
 _SLICE = 0.1  # seconds that one call of the system may wait, so that a cancel is heard
@@ -80,7 +78,7 @@ class Channel:
         self.local = sock.family == socket.AF_UNIX and not self._tls
         self._descriptors: list[int] = []
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A peer that vanished is noticed also while nothing is said.

@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args
 
 from hwdbm import check
 
-__all__ = ["OnLimit", "Progress", "Settings", "Throttle"]
-
 OnLimit = Literal["abort", "wait", "pause"]
 _PROGRESS = 0.95  # of what remained: less is progress
 _MIB = 1 << 20

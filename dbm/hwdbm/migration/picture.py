@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from hwdbm import files
 from hwdbm.migration.report import Report, mebibytes
 
-__all__ = ["draw"]
-
 # Okabe and Ito's palette, which can be told apart whatever one's colour vision.
 _DIRTY, _SENT, _ZERO, _LIMIT, _LINE = "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#444444"
 _MIB = 1 << 20

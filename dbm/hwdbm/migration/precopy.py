@@ -35,8 +35,6 @@ from hwdbm.migration.staging import SocketStaging, staging
 from hwdbm.migration.wire import ACK, PASS, PROVING, READY, RUNNING, SHARING, VERIFIED, Hello, Kind
 from hwdbm.vm import Client, MemoryMap, Pages, Provable, Source, client_of
 
-__all__ = ["Precopy", "kind_of", "migrate"]
-
 _TELL = 0.1  # seconds between two calls of on_progress
 _POPULATE = 128 << 20  # bytes a second that a destination gets its memory ready at, or faster
 _DIGEST = 4  # times as long as here that the digest may take at the destination

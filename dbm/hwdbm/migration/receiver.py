@@ -14,7 +14,7 @@ from hwdbm.errors import DigestError, LayoutError, StreamError
 from hwdbm.memslot import slot_name
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.precopy import kind_of
-from hwdbm.migration.staging import Shared
+from hwdbm.migration.staging import SharedMemory
 from hwdbm.migration.wire import (
     ACK,
     LIMITS,
@@ -33,8 +33,6 @@ from hwdbm.migration.wire import (
 )
 from hwdbm.vm import Durable, MemoryMap, PlainGuest, Provable, Source
 from hwdbm.vm.memory import populate
-
-__all__ = ["Received", "receive"]
 
 _DIRECT_RUNS = 4  # runs of a frame up to which each is received where it belongs, without a copy in between
 
@@ -123,7 +121,7 @@ class _Receiver:
         self._channel, self._build, self._most_memory = channel, build, most_memory
         self._populated = populated
         self._stage = np.zeros(PAYLOAD, dtype=np.uint8)
-        self._shared: Shared | None = None
+        self._shared: SharedMemory | None = None
         self._pages = [0, 0]  # normal and zero, of this pass
         self._arrived = False  # whether the guest runs here
         self.stands = True  # whether it is certain that no guest runs here: what the source takes an ERROR for
@@ -137,7 +135,7 @@ class _Receiver:
         with ExitStack() as stack:
             # Something between the sides that only passes bytes on loses the descriptors: then it goes without.
             if hello.flags & SHARING and (offered := self._channel.descriptors()):
-                self._shared = stack.enter_context(Shared(offered))
+                self._shared = stack.enter_context(SharedMemory(offered))
             return self._receive(hello)
 
     def _receive(self, hello: Hello) -> Received:

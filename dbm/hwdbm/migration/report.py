@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 
-__all__ = ["CELLS", "Pass", "Report", "folded", "mebibytes"]
-
-CELLS = 512
+_CELLS = 512
 """Cells that all memory is folded into, at most, for the map of a pass."""
 
 
@@ -219,7 +217,7 @@ class Report:
         }
 
 
-def folded(bitmaps: list[DirtyBitmap], most: int = CELLS) -> NDArray[np.float32]:
+def folded(bitmaps: list[DirtyBitmap], most: int = _CELLS) -> NDArray[np.float32]:
     """Return the dirty part of each cell of memory, `most` cells or fewer over all slots.
 
     A cell is a whole number of words of 64 pages, of one slot.

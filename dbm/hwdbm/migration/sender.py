@@ -13,8 +13,6 @@ from hwdbm.migration.staging import Staging
 from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
 from hwdbm.vm import Source
 
-__all__ = ["Limiter", "PageSender", "runs_of"]
-
 _WINDOW = 1 << 18  # pages of a slot looked at together where a listing costs 8 bytes a page: 2 MiB
 _SLICE = 0.05  # seconds of sleep between two looks at whether to go on
 _BURST = 0.02  # seconds of the bandwidth that may be made up for at once

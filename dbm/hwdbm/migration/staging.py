@@ -21,8 +21,6 @@ from hwdbm.migration.channel import Channel
 from hwdbm.migration.wire import PAYLOAD, Kind
 from hwdbm.vm.memory import populate
 
-__all__ = ["BUFFERS", "Shared", "SharedStaging", "SocketStaging", "Staging", "staging"]
-
 BUFFERS = 8
 """Buffers that are shared. To wake the other side costs as much as to copy one, so that it is done for several."""
 
@@ -155,7 +153,7 @@ class SharedStaging:
             os.close(self._open.pop())
 
 
-class Shared:
+class SharedMemory:
     """The destination's side of `SharedStaging`.
 
     Parameters

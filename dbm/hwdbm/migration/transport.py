@@ -23,16 +23,6 @@ from hwdbm.errors import StreamError, printable
 from hwdbm.migration.channel import TIMEOUT, Channel
 from hwdbm.migration.wire import Hello
 
-__all__ = [
-    "Listener",
-    "TlsDir",
-    "connect_tcp",
-    "connect_unix",
-    "listen_tcp",
-    "listen_unix",
-    "private_socket",
-]
-
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
 _LONGEST = 107  # bytes of a path in struct sockaddr_un
 _SOCKET = "migrate.sock"

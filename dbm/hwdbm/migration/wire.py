@@ -38,33 +38,12 @@ from typing import Any, Final, Self, cast
 from hwdbm.errors import StreamError, printable
 from hwdbm.vm import MemoryMap
 
-__all__ = [
-    "ACK",
-    "HEAD_SIZE",
-    "LIMITS",
-    "PASS",
-    "PAYLOAD",
-    "PROVING",
-    "READY",
-    "RUNNING",
-    "RUNS",
-    "RUN_SIZE",
-    "SHARING",
-    "VERIFIED",
-    "VERSION",
-    "ZERO_RUNS",
-    "Head",
-    "Hello",
-    "Kind",
-    "crc32",
-]
-
 VERSION: Final = 2
 
 PAYLOAD: Final = 1 << 21
 """Bytes of guest memory in a frame, at most."""
 
-RUNS: Final = PAYLOAD >> 12
+_RUNS: Final = PAYLOAD >> 12
 """Runs in a PAGES frame, at most: that many pages of 4 KiB, each alone."""
 
 ZERO_RUNS: Final = 1 << 12
@@ -133,7 +112,7 @@ class Kind(IntEnum):
 LIMITS: Final[dict[Kind, int]] = {
     Kind.HELLO: 1 << 20,
     Kind.READY: 4,
-    Kind.PAGES: PAYLOAD + RUNS * RUN_SIZE,
+    Kind.PAGES: PAYLOAD + _RUNS * RUN_SIZE,
     Kind.ZERO: ZERO_RUNS * RUN_SIZE,
     Kind.PASS: 32,
     Kind.ACK: 4,
@@ -143,14 +122,14 @@ LIMITS: Final[dict[Kind, int]] = {
     Kind.GO: 32,
     Kind.RESUMED: 0,
     Kind.ERROR: 4096,
-    Kind.SHARED: RUNS * RUN_SIZE,
+    Kind.SHARED: _RUNS * RUN_SIZE,
     Kind.PROVED: 4096,
     Kind.ALIVE: 0,
 }
 """Bytes of a body, at most."""
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
-_MOST_RUNS: Final = {Kind.PAGES: RUNS, Kind.ZERO: ZERO_RUNS, Kind.SHARED: RUNS}
+_MOST_RUNS: Final = {Kind.PAGES: _RUNS, Kind.ZERO: ZERO_RUNS, Kind.SHARED: _RUNS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ from hwdbm.errors import HwdbmError, StaleLeaseError
 from hwdbm.files import NewFile, open_regular
 from hwdbm.vm.source import Pages, Source, client_of
 
-__all__ = ["Written", "extents", "rebase", "rebase_all", "write_diff", "write_full"]
-
 _CHUNK = 1 << 20  # bytes, a multiple of every page
 
 

@@ -15,8 +15,6 @@ from hwdbm.check import instance, integer
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
 
-__all__ = ["Layout", "any_in", "merged", "pieces", "runs_of"]
-
 Ranges = NDArray[np.int64]
 
 

@@ -18,8 +18,6 @@ from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
 from hwdbm.stage2.layout import Layout, any_in, runs_of
 
-__all__ = ["LeafAt", "Leaves", "Record"]
-
 Array = NDArray[np.uint64]
 Index = NDArray[np.int64]
 Spans = NDArray[np.int64]

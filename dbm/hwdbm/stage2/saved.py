@@ -8,8 +8,6 @@ from hwdbm.errors import InvariantError
 from hwdbm.kernels import Kernels, vector
 from hwdbm.stage2.layout import pieces
 
-__all__ = ["Saved"]
-
 Array = NDArray[np.uint64]
 
 _ALL = (1 << 64) - 1

@@ -35,8 +35,6 @@ from hwdbm.stage2.layout import Layout, merged
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record, every
 from hwdbm.stage2.saved import Saved
 
-__all__ = ["LeafAt", "Stage2"]
-
 Array = NDArray[np.uint64]
 ByLevel = Callable[[int], pte.Update]
 Pages = Iterable[int] | NDArray[np.integer]

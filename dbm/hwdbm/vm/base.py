@@ -18,8 +18,6 @@ from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memory import digest
 from hwdbm.vm.memorymap import MemoryMap
 
-__all__ = ["BaseVm", "LoggedVm", "SlotPages", "percentage"]
-
 
 class SlotPages:
     """A slot's dirty pages as this side of a VM knows them, and where its leases are given back.

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.files import open_regular
 
-__all__ = ["GuestMemory", "digest", "load", "populate"]
-
 _STEP = 64 << 20  # bytes that one call reads, hashes or populates, so that a signal is served in between
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14

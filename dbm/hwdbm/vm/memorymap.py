@@ -14,8 +14,6 @@ from hwdbm.errors import LayoutError
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot, slot_name
 from hwdbm.vm.source import Source
 
-__all__ = ["MemoryMap"]
-
 _HEAD = struct.Struct("<II")  # page size, slots
 _SLOT = struct.Struct("<IIQQ")  # id, flags, first gfn, pages
 _MOST_SLOTS = 32767  # KVM_USER_MEM_SLOTS

@@ -9,8 +9,6 @@ from hwdbm.vm.base import LoggedVm, SlotPages, percentage
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.memorymap import MemoryMap
 
-__all__ = ["PlainGuest"]
-
 
 class PlainGuest(LoggedVm):
     r"""Slots of memory with a dirty log of their own, in which `write` marks what it writes.

@@ -14,8 +14,6 @@ from threading import Lock, RLock, Thread, get_ident, main_thread
 from time import monotonic, sleep
 from typing import Any
 
-__all__ = ["Gate", "Runner", "uninterrupted"]
-
 _LOOK = 1e-4  # seconds from when a thread's work has ended until it is looked whether the thread has
 
 

@@ -15,8 +15,6 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.memslot import Memslot
 from hwdbm.vm.memory import digest
 
-__all__ = ["Client", "Durable", "Exclusive", "Pages", "Provable", "Source", "client_of", "memory_digest"]
-
 
 class Pages(Protocol):
     """Dirty pages on terms, as `hwdbm.Lease` has them: committed when copied, rolled back when not."""

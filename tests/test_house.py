@@ -1,0 +1,140 @@
+"""The house in order: which names are public, whose they are, and what the errors have in common."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import hwdbm
+from hwdbm.errors import HwdbmError
+
+ROOT = Path(hwdbm.__file__).parent
+API = Path(__file__).parents[1] / "docs" / "api.md"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+# Rooms that are being built.
+BUILDING = re.compile(r"arm\b|races\b")
+MODULES = {name: path for name, path in MODULES.items() if not BUILDING.match(name)}
+INNER = [name for name, path in MODULES.items() if path.parent != ROOT and path.name != "__init__.py"]
+
+# Rooms of which users see no names.
+UNSEEN = {"__init__", "__main__", "cli", "check", "files", "process", "bench"}
+
+# Where a module takes a private name of another, and why.
+SHARED = {("kernels.atomic", "kernels.fused"): "helpers that numba compiles into both"}
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+def exported(name: str) -> list[str] | None:
+    """Return a module's `__all__`."""
+    for node in tree(name).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+@cache
+def used() -> dict[tuple[str, str], set[str]]:
+    """Return which modules, by name, use a name of another, given with that: imported, or through the module."""
+    found = defaultdict(set)
+    for name in MODULES:
+        modules = {}
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "hwdbm":
+                for each in node.names:
+                    found[node.module.removeprefix("hwdbm").lstrip("."), each.name].add(name)
+                    modules[each.asname or each.name] = f"{node.module}.{each.name}".removeprefix("hwdbm.")
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                found[modules[node.value.id], node.attr].add(name)
+    return found
+
+
+@cache
+def texts() -> str:
+    """Return what uses the library from outside: tests, examples, benchmarks."""
+    root = Path(__file__).parents[1]
+    files = [*root.glob("tests/**/*.py"), *root.glob("docs/*.md"), *root.glob("asv_bench/**/*.py")]
+    return "\n".join(path.read_text() for path in files if path != Path(__file__))
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_only_rooms_export(name):
+    """What users may use is named by the room, or by a module of the first floor; the modules inside are its parts."""
+    assert exported(name) is None
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if exported(name) is not None])
+def test_what_is_exported_is_there_and_documented(name):
+    module = importlib.import_module(f"hwdbm.{name}" if name != "__init__" else "hwdbm")
+    assert not [each for each in module.__all__ if not hasattr(module, each)]
+    assert len(set(module.__all__)) == len(module.__all__)
+    if name not in UNSEEN:
+        assert re.search(rf"^ +hwdbm\.{name}$", API.read_text(), re.MULTILINE), f"docs/api.md has no {name}"
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_what_only_its_module_uses_is_private(name):
+    """Functions, constants and exceptions. A class may be the type of what others are given, and an alias is one."""
+    public = []
+    for node in tree(name).body:
+        if isinstance(node, ast.FunctionDef):
+            public.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            public.append(node.targets[0].id)
+    own = [each for each in public if not each.startswith("_") and each not in ("T", "TYPE_CHECKING")]
+    # A guest's code and kernels are whole modules that are chosen among: who uses what of them is not to be seen here.
+    if not re.search(r"guest_\w+$|^kernels\.", name):
+        own = [each for each in own if not used().get((name, each), set()) - {name}]
+        assert not [each for each in own if not re.search(rf"\b{each}\b", texts())]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_private_names_stay_where_they_are(name):
+    mine = [(module, each) for (module, each), by in used().items() if each.startswith("_") and name in by]
+    assert not [
+        (module, each)
+        for module, each in mine
+        if module != name and not each.startswith("__") and f"{module}.{each}".lstrip(".") not in MODULES
+        and (name, module) not in SHARED
+    ]  # fmt: skip
+
+
+def test_no_two_classes_share_a_name():
+    found = defaultdict(list)
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(name)
+    twice = {name: where for name, where in found.items() if len(where) > 1}
+    assert not twice
+
+
+def test_errors_have_one_base_and_a_builtin_one():
+    """Of what a caller may catch: what the command says with its exit status, nobody does."""
+    for info in pkgutil.walk_packages(hwdbm.__path__, "hwdbm."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+
+    def below(kind):
+        for each in kind.__subclasses__():
+            yield each
+            yield from below(each)
+
+    ours = {each for each in below(BaseException) if re.match(r"hwdbm\.(?!cli\b|arm\b|races\b)", each.__module__)}
+    assert len(ours) > 15
+    for each in ours - {HwdbmError}:
+        builtin = [base for base in each.__mro__ if base.__module__ == "builtins" and base not in (Exception, object)]
+        assert issubclass(each, HwdbmError), each
+        assert builtin[0] is not BaseException, each
