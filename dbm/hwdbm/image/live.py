@@ -35,8 +35,6 @@ from hwdbm.stage2.layout import Layout
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record
 from hwdbm.stage2.saved import Saved
 
-__all__ = ["Live", "LiveStage2", "NoTablesError", "open_live"]
-
 Index = NDArray[np.int64]
 Spans = NDArray[np.int64]
 
