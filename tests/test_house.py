@@ -114,7 +114,7 @@ def test_private_names_stay_where_they_are(name):
 def test_no_two_classes_share_a_name():
     found = defaultdict(list)
     for name in MODULES:
-        for node in ast.walk(tree(name)):
+        for node in tree(name).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(name)
     twice = {name: where for name, where in found.items() if len(where) > 1}

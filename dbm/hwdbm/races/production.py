@@ -17,7 +17,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import faults
 from hwdbm.dirtylog.lease import Lease
 from hwdbm.dirtylog.mechanism import MECHANISMS
-from hwdbm.dirtylog.slot import Point, Shared, SlotLog, Steps, _Due
+from hwdbm.dirtylog.slot import LogParts, Point, SlotLog, Steps, _Due
 from hwdbm.errors import InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot
@@ -235,7 +235,7 @@ class Slot:
         self.setup, self.pages, self.npages, self.verbs = setup, dict(pages), npages, verbs
         self.mechanisms = {name: make() for name, make in MECHANISMS.items()}
         self._hook: Callable[[int, int], None] = lambda _lo, _n: None
-        shared = Shared(lambda _slot, lo, n: self._hook(lo, n))
+        shared = LogParts(lambda _slot, lo, n: self._hook(lo, n))
         self.log = log_type(self.memslot(logs=False), Granule.K4, self.mechanisms[mechanism], shared)
         self.cells = [(3, number, setup.cell(f"pte:{name}")) for name, number in self.pages.items()]
         if block:
