@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba import njit
 from symbolic import Word, counterexample, prove
 
 from hwdbm import pte
-from hwdbm.kernels import BOTH, fused, vector
+from hwdbm.kernels import BOTH, atomic, fused, vector
 from hwdbm.pte import AddressBits, Match, State, Update
 
 LEVELS = (1, 2, 3)
@@ -209,15 +210,82 @@ def test_update_in_vector(change: Change, level: int) -> None:
 @change
 def test_update_in_numba(change: Change, level: int) -> None:
     update = change(level)
-    prove(lambda d: fused._changed.py_func(d, *fused._masks(update)) == update(d))
+    mask, value, keep, sets = fused._masks(update)
+    prove(lambda d: (d & keep | sets if fused._hit.py_func(d, mask, value) else d) == update(d))
+
+
+def word64(pages: Any, at: int, mask: Any, value: Any) -> np.uint64:
+    """Do as `fused._word64`."""
+    return np.uint64(sum(bool(fused._hit(pages[at + i], mask, value)) << i for i in range(64)))
+
+
+def change64(pages: Any, at: int, word: np.uint64, keep: Any, sets: Any) -> None:
+    """Do as `fused._change64`."""
+    for i in range(64):
+        if int(word) >> i & 1:
+            pages[at + i] = pages[at + i] & keep | sets
+
+
+def popcount(word: np.uint64) -> np.uint64:
+    """Do as `fused._popcount`."""
+    return np.uint64(int(word).bit_count())
+
+
+def lowest(word: np.uint64) -> np.uint64:
+    """Do as `fused._lowest`."""
+    return np.uint64((int(word) & -int(word)).bit_length() - 1)
+
+
+@njit
+def compiled_word64(pages: Any, at: int, mask: Any, value: Any) -> np.uint64:
+    return fused._word64(pages, at, mask, value)
+
+
+@njit
+def compiled_change64(pages: Any, at: int, word: np.uint64, keep: Any, sets: Any) -> None:
+    fused._change64(pages, at, word, keep, sets)
+
+
+@njit
+def compiled_counts(word: np.uint64) -> Any:
+    return fused._popcount(word), fused._lowest(word)
+
+
+@change
+def test_what_llvm_makes_is_what_the_proofs_take_it_for(change: Change) -> None:
+    update, rng = change(3), np.random.default_rng(5)
+    mask, value, keep, sets = fused._masks(update)
+    one = np.uint64(1)
+    words = [
+        *(one << np.arange(64, dtype=np.uint64)),
+        np.uint64(0),
+        np.uint64(ALL),
+        *rng.integers(0, ALL, 20, np.uint64),
+    ]
+    for number, word in enumerate(words):
+        at = number % 9  # any alignment
+        chosen = np.unpackbits(word.reshape(1).view(np.uint8), bitorder="little").view(np.bool_)
+        pages = rng.integers(0, ALL, 80, np.uint64)
+        pages[at : at + 64] = np.where(chosen, pages[at : at + 64] & ~mask | value, value ^ mask)
+        assert compiled_word64(pages, at, mask, value) == word64(pages, at, mask, value) == word
+        expected = pages.copy()
+        change64(expected, at, word, keep, sets)
+        compiled_change64(pages, at, word, keep, sets)
+        assert pages.tolist() == expected.tolist()
+        assert word == 0 or compiled_counts(word) == (popcount(word), lowest(word))
+
+
+INSTRUCTIONS = {"_word64": word64, "_change64": change64, "_popcount": popcount, "_lowest": lowest}
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let numba's functions run as the Python that they were written in."""
+    """Let numba's functions run as the Python that they were written in, and what LLVM makes as Python that says so."""
     for name, function in list(vars(fused).items()):
         if hasattr(function, "py_func"):
             monkeypatch.setattr(fused, name, function.py_func)
+    for name, function in INSTRUCTIONS.items():
+        monkeypatch.setattr(fused, name, function)
     with np.errstate(over="ignore"):  # where machine words wrap around, numpy's scalars warn
         yield
 
@@ -274,10 +342,11 @@ def test_update_in_a_fused_pass(change: Change, some: int, interpreted: None, mo
     [
         ("_hit", lambda d, mask, value: (d & value) == value),
         ("_hit", lambda d, mask, value: (d & mask) != value),
-        ("_changed", lambda d, mask, value, keep, sets: d & keep | sets),
-        ("_changed", lambda d, mask, value, keep, sets: (d | sets) & keep if (d & mask) == value else d),
+        ("_change64", lambda pages, at, word, keep, sets: change64(pages, at, np.uint64(ALL), keep, sets)),
+        ("_change64", lambda pages, at, word, keep, sets: change64(pages, at, word, keep, sets & keep)),
         ("_rewrite_few", lambda *arguments: np.uint64(0)),
         ("_popcount", lambda word: word),
+        ("_lowest", lambda word: np.uint64(0)),
     ],
 )
 def test_proof_of_a_fused_pass_finds(
@@ -308,7 +377,7 @@ def counts_bits(popcount: Callable[[Any], Any]) -> Claim:
 
 
 def test_popcount() -> None:
-    prove(counts_bits(fused._popcount.py_func))
+    prove(counts_bits(atomic._popcount.py_func))
 
 
 def cleans_without_a_mask_array(level: int) -> Claim:

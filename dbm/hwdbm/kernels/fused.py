@@ -243,7 +243,7 @@ def _scan_groups(pte, mask, value, out):
 @njit(nogil=True)
 def _rewrite_groups(pte, mask, value, keep, sets, out, also):
     """Rewrite whole groups, and set the bits of all that change."""
-    changed, words = np.uint64(0), 0
+    changed, words = np.uint64(0), np.int64(0)
     # Four words at a time: at a density of 1 % a branch on one word is mispredicted so often that it costs more than
     # the reading; a branch on four isn't.
     for four in range(pte.size // 256):
@@ -266,7 +266,7 @@ def _rewrite_groups(pte, mask, value, keep, sets, out, also):
             _change64(pte, w * 64 + 128, c, keep, sets)
             _change64(pte, w * 64 + 192, d, keep, sets)
             changed += _popcount(a) + _popcount(b) + _popcount(c) + _popcount(d)
-            words += (a != 0) + (b != 0) + (c != 0) + (d != 0)
+            words += np.int64(a != 0) + np.int64(b != 0) + np.int64(c != 0) + np.int64(d != 0)
     for w in range(pte.size // 256 * 4, pte.size // 64):
         word = _word64(pte, w * 64, mask, value)
         out[w] |= word
