@@ -31,7 +31,9 @@ def machine():
     )
     with Board((1 << 30) + (1 << 21), Plan(vtcr, mappings), vcpus=2) as board:
         work = [Work(kind, DATA, PAGES * 4096, seed=3) for kind in (Kind.SEQUENTIAL, Kind.RANDOM)]
-        yield board, Guests(board, tuple(work), DATA, PAGES, 12)
+        guests = Guests(board, DATA, PAGES, 12)
+        guests.give(tuple(work))
+        yield board, guests
 
 
 def data_entries(board):

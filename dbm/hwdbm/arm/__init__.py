@@ -2,5 +2,6 @@
 
 from hwdbm.arm.board import Board, GuestCrashError, Plan
 from hwdbm.arm.build import ArmUnavailableError
+from hwdbm.arm.vm import ArmVm, GuestMemoryError
 
-__all__ = ["ArmUnavailableError", "Board", "GuestCrashError", "Plan"]
+__all__ = ["ArmUnavailableError", "ArmVm", "Board", "GuestCrashError", "GuestMemoryError", "Plan"]

@@ -51,14 +51,14 @@ class VcpuState(IntEnum):
 class Kind(IntEnum):
     """The kinds of guests."""
 
-    SEQUENTIAL = 0
-    RANDOM = 1
-    WINDOW = 2
-    ATOMICS = 3
-    PAIRS = 4
-    ZERO = 5
-    STAGE1 = 6
-    IDLE = 7
+    IDLE = 0
+    SEQUENTIAL = 1
+    RANDOM = 2
+    WINDOW = 3
+    ATOMICS = 4
+    PAIRS = 5
+    ZERO = 6
+    STAGE1 = 7
 
 
 def _words(*names: str) -> tuple[tuple[str, type[ctypes.c_uint64]], ...]:

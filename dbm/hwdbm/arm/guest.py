@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.arm.abi import FIRMWARE, RAM, SHARED, Kind, Mapping, Task
+from hwdbm.arm.abi import FIRMWARE, RAM, SHARED, Kind, Mapping, Task, Vcpu
 from hwdbm.arm.board import Board
 from hwdbm.granule import Granule
 from hwdbm.pte import AddressBits, make_leaf
 
-__all__ = ["PRIVATE", "PRIVATE_PA", "Guests", "Work", "private_size", "system_mappings"]
+__all__ = ["PRIVATE", "PRIVATE_PA", "Guests", "Work", "private_each", "private_size", "system_mappings"]
 
 PRIVATE, PRIVATE_PA = 0x4800_0000, 0x4480_0000
 """Where guests have what is their own: as they see it, and in RAM."""
@@ -54,10 +54,11 @@ class Work:
 
 def private_size(npages: int, vcpus: int) -> int:
     """Return the bytes that guests have for themselves, if each counts `npages` pages."""
-    return vcpus * _each(npages)
+    return vcpus * private_each(npages)
 
 
-def _each(npages: int) -> int:
+def private_each(npages: int) -> int:
+    """Return the bytes that one of them has."""
     return _UNIT + -(-4 * npages // _UNIT) * _UNIT
 
 
@@ -74,46 +75,64 @@ class Guests:
     Parameters
     ----------
     board : Board
-        The machine, not started yet.
-    work : sequence of Work
-        One for each vCPU.
+        The machine, not started yet. Its vCPUs are idle until `give`.
     origin, npages : int
         The pages that are counted: the guest physical address of the first, and how many.
     page_shift : int
         Of such a page.
+
+    Attributes
+    ----------
+    tasks : list of Task
+        What each vCPU does, in the machine's RAM.
     """
 
-    def __init__(self, board: Board, work: tuple[Work, ...], origin: int, npages: int, page_shift: int) -> None:
-        if len(work) != board.vcpus:
-            raise ValueError(f"{board.vcpus} vCPUs do the work of {board.vcpus}, not of {len(work)}")
-        self.board, self.npages, self._each = board, npages, _each(npages)
+    def __init__(self, board: Board, origin: int, npages: int, page_shift: int) -> None:
+        self.board, self.origin, self.npages, self.page_shift = board, origin, npages, page_shift
+        self._each = private_each(npages)
         self.tasks = [self._task(number) for number in range(board.vcpus)]
-        for number, one in enumerate(work):
-            at = PRIVATE + number * self._each
-            task, vcpu = self.tasks[number], board.vcpu(number)
-            task.kind, task.vcpu, task.base, task.size, task.page_shift = (
-                one.kind,
-                number,
-                one.base,
-                one.size,
-                page_shift,
-            )
-            task.counts, task.origin, task.window, task.limit = at + _UNIT, origin, one.window, one.limit
-            task.random = (one.seed << 8 | number) * 0x9E37_79B9_7F4A_7C15 + 1 & (1 << 64) - 1 or 1
-            task.number = 1
+        for number in range(board.vcpus):
+            at, vcpu = PRIVATE + number * self._each, board.vcpu(number)
             vcpu.x[0], vcpu.sp, vcpu.pc, vcpu.pstate = at, at + _STACK, board.mailbox.guest, _PSTATE
-            vcpu.sctlr, vcpu.vbar, vcpu.skip = _SCTLR, board.mailbox.vectors, one.skip
-            vcpu.hcr = _HCR if one.kind is Kind.STAGE1 else _HCR | _HCR_DC
+            vcpu.sctlr, vcpu.vbar, vcpu.hcr = _SCTLR, board.mailbox.vectors, _HCR | _HCR_DC
+
+    def give(self, work: tuple[Work, ...]) -> None:
+        """Give each vCPU, which hasn't run yet, its work.
+
+        Raises
+        ------
+        ValueError
+            If it isn't one for each.
+        """
+        if len(work) != self.board.vcpus:
+            raise ValueError(f"{self.board.vcpus} vCPUs do as many kinds of work, not {len(work)}")
+        for number, (one, task) in enumerate(zip(work, self.tasks, strict=True)):
+            task.vcpu, task.base, task.size, task.page_shift = number, one.base, one.size, self.page_shift
+            task.counts, task.origin = PRIVATE + number * self._each + _UNIT, self.origin
+            task.window, task.limit, task.number = one.window, one.limit, 1
+            task.random = ((one.seed << 8 | number) * 0x9E37_79B9_7F4A_7C15 + 1) % (1 << 64) or 1
+            vcpu = self.board.vcpu(number)
+            vcpu.skip, vcpu.hcr = one.skip, _HCR if one.kind is Kind.STAGE1 else _HCR | _HCR_DC
+            task.kind = one.kind
+
+    @staticmethod
+    def allowed(vcpu: Vcpu) -> bool:
+        """Return whether registers are those of a guest: at EL1, under stage 2."""
+        return vcpu.hcr in (_HCR, _HCR | _HCR_DC) and vcpu.pstate & 0x1F == _PSTATE & 0x1F and vcpu.skip <= 1
 
     def _task(self, number: int) -> Task:
         return self.board.at(PRIVATE_PA + number * self._each, Task)
 
+    def counts_of(self, number: int) -> NDArray[np.uint32]:
+        """Return how often a vCPU, which is paused, wrote each page so far."""
+        start = PRIVATE_PA - RAM + number * self._each + _UNIT
+        return self.board.ram.view[start : start + 4 * self.npages].view(np.uint32)
+
     def counts(self) -> NDArray[np.uint64]:
-        """Return how often each page was written so far, by all vCPUs. They must be paused."""
+        """Return how often each page was written so far, by all vCPUs together, which are paused."""
         total = np.zeros(self.npages, dtype=np.uint64)
         for number in range(self.board.vcpus):
-            start = PRIVATE_PA - RAM + number * self._each + _UNIT
-            total += self.board.ram.view[start : start + 4 * self.npages].view(np.uint32)
+            total += self.counts_of(number)
         return total
 
     @property

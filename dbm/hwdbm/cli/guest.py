@@ -13,6 +13,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from hwdbm.arm import ArmUnavailableError, ArmVm
+from hwdbm.arm.vm import memory_slots
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.cli import parse as sizes
 from hwdbm.cli.options import parser
@@ -36,6 +38,7 @@ PAGE = Granule.K4.page_size
 
 _WORKLOAD, _RATE = "hot,share=0.02", 200_000
 _KVM_RATE = 50_000  # pages a second: what a guest without hardware virtualisation below it can keep up
+_ARM_RATE = 20_000  # stores a second: what an emulated CPU can make beside a migration on a small machine
 _RING = 4096  # entries of each vCPU's ring
 _STEP = 1 << 26  # bytes filled or touched together
 _BLOCK = 1 << 21
@@ -53,6 +56,7 @@ class Vm(StrEnum):
 
     MACHINE = "machine"
     KVM = "kvm"
+    ARM = "arm"
 
 
 class KvmLog(StrEnum):
@@ -385,3 +389,52 @@ def kvm_for(layout: MemoryMap, *, log: KvmLog) -> KvmVm:
         raise
     except (OSError, ValueError) as error:
         raise LayoutError(f"no VM has this memory: {getattr(error, 'strerror', None) or error}") from error
+
+
+# --- an emulated Arm machine -------------------------------------------------------------------------------
+
+
+def build_arm(
+    memory: int, *, workload: str | None, rate: float | None, seed: int, blocks: bool, image: Path | None, percent: int
+) -> ArmVm:
+    """Return a paused Arm machine with memory that is filled.
+
+    Raises
+    ------
+    OSError
+        If there is no QEMU or compiler, or the image can't be read or is larger.
+    """
+    workload = "window" if workload is None else workload
+    refuse("with a guest that is idle", {"--rate": workload == "idle" and rate is not None})
+    kinds = [kind.strip() for kind in workload.split(",")]
+    vm = ArmVm(memory, guest=kinds, rate=_ARM_RATE if rate is None else rate or None, seed=seed, blocks=blocks)
+    try:
+        if image is None:
+            fill(vm.memory(0), _filled(memory, percent), seed)
+        else:
+            load(vm.memory(0), image)
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def arm_layout(memory: int) -> MemoryMap:
+    """Return the layout of what `build_arm` makes: the memory, and the guests' own."""
+    return MemoryMap(PAGE, memory_slots(memory))
+
+
+def arm_for(layout: MemoryMap, *, blocks: bool) -> ArmVm:
+    """Return a paused Arm machine with the memory that a source describes.
+
+    Raises
+    ------
+    LayoutError
+        If it can't have it.
+    """
+    try:
+        return ArmVm.from_slots(layout.page_size, layout.slots, blocks=blocks)
+    except ArmUnavailableError:
+        raise
+    except ValueError as error:
+        raise LayoutError(f"no Arm machine has this memory: {error}") from error

@@ -24,6 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from hwdbm import kernels
+from hwdbm.arm import ArmVm
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
@@ -63,6 +64,11 @@ Examples:
 \b
     hwdbm migrate --source kvm
 
+  An emulated Arm machine, whose stage-2 tables are tracked in its RAM while it runs:
+
+\b
+    hwdbm migrate --source arm --memory 256M
+
   To a receiver that is elsewhere, with certificates on both sides:
 
 \b
@@ -90,8 +96,8 @@ def migrate(
         Vm,
         typer.Option(
             parser=options.parser(parse.choice(Vm)),
-            metavar="machine|kvm",
-            help="A modelled machine, or a real guest on /dev/kvm.",
+            metavar="machine|kvm|arm",
+            help="A modelled machine, a real guest on /dev/kvm, or an emulated Arm machine, tracked in its own tables.",
         ),
     ] = Vm.MACHINE,
     to: Annotated[
@@ -129,7 +135,8 @@ def migrate(
         typer.Option(
             metavar="NAME[,OPTION=NUMBER]...",
             help="What the guest does meanwhile: sequential, uniform, hot, zipf, bursty, idle; by default "
-            "hot,share=0.02. With KVM: counting (the default), random, idle.",
+            "hot,share=0.02. With KVM: counting (the default), random, idle. With Arm, for each vCPU: sequential, "
+            "random, window (the default), atomics, pairs, zero, stage1, idle; or mixed.",
         ),
     ] = None,
     rate: Annotated[
@@ -137,7 +144,8 @@ def migrate(
         typer.Option(
             parser=options.parser(parse.number),
             metavar="NUMBER",
-            help="Stores a second; by default 200000. With KVM pages a second, by default 50000; 0: no limit.",
+            help="Stores a second; by default 200000. With KVM pages a second, by default 50000, "
+            "with Arm stores, by default 20000; 0: no limit.",
         ),
     ] = None,
     replay: Annotated[
@@ -248,8 +256,13 @@ def migrate(
     settings = Settings(max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value)
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     guest.check_room(memory)
-    vm: Machine | KvmVm
-    if source is Vm.KVM:
+    vm: Machine | KvmVm | ArmVm
+    if source is Vm.ARM:
+        guest.refuse("with --source arm", {"--mode": mode is not None, "--kvm-log": kvm_log is not None})
+        guest.refuse("with --source arm", {"--replay": replay is not None})
+        receiver = ["--memory", str(memory), "--vm", "arm", "--thp" if thp else "--no-thp"]
+        vm = _emulated(content, workload, rate, blocks=bool(thp))
+    elif source is Vm.KVM:
         guest.refuse("with --source kvm", {"--mode": mode is not None, "--thp": thp is not None})
         guest.refuse("with --source kvm", {"--replay": replay is not None})
         log = kvm_log or KvmLog.BITMAP
@@ -327,6 +340,15 @@ def _real(content: _Content, log: KvmLog, workload: str | None, rate: float | No
         )  # fmt: skip
 
 
+def _emulated(content: _Content, workload: str | None, rate: float | None, *, blocks: bool) -> ArmVm:
+    """Return an emulated Arm machine that is about to run."""
+    with guest.usage():
+        return guest.build_arm(
+            content.memory, workload=workload, rate=rate, seed=content.seed, blocks=blocks, image=content.image,
+            percent=content.percent,
+        )  # fmt: skip
+
+
 def _run(precopy: Precopy) -> None:
     """Run an attempt; that it failed, its report says."""
     try:
@@ -336,7 +358,7 @@ def _run(precopy: Precopy) -> None:
 
 
 def _attempts(
-    vm: Machine | KvmVm,
+    vm: Machine | KvmVm | ArmVm,
     attempts: int,
     attempt: Callable[[Callable[[Report], None]], Precopy],
     cancel: threading.Event,
@@ -354,7 +376,7 @@ def _attempts(
     raise AssertionError("there is one attempt or more")
 
 
-def _decided(vm: Machine | KvmVm, failure: HandoverError, cancel: threading.Event, hold: float | None) -> bool:
+def _decided(vm: Machine | KvmVm | ArmVm, failure: HandoverError, cancel: threading.Event, hold: float | None) -> bool:
     """Hold a guest that may run elsewhere; return whether somebody said that it goes on here."""
     seconds = hold if hold is not None else inf if sys.stdin is not None and sys.stdin.isatty() else _HOLD
     note(str(failure))

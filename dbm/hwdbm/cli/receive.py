@@ -77,8 +77,8 @@ def receive(
         typer.Option(
             "--vm",
             parser=options.parser(parse.choice(Vm)),
-            metavar="machine|kvm",
-            help="A modelled machine (the default), or a real VM.",
+            metavar="machine|kvm|arm",
+            help="A modelled machine (the default), a real VM, or an emulated Arm machine.",
         ),
     ] = None,
     kvm_log: KvmLogOption = None,
@@ -129,6 +129,8 @@ def receive(
         guest.refuse("with --file", given | {"--vm": vm is not None, "--run": run is not None})
     if vm is Vm.KVM:
         guest.refuse("with --vm kvm", given)
+    elif vm is Vm.ARM:
+        guest.refuse("with --vm arm", {"--mode": mode is not None, "--kvm-log": kvm_log is not None})
     else:
         guest.refuse("without --vm kvm", {"--kvm-log": kvm_log is not None})
 
@@ -142,6 +144,8 @@ def receive(
             return PlainGuest(layout, file)
         if vm is Vm.KVM:
             return guest.kvm_for(layout, log=kvm_log or KvmLog.BITMAP)
+        if vm is Vm.ARM:
+            return guest.arm_for(layout, blocks=bool(thp))
         return guest.machine_for(layout, mode=mode or Mode.HW_DBM, thp=bool(thp))
 
     with ExitStack() as stack:
@@ -151,7 +155,8 @@ def receive(
         ready: Source | None = None
         if memory is not None:
             guest.check_room(memory)
-            layout = guest.kvm_layout(memory) if vm is Vm.KVM else guest.layout_of(memory)
+            layouts = {Vm.KVM: guest.kvm_layout, Vm.ARM: guest.arm_layout}
+            layout = layouts.get(vm or Vm.MACHINE, guest.layout_of)(memory)
             ready = stack.enter_context(closing(build(layout)))
             for slot in ready.slots:
                 populate(ready.memory(slot.id))

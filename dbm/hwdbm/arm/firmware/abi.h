@@ -15,7 +15,7 @@ typedef unsigned char u8;
 
 enum command { BUILD = 1, START, FLUSH, FLUSH_PAIR };
 enum state { OFF, PAUSED, RUNNING, CRASHED };
-enum kind { SEQUENTIAL, RANDOM, WINDOW, ATOMICS, PAIRS, ZERO, STAGE1, IDLE };
+enum kind { IDLE, SEQUENTIAL, RANDOM, WINDOW, ATOMICS, PAIRS, ZERO, STAGE1 };
 
 /* A vCPU: first its registers, as start.S has them. */
 struct vcpu {

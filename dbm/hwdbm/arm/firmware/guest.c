@@ -94,8 +94,8 @@ static void look(struct guest *guest)
 
 static inline u64 own(struct guest *guest, u64 page)
 {
-	/* Where a vCPU writes in a page: no two in the same line. */
-	return guest->task->base + (page << guest->task->page_shift) + 64 * guest->task->vcpu;
+	/* Where a vCPU writes in a page: no two in the same line, and none where pairs are. */
+	return guest->task->base + (page << guest->task->page_shift) + 64 * (guest->task->vcpu + 1);
 }
 
 static void atomics(volatile struct task *task, u64 at, u64 number)
@@ -149,14 +149,16 @@ static void pairs(struct guest *guest, u64 page, u64 number)
 	count(task, end);
 }
 
-static void zero(volatile struct task *task, u64 at, u64 number)
+static void zero(struct guest *guest, u64 page, u64 number)
 {
-	u64 line;
+	volatile struct task *task = guest->task;
+	u64 size, at;
 
-	asm volatile("mrs %0, dczid_el0" : "=r"(line));
-	line = 4UL << (line & 15);
+	asm volatile("mrs %0, dczid_el0" : "=r"(size));
+	size = 4UL << (size & 15); /* 512 at most, so that each vCPU has a line of its own */
+	at = task->base + (page << task->page_shift) + 512 * (task->vcpu + 1);
 	*(volatile u64 *)at = number;
-	asm volatile("dc zva, %0" :: "r"(at & ~(line - 1)) : "memory");
+	asm volatile("dc zva, %0" :: "r"(at & ~(size - 1)) : "memory");
 	if (!*(volatile u64 *)at)
 		count(task, at);
 }
@@ -165,7 +167,7 @@ static void zero(volatile struct task *task, u64 at, u64 number)
 
 /* Its tables lie at the beginning of what it writes: the walker's updates of AF and of the dirty state are writes too.
  * 1 GiB from 0x40000000 on is one block; its own pages are mapped one by one, old and clean. */
-#define S1_PAGE(pa) ((pa) | 0x783UL)  /* inner shareable, AP[2:1] = 00; AF among them */
+#define S1_PAGE(pa) ((pa) | 0x703UL)  /* inner shareable, AP[2:1] = 00; AF among them */
 #define S1_AF (1UL << 10)
 #define S1_RO (1UL << 7)
 #define S1_DBM (1UL << 51)
@@ -240,13 +242,14 @@ void guest_main(volatile struct task *task)
 	guest.pages = task->size >> task->page_shift;
 	guest.next = guest.since = counter();
 	for (;;) {
-		u64 page = guest.page, number = task->number++, kind = task->kind;
+		u64 page = guest.page, kind = task->kind, number;
 
 		if (kind == IDLE) {
 			look(&guest);
 			hvc(1, 20000);
 			continue;
 		}
+		number = task->number++;
 		if (kind == SEQUENTIAL || kind == STAGE1) {
 			guest.page = page + 1 < guest.pages ? page + 1 : 0;
 		} else if (kind == WINDOW) {
@@ -264,7 +267,7 @@ void guest_main(volatile struct task *task)
 			pairs(&guest, page, number);
 			break;
 		case ZERO:
-			zero(task, own(&guest, page), number);
+			zero(&guest, page, number);
 			break;
 		case STAGE1:
 			s1_store(&guest, page, number);

@@ -1,0 +1,62 @@
+"""What a harvest is compared with: what the guests say that they wrote, and which bytes have changed.
+
+Shared by the tests of this folder, by the layouts, and by `make live`.
+"""
+
+import time
+
+import numpy as np
+
+from hwdbm import DirtyBitmap
+
+CERTAIN = ("sequential", "random", "window", "zero", "pairs")
+"""Kinds of guests whose writes are all counted: no page may be marked that they didn't write."""
+
+
+class Judge:
+    """Rounds in which guests write and harvests race them; each ends with the guests paused.
+
+    Parameters
+    ----------
+    board, guests, memory
+        The machine, its guests, and the bytes of what they write, ``(npages * page,)``.
+    collect : callable
+        Returns the DirtyBitmap of one harvest, after whose flush pages may be copied.
+    """
+
+    def __init__(self, board, guests, memory, collect):
+        self.board, self.guests, self.collect = board, guests, collect
+        self.pages = memory.reshape(guests.npages, -1)
+        self.copy = self.pages.copy()
+        self.counts = guests.counts()
+        self.stores = 0
+
+    def round(self, harvests=3, stores=2000, seconds=20.0):
+        """Let the guests run while harvests race them; return (missed, spurious, stale): numbers of pages.
+
+        *missed* were written or have other bytes, and no harvest since the last round has them. *spurious* are in a
+        harvest, and weren't written. *stale* differ from the copy that was made page by page after each harvest.
+        """
+        found = DirtyBitmap(self.guests.npages)
+        before, start = self.guests.stores, self.pages.copy()
+        self.board.run()
+        for number in range(harvests):
+            until = time.monotonic() + seconds
+            while self.guests.stores < before + stores * (number + 1) / harvests and time.monotonic() < until:
+                time.sleep(0.0005)
+            found |= self.take()
+        self.board.stop()
+        found |= self.take()
+        counts = self.guests.counts()
+        written = (counts != self.counts) | (self.pages != start).any(axis=1)
+        marked = np.unpackbits(found.words.view(np.uint8), bitorder="little")[: self.guests.npages].astype(bool)
+        stale = (self.pages != self.copy).any(axis=1)
+        self.counts, self.stores = counts, self.stores + self.guests.stores - before
+        return int((written & ~marked).sum()), int((marked & ~written).sum()), int(stale.sum())
+
+    def take(self):
+        """Harvest, and copy what is dirty, as a migration does."""
+        dirty = self.collect()
+        for first, count in dirty.ranges().tolist():
+            self.copy[first : first + count] = self.pages[first : first + count]
+        return dirty
