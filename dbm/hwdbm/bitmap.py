@@ -5,7 +5,7 @@ beyond `npages` are zero (``KVM_GET_DIRTY_LOG``, Documentation/virt/kvm/api.rst 
 """
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.ma  # which np.unique imports when it is first called: an interrupt would leave it half imported
@@ -113,7 +113,8 @@ class DirtyBitmap:
             If the size or type differs, or a bit at or beyond `npages` is set.
         """
         npages = integer(npages, "npages", None, _MOST, BitmapError)
-        if not isinstance(words, np.ndarray):
+        given: Any = words
+        if not isinstance(given, np.ndarray) or isinstance(given, np.ma.MaskedArray):
             raise TypeError(f"words are an array of uint64, not {type(words).__name__}")
         native = words.dtype == np.uint64 and words.dtype.isnative and words.flags.aligned
         if not native or words.ndim != 1 or not words.flags.c_contiguous:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "flag", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real", "separate", "uint64s",
-    "zeros",
+    "array", "flag", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real", "separate",
+    "uint64s", "zeros",
 ]  # fmt: skip
 
 _CHUNK = 1 << 16  # numbers of an iterable that are looked at together
@@ -261,6 +261,23 @@ def _arange(value: range, name: str) -> NDArray[np.int64]:
         raise MemoryError(f"{name}: {len(value)} numbers take more memory than there is") from None
 
 
+def array(value: Any, dtype: Any, name: str) -> None:
+    """Raise `TypeError` if an argument isn't an array of a type, in the machine's byte order, or if it is masked.
+
+    Examples
+    --------
+    >>> array([1, 2], np.int64, "pages")
+    Traceback (most recent call last):
+    TypeError: pages: an array of int64 is needed, not [1, 2]
+    """
+    kind = np.dtype(dtype)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: an array of {kind} is needed, not {_shown(value)}")
+    if value.dtype != kind or not value.dtype.isnative or isinstance(value, np.ma.MaskedArray):
+        shown = _kind(value) if value.dtype.isnative else value.dtype.str
+        raise TypeError(f"{name}: an array of {kind} is needed, not of {shown}")
+
+
 def octets(value: Any, name: str) -> memoryview:
     """Return what is bytes-like as a contiguous view of its bytes: it is copied only where its bytes lie apart.
 
@@ -332,14 +349,10 @@ def uint64s(
     --------
     >>> uint64s(np.arange(3), "words")
     Traceback (most recent call last):
-    TypeError: words are an array of uint64, not of int64
+    TypeError: words: an array of uint64 is needed, not of int64
     """
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} are an array of uint64, not {_shown(value)}")
-    if value.dtype != np.uint64 or not value.dtype.isnative:
-        raise TypeError(
-            f"{name} are an array of uint64, not of {value.dtype.str if value.dtype == '>u8' else value.dtype}"
-        )
+    array(value, np.uint64, name)
+    words: NDArray[np.uint64] = value
     if value.ndim != 1 or not value.flags.c_contiguous or not value.flags.aligned:
         raise error(
             f"{name} are a contiguous array of one dimension, not of shape {value.shape}, strides {value.strides}"
@@ -348,7 +361,7 @@ def uint64s(
         raise error(f"{name} are {size} words, not {value.size}")
     if writable and not value.flags.writeable:
         raise error(f"{name} are to be written, and the array is read-only")
-    return value
+    return words
 
 
 def separate(written: NDArray[Any], read: NDArray[Any], what: str, error: type[Exception] = ValueError) -> None:

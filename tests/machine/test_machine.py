@@ -357,7 +357,7 @@ def test_slots_are_placed_and_numbered(make):
         ({"chunk_pages": 100}, "multiple of a block's 512 pages, not 100"),
         ({"vcpus": 0}, "1 vCPU or more, 512 at most, not 0"),
         ({"ha": False}, "needs the hardware's access flag"),
-        ({"blocks": "never"}, "'never' is not a valid Blocks"),
+        ({"blocks": "never"}, "blocks is write or eager or track, not 'never'"),
     ],
 )
 def test_options_are_checked(options, why):

@@ -45,7 +45,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.check import instance, uint64s
+from hwdbm.check import array, instance, uint64s
 from hwdbm.pte import ANY, Match, Update, clean, dirty
 
 __all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
@@ -359,8 +359,7 @@ def check_ranges(words: Array, ranges: Runs) -> Runs:
 
 
 def _indices(value: Any, name: str, columns: int) -> Runs:
-    if not isinstance(value, np.ndarray) or value.dtype != np.int64 or not value.dtype.isnative:
-        raise TypeError(f"{name} are an array of int64, not {getattr(value, 'dtype', type(value).__name__)}")
+    array(value, np.int64, name)
     if value.ndim != min(columns, 2) or (columns > 1 and value.shape[1] != columns):
         raise ValueError(f"{name} have shape (n,{f' {columns}' if columns > 1 else ''}), not {value.shape}")
     return np.ascontiguousarray(value) if not (value.flags.c_contiguous and value.flags.aligned) else value

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from errno import EINVAL
 from threading import RLock
 from typing import Any
@@ -141,6 +142,8 @@ class Machine(BaseVm):
         if hw_dbm and not ha:
             raise ValueError(_NEEDS_HA)
         check.instance(blocks, (Blocks, str), "blocks")
+        if not isinstance(blocks, Blocks):
+            check.one_of(blocks, [each.value for each in Blocks], "blocks")
         policy = Blocks(blocks)
         log = DirtyLog(
             granule=granule,
@@ -240,24 +243,35 @@ class Machine(BaseVm):
         hva = _HVA + (slot << 36) + gpa % block if hva is None else check.integer(hva, "hva", None)
         if size <= 0:
             raise OSError(EINVAL, f"{slot_name(slot)}: memory_size {size} is not positive")
-        flags = KVM_MEM_READONLY if readonly else 0
-        self.log.set_memory_region(slot, flags, gpa, size, hva)
-        try:
+        region = slot, KVM_MEM_READONLY if readonly else 0, gpa, size, hva
+        self.log._table.plan(*region)  # what the log would refuse is refused before there is any memory
+        with ExitStack() as undo:
             memory = GuestMemory(size, f"hwdbm-slot{slot}")
+            undo.callback(memory.close)
             if image is not None:
                 memory.load(image)
-        except BaseException:
-            self.log.set_memory_region(slot, 0, gpa, 0, hva)
-            raise
-        layout = Layout(size >> granule.page_shift, gpa >> granule.page_shift, granule)
-        frames = Frames(layout, self._pool, hva >> granule.page_shift)
-        if shared:
-            frames.share(0, layout.npages)
-        for vcpu in self.vcpus:
-            vcpu.attach(slot, layout)
-        self.space.add(Region(slot, gpa, size, hva, readonly, memory, frames))
-        self._add_memory(slot, memory.view)
+            undo.callback(self._forget, slot)
+            self.log.set_memory_region(*region)
+            layout = Layout(size >> granule.page_shift, gpa >> granule.page_shift, granule)
+            frames = Frames(layout, self._pool, hva >> granule.page_shift)
+            if shared:
+                frames.share(0, layout.npages)
+            for vcpu in self.vcpus:
+                vcpu.attach(slot, layout)
+            self.space.add(Region(slot, gpa, size, hva, readonly, memory, frames))
+            self._add_memory(slot, memory.view)
+            undo.pop_all()
         return self.log.slot(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Undo what there is of a slot that was being added."""
+        self._memory.pop(slot, None)
+        self._map = None
+        self.space.remove(slot)
+        for vcpu in self.vcpus:
+            vcpu.detach(slot)
+        with suppress(OSError):  # there is none yet
+            self.log.set_memory_region(slot, 0, 0, 0, 0)
 
     @property
     def slots(self) -> tuple[Memslot, ...]:
@@ -556,7 +570,7 @@ class Machine(BaseVm):
 
         What the leaves had recorded is saved first.
         """
-        slot, first, count = self._pages(slot, first_page, npages)
+        slot, first, count = self._pages(slot, first_page, check.integer(npages, "npages", None))
         frames = self.space.find(slot).frames
         if count:
             with self.faults.mmu_lock:
@@ -568,7 +582,7 @@ class Machine(BaseVm):
 
         What the leaves had recorded is saved first.
         """
-        slot, first, count = self._pages(slot, first_page, npages)
+        slot, first, count = self._pages(slot, first_page, check.integer(npages, "npages", None))
         frames = self.space.find(slot).frames
         with self.faults.mmu_lock:
             self.log.unmap(slot, self.log.slot(slot).base_gfn + first, count)

@@ -6,7 +6,7 @@ public verbs, one page each. It shares no code with `VCpu`, `Tlb`, the bulk walk
 
 from enum import Enum
 
-from hwdbm import pte, walker
+from hwdbm import check, pte, walker
 from hwdbm.machine.machine import Machine
 from hwdbm.machine.space import Region
 from hwdbm.pte import State
@@ -43,23 +43,28 @@ class ReferenceVCpu:
     """
 
     def __init__(self, machine: Machine, *, split_blocks: bool = True, thp: bool = True, ha: bool = True) -> None:
+        check.instance(machine, Machine, "machine")
         self._machine, self._log = machine, machine.log
-        self._split, self._thp, self._ha = split_blocks, thp, ha
+        self._split, self._thp = check.flag(split_blocks, "split_blocks"), check.flag(thp, "thp")
+        self._ha = check.flag(ha, "ha")
         self.tlb: dict[tuple[int, int, int], Cached] = {}
         self.faults = {"translation": 0, "access_flag": 0, "permission": 0, "spurious": 0}
 
     def store(self, gpa: int, value: int) -> None:
         """Store a word. Errors are `VCpu.store`'s."""
+        gpa, value = _gpa(gpa), check.integer(value, "value", 0, (1 << 64) - 1)
         region, word = self._reach(gpa, write=True)
         region.memory.words[word] = value
 
     def load(self, gpa: int) -> int:
         """Load a word."""
-        region, word = self._reach(gpa, write=False)
+        region, word = self._reach(_gpa(gpa), write=False)
         return int(region.memory.words[word])
 
     def flush(self, slot: int, first_page: int, npages: int) -> None:
         """Forget every entry that translates any of some pages."""
+        slot = check.integer(slot, "slot")
+        first_page, npages = check.integer(first_page, "first_page"), check.integer(npages, "npages")
         layout = self._log.stage2(slot).layout
         for key in list(self.tlb) if npages else ():
             start, stop = layout.span(key[1], key[2])
@@ -168,6 +173,13 @@ class ReferenceVCpu:
         start, stop = s2.layout.span(level, s2.layout.index(level, page))
         s2.level(level)[s2.layout.index(level, page)] = desc | pte.S2AP_W | (pte.DBM if self._log.hw_dbm else 0)
         self._log.mark_dirty(region.id, max(start, 0), min(stop, s2.npages) - max(start, 0))
+
+
+def _gpa(gpa: int) -> int:
+    gpa = check.integer(gpa, "gpa", 0, (1 << 63) - 1)
+    if gpa % 8:
+        raise ValueError(f"gpa {gpa:#x} isn't a multiple of a word's 8 bytes")
+    return gpa
 
 
 def _leaf(s2: Stage2, page: int) -> tuple[int, int, int]:

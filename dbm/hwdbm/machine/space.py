@@ -78,6 +78,10 @@ class AddressSpace:
         """Add a region that overlaps no other."""
         self._set(tuple(sorted((*self.regions, region), key=lambda each: each.gpa)))
 
+    def remove(self, slot: int) -> None:
+        """Remove a region, if it is there."""
+        self._set(tuple(region for region in self.regions if region.id != slot))
+
     def clear(self) -> None:
         """Remove all regions."""
         self._set(())

@@ -110,6 +110,11 @@ class VCpu:
         with self.lock:
             self.tlb[slot] = Tlb(layout, self._entries, self._seed + slot)
 
+    def detach(self, slot: int) -> None:
+        """Forget a slot, if it is attached."""
+        with self.lock:
+            self.tlb.pop(slot, None)
+
     def flush(self, slot: int, first_page: int, npages: int) -> None:
         """Forget the translations of some pages; return when no access through one is under way."""
         slot, first_page = check.integer(slot, "slot", None), check.integer(first_page, "first_page")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
-from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from hwdbm import check
 
@@ -23,7 +22,7 @@ class Settings:
     max_iterations : int
         Passes in a row without progress, after which `on_limit` says what happens.
     bandwidth : float, optional
-        Bytes a second at most.
+        Bytes a second at most; 1 or more.
     auto_converge : bool
         Whether the vCPUs are slowed down where they dirty more than is sent.
     verify : bool
@@ -48,21 +47,16 @@ class Settings:
     on_limit: OnLimit = "abort"
 
     def __post_init__(self) -> None:
-        if not _real(self.max_downtime, "max_downtime") >= 0:
-            raise ValueError(f"a downtime is 0 s or more, not {self.max_downtime}")
-        check.integer(self.max_iterations, "max_iterations", 1)
-        if self.bandwidth is not None and not 0 < _real(self.bandwidth, "bandwidth") < float("inf"):
-            raise ValueError(f"a bandwidth is more than 0 bytes a second, not {self.bandwidth}")
-        check.flag(self.auto_converge, "auto_converge")
-        check.flag(self.verify, "verify")
-        if self.on_limit not in get_args(OnLimit):
-            raise ValueError(f"on_limit is one of {', '.join(get_args(OnLimit))}, not {self.on_limit!r}")
+        self._set("max_downtime", check.real(self.max_downtime, "max_downtime", 0))
+        self._set("max_iterations", check.integer(self.max_iterations, "max_iterations", 1))
+        if self.bandwidth is not None:
+            self._set("bandwidth", check.real(self.bandwidth, "bandwidth", 1))
+        self._set("auto_converge", check.flag(self.auto_converge, "auto_converge"))
+        self._set("verify", check.flag(self.verify, "verify"))
+        check.one_of(self.on_limit, get_args(OnLimit), "on_limit")
 
-
-def _real(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is a number, not {value!r}")
-    return float(value)
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
 class Progress:

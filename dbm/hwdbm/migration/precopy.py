@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import (
     CancelledMigrationError,
@@ -108,11 +109,15 @@ class Precopy:
         on_progress: Callable[[Report], object] | None = None,
     ) -> None:
         settings = Settings() if settings is None else settings
-        for value, kind, name in ((channel, Channel, "channel"), (settings, Settings, "settings")):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} is a {kind.__name__}, not {value!r}")
+        cancel = threading.Event() if cancel is None else cancel
+        on_progress = (lambda _: None) if on_progress is None else on_progress
+        check.instance(source, Source, "source")
+        check.instance(channel, Channel, "channel")
+        check.instance(settings, Settings, "settings")
+        check.instance(cancel, threading.Event, "cancel")
+        check.instance(on_progress, Callable, "on_progress")
         self._source, self._channel, self._settings = source, channel, settings
-        self._cancel, self._on_progress = cancel or threading.Event(), on_progress or (lambda _: None)
+        self._cancel, self._on_progress = cancel, on_progress
         self._layout = MemoryMap.of(source)
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
         self._throttle, self._progress = Throttle(), Progress(settings)

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.check import instance, integer
+from hwdbm.check import array, instance, integer
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
 
@@ -94,8 +94,7 @@ class Layout:
     def bounds(self, level: int, runs: Ranges) -> Ranges:
         """Return the pages [start, stop) of runs of entries, as `span` does of one."""
         size = self._size(level)
-        if not isinstance(runs, np.ndarray):
-            raise TypeError(f"runs are an array of int64, not {type(runs).__name__}")
+        array(runs, np.int64, "runs")
         found: Ranges = _pages(runs, "runs") * size - self.base_gfn % size
         return found
 
@@ -123,8 +122,7 @@ class Layout:
 def _pages(value: Any, name: str) -> Any:
     """Return an integer as an `int`, or an array of int64 as it is."""
     if isinstance(value, np.ndarray) and value.ndim:
-        if value.dtype != np.int64 or isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name} is an array of int64, not of {value.dtype.str}")
+        array(value, np.int64, name)
         return value
     return integer(value, name, None)
 

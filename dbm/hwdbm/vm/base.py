@@ -172,10 +172,11 @@ class BaseVm:
             If `data` isn't bytes.
         """
         self._check_open()
-        check.instance(data, (bytes, bytearray, memoryview), "data")
-        raw = np.frombuffer(data, dtype=np.uint8) if memoryview(data).nbytes else np.empty(0, dtype=np.uint8)
-        done = 0
-        for slot, start, count in self._parts(check.integer(gpa, "gpa", None), raw.size):
+        raw, done = np.asarray(check.octets(data, "data")), 0
+        parts = self._parts(check.integer(gpa, "gpa", None), raw.size)
+        if len(parts) > 1 and any(np.may_share_memory(raw, self._memory[slot.id]) for slot, *_ in parts):
+            raw = raw.copy()  # a part that is written might be the next one's data
+        for slot, start, count in parts:
             if count:
                 first, stop = start // self.page_size, (start + count - 1) // self.page_size + 1
                 self._write(slot.id, start, raw[done : done + count], first, stop - first)

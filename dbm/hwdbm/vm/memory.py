@@ -7,16 +7,20 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from errno import EINVAL, EIO
+from errno import EINVAL, EIO, ENOMEM
 from functools import cache
+from typing import Never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
+from hwdbm.errors import ClosedError
 from hwdbm.files import open_regular
 
 _STEP = 64 << 20  # bytes that one call reads, hashes or populates, so that a signal is served in between
+_MAPPED = ("view", "words", "_map")
+_MOST_NAME = 200  # bytes: memfd_create takes 249
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
@@ -36,6 +40,13 @@ class GuestMemory:
         A file of that size, which becomes the memory; it stays the caller's. By default a memfd.
     private : bool
         Whether the memory is this process's alone: anonymous, with huge pages where the system has them.
+
+    Raises
+    ------
+    OSError
+        ENOMEM or what else the system says where it can't be had, EINVAL for a file that is shorter.
+    ValueError
+        For a size below 1, or a name that the kernel doesn't take.
 
     Attributes
     ----------
@@ -57,21 +68,34 @@ class GuestMemory:
 
     def __init__(self, size: int, name: str = "hwdbm", *, fd: int | None = None, private: bool = False) -> None:
         self.size, self.fd = check.integer(size, "size", 1), -1
+        check.instance(name, str, "name")
+        if not name.isprintable() or len(name.encode()) > _MOST_NAME:
+            raise ValueError(f"a name is printable, of {_MOST_NAME} bytes at most, unlike {name[:40]!r}")
+        fd = None if fd is None else check.integer(fd, "fd", 0, (1 << 31) - 1)
+        private = check.flag(private, "private")
         try:
-            if private:
-                self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                _madvise(np.frombuffer(self._map, dtype=np.uint8), _MADV_HUGEPAGE)
-            elif fd is not None:
-                self._map = mmap.mmap(fd, size)
-            else:
-                self.fd = os.memfd_create(name)
-                os.truncate(self.fd, size)
-                self._map = mmap.mmap(self.fd, size)
+            self._map = self._mapped(name, fd, private=private)
+        except (OSError, OverflowError) as error:  # the latter beyond what addresses reach
+            self.close()
+            code = error.errno if isinstance(error, OSError) and error.errno else ENOMEM
+            raise OSError(code, f"{self.size:#x} bytes of guest memory: {os.strerror(code)}") from None
         except BaseException:
             self.close()
             raise
         self.view: Memory = np.frombuffer(self._map, dtype=np.uint8)
-        self.words: NDArray[np.uint64] = self.view[: size // 8 * 8].view(np.uint64)
+        self.words: NDArray[np.uint64] = self.view[: self.size // 8 * 8].view(np.uint64)
+
+    def _mapped(self, name: str, fd: int | None, *, private: bool) -> mmap.mmap:
+        if private:
+            made = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            _madvise(np.frombuffer(made, dtype=np.uint8), _MADV_HUGEPAGE)
+            return made
+        if fd is None:
+            self.fd = fd = os.memfd_create(name)
+            os.truncate(fd, self.size)
+        elif os.fstat(fd).st_size < self.size:
+            raise OSError(EINVAL, "a file that is shorter")
+        return mmap.mmap(fd, self.size)
 
     def load(self, path: str | os.PathLike[str], offset: int = 0) -> int:
         """Read a file into the memory; see `load`."""
@@ -94,8 +118,13 @@ class GuestMemory:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        for name in ("view", "words", "_map"):
+        for name in _MAPPED:
             self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> Never:
+        if name in _MAPPED:
+            raise ClosedError("the guest memory is closed")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 def load(memory: Memory, path: str | os.PathLike[str], offset: int = 0) -> int:
@@ -121,7 +150,8 @@ def load(memory: Memory, path: str | os.PathLike[str], offset: int = 0) -> int:
         EINVAL if the file's bytes don't fit, or it is a pipe or a terminal; EIO if it gets shorter meanwhile; and what
         else reading raises.
     """
-    offset, raw, done = check.integer(offset, "offset"), memory.data, 0
+    offset, raw, done = check.integer(offset, "offset", high=(1 << 63) - 1), _bytes(memory).data, 0
+    path = check.path(path, "path")
     with open_regular(path) as file:
         fd = file.fileno()
         length = os.lseek(fd, 0, os.SEEK_END) - offset
@@ -134,6 +164,13 @@ def load(memory: Memory, path: str | os.PathLike[str], offset: int = 0) -> int:
                 raise OSError(EIO, f"it ends at byte {offset + done}, and had {offset + length}", os.fspath(path))
             done += got
     return length
+
+
+def _bytes(memory: Memory) -> Memory:
+    check.array(memory, np.uint8, "memory")
+    if memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.writeable:
+        raise ValueError(f"memory is contiguous and writable, unlike one of shape {memory.shape} and its flags")
+    return memory
 
 
 def populate(memory: Memory) -> None:
@@ -149,6 +186,7 @@ def populate(memory: Memory) -> None:
     OSError
         ENOMEM, EFAULT or ENOSPC, if there isn't that much memory, or room in the file behind it.
     """
+    _bytes(memory)
     start = -memory.ctypes.data % mmap.PAGESIZE
     stop = memory.size - (memory.ctypes.data + memory.size) % mmap.PAGESIZE
     if start >= stop:

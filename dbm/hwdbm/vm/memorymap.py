@@ -50,10 +50,7 @@ class MemoryMap:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "page_size", check.integer(self.page_size, "page_size", None, error=LayoutError))
-        object.__setattr__(self, "slots", tuple(self.slots))
-        for slot in self.slots:
-            if not isinstance(slot, Memslot):
-                raise TypeError(f"slots are Memslots, not {type(slot).__name__}")
+        object.__setattr__(self, "slots", check.instances(self.slots, Memslot, "slots"))
         object.__setattr__(self, "by_address", tuple(sorted(self.slots, key=lambda slot: slot.base_gfn)))
         object.__setattr__(self, "_starts", tuple(slot.base_gfn for slot in self.by_address))
         if self.page_size not in (1 << 12, 1 << 14, 1 << 16):
@@ -74,6 +71,7 @@ class MemoryMap:
     @classmethod
     def of(cls, source: Source) -> Self:
         """Return the layout of a VM. Whether a slot logs is no part of it."""
+        check.instance(source, Source, "source")
         return cls(source.page_size, tuple(_plain(slot) for slot in source.slots))
 
     def at(self, gpa: int, length: int) -> tuple[Memslot, int]:
@@ -84,6 +82,7 @@ class MemoryMap:
         OSError
             EINVAL if it isn't inside of one slot.
         """
+        gpa, length = check.integer(gpa, "gpa", None), check.integer(length, "length")
         slot = self._slot_at(gpa // self.page_size)
         if slot is not None:
             start = gpa - slot.base_gfn * self.page_size
@@ -99,6 +98,7 @@ class MemoryMap:
         OSError
             EFAULT where a byte is in no slot.
         """
+        gpa, length = check.integer(gpa, "gpa", None), check.integer(length, "length")
         found, here, end = [], gpa, gpa + length
         while here < end:
             slot = self._slot_at(here // self.page_size)
@@ -111,6 +111,7 @@ class MemoryMap:
 
     def locate(self, gpas: NDArray[np.int64]) -> NDArray[np.intp]:
         """Return for each address which of `by_address` it is in, -1 where it is in none."""
+        check.array(gpas, np.int64, "addresses")
         frames = gpas >> (self.page_size.bit_length() - 1)
         index = np.searchsorted(self._starts, frames, side="right") - 1
         ends = np.array([slot.end_gfn for slot in self.by_address])
@@ -141,6 +142,7 @@ class MemoryMap:
         LayoutError
             If `raw` can't be one.
         """
+        raw = bytes(check.octets(raw, "raw"))
         if len(raw) < _HEAD.size:
             raise LayoutError(f"a layout of {len(raw)} bytes has no head")
         page_size, count = _HEAD.unpack_from(raw)
@@ -155,6 +157,7 @@ class MemoryMap:
 
     def require(self, other: Self) -> None:
         """Raise `LayoutError`, naming the first difference, unless `other` is the same."""
+        check.instance(other, MemoryMap, "other")
         if self.page_size != other.page_size:
             raise LayoutError(f"pages of {other.page_size} bytes don't fit into a VM with pages of {self.page_size}")
         if len(self.slots) != len(other.slots):
@@ -181,6 +184,10 @@ class MemoryMap:
         LayoutError
             If the runs aren't so.
         """
+        for array, name in ((gpa, "addresses"), (length, "lengths")):
+            check.array(array, np.uint64, name)
+        if gpa.ndim != 1 or gpa.shape != length.shape or not gpa.size:
+            raise LayoutError(f"runs are one or more, not {gpa.shape} addresses and {length.shape} lengths")
         either = int(np.bitwise_or.reduce(gpa)) | int(np.bitwise_or.reduce(length))
         if either & self._wrong or not length.all():
             raise LayoutError(self._why(either))

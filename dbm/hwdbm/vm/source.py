@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.check import instance
 from hwdbm.memslot import Memslot
 from hwdbm.vm.memory import digest
 
@@ -157,6 +158,9 @@ def client_of(source: Source, name: str) -> Iterator[Client]:
     OSError
         As `Exclusive.client` has them.
     """
+    instance(name, str, "name")
+    if not callable(getattr(source, "dirty", None)):
+        raise TypeError(f"source is a VM with a log, not {source!r:.60}")
     client = source.client(name) if isinstance(source, Exclusive) else _Shared(source)
     try:
         yield client
@@ -173,4 +177,5 @@ class _Shared:
 
 def memory_digest(source: Source) -> str:
     """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
+    instance(source, Source, "source")
     return digest(source.memory(slot.id) for slot in sorted(source.slots, key=lambda slot: slot.base_gfn))
