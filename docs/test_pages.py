@@ -47,12 +47,24 @@ class Waiting:
     said: list[str] = field(default_factory=list)
     first: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
+
     def listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.append(line)
-            self.first.set()
+        with self.process.stdout as said:
+            for line in said:
+                self.said.append(line)
+                self.first.set()
         self.first.set()
+
+    def end(self, seconds: float) -> None:
+        try:
+            self.process.wait(seconds)
+        finally:
+            self.process.kill()
+            self.thread.join()
 
 
 class Shell:
@@ -84,7 +96,6 @@ class Shell:
         if prompt:
             waiting = Waiting(command, expected, self.start(command))
             self.waiting.append(waiting)
-            threading.Thread(target=waiting.listen, daemon=True).start()
             assert waiting.first.wait(SECONDS), f"{command!r} says nothing"
             return
         process = self.start(command)
@@ -104,10 +115,7 @@ class Shell:
 
     def close(self) -> None:
         for each in self.waiting:
-            try:
-                each.process.wait(SECONDS)
-            finally:
-                each.process.kill()
+            each.end(SECONDS)
             self.check(each.command, each.expected, "".join(each.said), each.process.returncode)
 
 
@@ -137,7 +145,25 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
         hwdbm.kernels.use(kernel)  # a page may choose another
         for each in shell.waiting if sys.exc_info()[0] else ():
             each.process.kill()
+            each.end(SECONDS)
     shell.close()
+
+
+def test_the_example_of_a_guest_runs(tmp_path: Path) -> None:
+    """The one that no `console` block has: it fails where there is no KVM, and says why."""
+    command = [sys.executable, "-W", "error", str(DOCS / "examples" / "kvm_guest.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.stderr == ""
+    assert ("what its code wrote" in done.stdout) == (done.returncode == 0)
+    assert done.returncode == 0 or "no KVM here" in done.stdout
+
+
+def test_examples_are_short_and_shown() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for example in (DOCS / "examples").iterdir():
+        if example.is_file():
+            assert len(example.read_text(encoding="utf-8").splitlines()) < 80
+            assert f"examples/{example.name}" in pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
