@@ -41,13 +41,6 @@ class GuestMemory:
     private : bool
         Whether the memory is this process's alone: anonymous, with huge pages where the system has them.
 
-    Raises
-    ------
-    OSError
-        ENOMEM or what else the system says where it can't be had, EINVAL for a file that is shorter.
-    ValueError
-        For a size below 1, or a name that the kernel doesn't take.
-
     Attributes
     ----------
     view : (size,) uint8 array
@@ -56,6 +49,13 @@ class GuestMemory:
         The same, as words.
     fd : int
         The memfd, for mapping the memory in another process; -1 if there is none.
+
+    Raises
+    ------
+    OSError
+        ENOMEM or what else the system says where it can't be had, EINVAL for a file that is shorter.
+    ValueError
+        For a size below 1, or a name that the kernel doesn't take.
 
     Examples
     --------
