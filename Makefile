@@ -54,6 +54,11 @@ SEED ?= 1
 mutants: $(VENV)/.dev ## do the tests bite? random mutants of the package against them
 	$(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) --least 0.95 $(MUTANTS_ARGS)
 
+.PHONY: races
+races: $(VENV)/.dev ## prove the protocols over every order of their steps, find each known mistake, and try their mutants
+	$(BIN)/hwdbm races
+	HWDBM_RACES=all $(BIN)/python -P -m pytest --numprocesses auto tests/races $(PYTEST_ARGS)
+
 .PHONY: handover
 handover: $(VENV)/.dev ## cut the link, and kill either side, at every message of a migration
 	HWDBM_HANDOVER=all $(BIN)/python -P -m pytest --numprocesses auto tests/migration/test_handover.py $(PYTEST_ARGS)

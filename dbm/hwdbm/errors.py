@@ -18,6 +18,7 @@ __all__ = [
     "PeerError",
     "StaleLeaseError",
     "StreamError",
+    "UnreadError",
     "printable",
 ]
 
@@ -158,3 +159,7 @@ def printable(text: str) -> str:
     'no\\x1b[2J room'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class UnreadError(HwdbmError, ValueError):
+    """A litmus test asks for more than `hwdbm races --litmus` reads; the text says for what."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 
+from hwdbm.cli import races
 from hwdbm.cli.app import app
 from hwdbm.machine import Machine
 from hwdbm.migration.report import Pass, Report
@@ -119,6 +120,19 @@ def test_rebase(run, tmp_path: Path) -> None:
         write_diff(machine, tmp_path / "diff")
     base, diff = tmp_path / "base", tmp_path / "diff"
     check("snapshot-rebase", run("snapshot", "rebase", base, diff, "--json").out)
+
+
+def test_races(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(races, "MISTAKES", {"no-flush": races.MISTAKES["no-flush"]})
+    monkeypatch.setattr(races, "PRODUCTION", {"device": races.PRODUCTION["device"]})
+    init = "AArch64 {}\n{{ 0:X1=x; }}\nP0 ;\n{} ;\nexists x=1"
+    for name, code in (("one", "STR W0,[X1]"), ("two", "LDXR W0,[X1]"), ("three", "NOP")):
+        (tmp_path / f"{name}.litmus").write_text(init.format(name, code))
+    (tmp_path / "kinds.txt").write_text("one Allowed\ntwo Allowed\n")
+    every, one = run("races", "--json"), run("races", "no-flush", "--json")
+    litmus = run("races", "--litmus", tmp_path, "--json")
+    assert (every.status, one.status, litmus.status) == (0, 0, 3)
+    check("races", every.out, one.out, litmus.out)
 
 
 def test_each_command_has_one() -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 
-from hwdbm.races.litmus import Litmus, UnreadError, compare, read_folder, read_kinds
+from hwdbm.errors import UnreadError
+from hwdbm.races.litmus import Litmus, compare, read_folder, read_kinds
 from hwdbm.races.machine import BROKEN
-from hwdbm.races.program import Setup
+from hwdbm.races.program import Scene
 from hwdbm.races.twenty import TWENTY
 
 STORE_AND_SWAP = r"""AArch64 STRx+SWPptex
@@ -88,4 +89,4 @@ def test_a_folder_without_tests_is_an_error(tmp_path):
 @pytest.mark.parametrize("text", ["fly x", "store x", "store q 1", "load x@r -> a", "store x blue", "tlbi q"])
 def test_a_program_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"."):
-        Setup({"x": "clean"}, [text])
+        Scene({"x": "clean"}, [text])

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import hwdbm
-from hwdbm.cli import bench, harvest, inspect, migrate, receive, snapshot
+from hwdbm.cli import bench, harvest, inspect, migrate, races, receive, snapshot
 
 _USAGE = 2  # the exit status
 # typer brings a click of its own since 0.16, without public names for what it raises.
@@ -89,6 +89,7 @@ app.command(cls=_Command, epilog=inspect.EPILOG, context_settings=_HELP)(inspect
 app.command(cls=_Command, epilog=bench.EPILOG, context_settings=_HELP)(bench.bench)
 app.command(cls=_Command, epilog=migrate.EPILOG, context_settings=_HELP)(migrate.migrate)
 app.command(cls=_Command, epilog=receive.EPILOG, context_settings=_HELP)(receive.receive)
+app.command(cls=_Command, epilog=races.EPILOG, context_settings=_HELP)(races.races)
 
 snapshots = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, context_settings=_HELP)
 snapshots.command(cls=_Command, epilog=snapshot.EPILOG, context_settings=_HELP)(snapshot.rebase)

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hwdbm import pte
-from hwdbm.errors import HwdbmError
-from hwdbm.races.machine import STAGE1, Fault, Kind, Machine, Op, Page, State, Value
+from hwdbm.errors import UnreadError
+from hwdbm.races.machine import STAGE1, Fault, Moment, Op, OpKind, Page, Value, WeakMachine
 from hwdbm.races.search import explore
-
-__all__ = ["Agreement", "Litmus", "UnreadError", "compare", "read_kinds"]
 
 _AP2: Final = 1 << 7
 _READ_ONLY: Final = _AP2
@@ -41,10 +39,6 @@ _ATOMICS: Final[dict[str, Callable[[int, int], int]]] = {
     "LDCLR": lambda old, mask: old & ~mask,
     "LDEOR": operator.xor,
 }
-
-
-class UnreadError(HwdbmError, ValueError):
-    """A litmus test that asks for more than is read here."""
 
 
 class Operand(NamedTuple):
@@ -104,9 +98,9 @@ class _Thread:
         if re.fullmatch(r"LDR|LDAR|STR|STLR", name):
             place = self._place(arguments[1])
             if name.startswith("LD"):
-                self._add(Kind.LOAD, place, result=arguments[0], acquire=name == "LDAR")
+                self._add(OpKind.LOAD, place, result=arguments[0], acquire=name == "LDAR")
             else:
-                self._add(Kind.STORE, place, self._operand(arguments[0]), release=name == "STLR")
+                self._add(OpKind.STORE, place, self._operand(arguments[0]), release=name == "STLR")
             return True
         found = re.fullmatch(r"(SWP|LDADD|LDSET|LDCLR|LDEOR|STADD|STSET|STCLR|STEOR)(A?)(L?)", name)
         if found is None:
@@ -117,7 +111,7 @@ class _Thread:
         returns = returns and result.upper() not in ("XZR", "WZR")
         operand, place = self._operand(arguments[0]), self._place(arguments[-1])
         self._add(
-            Kind.RMW, place, operand, result=result, apply=apply,
+            OpKind.RMW, place, operand, result=result, apply=apply,
             acquire=bool(found[2]), release=bool(found[3]), returns=returns,
         )  # fmt: skip
         return True
@@ -126,17 +120,17 @@ class _Thread:
         if name in ("DMB", "DSB", "ISB"):
             option = arguments[0].upper() if arguments else "SY"
             scope = "ld" if option.endswith("LD") else "st" if option.endswith("ST") else "full"
-            self._append(Op(kind=Kind[name], scope=scope, label=text))
+            self._append(Op(kind=OpKind[name], scope=scope, label=text))
         elif name == "TLBI" and arguments[0].upper() in ("VMALLE1IS", "VMALLE1OS"):
-            self._append(Op(kind=Kind.TLBI, label=text))
+            self._append(Op(kind=OpKind.TLBI, label=text))
         elif name == "TLBI" and re.fullmatch(r"VA?A?L?E1(IS|OS)", arguments[0].upper()):
-            self._add(Kind.TLBI, self._operand(arguments[1]))
+            self._add(OpKind.TLBI, self._operand(arguments[1]))
         else:
             raise UnreadError(f"the instruction {text!r}")
 
     def _add(
         self,
-        kind: Kind,
+        kind: OpKind,
         place: Operand,
         value: Operand = Operand(lambda _: 0),  # noqa: B008
         *,
@@ -226,20 +220,20 @@ class Litmus:
     ----------
     name : str
         What it is called.
-    machine : Machine
+    machine : WeakMachine
         Its threads.
     mem : list of int
         The memory that they begin with.
     condition : callable
-        Given a final `State`, whether it satisfies the condition.
+        Given a final `Moment`, whether it satisfies the condition.
     quantifier : str
         "exists", "~exists" or "forall".
     """
 
     name: str
-    machine: Machine
+    machine: WeakMachine
     mem: list[int]
-    condition: Callable[[State], bool]
+    condition: Callable[[Moment], bool]
     quantifier: str
     threads: list[_Thread] = field(default_factory=list)
 
@@ -287,7 +281,7 @@ class Litmus:
             return yes == 0, states
         return yes > 0 and no == 0, states
 
-    def register(self, state: State, thread: int, name: str) -> Value:
+    def register(self, state: Moment, thread: int, name: str) -> Value:
         """Return what a register holds at the end."""
         dids, read = state.threads[thread], self.threads[thread]
         end = self.machine.faulted(dids)
@@ -395,7 +389,7 @@ class _Reader:
 
     def _machine(
         self, threads: list[_Thread], broken: frozenset[str], quantifier: str,
-        holds: Callable[[Litmus, State], bool], *, ets2: bool | None,
+        holds: Callable[[Litmus, Moment], bool], *, ets2: bool | None,
     ) -> Litmus:  # fmt: skip
         entries = {
             name: self.descriptor(self.entries.get(name, ""), _DEFAULT | self.frames.number(name) << 12)
@@ -409,7 +403,7 @@ class _Reader:
         pages = {name: Page(cell) for cell, name in enumerate(entries)}
         descriptors = frozenset(range(len(entries)))
         on = [_hardware(self.hardware, t) for t in range(len(threads))]
-        machine = Machine(
+        machine = WeakMachine(
             programs=[thread.ops for thread in threads],
             cells=cells,
             pages=pages,
@@ -421,9 +415,9 @@ class _Reader:
             ets2=("ets2" in self.variant or "ETS2" in self.variant) if ets2 is None else ets2,
             broken=broken,
         )
-        stores = [op for thread in threads for op in thread.ops if op.kind in (Kind.STORE, Kind.RMW) and op.place]
+        stores = [op for thread in threads for op in thread.ops if op.kind in (OpKind.STORE, OpKind.RMW) and op.place]
         places = {None if op.place_from else str(op.place(())) for op in stores if op.place}
-        flushed = {op.place and str(op.place(())) for thread in threads for op in thread.ops if op.kind is Kind.TLBI}
+        flushed = {op.place and str(op.place(())) for thread in threads for op in thread.ops if op.kind is OpKind.TLBI}
         machine.quiet(
             frozenset(
                 cell
@@ -459,7 +453,7 @@ def _number(text: str) -> int:
         raise UnreadError(f"the initial value {text!r}") from None
 
 
-Holds = Callable[[Litmus, State], bool]
+Holds = Callable[[Litmus, Moment], bool]
 
 
 class _Condition:
@@ -550,7 +544,7 @@ class _Condition:
             else:
                 raise UnreadError(f"the condition's {token!r}")
 
-        def holds(test: Litmus, state: State) -> bool:
+        def holds(test: Litmus, state: Moment) -> bool:
             dids = state.threads[thread]
             at = test.machine.faulted(dids)
             if at is None or (label is not None and test.threads[thread].labels.get(label) != at):

@@ -17,8 +17,6 @@ from typing import Final, NamedTuple
 
 from hwdbm import pte
 
-__all__ = ["BROKEN", "STAGE1", "STAGE2", "Fault", "Format", "Kind", "Machine", "Op", "Page", "State", "Value"]
-
 Value = int | str
 """What a register holds: a number, a descriptor (a number too), or the name of a place."""
 Expr = Callable[[Sequence[Value]], Value]
@@ -59,7 +57,7 @@ class Fault(Enum):
     PERMISSION = "permission"
 
 
-class Kind(Enum):
+class OpKind(Enum):
     """What an instruction does."""
 
     LOAD = "load"
@@ -71,8 +69,8 @@ class Kind(Enum):
     ISB = "isb"
 
 
-_READS, _WRITES = (Kind.LOAD, Kind.RMW), (Kind.STORE, Kind.RMW)
-_BARRIERS = (Kind.DMB, Kind.DSB, Kind.ISB)
+_READS, _WRITES = (OpKind.LOAD, OpKind.RMW), (OpKind.STORE, OpKind.RMW)
+_BARRIERS = (OpKind.DMB, OpKind.DSB, OpKind.ISB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +79,7 @@ class Op:
 
     Parameters
     ----------
-    kind : Kind
+    kind : OpKind
         What it does.
     place : callable or None
         Where, as the name of a place; None for a TLBI of everything.
@@ -99,7 +97,7 @@ class Op:
         What it is called.
     """
 
-    kind: Kind
+    kind: OpKind
     place: Expr | None = None
     value: Expr = lambda _: 0
     apply: Callable[[int, int], int] = lambda _, new: new
@@ -133,7 +131,7 @@ class Page(NamedTuple):
     number: int = 0
 
 
-class Walk(NamedTuple):
+class Translation(NamedTuple):
     """What a walk found: the descriptor, the cell that it is in, and the frame."""
 
     desc: int
@@ -146,7 +144,7 @@ class Did(NamedTuple):
 
     Parameters
     ----------
-    walk : Walk or None
+    walk : Translation or None
         Its translation.
     need : int
         The bits (AF, S2AP[1]) that its mark has still to set. While there are any, nobody else can write the cell.
@@ -160,7 +158,7 @@ class Did(NamedTuple):
         Whether an atomic that is none (`BROKEN`, S1) has had its load.
     """
 
-    walk: Walk | None = None
+    walk: Translation | None = None
     need: int = 0
     fault: Fault | None = None
     done: bool = False
@@ -172,7 +170,7 @@ User = tuple[int, int, bool]
 """A thread, an instruction of it, and whether its access is waited for, or its walk only."""
 
 
-class State(NamedTuple):
+class Moment(NamedTuple):
     """All that there is at a moment.
 
     Parameters
@@ -226,13 +224,13 @@ BROKEN: Final = {
 """Broken machines, by the rule that each lacks: the tests must notice them."""
 
 _LACKING: Final = {
-    (Kind.DMB, "full"): {"O7"},
-    (Kind.DMB, "ld"): {"O5"},
-    (Kind.DMB, "st"): {"O6"},
-    (Kind.DSB, "full"): {"O2"},
-    (Kind.DSB, "ld"): {"O2", "O3"},
-    (Kind.DSB, "st"): {"O2", "O3"},
-    (Kind.ISB, "full"): {"O4"},
+    (OpKind.DMB, "full"): {"O7"},
+    (OpKind.DMB, "ld"): {"O5"},
+    (OpKind.DMB, "st"): {"O6"},
+    (OpKind.DSB, "full"): {"O2"},
+    (OpKind.DSB, "ld"): {"O2", "O3"},
+    (OpKind.DSB, "st"): {"O2", "O3"},
+    (OpKind.ISB, "full"): {"O4"},
 }
 _START = Did()
 _UNCACHEABLE = (Fault.TRANSLATION, Fault.ACCESS_FLAG)
@@ -256,7 +254,7 @@ class _Waits:
             found = set[str]()
             for op in ops[first + 1 : at]:
                 if op.kind in _BARRIERS and not broken & _LACKING[op.kind, op.scope]:
-                    if op.kind is Kind.ISB:
+                    if op.kind is OpKind.ISB:
                         found |= {"isb", *(f"{each} isb" for each in found if each.startswith("dsb"))}
                     else:
                         found.add(f"{op.kind.value} {op.scope}")
@@ -276,7 +274,7 @@ class _Waits:
 
 
 @dataclass(eq=False, slots=True)
-class Machine:
+class WeakMachine:
     """Threads of instructions over memory.
 
     Parameters
@@ -329,14 +327,14 @@ class Machine:
         self._names = {name: cell for cell, name in enumerate(self.cells)}
         self._waits = [[_Waits(ops, at, self.broken) for at in range(len(ops))] for ops in self.programs]
 
-    def start(self, mem: Sequence[int]) -> State:
+    def start(self, mem: Sequence[int]) -> Moment:
         """Return the state in which nothing was done yet."""
         threads = tuple(tuple(_START for _ in ops) for ops in self.programs)
-        return State(tuple(mem), tuple(frozenset[int]() for _ in mem), threads)
+        return Moment(tuple(mem), tuple(frozenset[int]() for _ in mem), threads)
 
     # --- memory and TLB ------------------------------------------------------------------------------------
 
-    def locked(self, state: State, cell: int) -> bool:
+    def locked(self, state: Moment, cell: int) -> bool:
         """Return whether a mark is under way there."""
         if self.broken & {"H1", "H2"}:
             return False
@@ -346,7 +344,7 @@ class Machine:
             for did in _live(thread)
         )
 
-    def write(self, state: State, cell: int, value: int) -> State:
+    def write(self, state: Moment, cell: int, value: int) -> Moment:
         """Write a cell; what it held stays in TLBs that have it."""
         old, tlb = state.mem[cell], state.tlb
         if old == value:
@@ -360,7 +358,7 @@ class Machine:
     def _cacheable(self, desc: int) -> bool:
         return desc & (pte.VALID | pte.AF) == pte.VALID | pte.AF
 
-    def walks(self, state: State, page: Page) -> Iterator[tuple[int, int]]:
+    def walks(self, state: Moment, page: Page) -> Iterator[tuple[int, int]]:
         """Yield each (descriptor, cell) that a walk may find for a page, that in memory first."""
         if page.table is not None:
             block = state.mem[page.table]
@@ -381,7 +379,7 @@ class Machine:
                     if desc & pte.CONTIGUOUS and self._cacheable(desc):
                         yield desc, other
 
-    def forget(self, state: State, cells: frozenset[int], stage: str = "all") -> State:
+    def forget(self, state: Moment, cells: frozenset[int], stage: str = "all") -> Moment:
         """Invalidate TLB entries: of stage 2 alone ("s2"), of combined ones alone ("s1"), or of both ("all").
 
         After "s1" a combined entry may be made again at once from an entry of stage 2 that is still there.
@@ -398,7 +396,7 @@ class Machine:
                 tlb[cell] = frozenset(each for desc in tlb[cell] if desc >= 0 for each in (desc, ~desc))
         return state._replace(tlb=tuple(tlb))
 
-    def users(self, state: State, cells: frozenset[int], but: int | None = None) -> frozenset[User]:
+    def users(self, state: Moment, cells: frozenset[int], but: int | None = None) -> frozenset[User]:
         """Return who is translated by these cells and not done; a DSB after the TLBI waits for them."""
         found = set[User]()
         if "T2" in self.broken:
@@ -426,11 +424,11 @@ class Machine:
 
     def _page(self, t: int, k: int, thread: tuple[Did, ...]) -> Page | None:
         op = self.programs[t][k]
-        if op.kind is Kind.TLBI or not self._known(op, thread):
+        if op.kind is OpKind.TLBI or not self._known(op, thread):
             return None
         return self.pages.get(self._where(op, thread))
 
-    def complete(self, state: State, users: frozenset[User]) -> bool:
+    def complete(self, state: Moment, users: frozenset[User]) -> bool:
         """Return whether all of them are done."""
         for t, k, access in users:
             thread = state.threads[t]
@@ -460,7 +458,7 @@ class Machine:
                 need |= _DIRTY
         return need, None if desc & pte.VALID else Fault.TRANSLATION
 
-    def steps(self, state: State) -> Iterator[tuple[tuple[object, ...], State]]:
+    def steps(self, state: Moment) -> Iterator[tuple[tuple[object, ...], Moment]]:
         """Yield each step that can be taken next, as (thread, instruction, moment, ...), and the state after it."""
         first = self._walk_first(state)
         if first is not None:
@@ -471,7 +469,7 @@ class Machine:
                 yield from self._thread_steps(state, t, k, thread)
         yield from self._speculation(state)
 
-    def _walk_first(self, state: State) -> tuple[tuple[object, ...], State] | None:
+    def _walk_first(self, state: Moment) -> tuple[tuple[object, ...], Moment] | None:
         """Return a walk that finds the same whenever it comes, and that nothing waits for: others needn't be tried.
 
         That is one of a descriptor that nothing changes (`quiet`), and of which no TLB has another value.
@@ -492,7 +490,7 @@ class Machine:
         """Say that nothing ever writes these descriptors, and that no mark is needed of them."""
         self._still = cells
 
-    def _speculation(self, state: State) -> Iterator[tuple[tuple[object, ...], State]]:
+    def _speculation(self, state: Moment) -> Iterator[tuple[tuple[object, ...], Moment]]:
         for cell in self.descriptors:
             desc = state.mem[cell]
             if not desc & pte.VALID or self.locked(state, cell):
@@ -503,8 +501,8 @@ class Machine:
                 yield ("hardware", cell, "dirty"), self.write(state, cell, self.fmt.mark(desc, _DIRTY))
 
     def _thread_steps(
-        self, state: State, t: int, k: int, thread: tuple[Did, ...]
-    ) -> Iterator[tuple[tuple[object, ...], State]]:
+        self, state: Moment, t: int, k: int, thread: tuple[Did, ...]
+    ) -> Iterator[tuple[tuple[object, ...], Moment]]:
         op, did = self.programs[t][k], thread[k]
         if op.kind in _BARRIERS:
             return
@@ -514,7 +512,7 @@ class Machine:
                 yield (t, k, "retry"), _with(state, t, k, _START)
         if did.done:
             return
-        if op.kind is Kind.TLBI:
+        if op.kind is OpKind.TLBI:
             yield from self._tlbi(state, t, k, thread)
             return
         if not self._known(op, thread):
@@ -526,14 +524,14 @@ class Machine:
             yield from self._access(state, t, k, thread)
 
     def _walk(
-        self, state: State, t: int, k: int, thread: tuple[Did, ...], page: Page
-    ) -> Iterator[tuple[tuple[object, ...], State]]:
+        self, state: Moment, t: int, k: int, thread: tuple[Did, ...], page: Page
+    ) -> Iterator[tuple[tuple[object, ...], Moment]]:
         if not self._whole(state, t, k, thread):
             return
         op, before = self.programs[t][k], self._waits[t][k].between
         if self.ets2 and not all(self._behind(thread[i], self.programs[t][i], found) for i, found in before):
             return
-        settled = all(thread[i].done for i, _ in before if self.programs[t][i].kind is not Kind.TLBI)
+        settled = all(thread[i].done for i, _ in before if self.programs[t][i].kind is not OpKind.TLBI)
         seen = set[tuple[int, int]]()
         for at, (desc, cell) in enumerate(self.walks(state, page)):
             if (desc, cell) in seen:
@@ -554,7 +552,7 @@ class Machine:
                 frame += page.number - (page.run.index(cell) if cell in page.run else 0)
             if fault is None and self._overtaken(t, k, thread, self.frames.get(frame)):
                 continue
-            done = thread[k]._replace(walk=Walk(desc, cell, frame), need=need, fault=fault)
+            done = thread[k]._replace(walk=Translation(desc, cell, frame), need=need, fault=fault)
             yield (t, k, "walk", desc, cell), _with(state, t, k, done)
 
     def _overtaken(self, t: int, k: int, thread: tuple[Did, ...], cell: int | None) -> bool:
@@ -562,7 +560,7 @@ class Machine:
 
         That is another path, which is tried too.
         """
-        return self.programs[t][k].kind is not Kind.LOAD and any(
+        return self.programs[t][k].kind is not OpKind.LOAD and any(
             self._cell(t, j, thread) == cell for j in self._loaded(t, k, thread)
         )
 
@@ -574,12 +572,12 @@ class Machine:
 
     def _loaded(self, t: int, k: int, thread: tuple[Did, ...]) -> Iterator[int]:
         for j in range(k + 1, len(thread)):
-            if self.programs[t][j].kind is Kind.LOAD and thread[j].done and not thread[j].fault:
+            if self.programs[t][j].kind is OpKind.LOAD and thread[j].done and not thread[j].fault:
                 yield j
 
     def _mark(
-        self, state: State, t: int, k: int, thread: tuple[Did, ...]
-    ) -> Iterator[tuple[tuple[object, ...], State]]:
+        self, state: Moment, t: int, k: int, thread: tuple[Did, ...]
+    ) -> Iterator[tuple[tuple[object, ...], Moment]]:
         did, broken = thread[k], self.broken
         if did.walk is None or ("O8" not in broken and not self._certain(t, k, thread)):
             return
@@ -595,8 +593,8 @@ class Machine:
             yield (t, k, "mark", desc, did.walk.cell), _with(after, t, k, did._replace(need=did.need & ~each))
 
     def _access(
-        self, state: State, t: int, k: int, thread: tuple[Did, ...]
-    ) -> Iterator[tuple[tuple[object, ...], State]]:
+        self, state: Moment, t: int, k: int, thread: tuple[Did, ...]
+    ) -> Iterator[tuple[tuple[object, ...], Moment]]:
         op, did, ops = self.programs[t][k], thread[k], self.programs[t]
         if not self._whole(state, t, k, thread):
             return
@@ -616,7 +614,7 @@ class Machine:
         cell = self._cell(t, k, thread)
         forwarded: Value | None = None
         for i, earlier in enumerate(thread[:k]):
-            if ops[i].kind in (*_BARRIERS, Kind.TLBI) or not self._known(ops[i], thread):
+            if ops[i].kind in (*_BARRIERS, OpKind.TLBI) or not self._known(ops[i], thread):
                 continue
             if self._translated(t, i, thread) and earlier.walk is None:
                 if writes and "O9" not in self.broken:
@@ -628,28 +626,28 @@ class Machine:
                 continue
             if self._cell(t, i, thread) != cell:
                 continue
-            if ops[i].kind is Kind.STORE and op.kind is Kind.LOAD and not op.acquire:
+            if ops[i].kind is OpKind.STORE and op.kind is OpKind.LOAD and not op.acquire:
                 if earlier.done:
                     forwarded = None
                 elif all(thread[j].done for j in ops[i].value_from):
                     forwarded = ops[i].value([each.value for each in thread])
                 else:
                     return
-            elif ops[i].kind is Kind.LOAD and op.kind is Kind.LOAD:
+            elif ops[i].kind is OpKind.LOAD and op.kind is OpKind.LOAD:
                 continue
             elif not earlier.done and "C2" not in self.broken:
                 return
         if writes and cell in self.descriptors and self.locked(state, cell):
             return
         values = [each.value for each in thread]
-        if op.kind is Kind.LOAD:
+        if op.kind is OpKind.LOAD:
             value: Value = state.mem[cell] if forwarded is None else forwarded
             if self._backwards(t, k, thread, cell, value):
                 return
             yield (t, k, "load", value, cell), _with(state, t, k, did._replace(done=True, value=value))
             return
         operand = op.value(values)
-        if op.kind is Kind.STORE:
+        if op.kind is OpKind.STORE:
             after = self.write(state, cell, int(operand))
             yield (t, k, "store", operand, cell), _with(after, t, k, did._replace(done=True))
             return
@@ -663,8 +661,8 @@ class Machine:
         yield (t, k, "atomic", old, cell), _with(after, t, k, did._replace(done=True, value=old))
 
     def _tlbi(
-        self, state: State, t: int, k: int, thread: tuple[Did, ...]
-    ) -> Iterator[tuple[tuple[object, ...], State]]:
+        self, state: Moment, t: int, k: int, thread: tuple[Did, ...]
+    ) -> Iterator[tuple[tuple[object, ...], Moment]]:
         op = self.programs[t][k]
         if not self._known(op, thread) or not self._whole(state, t, k, thread):
             return
@@ -682,7 +680,7 @@ class Machine:
 
     # --- what waits for what -------------------------------------------------------------------------------
 
-    def _whole(self, state: State, t: int, k: int, thread: tuple[Did, ...]) -> bool:
+    def _whole(self, state: Moment, t: int, k: int, thread: tuple[Did, ...]) -> bool:
         """Return whether what every moment of an instruction waits for is done: what an ISB holds."""
         waits = self._waits[t][k]
         if not all(thread[i].done for i in waits.whole):
@@ -698,14 +696,14 @@ class Machine:
         return True
 
     def _allows(
-        self, state: State, t: int, i: int, thread: tuple[Did, ...], found: frozenset[str], op: Op, *, faults: bool
+        self, state: Moment, t: int, i: int, thread: tuple[Did, ...], found: frozenset[str], op: Op, *, faults: bool
     ) -> bool:
         """Return whether an earlier instruction lets this one have its access (or its fault)."""
         earlier, did = self.programs[t][i], thread[i]
         for scope in ("full", "ld", "st"):
             if f"dsb {scope}" in found and not self._passed(state, t, i, thread, scope):
                 return False
-        if op.kind is Kind.TLBI or earlier.kind is Kind.TLBI or did.done:
+        if op.kind is OpKind.TLBI or earlier.kind is OpKind.TLBI or did.done:
             return True
         reads = earlier.kind in _READS and earlier.returns
         if "dmb full" in found or (earlier.acquire and earlier.kind in _READS):
@@ -726,11 +724,11 @@ class Machine:
             return did.done
         return not ("dsb st" in found and op.kind in _WRITES) or did.done
 
-    def _passed(self, state: State, t: int, i: int, thread: tuple[Did, ...], scope: str) -> bool:
+    def _passed(self, state: Moment, t: int, i: int, thread: tuple[Did, ...], scope: str) -> bool:
         """Return whether a DSB has nothing to wait for of an earlier instruction."""
         op, did = self.programs[t][i], thread[i]
         if scope == "full":
-            if op.kind is Kind.TLBI:
+            if op.kind is OpKind.TLBI:
                 return did.done and self.complete(state, dict(state.noted)[t, i])
             return did.done and (not did.need or "O1" in self.broken)
         if op.kind not in (_WRITES if scope == "st" else _READS):
@@ -742,13 +740,13 @@ class Machine:
         return not any(
             thread[i].fault or (thread[i].walk is None and self._translated(t, i, thread))
             for i, op in enumerate(self.programs[t][:k])
-            if op.kind not in (*_BARRIERS, Kind.TLBI)
+            if op.kind not in (*_BARRIERS, OpKind.TLBI)
         )
 
     def _translated(self, t: int, k: int, thread: tuple[Did, ...]) -> bool:
         """Return whether an instruction is translated, or may be: its place isn't known yet."""
         op = self.programs[t][k]
-        if op.place is None or op.kind is Kind.TLBI:
+        if op.place is None or op.kind is OpKind.TLBI:
             return False
         return not self._known(op, thread) or self._page(t, k, thread) is not None
 
@@ -760,7 +758,7 @@ class Machine:
 
     # --- ends ----------------------------------------------------------------------------------------------
 
-    def ended(self, state: State) -> bool:
+    def ended(self, state: Moment) -> bool:
         """Return whether every thread is done, or has ended with a fault."""
         for ops, thread in zip(self.programs, state.threads, strict=True):
             for op, did in zip(ops, _live(thread), strict=False):
@@ -785,7 +783,7 @@ def _kept(descs: frozenset[int]) -> Iterator[int]:
     return (desc if desc >= 0 else ~desc for desc in sorted(descs))
 
 
-def _with(state: State, t: int, k: int, did: Did) -> State:
+def _with(state: Moment, t: int, k: int, did: Did) -> Moment:
     thread = state.threads[t]
     thread = (*thread[:k], did, *thread[k + 1 :])
     return state._replace(threads=(*state.threads[:t], thread, *state.threads[t + 1 :]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from hwdbm import pte
-from hwdbm.races.program import End, Setup, descriptor, state_name
+from hwdbm.races.program import End, Scene, descriptor, state_name
 from hwdbm.races.protocol import (
     Act,
     Actor,
@@ -29,8 +29,6 @@ from hwdbm.races.protocol import (
     swap_if,
     tlbi,
 )  # fmt: skip
-
-__all__ = ["MISTAKES", "Mistake"]
 
 W, DBM, AF = pte.S2AP_W, pte.DBM, pte.AF
 Acts = Generator[Act, Any, None]
@@ -60,7 +58,7 @@ class Mistake(NamedTuple):
 MISTAKES: Final[dict[str, Mistake]] = {}
 """All of them, by name."""
 
-Made = tuple[Setup, Sequence[Actor], Callable[[View], str | None]]
+Made = tuple[Scene, Sequence[Actor], Callable[[View], str | None]]
 
 
 def _mistake(name: str, summary: str, *cites: str, **options: Any) -> Callable[[Callable[[bool], Made]], None]:
@@ -76,12 +74,12 @@ def _mistake(name: str, summary: str, *cites: str, **options: Any) -> Callable[[
     return enter
 
 
-def _setup(programs: Sequence[str], pages: Mapping[str, str] | str = "clean", **options: Any) -> Setup:
+def _setup(programs: Sequence[str], pages: Mapping[str, str] | str = "clean", **options: Any) -> Scene:
     """Return pages with a copy each, a log, host flags and a disk, and more cells by `cells`."""
     pages = {"x": pages} if isinstance(pages, str) else pages
     frames = options.pop("frames", ())
     cells = {f"{what}:{name}": 0 for name in pages for what in ("copy", "disk")} | {"log": 0, "host": 0}
-    return Setup(pages, programs, cells | options.pop("cells", {}), frames, options)
+    return Scene(pages, programs, cells | options.pop("cells", {}), frames, options)
 
 
 def _mark(page: int = 0, name: str = "log") -> Act:
@@ -666,7 +664,7 @@ def _(wrong: bool) -> Made:
     return _setup(["store x 1"]), [Actor("S", clear)], kept("x")
 
 
-def _block(state: str, programs: Sequence[str], **options: Any) -> Setup:
+def _block(state: str, programs: Sequence[str], **options: Any) -> Scene:
     """Return two pages under a block, whose frames follow one another."""
     numbers = {"x": 512, "y": 513}
     setup = _setup(programs, {"x": "absent", "y": "absent"}, block={"x": 0, "y": 1}, numbers=numbers, **options)

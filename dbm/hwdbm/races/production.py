@@ -1,9 +1,9 @@
 """The protocol that production runs, as actors of a `Protocol`: its own generators, on a real slot.
 
-`Slot` has a real `SlotLog` with its real `Stage2`. To take a step it puts the slot into the state in question, starts
-the generator anew, brings it to where it was by the states that it saw then, and lets it run to its next point. Nothing
-of the protocol is written a second time. Two things are the explorer's own: pages that a run holds are a note here, as
-there are no threads; and a flush takes its time, TLBI and DSB by themselves, before the code behind it goes on.
+`RealSlot` has a real `SlotLog` with its real `Stage2`. To take a step it puts the slot into the state in question,
+starts the generator anew, brings it to where it was by the states that it saw then, and lets it run to its next point.
+Nothing of the protocol is written a second time. Two things are the explorer's own: pages that a run holds are a note
+here, as there are no threads; and a flush takes its time, TLBI and DSB by themselves, before the code after it goes on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +17,14 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import faults
 from hwdbm.dirtylog.lease import Lease
 from hwdbm.dirtylog.mechanism import MECHANISMS
-from hwdbm.dirtylog.slot import LogParts, Point, SlotLog, Steps, _Due
-from hwdbm.errors import InvariantError
+from hwdbm.dirtylog.slot import LogParts, Point, SlotLog, Steps
+from hwdbm.errors import HwdbmError, InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot
-from hwdbm.races.program import Setup
+from hwdbm.races.program import Scene
 
 if TYPE_CHECKING:
-    from hwdbm.races.protocol import Actor, Local, Protocol, Run, Situation, Step
-
-__all__ = ["VERBS", "Slot", "World"]
+    from hwdbm.races.protocol import Actor, Label, Local, Protocol, Run, Situation
 
 _FRAMES: Final = 512  # where the slot's frames begin
 _LOGS: Final = 1  # KVM_MEM_LOG_DIRTY_PAGES
@@ -115,7 +113,7 @@ class Running(NamedTuple):
     lo, hi : int
         Its pages.
     history : int
-        The states that it saw, by the number that `Slot` gave them.
+        The states that it saw, by the number that `RealSlot` gave them.
     point : Point or None
         The point that it is at.
     todo : tuple
@@ -133,15 +131,16 @@ class Running(NamedTuple):
     fails: int = 0
 
 
-class _CaughtError(Exception):
+class _CaughtError(HwdbmError, RuntimeError):
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
 
 
-class _Caught(SlotLog):
+class CaughtLog(SlotLog):
     """A slot whose verbs hand out their steps rather than run them."""
 
     def run(self, steps: Steps, lo: int = 0, hi: int | None = None) -> None:  # noqa: ARG002
+        """Hand the steps out, by an exception: the verb goes no further."""
         raise _CaughtError(steps)
 
 
@@ -157,14 +156,14 @@ def _pages(lo: int, hi: int) -> NDArray[np.int64]:
     return np.arange(lo, hi)
 
 
-def _change(verb: Callable[..., Any]) -> Callable[["Slot", int, int], Steps]:
-    def steps(slot: "Slot", lo: int, hi: int) -> Steps:
+def _change(verb: Callable[..., Any]) -> Callable[["RealSlot", int, int], Steps]:
+    def steps(slot: "RealSlot", lo: int, hi: int) -> Steps:
         return faults.change_steps(slot.log, lo, hi, verb, [])
 
     return steps
 
 
-VERBS: Final[Mapping[str, Callable[["Slot", int, int], Steps]]] = {
+VERBS: Final[Mapping[str, Callable[["RealSlot", int, int], Steps]]] = {
     "sync": lambda slot, lo, hi: slot.log.sync_steps(lo, hi),
     "get": lambda slot, lo, hi: slot.log.get_steps(slot.lease, lo, hi),
     "peek": lambda slot, lo, hi: slot.log.peek_steps(slot.lease, lo, hi),
@@ -193,12 +192,12 @@ VERBS: Final[Mapping[str, Callable[["Slot", int, int], Steps]]] = {
 """The steps of production by what they are called, given the slot and the pages [lo, hi)."""
 
 
-class Slot:
+class RealSlot:
     """A real slot, which is put into any state, and takes steps from there.
 
     Parameters
     ----------
-    setup : Setup
+    setup : Scene
         The machine, whose descriptors are this slot's.
     pages : mapping
         The number of each of its pages in the slot, by name.
@@ -222,15 +221,15 @@ class Slot:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: Scene,
         pages: Mapping[str, int],
         npages: int,
         mechanism: str = "hardware DBM",
         *,
         block: bool = False,
         logs: bool = True,
-        log_type: type[_Caught] = _Caught,
-        verbs: Mapping[str, Callable[["Slot", int, int], Steps]] = VERBS,
+        log_type: type[CaughtLog] = CaughtLog,
+        verbs: Mapping[str, Callable[["RealSlot", int, int], Steps]] = VERBS,
     ) -> None:
         self.setup, self.pages, self.npages, self.verbs = setup, dict(pages), npages, verbs
         self.mechanisms = {name: make() for name, make in MECHANISMS.items()}
@@ -247,6 +246,8 @@ class Slot:
         if logs:
             for _ in self.log.start_steps(self.memslot(logs=True), full=False):
                 pass
+        self._note = type(self.log.changing(0, npages))
+        self.log._due.clear()
         self.lease, self.mask = self._lease(), np.zeros(self._words(), dtype=np.uint64)
         self._bitmap = DirtyBitmap(npages) if self.log.live is None else self.log.live
         self._histories: list[tuple[int, tuple[int, ...], World]] = [(-1, (), self._world())]
@@ -314,8 +315,12 @@ class Slot:
             self._bitmap = log.live
             _fill(log.live, world.live)
         mine = None if running is None or running.gi_frame is None else running.gi_frame.f_locals.get("due")
-        notes = [mine if mine is not None and _due_key(mine) == key else _due(key) for key in world.due]
+        notes = [mine if mine is not None and _due_key(mine) == key else self._due(key) for key in world.due]
         log._due = set(notes)
+
+    def _due(self, key: Due) -> Any:
+        lo, hi, missed, wider = key
+        return self._note(lo, hi, tuple(self._due(each) for each in wider), missed)
 
     def _descs(self) -> tuple[int, ...]:
         return tuple(int(self.log.stage2.level(level)[index]) for level, index, _ in self.cells)
@@ -376,7 +381,7 @@ class Slot:
 
     def begin(
         self, protocol: "Protocol", at: "Situation", number: int, actor: "Actor", local: "Local", act: "Run"
-    ) -> Iterator[tuple["Step", "Situation"]]:
+    ) -> Iterator[tuple["Label", "Situation"]]:
         """Hold the pages, if nobody else does, and come to the first point."""
         outer = at.world
         assert isinstance(outer, Outer)  # noqa: S101 - the situation is of a protocol with a slot
@@ -388,21 +393,21 @@ class Slot:
             return
         outer = outer._replace(held=(*outer.held, (number, first, stop)))
         running = Running(act.verb, lo, hi, 0, None, (), act.fails)
-        yield from self._step(protocol, at._replace(world=outer), at, number, actor, local, running)
+        yield from self._step(protocol, at._replace(world=outer), number, actor, local, running)
 
     def steps(
         self, protocol: "Protocol", at: "Situation", number: int, actor: "Actor", local: "Local"
-    ) -> Iterator[tuple["Step", "Situation"]]:
+    ) -> Iterator[tuple["Label", "Situation"]]:
         """Take the next step of a run: a part of its flush, or on to its next point."""
         from hwdbm.races.protocol import dsb, tlbi  # noqa: PLC0415 - it imports this module's caller
 
         running = local.run
         assert isinstance(running, Running)  # noqa: S101 - the actor runs something
         if not running.todo:
-            yield from self._step(protocol, at, at, number, actor, local, running)
+            yield from self._step(protocol, at, number, actor, local, running)
             return
         if running.fails:
-            yield from self._step(protocol, at, at, number, actor, local, running, fail=True)
+            yield from self._step(protocol, at, number, actor, local, running, fail=True)
         what, *rest = running.todo[0]
         if what == "dsb":
             act = dsb()
@@ -412,7 +417,7 @@ class Slot:
         after = protocol._flushed(at, number, local, act)
         if after is not None:
             left = after.locals[number]._replace(run=running._replace(todo=running.todo[1:]))
-            yield protocol._said(actor, act.text, at, after), protocol.moved(after, number, left)
+            yield (actor.name, act.text), protocol.moved(after, number, left)
 
     def alone(self, running: object) -> bool:
         """Return whether the next step of a run reads no descriptor: its pages are held, and nobody sees it."""
@@ -423,9 +428,9 @@ class Slot:
         return tuple(at.state.mem[cell] for _, _, cell in self.cells)
 
     def _step(
-        self, protocol: "Protocol", at: "Situation", before: "Situation", number: int, actor: "Actor", local: "Local",
+        self, protocol: "Protocol", at: "Situation", number: int, actor: "Actor", local: "Local",
         running: Running, *, fail: bool = False,
-    ) -> Iterator[tuple["Step", "Situation"]]:  # fmt: skip
+    ) -> Iterator[tuple["Label", "Situation"]]:  # fmt: skip
         outer = at.world
         assert isinstance(outer, Outer)  # noqa: S101 - as above
         history = self._number_of(running.history, self._cells_of(at), outer.of(number))
@@ -457,7 +462,7 @@ class Slot:
             local = local._replace(run=None, results=(*local.results, result))
             text += ", the flush fails" if fail else ""
         after = at._replace(state=state, world=outer.having(number, world))
-        yield protocol._said(actor, text, before, after), protocol.moved(after, number, local)
+        yield (actor.name, text), protocol.moved(after, number, local)
 
     def _verified(self, descs: tuple[int, ...], world: World, held: Sequence[object]) -> str:
         """Return what is wrong with the slot once nothing is under way, by production's own check."""
@@ -538,10 +543,5 @@ def _fill(bitmap: DirtyBitmap, bits: int) -> None:
     bitmap.words[:] = np.frombuffer(bits.to_bytes(bitmap.words.nbytes, "little"), dtype=np.uint64)
 
 
-def _due_key(due: _Due) -> Due:
+def _due_key(due: Any) -> Due:
     return due.lo, due.hi, due.missed, tuple(_due_key(each) for each in due.wider)
-
-
-def _due(key: Due) -> _Due:
-    lo, hi, missed, wider = key
-    return _Due(lo, hi, tuple(_due(each) for each in wider), missed)

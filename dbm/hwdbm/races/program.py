@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hwdbm import pte
-from hwdbm.races.machine import STAGE2, Kind, Machine, Op, Page, State, Value
-
-__all__ = ["End", "Setup", "descriptor", "state_name"]
+from hwdbm.races.machine import STAGE2, Moment, Op, OpKind, Page, Value, WeakMachine
 
 _LEAF: Final = pte.VALID | pte.TYPE | pte.NORMAL
 _STATES: Final = {
@@ -56,7 +54,7 @@ def state_name(desc: int) -> str:
     return name if desc & pte.AF else f"old {name}"
 
 
-class Setup:
+class Scene:
     """Pages, memory and threads, from which a machine is made.
 
     Parameters
@@ -72,7 +70,7 @@ class Setup:
     options : mapping, optional
         ``values``, what cells hold at first, by name; ``numbers``, those of frames; ``block``, each page's number in a
         level-2 block with a descriptor ``pte:block``; ``run``, the pages of a contiguous run; and parameters of
-        `Machine`: hd, ha, speculate, combined, broken, ets2.
+        `WeakMachine`: hd, ha, speculate, combined, broken, ets2.
 
     Raises
     ------
@@ -113,7 +111,7 @@ class Setup:
         ops = [[*self._read(text, registers)] for text, registers in zip(programs, self.registers, strict=True)]
         for each in ("ha", "hd"):
             options[each] = (bool(options[each]),) * len(ops)
-        self.machine = Machine(
+        self.machine = WeakMachine(
             ops,
             self.cells,
             self.pages,
@@ -123,7 +121,7 @@ class Setup:
             **options,
         )
 
-    def start(self) -> State:
+    def start(self) -> Moment:
         """Return the state that the machine begins in."""
         return self.machine.start(self.mem)
 
@@ -138,11 +136,11 @@ class Setup:
             words = head.split()
             name = words[0]
             if name in ("dmb", "dsb", "isb") and words[1:] in ([], ["ld"], ["st"]):
-                ops.append(Op(kind=Kind[name.upper()], scope=words[1] if words[1:] else "full", label=each))
+                ops.append(Op(kind=OpKind[name.upper()], scope=words[1] if words[1:] else "full", label=each))
                 continue
-            kind = {"load": Kind.LOAD, "store": Kind.STORE, "tlbi": Kind.TLBI}.get(name, Kind.RMW)
-            most = {Kind.LOAD: 2, Kind.TLBI: 2}.get(kind, 3)
-            if (kind is Kind.RMW and name not in _APPLY) or not (most == len(words) or words == ["tlbi"]):
+            kind = {"load": OpKind.LOAD, "store": OpKind.STORE, "tlbi": OpKind.TLBI}.get(name, OpKind.RMW)
+            most = {OpKind.LOAD: 2, OpKind.TLBI: 2}.get(kind, 3)
+            if (kind is OpKind.RMW and name not in _APPLY) or not (most == len(words) or words == ["tlbi"]):
                 raise ValueError(f"{each!r} is no instruction of a program")
             place, place_from = self._place(words[1], registers, each) if words[1:] else (None, frozenset[int]())
             value, value_from = self._value(words[2], registers, each) if words[2:] else (_zero, frozenset[int]())
@@ -189,14 +187,14 @@ class End:
 
     Parameters
     ----------
-    setup : Setup
+    setup : Scene
         What it began as.
-    state : State
+    state : Moment
         The final state.
     """
 
-    setup: Setup
-    state: State
+    setup: Scene
+    state: Moment
 
     def __getitem__(self, name: str) -> int:
         """Return what a register or a cell holds."""

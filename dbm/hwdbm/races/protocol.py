@@ -11,13 +11,13 @@ Examples
 --------
 The vCPU writes once while another processor cleans the descriptor, flushes and copies the page:
 
->>> from hwdbm.races.program import Setup
+>>> from hwdbm.races.program import Scene
 >>> def harvest():
 ...     old = yield fetch_clear("pte:x", pte.S2AP_W)
 ...     yield from flush("x")
 ...     if old & pte.S2AP_W:
 ...         yield copy("x")
->>> setup = Setup({"x": "clean"}, ["store x 1"], {"copy:x": 0})
+>>> setup = Scene({"x": "clean"}, ["store x 1"], {"copy:x": 0})
 >>> check(Protocol("harvest", setup, [Actor("S", harvest)], kept("x"))).proved
 True
 """
@@ -27,19 +27,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from hwdbm import pte
-from hwdbm.races.machine import Did, State, User
-from hwdbm.races.program import Setup, state_name
+from hwdbm.errors import HwdbmError
+from hwdbm.races.machine import Did, Moment, User
+from hwdbm.races.program import Scene, state_name
 from hwdbm.races.search import Graph, search
-
-__all__ = [
-    "Act", "Actor", "Protocol", "Report", "Run", "Step", "View", "again", "check", "copy", "dsb", "exchange",
-    "fetch_clear", "fetch_set", "flush", "kept", "load", "store", "swap_if", "tlbi",
-]  # fmt: skip
 
 _NOBODY: Final[frozenset[User]] = frozenset()
 
 
-class BlockedError(Exception):
+class BlockedError(HwdbmError, RuntimeError):
     """The word can't be written at this moment: a mark of the hardware is under way there."""
 
 
@@ -49,7 +45,7 @@ class View:
     ``view[name]`` is what a cell holds, and ``view[name] = value`` writes it.
     """
 
-    def __init__(self, protocol: "Protocol", state: State, world: Hashable = None, number: int = 0) -> None:
+    def __init__(self, protocol: "Protocol", state: Moment, world: Hashable = None, number: int = 0) -> None:
         self.protocol, self.state, self.world, self.number = protocol, state, world, number
 
     def __getitem__(self, name: str) -> int:
@@ -127,6 +123,8 @@ class Run:
     fails: int = 0
 
 
+Label = tuple[Any, ...]
+"""A step: an actor and what it does, or what `WeakMachine.steps` says of one."""
 Proc = Callable[..., Generator[Act | Run, Any, None]]
 
 
@@ -177,7 +175,7 @@ class Local(NamedTuple):
 class Situation(NamedTuple):
     """All that there is at a moment: the machine's, the actors', and what a real slot has beside its descriptors."""
 
-    state: State
+    state: Moment
     locals: tuple[Local, ...]
     world: Hashable = None
     faults: tuple[tuple[int, int, int] | None, ...] = ()
@@ -210,7 +208,7 @@ class Protocol:
     ----------
     name : str
         What it is called.
-    setup : Setup
+    setup : Scene
         The vCPUs and the memory.
     actors : sequence of Actor
         Software.
@@ -221,7 +219,7 @@ class Protocol:
     summary : str
         What it shows, in a sentence.
     slot : optional
-        The real slot that `Run` runs generators of (`hwdbm.races.production.Slot`).
+        The real slot that `Run` runs generators of (`hwdbm.races.production.RealSlot`).
     erratum : bool
         Whether the first DSB after a TLBI may end too early (Arm erratum 4118414).
     symmetric : tuple of int
@@ -229,7 +227,7 @@ class Protocol:
     """
 
     name: str
-    setup: Setup
+    setup: Scene
     actors: Sequence[Actor] = ()
     end: Callable[[View], str | None] = lambda _: None
     always: Callable[[View], str | None] = lambda _: None
@@ -249,8 +247,8 @@ class Protocol:
 
     # --- steps -----------------------------------------------------------------------------------------------
 
-    def steps(self, at: Situation) -> Iterator[tuple[Step, Situation]]:
-        """Yield each step that can be taken, and the situation after it."""
+    def steps(self, at: Situation) -> Iterator[tuple[Label, Situation]]:
+        """Yield each step that can be taken, as `said` knows it, and the situation after it."""
         machine = self.setup.machine
         for number, (actor, local) in enumerate(zip(self.actors, at.locals, strict=True)):
             if not local.idle and self._alone(at, number, actor, local):
@@ -261,7 +259,7 @@ class Protocol:
             after = at._replace(state=state)
             if label[0] != "hardware" and label[2] == "fault":
                 after = self._faulted(at, after, int(label[0]), int(label[1]))  # type: ignore[call-overload]
-            yield self._named(label, at, after), self._canonical(self._noticed(at, after))
+            yield label, self._canonical(self._noticed(at, after))
         for number, (actor, local) in enumerate(zip(self.actors, at.locals, strict=True)):
             if not local.idle:
                 for step, after in self._act(at, number, actor, local):
@@ -291,7 +289,7 @@ class Protocol:
             running.close()
         return self._acts[key]
 
-    def _act(self, at: Situation, number: int, actor: Actor, local: Local) -> Iterator[tuple[Step, Situation]]:
+    def _act(self, at: Situation, number: int, actor: Actor, local: Local) -> Iterator[tuple[Label, Situation]]:
         if local.run is not None:
             yield from self.slot.steps(self, at, number, actor, local)
             return
@@ -315,7 +313,7 @@ class Protocol:
         local = after.locals[number]
         local = local._replace(results=() if act.kind == "again" else (*local.results, result))
         after = after._replace(state=view.state, world=view.world)
-        yield self._said(actor, act.text, at, after), self.moved(after, number, local)
+        yield (actor.name, act.text), self.moved(after, number, local)
 
     def _flushed(self, at: Situation, number: int, local: Local, act: Act) -> Situation | None:
         """Return what a barrier or a TLBI leaves behind; None if a barrier has still to wait."""
@@ -442,16 +440,15 @@ class Protocol:
 
     # --- words -------------------------------------------------------------------------------------------------
 
-    def _said(self, actor: Actor, text: str, before: Situation, after: Situation) -> Step:
-        return Step(actor.name, text, self.changes(before, after))
-
-    def _named(self, label: tuple[Any, ...], before: Situation, after: Situation) -> Step:
-        setup = self.setup
+    def said(self, label: Label, before: Situation, after: Situation) -> Step:
+        """Return a step in words."""
+        setup, changed = self.setup, self.changes(before, after)
+        if len(label) == 2:
+            return Step(*label, changed)
         if label[0] == "hardware":
-            return Step("MMU", f"sets AF in {setup.cells[label[1]]}", self.changes(before, after))
+            return Step("MMU", f"sets AF in {setup.cells[label[1]]}", changed)
         t, k, moment = label[:3]
-        op = setup.machine.programs[t][k]
-        what = op.label.split("->")[0].strip()
+        what = setup.machine.programs[t][k].label.split("->")[0].strip()
         texts: dict[str, Callable[[], str]] = {
             "walk": lambda: (
                 f"translates for {what}: {state_name(label[3])}"
@@ -461,12 +458,9 @@ class Protocol:
             "fault": lambda: f"faults on {what}",
             "store": lambda: f"{what} is visible",
             "load": lambda: f"{what} reads {label[3]}",
-            "atomic": lambda: what,
-            "read": lambda: f"reads for {what}",
             "retry": lambda: f"will translate again for {what}",
-            "tlbi": lambda: what,
         }
-        return Step(f"vCPU{t}", texts[moment](), self.changes(before, after))
+        return Step(f"vCPU{t}", texts.get(moment, lambda: what)(), changed)
 
     def changes(self, before: Situation, after: Situation) -> tuple[str, ...]:
         """Return which cells are others, and what they hold."""
@@ -493,7 +487,7 @@ def _with_local(at: Situation, number: int, local: Local) -> Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Finding:
     """What a search found.
 
     Attributes
@@ -520,7 +514,7 @@ class Report:
     lost_at: int | None = None
 
 
-def check(protocol: Protocol, limit: int | None = 2_000_000) -> Report:
+def check(protocol: Protocol, limit: int | None = 2_000_000) -> Finding:
     """Explore a protocol until something is wrong, or to its end.
 
     Parameters
@@ -532,7 +526,7 @@ def check(protocol: Protocol, limit: int | None = 2_000_000) -> Report:
 
     Returns
     -------
-    Report
+    Finding
         A proof, or a shortest counterexample.
 
     Raises
@@ -552,7 +546,7 @@ def check(protocol: Protocol, limit: int | None = 2_000_000) -> Report:
             found.append(wrong)
         return wrong is not None
 
-    def steps(at: Situation) -> Iterator[tuple[Step, Situation]]:
+    def steps(at: Situation) -> Iterator[tuple[Label, Situation]]:
         for step, after in protocol.steps(at):
             yield step, after._replace(livelock=True) if protocol.faults_again(at, after) else after
 
@@ -569,16 +563,18 @@ def check(protocol: Protocol, limit: int | None = 2_000_000) -> Report:
         component = graph.on_cycles()
         for at, edges in enumerate(graph.edges):
             for label, to in edges:
-                if component[at] == component[to] and label.actor in bounded:  # type: ignore[attr-defined]
-                    return _report(protocol, graph, to, f"{label.actor} may go round for ever")  # type: ignore[attr-defined]
-    return Report(protocol.name, len(graph.states), proved=True)
+                if component[at] == component[to] and isinstance(label, tuple) and label[0] in bounded:
+                    return _report(protocol, graph, to, f"{label[0]} may go round for ever")
+    return Finding(protocol.name, len(graph.states), proved=True)
 
 
-def _report(protocol: Protocol, graph: Graph[Situation], at: int, wrong: str) -> Report:
+def _report(protocol: Protocol, graph: Graph[Situation], at: int, wrong: str) -> Finding:
     way = graph.path(at)
-    steps = tuple(label for label, _ in way if isinstance(label, Step))
-    lost = _lost_at(protocol, [graph.states[0], *(situation for _, situation in way)], wrong)
-    return Report(protocol.name, len(graph.states), proved=False, wrong=wrong, steps=steps, lost_at=lost)
+    passed = [graph.states[0], *(situation for _, situation in way)]
+    pairs = zip(way, passed, strict=False)
+    steps = tuple(protocol.said(label, before, after) for (label, after), before in pairs)  # type: ignore[arg-type]
+    lost = _lost_at(protocol, passed, wrong)
+    return Finding(protocol.name, len(graph.states), proved=False, wrong=wrong, steps=steps, lost_at=lost)
 
 
 def _lost_at(protocol: Protocol, way: Sequence[Situation], wrong: str) -> int | None:

@@ -4,24 +4,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 from hwdbm import pte
-from hwdbm.races.production import VERBS, Outer, Slot, _Caught
-from hwdbm.races.program import Setup
+from hwdbm.races.production import VERBS, CaughtLog, Outer, RealSlot
+from hwdbm.races.program import Scene
 from hwdbm.races.protocol import Act, Actor, Protocol, Run, View, store
-
-__all__ = ["PRODUCTION", "production"]
 
 _NPAGES: Final = 128
 _PAGES: Final = {"x": 0, "y": 64}  # in two words of the bitmap, so that two steps may go on at once
 Steps = Generator[Act | Run, Any, None]
 
 
-def _setup(programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, **options: Any) -> Setup:
+def _setup(programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, **options: Any) -> Scene:
     """Return a machine whose pages are those of a real slot: frames at 512, those for copy-on-write at 1024."""
     others = [f"new:{name}" for name in pages]
     numbers = {name: 512 + number for name, number in pages.items()}
     numbers |= {f"new:{name}": 1024 + number for name, number in pages.items()}
     cells = {f"{what}:{name}": 0 for name in pages for what in ("copy", "disk")}
-    return Setup(
+    return Scene(
         dict.fromkeys(pages, "clean"), programs, cells, others,
         {"numbers": numbers, **({"block": dict(pages)} if block else {}), **options},
     )  # fmt: skip
@@ -96,13 +94,13 @@ def production(
     host: bool = False,
     hd: bool = True,
     symmetric: tuple[int, ...] = (),
-    log_type: type[Any] = _Caught,
+    log_type: type[Any] = CaughtLog,
     verbs: Mapping[str, Any] = VERBS,
     options: Mapping[str, Any] = {},
 ) -> Protocol:
     """Return a protocol of a real slot, with its end's condition; with `host` that of the host's flags too."""
     setup = _setup(programs, pages, block=block, hd=hd, **options)
-    slot = Slot(setup, pages, npages, mechanism, block=block, logs=logs, log_type=log_type, verbs=verbs)
+    slot = RealSlot(setup, pages, npages, mechanism, block=block, logs=logs, log_type=log_type, verbs=verbs)
 
     def end(view: View) -> str | None:
         return _kept(view) or (_host_kept(view) if host else None)

@@ -5,8 +5,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-__all__ = ["Graph", "explore", "search"]
-
 S = TypeVar("S", bound=Hashable)
 Steps = Callable[[S], Iterable[tuple[object, S]]]
 

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from hwdbm import pte
-from hwdbm.races.program import End, Setup
+from hwdbm.races.program import End, Scene
 from hwdbm.races.search import explore
-
-__all__ = ["TWENTY", "Test"]
 
 
 class Test(NamedTuple):
@@ -33,7 +31,7 @@ class Test(NamedTuple):
     outcome : callable
         Whether an end is the outcome in question.
     options : mapping
-        Of the `Machine`.
+        Of the `WeakMachine`.
     frames : tuple of str
         Further frames.
     guards : tuple of str
@@ -53,7 +51,7 @@ class Test(NamedTuple):
     def agrees(self, broken: frozenset[str] = frozenset()) -> bool:
         """Return whether the machine's outcomes are as the verdict says."""
         options = {**self.options, "broken": broken}
-        setup = Setup(self.pages, self.programs, frames=self.frames, options=options)
+        setup = Scene(self.pages, self.programs, frames=self.frames, options=options)
         machine = setup.machine
         ends = [self.outcome(End(setup, s)) for s in explore(setup.start(), machine.steps) if machine.ended(s)]
         if self.verdict == "Allowed":
