@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hwdbm import snapshot
 from hwdbm.cli.guest import KvmLog, build_kvm, kvm_for
 from hwdbm.dirtylog import Lease
 from hwdbm.kvm import Kvm
@@ -35,7 +36,6 @@ from hwdbm.migration import (
     StreamError,
     migrate,
     receive,
-    snapshot,
     transport,
 )
 from hwdbm.migration.wire import Kind

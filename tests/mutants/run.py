@@ -212,9 +212,9 @@ class Workshop:
                 status: int | None = process.returncode
             except subprocess.TimeoutExpired:
                 output, status = "", None
-            # Whatever a broken migration left running goes with it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            finally:  # whatever a broken migration left running goes with it, and all of it where this run is stopped
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         return status, output
 
     def try_mutant(self, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
@@ -328,15 +328,23 @@ def rooms_of(module: str) -> tuple[str, ...]:
     return (f"tests/{room}/", f"tests/test_{room}", *ROOMS.get(room, ()), module)
 
 
-def covered(workshop: Workshop, jobs: int, *, measure: bool) -> Coverage:
-    """Return what a run of all tests covers: one now, or the one that was measured last."""
-    folder = BUILD / "coverage"
+def own_tests(module: str) -> list[str]:
+    """Return the paths of a module's own tests, the module's examples among them."""
+    found = [ROOT / module] + [
+        path for each in rooms_of(module)[:-1] for path in sorted(ROOT.glob(f"{each.rstrip('/')}*"))
+    ]
+    return [str(path.relative_to(ROOT)) for path in found if path.suffix == ".py" or path.is_dir()]
+
+
+def covered(workshop: Workshop, jobs: int, *, measure: bool, own: tuple[str, ...] = ()) -> Coverage:
+    """Return what a run of all tests covers, or of those of some rooms: one now, or the one that was measured last."""
+    folder = BUILD / ("coverage" if not own else f"coverage-{hashlib.sha256(repr(own).encode()).hexdigest()[:8]}")
     if measure or not (folder / "digests.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        print("all tests once, to see what they cover", flush=True)
+        print(f"{', '.join(own) or 'all tests'} once, to see what they cover", flush=True)
         arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "clock", f"--numprocesses={jobs}"]
-        arguments += ["--cov", "--cov-context=test", "--cov-report="]
+        arguments += ["--cov", "--cov-context=test", "--cov-report=", *own]
         status, output = workshop.run(
             arguments,
             7200,
@@ -366,7 +374,9 @@ def argued() -> dict[tuple[str, str, str], str]:
     return {(entry["module"], entry["before"], entry["after"]): entry["why"] for entry in entries}
 
 
-def tried(mutants: list[Mutant], results: Path, jobs: int, seconds: float, *, measure: bool) -> list[dict[str, Any]]:
+def tried(
+    mutants: list[Mutant], results: Path, jobs: int, seconds: float, *, measure: bool, own: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Return what came of each mutant, those of runs before among them; `seconds` bounds when one may begin."""
     known = {}
     if results.exists():
@@ -376,7 +386,7 @@ def tried(mutants: list[Mutant], results: Path, jobs: int, seconds: float, *, me
     todo = [m for m in mutants if (m.module, m.line, m.before, m.after) not in known]
     if todo:
         workshops = [Workshop(number) for number in range(jobs)]
-        coverage = covered(workshops[0], jobs, measure=measure)
+        coverage = covered(workshops[0], jobs, measure=measure, own=own)
         lock, free, end = threading.Lock(), list(workshops), time.monotonic() + seconds
 
         def attempt(mutant: Mutant) -> None:
@@ -429,6 +439,7 @@ def report(results: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     """Run a sample."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=300, help="how many mutants")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another sample")
@@ -436,6 +447,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no mutant after so long")
     parser.add_argument("--least", type=float, default=0.0, help="the share that must be caught or argued, 0 to 1")
     parser.add_argument("--measure", action="store_true", help="run all tests again to see what they cover")
+    parser.add_argument(
+        "--own", action="store_true", help="the tests of the modules' own rooms only: sooner, says less"
+    )
     parser.add_argument("modules", nargs="*", help="paths of modules or rooms; by default the whole package")
     options = parser.parse_args()
     paths = [Path(each).resolve() for each in options.modules] or [ROOT / "dbm" / "hwdbm"]
@@ -443,8 +457,14 @@ def main() -> None:
     modules = [str(file.relative_to(ROOT)) for file in files]
     BUILD.mkdir(parents=True, exist_ok=True)
     mutants = drawn(modules, options.sample, options.seed)
+    rooms = {path for module in modules for path in own_tests(module)} if options.own else set()
     results = tried(
-        mutants, BUILD / f"results-{options.seed}.jsonl", options.jobs, options.seconds, measure=options.measure
+        mutants,
+        BUILD / f"results-{options.seed}{'-own' if rooms else ''}.jsonl",
+        options.jobs,
+        options.seconds,
+        measure=options.measure,
+        own=tuple(sorted(rooms)),
     )
     report(results)
     reasons = argued()
