@@ -234,11 +234,11 @@ class Machine(BaseVm):
         granule = self.log.granule
         block = granule.page_size * granule.pages_per_entry(2)
         if gpa is None:
-            gpa = max((-(-region.end // block) * block for region in self.space.regions), default=0)
+            gpa = -(-self.space.end // block) * block
         if slot is None:
-            slot = max((region.id + 1 for region in self.space.regions), default=0)
+            slot = self.space.next_id
         gpa, slot = check.integer(gpa, "gpa", None), check.integer(slot, "slot", None)
-        if any(region.id == slot for region in self.space.regions):
+        if slot in self.space:
             raise OSError(EINVAL, f"{slot_name(slot)} is there already")
         hva = _HVA + (slot << 36) + gpa % block if hva is None else check.integer(hva, "hva", None)
         if size <= 0:

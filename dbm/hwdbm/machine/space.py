@@ -1,6 +1,6 @@
 """AddressSpace: which memslot a guest physical address is in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from errno import EFAULT, ENOENT
 
@@ -51,6 +51,31 @@ class Region:
         return self.gpa + self.size
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What is looked up among regions, for all of them together."""
+
+    regions: tuple[Region, ...]  # by address, as in the map
+    slots: MemoryMap | None
+    readonly: NDArray[np.bool_]
+    writable: tuple[Region, ...]
+    linear: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, regions: Iterable[Region], shift: int) -> "_View":
+        """Return the view of regions in any order."""
+        regions = tuple(sorted(regions, key=lambda each: each.gpa))
+        slots = (Memslot(each.id, 0, each.gpa >> shift, each.size >> shift, each.hva) for each in regions)
+        writable = tuple(region for region in regions if not region.readonly)
+        return cls(
+            regions,
+            MemoryMap(1 << shift, tuple(slots)) if regions else None,
+            np.array([region.readonly for region in regions], dtype=np.bool_),
+            writable,
+            np.cumsum([0, *(region.size for region in writable)]),
+        )
+
+
 class AddressSpace:
     """The regions of a machine, by address.
 
@@ -58,25 +83,25 @@ class AddressSpace:
     ----------
     granule : Granule
         The size of a page.
+
+    Attributes
+    ----------
+    end : int
+        The guest physical address after the last byte of all regions.
+    next_id : int
+        The id after the largest.
     """
 
     def __init__(self, granule: Granule) -> None:
         self.page_shift = granule.page_shift
         self.word_shift = granule.page_shift - 3
-        self._set(())
-
-    def _set(self, regions: tuple[Region, ...]) -> None:
-        self.regions = regions  # by address, as in the map
-        shift = self.page_shift
-        slots = (Memslot(each.id, 0, each.gpa >> shift, each.size >> shift, each.hva) for each in regions)
-        self._map = MemoryMap(1 << shift, tuple(slots)) if regions else None
-        self._readonly = np.array([region.readonly for region in regions], dtype=np.bool_)
-        self.writable = tuple(region for region in regions if not region.readonly)
-        self._linear = np.cumsum([0, *(region.size for region in self.writable)])
+        self.clear()
 
     def add(self, region: Region) -> None:
         """Add a region that overlaps no other."""
-        self._set(tuple(sorted((*self.regions, region), key=lambda each: each.gpa)))
+        self._by_id[region.id] = region
+        self.end, self.next_id = max(self.end, region.end), max(self.next_id, region.id + 1)
+        self._seen = None
 
     def remove(self, slot: int) -> None:
         """Remove a region, if it is there."""
@@ -84,18 +109,42 @@ class AddressSpace:
 
     def clear(self) -> None:
         """Remove all regions."""
-        self._set(())
+        self._by_id: dict[int, Region] = {}
+        self.end = self.next_id = 0
+        self._seen: _View | None = None
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._by_id
 
     def find(self, slot: int) -> Region:
         """Return a region by its slot's id, or raise ENOENT."""
-        for region in self.regions:
-            if region.id == slot:
-                return region
-        raise OSError(ENOENT, f"there is no {slot_name(slot)}")
+        region = self._by_id.get(slot)
+        if region is None:
+            raise OSError(ENOENT, f"there is no {slot_name(slot)}")
+        return region
+
+    @property
+    def _view(self) -> _View:
+        """The regions as they are: made once for all of them that are added one after the other."""
+        view = self._seen
+        if view is None:
+            view = self._seen = _View.of(self._by_id.values(), self.page_shift)
+        return view
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions, by address."""
+        return self._view.regions
+
+    @property
+    def writable(self) -> tuple[Region, ...]:
+        """The regions that the guest may write, by address."""
+        return self._view.writable
 
     def _locate(self, gpas: Addresses) -> NDArray[np.intp]:
         """Return for each address which of `regions` it is in, -1 where it is in none."""
-        return np.full(gpas.size, -1) if self._map is None else self._map.locate(gpas)
+        slots = self._view.slots
+        return np.full(gpas.size, -1) if slots is None else slots.locate(gpas)
 
     def fault(self, gpa: int, *, write: bool) -> OSError:
         """Return the error for an access that no handler resolves: EFAULT, with the address."""
@@ -120,7 +169,7 @@ class AddressSpace:
         index = self._locate(gpas)
         good = index >= 0
         if write and self.regions:
-            good &= ~self._readonly[index]
+            good &= ~self._view.readonly[index]
         (wrong,) = (~good).nonzero()
         stop = int(wrong[0]) if wrong.size else gpas.size
         for number in np.unique(index[:stop]).tolist():
@@ -131,13 +180,14 @@ class AddressSpace:
     @property
     def writable_size(self) -> int:
         """Bytes in all regions that the guest may write."""
-        return int(self._linear[-1])
+        return int(self._view.linear[-1])
 
     def gpas(self, offsets: Addresses) -> Addresses:
         """Return the addresses of offsets into the writable regions, laid end to end."""
-        if len(self.writable) == 1:
-            return offsets + self.writable[0].gpa
-        index = np.searchsorted(self._linear, offsets, side="right") - 1
-        bases = np.array([region.gpa for region in self.writable], dtype=np.int64)
-        gpas: Addresses = bases[index] + offsets - self._linear[index]
+        writable, linear = self._view.writable, self._view.linear
+        if len(writable) == 1:
+            return offsets + writable[0].gpa
+        index = np.searchsorted(linear, offsets, side="right") - 1
+        bases = np.array([region.gpa for region in writable], dtype=np.int64)
+        gpas: Addresses = bases[index] + offsets - linear[index]
         return gpas

@@ -227,15 +227,19 @@ def folded(bitmaps: list[DirtyBitmap], most: int = _CELLS) -> NDArray[np.float32
     >>> folded([DirtyBitmap.from_ranges([(0, 96)], 128)]).tolist()
     [1.0, 0.5]
     """
-    total = sum(bitmap.words.size for bitmap in bitmaps)
-    per_cell = max(-(-total // max(most - len(bitmaps), 1)), 1)
-    cells = []
-    for bitmap in bitmaps:
-        counts = np.bitwise_count(bitmap.words).astype(np.int64)
-        starts = np.arange(0, counts.size, per_cell)
-        pages = np.minimum((starts + per_cell) * 64, bitmap.npages) - starts * 64
-        cells.append((np.add.reduceat(counts, starts) / pages).astype(np.float32))
-    return np.concatenate(cells)
+    words = np.array([bitmap.words.size for bitmap in bitmaps])
+    per_cell = max(-(-int(words.sum()) // max(most - len(bitmaps), 1)), 1)
+    cells = -(-words // per_cell)
+
+    def of_each(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.repeat(values, cells)
+
+    # The number of each cell in its slot, and where its words begin.
+    number = np.arange(int(cells.sum())) - of_each(cells.cumsum() - cells)
+    starts = of_each(words.cumsum() - words) + number * per_cell
+    pages = np.minimum((number + 1) * per_cell * 64, of_each(np.array([bitmap.npages for bitmap in bitmaps])))
+    counts = np.bitwise_count(np.concatenate([bitmap.words for bitmap in bitmaps])).astype(np.int64)
+    return (np.add.reduceat(counts, starts) / (pages - number * per_cell * 64)).astype(np.float32)
 
 
 def mebibytes(size: float) -> str:

@@ -162,9 +162,9 @@ class MemoryMap:
             raise LayoutError(f"pages of {other.page_size} bytes don't fit into a VM with pages of {self.page_size}")
         if len(self.slots) != len(other.slots):
             raise LayoutError(f"{len(other.slots)} slots don't fit into a VM with {len(self.slots)}")
-        for mine, theirs in zip(map(_plain, self.slots), map(_plain, other.slots), strict=True):
-            if mine != theirs:
-                raise LayoutError(f"{_said(theirs)} doesn't fit into {_said(mine)}")
+        for mine, theirs in zip(self.slots, other.slots, strict=True):
+            if _shape(mine) != _shape(theirs):
+                raise LayoutError(f"{_said(_plain(theirs))} doesn't fit into {_said(_plain(mine))}")
 
     def find(self, gpa: NDArray[np.uint64], length: NDArray[np.uint64]) -> tuple[Memslot, NDArray[np.int64]]:
         """Return the slot that runs lie in, and their page indices in it.
@@ -216,9 +216,14 @@ class MemoryMap:
         return f"a run lies beyond {_GPA_BITS} bits of address"
 
 
+def _shape(slot: Memslot) -> tuple[int, int, int, int]:
+    """Return what doesn't differ between the two sides: not a slot's log, its backing, its generation."""
+    return slot.id, slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES, slot.base_gfn, slot.npages
+
+
 def _plain(slot: Memslot) -> Memslot:
-    """Return a slot without what differs between the two sides: its log, its backing, its generation."""
-    return Memslot(slot.id, slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES, slot.base_gfn, slot.npages, 0)
+    """Return a slot with its `_shape` alone."""
+    return Memslot(*_shape(slot), 0)
 
 
 def _said(slot: Memslot) -> str:
