@@ -95,7 +95,9 @@ class AddressSpace:
     def __init__(self, granule: Granule) -> None:
         self.page_shift = granule.page_shift
         self.word_shift = granule.page_shift - 3
-        self.clear()
+        self._by_id: dict[int, Region] = {}
+        self.end = self.next_id = 0
+        self._seen: _View | None = None
 
     def add(self, region: Region) -> None:
         """Add a region that overlaps no other."""
@@ -105,13 +107,15 @@ class AddressSpace:
 
     def remove(self, slot: int) -> None:
         """Remove a region, if it is there."""
-        self._set(tuple(region for region in self.regions if region.id != slot))
+        if self._by_id.pop(slot, None) is not None:
+            self.end = max((region.end for region in self._by_id.values()), default=0)
+            self.next_id = max(self._by_id, default=-1) + 1
+            self._seen = None
 
     def clear(self) -> None:
         """Remove all regions."""
-        self._by_id: dict[int, Region] = {}
-        self.end = self.next_id = 0
-        self._seen: _View | None = None
+        self._by_id.clear()
+        self.end, self.next_id, self._seen = 0, 0, None
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._by_id

@@ -239,7 +239,8 @@ def folded(bitmaps: list[DirtyBitmap], most: int = _CELLS) -> NDArray[np.float32
     starts = of_each(words.cumsum() - words) + number * per_cell
     pages = np.minimum((number + 1) * per_cell * 64, of_each(np.array([bitmap.npages for bitmap in bitmaps])))
     counts = np.bitwise_count(np.concatenate([bitmap.words for bitmap in bitmaps])).astype(np.int64)
-    return (np.add.reduceat(counts, starts) / (pages - number * per_cell * 64)).astype(np.float32)
+    parts: NDArray[np.float32] = (np.add.reduceat(counts, starts) / (pages - number * per_cell * 64)).astype(np.float32)
+    return parts
 
 
 def mebibytes(size: float) -> str:
