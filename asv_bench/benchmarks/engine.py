@@ -46,6 +46,27 @@ class Harvest:
         return self.s2.harvest_into(self.out).changed
 
 
+class Shared:
+    """`Stage2.harvest` of shared leaves, with nobody beside; `Harvest` with `fused` kernels is its floor."""
+
+    params = (0.0, 0.001, 0.01, 0.5, 1.0)
+    param_names = ("dirty",)
+    number, repeat, warmup_time = 1, 9, 0
+
+    def setup(self, dirty):
+        if not hasattr(self, "s2"):
+            self.s2, self.out = suite.mapped(NPAGES, shared=True), suite.backed(NPAGES)
+            self.start = suite.dirtied(self.s2.level(3), dirty)
+            self.s2.harvest(self.out)
+        np.copyto(self.s2.level(3), self.start)
+
+    def time_harvest(self, dirty):
+        self.s2.harvest(self.out)
+
+    def track_leaves_changed(self, dirty):
+        return self.s2.harvest_into(self.out).changed
+
+
 class Enable:
     """`Stage2.enable_dbm` of every page; `time_copy` is its floor."""
 

@@ -19,6 +19,7 @@ from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
 
 _FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
+_SHARED_FRACTIONS = {"clean": 0.0, "0.1 % dirty": 0.001, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
 LIMITS = {
     ("fused", "clean"): ("sum()", 1.1),
     ("fused", "50 % dirty"): ("AND in place", 1.25),
@@ -54,9 +55,15 @@ class Setup:
             object.__setattr__(self, name, integer(getattr(self, name), name, 1))
 
 
-def mapped(npages: int, level: int = 3, *, dbm: bool = True, name: kernels.Name | None = None) -> Stage2:
+_SHARED_LIMITS = {"clean": 1.15, "1 % dirty": 3.0}
+"""What a harvest of shared leaves may take: times that of private ones."""
+
+
+def mapped(
+    npages: int, level: int = 3, *, dbm: bool = True, name: kernels.Name | None = None, shared: bool = False
+) -> Stage2:
     """Return a slot mapped whole, its descriptors and bitmaps written and so backed by memory."""
-    s2 = Stage2(npages, kernels=name)
+    s2 = Stage2(npages, kernels=name, shared=shared)
     s2.map(0, npages, pfn=0, level=level, dbm=dbm)
     s2.host_dirty.fill()
     return s2
@@ -93,6 +100,25 @@ def harvest(setup: Setup) -> Iterator[Row]:
         for name in list(work)[2:]:
             floor, limit = LIMITS.get((name, label), ("sum()", None))
             yield Row(f"harvest, {name}, {label}", times[name], floor, times[floor], limit)
+
+
+def shared(setup: Setup) -> Iterator[Row]:
+    """Harvest shared leaves with nobody beside, over private ones. There is nothing to measure without numba."""
+    if "fused" not in kernels.available():
+        return
+    slots = {"private": mapped(setup.npages, name="fused"), "shared": mapped(setup.npages, shared=True)}
+    out, clean = backed(setup.npages), slots["private"].level(3).copy()
+    for label, fraction in _SHARED_FRACTIONS.items():
+        start = dirtied(clean, fraction)
+
+        def before(start: NDArray[np.uint64] = start) -> None:
+            for s2 in slots.values():
+                np.copyto(s2.level(3), start)
+
+        work: Work = {name: lambda s2=s2: s2.harvest(out) for name, s2 in slots.items()}  # type: ignore[misc]
+        times = smallest(work, before, setup.repeat)
+        limit = _SHARED_LIMITS.get(label)
+        yield Row(f"harvest, shared, {label}", times["shared"], "private", times["private"], limit)
 
 
 def enable(setup: Setup) -> Iterator[Row]:
@@ -160,6 +186,7 @@ def stream(setup: Setup) -> Iterator[Row]:
 
 BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "harvest": harvest,
+    "shared": shared,
     "enable": enable,
     "blocks": blocks,
     "sparse": sparse,

@@ -190,9 +190,11 @@ def _change(entries, i, mask, value, keep, sets):
     d = _load(entries, i)
     while _hit(d, mask, value):
         new = (d & keep) | sets
-        found = d if new == d else _cas(entries, i, d, new)
-        if found == d:
-            break
+        if new == d:
+            return d
+        found = _cas(entries, i, d, new)
+        if found == d:  # returned from here, and not after a break: there numba would count references, atomically
+            return d
         d = found  # somebody else was faster, the MMU most likely: what they made of it decides
     return d
 
