@@ -67,6 +67,11 @@ handover: $(VENV)/.dev ## cut the link, and kill either side, at every message o
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100
 
+# Needs QEMU and an Arm cross compiler: apt-get install qemu-system-arm gcc-aarch64-linux-gnu.
+.PHONY: live
+live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose pages by each known mistake
+	$(BIN)/python -P tests/arm/live.py $(LIVE_ARGS)
+
 .PHONY: firmware
 firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
 	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'

@@ -21,7 +21,7 @@ class Judge:
     board, guests, memory
         The machine, its guests, and the bytes of what they write, ``(npages * page,)``.
     collect : callable
-        Returns the DirtyBitmap of one harvest, after whose flush pages may be copied.
+        Returns the DirtyBitmap of one harvest, which it has given to its argument, the copy, after the flush.
     """
 
     def __init__(self, board, guests, memory, collect):
@@ -29,16 +29,17 @@ class Judge:
         self.pages = memory.reshape(guests.npages, -1)
         self.copy = self.pages.copy()
         self.counts = guests.counts()
-        self.stores = 0
+        self.stores = self.harvests = 0
 
-    def round(self, harvests=3, stores=2000, seconds=20.0):
+    def round(self, harvests=3, stores=2000, seconds=20.0, content=True):
         """Let the guests run while harvests race them; return (missed, spurious, stale): numbers of pages.
 
         *missed* were written or have other bytes, and no harvest since the last round has them. *spurious* are in a
         harvest, and weren't written. *stale* differ from the copy that was made page by page after each harvest.
+        Without `content` no bytes are looked at, and a round takes some milliseconds.
         """
         found = DirtyBitmap(self.guests.npages)
-        before, start = self.guests.stores, self.pages.copy()
+        before, start = self.guests.stores, self.pages.copy() if content else None
         self.board.run()
         for number in range(harvests):
             until = time.monotonic() + seconds
@@ -48,15 +49,20 @@ class Judge:
         self.board.stop()
         found |= self.take()
         counts = self.guests.counts()
-        written = (counts != self.counts) | (self.pages != start).any(axis=1)
+        written, stale = counts != self.counts, 0
+        if content:
+            written |= (self.pages != start).any(axis=1)
+            stale = int((self.pages != self.copy).any(axis=1).sum())
         marked = np.unpackbits(found.words.view(np.uint8), bitorder="little")[: self.guests.npages].astype(bool)
-        stale = (self.pages != self.copy).any(axis=1)
         self.counts, self.stores = counts, self.stores + self.guests.stores - before
-        return int((written & ~marked).sum()), int((marked & ~written).sum()), int(stale.sum())
+        return int((written & ~marked).sum()), int((marked & ~written).sum()), stale
 
     def take(self):
         """Harvest, and copy what is dirty, as a migration does."""
-        dirty = self.collect()
+        self.harvests += 1
+        return self.collect(self.transfer)
+
+    def transfer(self, dirty):
+        """Copy the pages that are dirty."""
         for first, count in dirty.ranges().tolist():
             self.copy[first : first + count] = self.pages[first : first + count]
-        return dirty

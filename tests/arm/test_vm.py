@@ -17,8 +17,9 @@ MEMORY = 4 << 20
 
 
 def collector(vm, slot=0):
-    def collect():
+    def collect(copy):
         with vm.dirty(slot) as lease:
+            copy(lease.bitmap)
             return lease.bitmap
 
     return collect
@@ -60,9 +61,10 @@ def test_splits_collapses_and_unmaps_while_it_writes():
         s2.enable_dbm()
         vm.board.flush()
 
-        def collect():
+        def collect(copy):
             found = s2.harvest()
             vm.board.flush()
+            copy(found)
             return found
 
         judge = Judge(vm.board, vm.guests, vm.memory(0), collect)
