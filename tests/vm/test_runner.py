@@ -1,5 +1,6 @@
 """Runner: what it is asked for is done when the call returns, and can be asked again after an interrupt."""
 
+import os
 import random
 import signal
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from effort import EFFORT
 
-from hwdbm.vm.runner import Runner
+from hwdbm.vm.runner import Runner, uninterrupted
 
 
 class InterruptError(Exception):
@@ -165,3 +166,45 @@ def test_interrupts_leave_nothing_held(worker: Worker) -> None:
         worker.runner.close()
     assert fired == 1000 * EFFORT
     assert interrupted > 900 * EFFORT
+
+
+@pytest.mark.parametrize("why", [None, ValueError("broken")])
+def test_what_must_not_be_cut_in_two_is_done_where_there_are_no_threads(
+    monkeypatch: pytest.MonkeyPatch, why: Exception | None
+) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def work() -> None:
+        done.append(threading.get_ident())
+        if why is not None:
+            raise why
+
+    done: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("hwdbm.vm.runner.start_new_thread", no_thread)
+        if why is None:
+            uninterrupted(work)
+        else:
+            with pytest.raises(ValueError, match="broken"):
+                uninterrupted(work)
+    assert done == [threading.get_ident()]
+
+
+def test_an_interrupt_waits_until_what_must_not_be_cut_in_two_is_done() -> None:
+    def handler(*_: object) -> None:
+        raise InterruptError
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.05)
+        done.append(True)
+
+    done: list[bool] = []
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(InterruptError):
+            uninterrupted(work)
+        assert done == [True]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
