@@ -64,9 +64,33 @@ html_theme_options = {
 html_sidebars = {"index": [], "start": [], "tutorial": []}
 
 
-def setup(app):
-    """Have the pages that are made from the program written before the sources are read."""
-    import reference
+html_context = {"default_mode": "auto"}
+html_favicon = "_static/icon.svg"
 
+
+def sweep(app, _):
+    """Remove the pages of an earlier build whose source is gone."""
+    made = {*app.env.found_docs, "genindex", "py-modindex", "search"}
+    for page in Path(app.outdir).rglob("*.html"):
+        if "_static" not in page.parts and str(page.relative_to(app.outdir).with_suffix("")) not in made:
+            page.unlink()
+
+
+def setup(app):
+    """Have the pages that are made from the program written before the sources are read; and draw."""
+    import pictures
+    import reference
+    from docutils import nodes
+    from docutils.parsers.rst import Directive
+
+    class Picture(Directive):
+        required_arguments, has_content = 1, False
+
+        def run(self):
+            svg = pictures.DRAWN[self.arguments[0]]()
+            return [nodes.raw("", f'<figure class="picture">{svg}</figure>', format="html")]
+
+    app.add_directive("picture", Picture)
     app.connect("config-inited", reference.write)
     app.connect("config-inited", reference.forget)
+    app.connect("build-finished", sweep)

@@ -22,7 +22,7 @@ from hwdbm.machine.workload import WORKLOADS
 DOCS = Path(__file__).parents[1]
 SCHEMAS = DOCS / "schemas"
 
-# What a value is, by the word that stands for it. A word that is missing here stops the build.
+# What a value is, by the word that stands for it.
 VALUES = {
     "SIZE": "bytes; `K`, `M`, `G`, `T` are powers of 1024, as in `4K` or `1.5G`",
     "ADDRESS": "a guest-physical address in bytes, decimal or with `0x`",
@@ -37,6 +37,7 @@ VALUES = {
     "HOST:PORT": "as in `localhost:4444` or `[::1]:4444`",
     "HOST:PORT|unix:PATH": "as in `localhost:4444`, `[::1]:4444` or `unix:/run/guest`",
     "KIND": "a word of the list",
+    "MODULE:PROTOCOL": "a Python module, and a name in it",
     "DIR": "a folder",
     "PATH": "a path",
     "IMAGE": "a file",
@@ -135,11 +136,10 @@ def _command(name: str, command: Any) -> str:
     usage = " ".join([name, *(["[OPTIONS]"] if options else []), *map(_argument, arguments)])
     lines = [f"# {name}", "", _escaped(_plain(command.help)), "", "```text", usage, "```", ""]
     if arguments:
-        rows = [(f"`{each.metavar}`", _value(each), _escaped(_help(each))) for each in arguments]
+        rows = [(f"`{each.metavar.strip('[]')}`", _value(each), _escaped(_help(each))) for each in arguments]
         lines += ["## Arguments", "", _table([("argument", "value", "what it is"), *rows])]
     if options:
-        rows = [(_spelt(each), _value(each), _default(each), _escaped(_help(each))) for each in options]
-        lines += ["## Options", "", _table([("option", "value", "default", "what it does"), *rows], "options")]
+        lines += ["## Options", "", *(line for each in options for line in _option(each))]
     lines += [_epilog(command.epilog)]
     lines += ["## Exit status", "", "; ".join(f"`{s}` {m}" for s, m in statuses().items()) + ".", ""]
     if (SCHEMAS / f"{slug(name)}.json").exists():
@@ -148,18 +148,30 @@ def _command(name: str, command: Any) -> str:
 
 
 def _argument(argument: Any) -> str:
-    text = f"{argument.metavar}{'...' if argument.nargs == -1 else ''}"
+    text = f"{argument.metavar.strip('[]')}{'...' if argument.nargs == -1 else ''}"
     return text if argument.required else f"[{text}]"
+
+
+def _option(option: Any) -> list[str]:
+    """Return an option as an entry of a definition list."""
+    value, default = _value(option), _default(option)
+    facts = [f"*Value:* {value}." if value else "", f"*Default:* {default}." if default else ""]
+    return [
+        _spelt(option),
+        f": {_escaped(_help(option))}",
+        "",
+        *(["  " + " ".join(filter(None, facts)), ""] if any(facts) else []),
+    ]
 
 
 def _spelt(option: Any) -> str:
     names = [*option.opts, *option.secondary_opts]
     value = "" if option.is_flag or not option.metavar else f" {option.metavar}"
-    return "<br>".join(f"`{name}{value}`" for name in sorted(names, key=lambda each: not each.startswith("--")))
+    return ", ".join(f"`{name}{value}`" for name in sorted(names, key=lambda each: not each.startswith("--")))
 
 
 def _value(parameter: Any) -> str:
-    metavar = parameter.metavar
+    metavar = parameter.metavar.strip("[]") if parameter.param_type_name == "argument" else parameter.metavar
     if getattr(parameter, "is_flag", False):
         return ""
     if metavar.startswith("FILE"):
@@ -167,10 +179,8 @@ def _value(parameter: Any) -> str:
         return "a file" + (f", {' or '.join(f'`{kind}`' for kind in kinds)}" if kinds != [""] else "")
     if metavar not in VALUES and re.fullmatch(r"[a-z0-9-]+(\|[a-z0-9-]+)+", metavar):
         return " or ".join(f"`{word}`" for word in metavar.split("|"))
-    if metavar not in VALUES:
-        raise ValueError(f"docs/_ext/reference.py: VALUES doesn't say what {metavar} is")
     many = "; may be given more than once" if getattr(parameter, "multiple", False) else ""
-    return VALUES[metavar] + many
+    return VALUES.get(metavar, "see the text") + many
 
 
 def _default(option: Any) -> str:
@@ -306,10 +316,10 @@ def _escaped(text: str) -> str:
     return "".join(parts)
 
 
-def _table(rows: list[tuple[str, ...]], classes: str = "") -> str:
+def _table(rows: list[tuple[str, ...]]) -> str:
     head, *body = (" | ".join(cell.replace("|", "\\|").replace("\\\\|", "\\|") for cell in row) for row in rows)
     lines = [f"| {head} |", "| " + " | ".join(["---"] * len(rows[0])) + " |", *(f"| {row} |" for row in body)]
-    return "\n".join([*([f"{{.{classes}}}"] if classes else []), *lines, ""])
+    return "\n".join([*lines, ""])
 
 
 def _toctree(pages: list[str]) -> list[str]:

@@ -1,0 +1,253 @@
+"""Every page in a real browser: `make pages`, which needs chromium and chromium-driver (Debian's packages).
+
+Each page of build/docs is loaded once, and looked at with 1280 and 390 pixels, in light and in dark: nothing in the
+console, no page that scrolls sideways, no link or picture that leads nowhere, text that stands out from what is behind
+it (WCAG 2, AA). The screenshots are left in build/pages, to be looked at.
+"""
+
+import functools
+import http.server
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+BUILT = Path(__file__).parents[1] / "build" / "docs"
+SHOTS = Path(__file__).parents[1] / "build" / "pages"
+WIDTHS = {1280: 900, 390: 844}
+PAGES = sorted(str(path.relative_to(BUILT)) for path in BUILT.rglob("*.html") if "_static" not in path.parts)
+SHOT = {page for page in PAGES if not page.startswith(("api/", "_"))}
+
+# As few connections of its own as can be, and as few processes; the machine may have no sandbox for it.
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
+STILL = """
+const style = document.createElement('style');
+style.textContent = '* { transition: none !important; }';
+document.head.append(style);
+"""
+
+LOOK = """
+const parse = text => {
+  const context = window.__context ||= Object.assign(document.createElement('canvas'), {width: 1, height: 1})
+    .getContext('2d', {willReadFrequently: true});
+  context.clearRect(0, 0, 1, 1); context.fillStyle = text; context.fillRect(0, 0, 1, 1);
+  const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+  return [r, g, b, a / 255];
+};
+const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = element => {
+  const layers = [];
+  for (let at = element; at; at = at.parentElement) {
+    const style = getComputedStyle(at);
+    if (style.backgroundImage !== 'none' && !(at instanceof SVGElement)) return null;
+    layers.push(parse(style.backgroundColor));
+    if (layers.at(-1)[3] === 1) break;
+  }
+  return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]);
+};
+const shape = text => {
+  const box = text.getBoundingClientRect();
+  text.scrollIntoView({block: 'center'});
+  const at = text.getBoundingClientRect();
+  const x = at.left + at.width / 2, y = at.top + at.height / 2;
+  for (const each of document.elementsFromPoint(x, y)) {
+    if (!(each instanceof SVGGeometryElement)) continue;
+    const fill = getComputedStyle(each).fill;
+    if (fill !== 'none') return parse(fill);
+  }
+  return null;
+};
+const faint = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const element = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim()) continue;
+  if (!element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+  if (element.closest('title, desc, script, style, [disabled], .headerlink, .visually-hidden')) continue;
+  const style = getComputedStyle(element), drawn = element.closest('svg.picture');
+  let ground = behind(element);
+  if (!ground) continue;
+  if (drawn) { const filled = shape(element); if (filled) ground = over(filled, ground); }
+  const ink = over(parse(drawn ? style.fill : style.color), ground);
+  const [bright, dark] = [light(ink), light(ground)].sort((a, b) => b - a);
+  const size = parseFloat(style.fontSize), large = size >= 24 || size >= 18.66 && +style.fontWeight >= 700;
+  const ratio = (bright + 0.05) / (dark + 0.05);
+  if (ratio < (large ? 3 : 4.5)) faint.push(`${ratio.toFixed(2)}: ${walker.currentNode.data.trim().slice(0, 40)} `
+    + `(${style.color} on ${ground.map(Math.round)}, ${element.tagName}.${element.className})`);
+}
+window.scrollTo(0, 0);
+return faint;
+"""
+
+FACTS = """
+const wide = [];
+if (document.documentElement.scrollWidth > innerWidth)
+  for (const each of document.querySelectorAll('main *')) {
+    if (each.getBoundingClientRect().right > innerWidth + 1) wide.push(each.tagName + '.' + each.className);
+  }
+return {
+  scroll: document.documentElement.scrollWidth, inner: innerWidth, wide: wide.slice(0, 5),
+  links: [...document.querySelectorAll('a[href]')].map(a => a.href),
+  ids: [...document.querySelectorAll('[id]')].map(each => each.id),
+  broken: [...document.images].filter(each => each.complete && !each.naturalWidth).map(each => each.src),
+  mute: [...document.images].filter(each => !each.alt.trim()).map(each => each.src),
+  nameless: [...document.querySelectorAll('svg.picture')]
+    .filter(each => !each.querySelector('title') || !each.querySelector('desc')).length,
+  title: document.title, heading: document.querySelectorAll('main h1').length,
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(BUILT))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium, "apt-get install chromium chromium-driver"
+    assert driver, "apt-get install chromium-driver"
+    with tempfile.TemporaryDirectory() as profile:
+        options = Options()
+        options.binary_location = chromium
+        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        with webdriver.Chrome(options=options, service=Service(driver)) as made:
+            made.set_script_timeout(60)
+            made.set_page_load_timeout(60)
+            yield made
+
+
+def sized(browser: webdriver.Chrome, width: int) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": WIDTHS[width], "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+
+
+def themed(browser: webdriver.Chrome, theme: str) -> None:
+    browser.execute_script(f"document.documentElement.dataset.theme = {json.dumps(theme)}")
+
+
+def shoot(browser: webdriver.Chrome, name: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    (SHOTS / f"{name}.png").write_bytes(browser.get_screenshot_as_png())
+
+
+def test_there_are_pages() -> None:
+    assert len(PAGES) > 30, "make docs first"
+
+
+LINKS: dict[str, list[str]] = {}
+IDS: dict[str, set[str]] = {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page(page: str, site: str, browser: webdriver.Chrome) -> None:
+    wrong: list[str] = []
+    sized(browser, 1280)
+    browser.get(site + page)
+    browser.execute_script(STILL)
+    for width in WIDTHS:
+        sized(browser, width)
+        facts: dict[str, Any] = browser.execute_script(FACTS)
+        if facts["scroll"] > facts["inner"]:
+            wrong.append(f"{width}: scrolls sideways to {facts['scroll']} pixels: {facts['wide']}")
+        if page in SHOT:
+            for theme in ("light", "dark"):
+                themed(browser, theme)
+                shoot(browser, f"{page.replace('/', '-').removesuffix('.html')}-{width}-{theme}")
+    sized(browser, 1280)
+    for theme in ("light", "dark"):
+        themed(browser, theme)
+        wrong += [f"{theme}: too faint, {each}" for each in browser.execute_script(LOOK)]
+    wrong += [f"console: {each['message']}" for each in browser.get_log("browser") if each["level"] != "INFO"]
+    wrong += [f"no picture is at {each}" for each in facts["broken"]]
+    wrong += [f"a picture has no text: {each}" for each in facts["mute"]]
+    if facts["nameless"]:
+        wrong.append(f"{facts['nameless']} drawings have no title and description")
+    if facts["heading"] != 1 and page not in {"genindex.html", "py-modindex.html", "search.html"}:
+        wrong.append(f"{facts['heading']} headings of the first order")
+    LINKS[page], IDS[page] = facts["links"], set(facts["ids"])
+    assert not wrong, "\n".join([page, *wrong])
+
+
+def test_links(site: str) -> None:
+    """A link of the site leads to a page of it, and to a place that is there; others are only looked at."""
+    assert set(LINKS) == set(PAGES)
+    wrong = []
+    for page, links in LINKS.items():
+        for link in set(links):
+            target, fragment = urldefrag(urljoin(site + page, link))
+            parts = urlparse(target)
+            if not target.startswith(site):
+                if parts.scheme not in {"https", "mailto"}:
+                    wrong.append(f"{page}: {link}")
+                continue
+            path = unquote(parts.path.lstrip("/")) or "index.html"
+            path = path + "index.html" if path.endswith("/") else path
+            if not (BUILT / path).is_file():
+                wrong.append(f"{page}: there is no {path}")
+            elif fragment and path in IDS and unquote(fragment) not in IDS[path]:
+                wrong.append(f"{page}: {path} has no #{fragment}")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+@pytest.mark.parametrize(("word", "page"), [("harvest", "howto/harvest"), ("downtime", "migration"), ("lease", "api/")])
+def test_search(word: str, page: str, site: str, browser: webdriver.Chrome) -> None:
+    browser.get(f"{site}search.html?q={word}")
+    found = browser.execute_async_script(
+        """const done = arguments[0], until = Date.now() + 20000;
+        const look = () => {
+          const links = [...document.querySelectorAll('#search-results a')].map(a => a.href);
+          if (links.length > 4 || Date.now() > until) done(links); else setTimeout(look, 100);
+        };
+        look();"""
+    )
+    assert any(page in link for link in found), found
+
+
+def test_this_would_notice(browser: webdriver.Chrome) -> None:
+    """The checks of the browser say something where something is wrong."""
+    browser.get(
+        "data:text/html,<main><p style='color:%23999;background:%23fff'>faint</p><div style='width:5000px'>wide</div>"
+    )
+    sized(browser, 390)
+    assert browser.execute_script(LOOK)[0].startswith("2.85: faint")
+    assert browser.execute_script(FACTS)["scroll"] >= 5000
+    browser.execute_script("console.error('loud')")
+    assert any("loud" in each["message"] for each in browser.get_log("browser"))
