@@ -1,6 +1,9 @@
 import shutil
 
 import pytest
+from clitools import run
+
+__all__ = ["run"]
 
 
 def pytest_collection_modifyitems(items):

@@ -135,6 +135,26 @@ def test_it_goes_on_where_it_arrives(granule, blocks):
                 assert vm.stage2(0).block_spans().tolist() == [[0, MEMORY // vm.page_size]]
 
 
+def test_a_guest_with_a_rate_goes_on_in_a_younger_machine():
+    """Its clock is that of the machine: it doesn't wait for the one that it came from."""
+    with ArmVm(MEMORY, guest="window", rate=500) as vm:
+        time.sleep(1.5)
+        vm.resume()
+        time.sleep(0.1)
+        vm.pause()
+        with ArmVm.from_slots(vm.page_size, vm.slots) as there:
+            for slot in vm.slots:
+                there.memory(slot.id)[:] = vm.memory(slot.id)
+            there.set_state(vm.state())
+            before = there.guests.stores
+            there.resume()
+            until = time.monotonic() + 1
+            while there.guests.stores < before + 20:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            there.pause()
+
+
 def test_the_rules_of_a_log():
     with ArmVm(MEMORY, guest="sequential", rate=50_000) as vm:
         with pytest.raises(OSError, match="doesn't log") as error:

@@ -1,38 +1,5 @@
 """Running the command in this process."""
 
-import signal
-import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from clitools import run
 
-import pytest
-
-from hwdbm.cli import interrupt, main
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Return a function that runs ``hwdbm`` with arguments."""
-
-    # The command leaves its own handlers behind, and a thread, as its process is about to end.
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(interrupt, "nudge", lambda: None)
-
-    def run_(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["hwdbm", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            main()
-        code = raised.value.code
-        out, err = capsys.readouterr()
-        return Result(0 if code is None else int(code), out, err)
-
-    return run_
+__all__ = ["run"]

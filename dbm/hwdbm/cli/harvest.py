@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,8 @@ from hwdbm.cli.output import columns, hexadecimal, progress, warn
 from hwdbm.cli.streams import note, result
 from hwdbm.errors import HwdbmError
 from hwdbm.granule import size_name
-from hwdbm.image import Image
-from hwdbm.image.harvest import Ask, Found, harvest_slots
+from hwdbm.image import Image, Live
+from hwdbm.image.harvest import Ask, Found, clean_slot, harvest_slots
 from hwdbm.image.slots import SLOT_UNIT
 
 _MISMATCH = 3  # the exit status
@@ -37,6 +38,12 @@ EPILOG = """Examples:
 
 \b
     hwdbm harvest guest.npz --policy writable
+
+  The same of a machine that runs, whose pages are clean afterwards:
+
+\b
+    hwdbm harvest ram --live --clean --output dirty --ram-base 0x40000000
+        --vttbr 0x41000000 --vtcr 0x806a3558 --slot 0:0x80000000:1G
 
   Compare with the truth that a capture carries:
 
@@ -92,6 +99,22 @@ def harvest(
         ),
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare with the truth that a capture carries.")] = False,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="The image is the RAM of a machine that runs, as QEMU's memory-backend-file with share=on keeps "
+            "it: it is mapped, read while it is written, and not changed.",
+        ),
+    ] = False,
+    clean: Annotated[
+        bool,
+        typer.Option(
+            "--clean",
+            help="With --live: re-protect the pages in the machine's tables, each by one atomic operation. The flush "
+            "of the guest's TLB is yours: before it, no page may be copied.",
+        ),
+    ] = False,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
     vttbr: options.Vttbr = None,
@@ -105,6 +128,7 @@ def harvest(
     """
     ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
     options.check_slots(slot)
+    _check_live(live=live, clean=clean, output=output, ask=ask)
     folders = _folders(images, output)
     reports: list[dict[str, Any]] = []
     for path in images:
@@ -112,7 +136,13 @@ def harvest(
             image = options.open_for(path, ram_base, vttbr, vtcr, slot)
             if check and image.capture is None:
                 raise typer.BadParameter(f"--check: {path} is a raw image, which carries no truth")
-            reports.append(_harvested(path, image, ask, folders.get(path)))
+            if live:
+                machine = options.live_of(path, image, readonly=not clean)
+                image = Image(machine.memory, machine.registers, image.slots)
+                reports.append(_harvested(path, image, ask, folders.get(path), machine if clean else None))
+                reports[-1]["cleaned"] = clean
+            else:
+                reports.append(_harvested(path, image, ask, folders.get(path)))
         except (HwdbmError, OSError) as error:
             what = str(error) if isinstance(error, HwdbmError) else f"{error.filename or path}: {error.strerror}"
             note(what if str(path) in what else f"{path}: {what}")
@@ -127,8 +157,21 @@ def harvest(
         raise typer.Exit(_MISMATCH)
 
 
-def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None) -> dict[str, Any]:
-    """Harvest an image, write its bitmaps, and return what is to be said of it."""
+def _check_live(*, live: bool, clean: bool, output: Path | None, ask: Ask) -> None:
+    if clean and not live:
+        raise typer.BadParameter("--clean has no effect without --live: an image isn't changed")
+    if live and ask.check:
+        raise typer.BadParameter("--check: a machine that runs carries no truth")
+    if clean and output is None:
+        raise typer.BadParameter("--clean without --output DIR would forget which pages were dirty")
+    if clean and ask.policy != "dbm":
+        raise typer.BadParameter("--clean is of leaves with DBM, and not of --policy writable")
+    if clean and ask.contiguous:
+        raise typer.BadParameter("--contiguous and --clean: read once with --contiguous before")
+
+
+def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: Live | None = None) -> dict[str, Any]:
+    """Harvest an image, write its bitmaps, and return what is to be said of it. The tables of `clean` are cleaned."""
     if not image.slots:
         raise typer.BadParameter(f"{path} names no slots: give --slot ID:GPA:SIZE")
     if ask.policy == "dbm" and not image.vtcr.hw_dbm:
@@ -140,9 +183,19 @@ def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None) -> dict[
         found = harvest_slots(image, ask, visitors)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        for one in found.slots:
-            one.file = folder / f"slot{one.slot.id}.bitmap"
-            files.write(one.file, one.bitmap.to_bytes())
+        put_back: list[Callable[[], None]] = []
+        try:
+            for one in found.slots:
+                if clean is not None:
+                    put_back.append(clean_slot(clean, one))
+                one.file = folder / f"slot{one.slot.id}.bitmap"
+                files.write(one.file, one.bitmap.to_bytes())
+        except BaseException:
+            for back in put_back:
+                back()
+            raise
+        if clean is not None:
+            note(f"{path}: these pages are clean now: flush the guest's TLB before one of them is copied")
         # Those of an earlier run, which had other slots, would be taken for this one's.
         for old in folder.glob("slot*.bitmap"):
             if old.stem[4:].isdecimal() and old not in {one.file for one in found.slots}:

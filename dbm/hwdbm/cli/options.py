@@ -8,8 +8,9 @@ import typer
 
 from hwdbm.cli import parse
 from hwdbm.errors import ImageError
-from hwdbm.image import Image, Registers, Slot, open_image
+from hwdbm.image import Image, Live, Registers, Slot, open_image, open_live
 from hwdbm.image.capture import is_capture
+from hwdbm.image.raw import RawTables
 from hwdbm.image.slots import check_slots as slots_together
 from hwdbm.vtcr import Vtcr as VtcrFields
 
@@ -102,3 +103,11 @@ def open_for(
         except ValueError as error:
             raise typer.BadParameter(f"--vtcr {vtcr:#x}: {error}") from error
     return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)
+
+
+def live_of(path: Path, image: Image, *, readonly: bool) -> Live:
+    """Map the RAM of a machine that runs, as an image that was opened says; a capture is wrong usage."""
+    if not isinstance(image.memory, RawTables):
+        raise typer.BadParameter(f"--live: {path} is a capture, and no RAM")
+    registers = image.registers
+    return open_live(path, ram_base=image.memory.base, vttbr=registers.vttbr, vtcr=registers.vtcr, readonly=readonly)

@@ -1,7 +1,7 @@
 """The dirty pages of all slots of an image, from one walk over its tables."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import ImageError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.image.fill import Filler
+from hwdbm.image.live import Live
 from hwdbm.image.reader import Image, Policy, Visitor
 from hwdbm.image.runs import RunMarker
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
@@ -149,6 +150,47 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
         for slot, stage2, page_size, bitmap in zip(image.slots, stage2s, page_sizes, bitmaps, strict=True)
     ]
     return Found(ask, found, sum(tables.values()), seconds)
+
+
+def clean_slot(live: Live, found: FoundSlot) -> Callable[[], None]:
+    """Clean a slot's pages in the tables of a machine that runs; what was dirty then is what was found.
+
+    Parameters
+    ----------
+    live : Live
+        The machine's RAM.
+    found : FoundSlot
+        The slot, as `harvest_slots` found it: its bitmap is made anew.
+
+    Returns
+    -------
+    callable
+        Makes the pages dirty again, for one who couldn't tell anybody of them.
+
+    Raises
+    ------
+    ImageError
+        If the tables are corrupt, or a block reaches beyond the slot.
+    """
+    first, npages = found.slot.frames(live.granule)
+    stage2 = live.stage2(first, npages)
+    dirty = DirtyBitmap(npages)
+
+    def put_back() -> None:
+        leaves = stage2.leaf_at(dirty.pages())
+        for level in LEAF_LEVELS:
+            # Only what is tracked still: on another leaf the bit would grant the write.
+            index = np.unique(leaves.index[(leaves.level == level) & pte.tracked(level)(leaves.desc)])
+            stage2.mmu_update(level, index, np.full(index.size, pte.S2AP_W, dtype=np.uint64))
+
+    try:
+        stage2.harvest_into(dirty)
+        found.bitmap = cut(dirty, found.slot, live.granule, found.page_size)
+        found.dirty, found.ranges, found.leaves = found.bitmap.weight(), _range_count(found.bitmap), {}
+    except BaseException:
+        put_back()
+        raise
+    return put_back
 
 
 def _range_count(bitmap: DirtyBitmap) -> int:

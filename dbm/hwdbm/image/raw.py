@@ -83,6 +83,11 @@ class RawTables:
     granule : Granule
         The size of a table.
 
+    Attributes
+    ----------
+    base : int
+        The physical address of the file's first byte.
+
     Raises
     ------
     OSError
@@ -108,7 +113,7 @@ class RawTables:
         words = np.frombuffer(mapping, dtype="<u8", count=count * granule.entries, offset=skipped)
         self._rows = words.reshape(count, granule.entries)
         self._first, self._granule = ram_base + skipped, granule
-        self._path, self._base, self._size = path, ram_base, size
+        self._path, self.base, self._size = path, ram_base, size
 
     @property
     def capacity(self) -> int:
@@ -118,7 +123,7 @@ class RawTables:
     @property
     def extent(self) -> str:
         """Which memory it is."""
-        return f"the image's {self._base:#018x}..{self._base + self._size - 1:#018x}"
+        return f"the image's {self.base:#018x}..{self.base + self._size - 1:#018x}"
 
     def find(self, pa: Array) -> NDArray[np.intp]:
         """Return the number of each table, -1 where it isn't wholly inside."""

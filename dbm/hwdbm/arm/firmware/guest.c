@@ -78,8 +78,11 @@ static void look(struct guest *guest)
 	hz = frequency();
 	now = counter();
 	if (rate) {
+		/* Neither make up for long, nor wait for the counter of the machine that the guest came from. */
 		if (guest->next + hz / 100 < now)
 			guest->next = now - hz / 100;
+		if (guest->next > now + hz / rate + hz / 100)
+			guest->next = now;
 		guest->next += hz / rate;
 		if (guest->next > now + hz / 2000)
 			hvc(1, guest->next - now);
