@@ -17,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "array", "flag", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real", "separate",
-    "uint64s", "zeros",
+    "array", "flag", "inside", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real",
+    "separate", "uint64s", "zeros",
 ]  # fmt: skip
 
 _CHUNK = 1 << 16  # numbers of an iterable that are looked at together
 
 
 T = TypeVar("T")
+
+_UINT64 = np.dtype(np.uint64)
 
 
 def integer(
@@ -227,7 +229,7 @@ def integers(value: Any, name: str, low: int, high: int, error: type[Exception] 
             raise TypeError(f"{name} are integers, not {_kind(value)}")
         if value.ndim != 1:
             raise error(f"{name} are an array of one dimension, not of shape {value.shape}")
-        if value.size and not (low <= int(value.min()) and int(value.max()) <= high):
+        if not inside(value, low, high):
             raise error(
                 f"{name} are {_bounds(low, high)}, not {_number(int(value.min()))}..{_number(int(value.max()))}"
             )
@@ -322,6 +324,13 @@ def zeros(count: int, what: str) -> NDArray[np.uint64]:
         raise MemoryError(f"{what}: {count} words take more memory than there is") from None
 
 
+def inside(numbers: NDArray[Any], low: int, high: int) -> bool:
+    """Return whether all elements of an integer array are of [low, high]; of one alone at the cost of a comparison."""
+    if numbers.size == 1:
+        return low <= int(numbers.item()) <= high
+    return not numbers.size or (low <= int(numbers.min()) and int(numbers.max()) <= high)
+
+
 def uint64s(
     value: Any, name: str, size: int | None = None, *, writable: bool = False, error: type[Exception] = ValueError
 ) -> NDArray[np.uint64]:
@@ -351,6 +360,10 @@ def uint64s(
     Traceback (most recent call last):
     TypeError: words: an array of uint64 is needed, not of int64
     """
+    if type(value) is np.ndarray and value.dtype is _UINT64 and value.ndim == 1 and size in (None, value.size):
+        flags = value.flags  # nearly always all is well, and a call of a kernel asks it of each of its arrays
+        if flags.carray or (flags.c_contiguous and flags.aligned and not writable):
+            return value
     array(value, np.uint64, name)
     words: NDArray[np.uint64] = value
     if value.ndim != 1 or not value.flags.c_contiguous or not value.flags.aligned:

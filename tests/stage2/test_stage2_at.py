@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwdbm import Granule, Stage2, pte, walker
-from hwdbm.errors import GfnError
+from hwdbm import DirtyBitmap, Granule, Stage2, pte, walker
+from hwdbm.errors import BitmapError, GfnError
 from hwdbm.testing import differences, stage2s
 
 FEW = settings(max_examples=60)
@@ -49,6 +49,9 @@ def test_relaxing_aging_and_allowing(kernels, s2, places, dbm):
         (lambda s: s.relax_at(pages, dbm=dbm), pte.relax_dirty if dbm else pte.relax),
         (lambda s: s.allow_at(pages, dbm=dbm), pte.allow_dbm if dbm else pte.allow),
         (lambda s: s.mkyoung_at(pages), pte.mkyoung),
+        (lambda s: s.relax_at(s.leaf_at(pages), dbm=dbm), pte.relax_dirty if dbm else pte.relax),
+        (lambda s: s.allow_at(s.leaf_at(pages)), pte.allow),
+        (lambda s: s.mkyoung_at(s.leaf_at(pages)), pte.mkyoung),
     ):
         work = s2.copy()
         want, found, changed = one_by_one(s2, pages.tolist(), update)
@@ -140,3 +143,19 @@ def test_bad_arguments(call, error, text):
     with pytest.raises(error, match=text):
         call(s2)
     assert differences(s2, before) == []
+
+
+def test_a_bitmap_that_was_apart_is_looked_at_again_where_it_need_not_be_any_more() -> None:
+    s2, out = Stage2(100), DirtyBitmap(100)
+    s2.harvest(out)
+    s2.host_dirty = out
+    with pytest.raises(BitmapError, match="share memory"):
+        s2.harvest(out)
+    with pytest.raises(BitmapError, match="share memory"):
+        s2.clean(out)
+    other = DirtyBitmap(100)
+    s2.harvest(other)
+    other.words.flags.writeable = False
+    with pytest.raises(BitmapError, match="read-only"):
+        s2.harvest(other)
+    s2.clean(other)

@@ -138,15 +138,17 @@ def write_fault_steps(
     yield Point.CLEAN
     found = s2.leaf_at(pages)
     blocks, stale = _blocks(s2, found), list[tuple[int, int]]()
-    reach = [(int(pages[0]), int(pages[-1]) + 1), *blocks]
-    due = slot.changing(min(lo for lo, _ in reach), max(hi for _, hi in reach))
+    lo, hi = int(pages[0]), int(pages[-1]) + 1
+    due = slot.changing(min([lo, *(start for start, _ in blocks)]), max([hi, *(stop for _, stop in blocks)]))
     if pfns is not None:
         stale = [*_runs(pages[found.level > 0]), *blocks]
         leaf = slot.leaf(write=False)  # clean: it is granted below, like any other
         s2.map_at(pages, pfns, writable=leaf.writable, dbm=leaf.dbm)
         found, blocks = s2.leaf_at(pages), []
-    granted, dirty = pages[found.level > 0], pages[found.level == 3]
-    result.absent = pages[found.level == 0]
+    dirty = pages
+    mapped = int(np.count_nonzero(found.level))
+    if blocks or mapped < pages.size:
+        result.absent, dirty = pages[found.level == 0], pages[found.level == 3]
     for start, stop in blocks:
         inside = pages[(start <= pages) & (pages < stop)]
         if live is None or not split:
@@ -155,11 +157,13 @@ def write_fault_steps(
         stale.append((start, stop))
         result.splits += _split(slot, inside, whole=whole)
         dirty = np.append(dirty, inside)
+    if result.splits:
+        found = s2.leaf_at(pages)
     yield Point.PUBLISH
     if live is not None:
         mark(live, dirty)
-    slot.grant(granted)
-    slot.shared.meter.fault(granted.size)
+    slot.grant(found)
+    slot.shared.meter.fault(mapped)
     yield Point.FLUSH
     slot.flush(due, needed=bool(stale), spans=stale)
 
@@ -175,6 +179,9 @@ def change_steps(slot: SlotLog, lo: int, hi: int, verb: Verb, changed: list[int]
 
 def mark(live: DirtyBitmap, pages: Pages) -> None:
     """Set bits; only words that the pages are in are touched, as others may be another thread's."""
+    if pages.size == 1:
+        live.set_range(int(pages[0]), 1)
+        return
     bits = np.uint64(1) << (pages & 63).astype(np.uint64)
     np.bitwise_or.at(live.words, pages >> 6, bits)
 
@@ -200,7 +207,7 @@ def _split(slot: SlotLog, pages: Pages, *, whole: bool) -> int:
 
 def _blocks(s2: Stage2, found: LeafAt) -> list[tuple[int, int]]:
     """Return the blocks among some leaves as pages [start, stop), what lies in the slot."""
-    if not ((found.level == 1) | (found.level == 2)).any():
+    if np.count_nonzero(found.level == 3) == np.count_nonzero(found.level):  # most often
         return []
     rows = [s2.layout.span(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
     return [(start, stop) for start, stop in np.clip(np.concatenate(rows), 0, s2.npages).tolist()]

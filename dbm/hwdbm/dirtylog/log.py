@@ -363,7 +363,7 @@ class DirtyLog:
             the log.
         """
         lease, found = check.flag(lease, "lease"), self._find(slot)
-        self._shared.turn.check(f"{found.name}: GET")
+        found.check_turn("GET")
         lent = self._get(found)
         return lent if lease else kept(lent)
 
@@ -420,7 +420,7 @@ class DirtyLog:
         found, first_page, stop = self._range(slot, first_page, num_pages)
         count = stop - first_page
         words = _words(bitmap, count) if count else np.zeros(0, dtype=np.uint64)
-        self._shared.turn.check(f"{found.name}: CLEAR")
+        found.check_turn("CLEAR")
         lent = found.clear(self._parts(first_page, stop), first_page, count, words)
         if lease:
             return lent
@@ -465,7 +465,7 @@ class DirtyLog:
             As `get_dirty_log`.
         """
         found = self._find(slot)
-        self._shared.turn.check(f"{found.name}: GET")
+        found.check_turn("GET")
         return self._lend(found)
 
     def _lend(self, found: SlotLog, consumer: LogClient | None = None) -> Lease:

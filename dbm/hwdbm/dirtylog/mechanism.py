@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.kernels import Tally
-from hwdbm.stage2 import Stage2
+from hwdbm.stage2 import LeafAt, Stage2
 
 
 class NewLeaf(NamedTuple):
@@ -77,7 +77,7 @@ class Mechanism(Protocol):
     def leaf(self, *, write: bool) -> NewLeaf:
         """Return how a page is mapped while its slot logs, as it is being written or only read."""
 
-    def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
+    def grant(self, s2: Stage2, leaves: LeafAt) -> None:
         """Let the guest write pages that it faulted on, while their slot logs. They are marked besides."""
 
     def open(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
@@ -126,8 +126,8 @@ class HardwareDbm:
     def leaf(self, *, write: bool) -> NewLeaf:  # noqa: ARG002 - the MMU marks the write when it is tried again
         return NewLeaf(writable=True, dbm=True, marked=False)
 
-    def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
-        s2.relax_at(pages, dbm=True)
+    def grant(self, s2: Stage2, leaves: LeafAt) -> None:
+        s2.relax_at(leaves, dbm=True)
 
     def open(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
         s2.allow_at(pages, dbm=True)
@@ -174,8 +174,8 @@ class WriteProtect:
     def leaf(self, *, write: bool) -> NewLeaf:
         return NewLeaf(writable=write, dbm=False, marked=write)
 
-    def grant(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
-        s2.relax_at(pages)
+    def grant(self, s2: Stage2, leaves: LeafAt) -> None:
+        s2.relax_at(leaves)
 
     def open(self, s2: Stage2, pages: NDArray[np.int64]) -> None:
         """Leave them read-only: each page's first write is to fault."""

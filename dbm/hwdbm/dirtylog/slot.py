@@ -31,7 +31,7 @@ from hwdbm.dirtylog.stats import Meter
 from hwdbm.errors import GfnError, InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot, slot_name
-from hwdbm.stage2 import Stage2
+from hwdbm.stage2 import LeafAt, Stage2
 
 FlushHook = Callable[[Memslot, int, int], object]
 """Called with (slot, first page, pages): no vCPU may use a translation of them from before when it returns."""
@@ -79,7 +79,7 @@ class LogParts:
     turn: Turn = field(default_factory=lambda: Turn(RLock()))
 
 
-@dataclass(eq=False, frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Due:
     """A flush that is due for the pages [lo, hi); with `missed` also for changes of theirs before.
 
@@ -157,6 +157,11 @@ class SlotLog:
             raise OSError(ENOENT, f"{self.name} has no dirty bitmap")
         return self.live
 
+    def check_turn(self, what: str, consumer: LogClient | None = None) -> None:
+        """Raise EBUSY if the log is that of another client; `what` is what was asked for."""
+        if self.shared.turn.holder is not None:
+            self.shared.turn.check(f"{self.name}: {what}", consumer)
+
     # --- holding pages, and running steps with them held ---------------------------------------------------
 
     def run(self, steps: Steps, lo: int = 0, hi: int | None = None) -> None:
@@ -220,9 +225,9 @@ class SlotLog:
         if lo == hi:
             return lo, hi
         s2 = self.stage2
-        start, stop = lo, hi
-        for page in (lo, hi - 1):
-            large = pte.leaf(1)(int(s2.level(1)[s2.layout.index(1, page)]))
+        start, stop, top = lo, hi, s2.level(1)
+        for page in (lo, hi - 1) if hi - lo > 1 else (lo,):
+            large = pte.leaf(1)(int(top[s2.layout.index(1, page)]))
             level = 1 if large else 2
             first, after = s2.layout.span(level, s2.layout.index(level, page))
             start, stop = min(start, first), max(stop, after)
@@ -254,6 +259,10 @@ class SlotLog:
 
     def changing(self, lo: int, hi: int) -> _Due:
         """Note that a flush is due for pages whose leaves are about to be changed; these pages are held."""
+        if not self._due:  # most often
+            due = _Due(lo, hi, (), False)
+            self._due.add(due)
+            return due
         # Notes that overlap are of steps that ended without their flush: nothing else can hold these pages now.
         missed = [due for due in tuple(self._due) if due.lo < hi and lo < due.hi]
         wider = tuple(due for due in missed if due.lo < lo or hi < due.hi)
@@ -275,7 +284,8 @@ class SlotLog:
                 if self.shared.flush is not None:
                     self.shared.flush(self.memslot, lo, hi - lo)
                 self.shared.meter.flush()
-            self._due.difference_update(due.wider)
+            if due.wider:
+                self._due.difference_update(due.wider)
         self._due.discard(due)
 
     @property
@@ -311,7 +321,7 @@ class SlotLog:
 
     def get_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
         """Take the steps of a GET that clears."""
-        self.shared.turn.check(f"{self.name}: GET", consumer)
+        self.check_turn("GET", consumer)
         live = self.logging(lease.generation)
         yield Point.CLEAN
         due = self.changing(lo, hi)
@@ -323,7 +333,7 @@ class SlotLog:
 
     def peek_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
         """Take the steps of a GET that only shows: no leaf is changed."""
-        self.shared.turn.check(f"{self.name}: GET", consumer)
+        self.check_turn("GET", consumer)
         live = self.logging(lease.generation)
         yield Point.PUBLISH
         self.shared.meter.add(self.mechanism.peek(self.stage2, live, lo, hi - lo))
@@ -352,7 +362,7 @@ class SlotLog:
         self, lease: Lease, lo: int, hi: int, mask: NDArray[np.uint64], consumer: LogClient | None = None
     ) -> Steps:
         """Take the steps of a CLEAR."""
-        self.shared.turn.check(f"{self.name}: CLEAR", consumer)
+        self.check_turn("CLEAR", consumer)
         live = self.logging(lease.generation)
         yield Point.CLEAN
         due = self.changing(lo, hi)
@@ -360,7 +370,7 @@ class SlotLog:
         # Only what was published may go: a leaf whose bit is clear keeps its dirty state for the next GET.
         first = lease.first_page
         np.bitwise_and(mask[lo - first >> 6 : hi - first + 63 >> 6], words, out=taken)
-        if taken.any():
+        if np.count_nonzero(taken):  # faster than any()
             asked = DirtyBitmap.from_words(taken, hi - lo)
             self.shared.meter.add(self.mechanism.protect(self.stage2, asked, lo))
         yield from self._take(due, words, taken)
@@ -371,7 +381,7 @@ class SlotLog:
         The flush comes if there are any, also where no leaf of theirs was changed just now: another thread may have
         cleaned a block that reaches into this part, and not have flushed yet.
         """
-        needed = bool(taken.any())
+        needed = bool(np.count_nonzero(taken))
         yield Point.FLUSH
         self.flush(due, needed=needed)
         yield Point.TAKE
@@ -408,12 +418,12 @@ class SlotLog:
         """Return how a page that the host lets the guest write is to be mapped."""
         return UNLOGGED if self.live is None else self.mechanism.leaf(write=write)
 
-    def grant(self, pages: NDArray[np.int64]) -> None:
-        """Let the guest write pages that have a leaf and that the host lets it write."""
+    def grant(self, leaves: LeafAt) -> None:
+        """Let the guest write pages that the host lets it write, as far as they have a leaf."""
         if self.live is None:
-            self.stage2.relax_at(pages)
+            self.stage2.relax_at(leaves)
         else:
-            self.mechanism.grant(self.stage2, pages)
+            self.mechanism.grant(self.stage2, leaves)
 
     def mark_steps(self, lo: int, hi: int) -> Steps:
         """Mark pages that something other than a vCPU wrote, for both consumers."""

@@ -45,7 +45,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.check import array, instance, uint64s
+from hwdbm.check import array, inside, instance, uint64s
 from hwdbm.pte import ANY, Match, Update, clean, dirty
 
 __all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
@@ -301,14 +301,14 @@ def check_runs(
     """Return `runs`, contiguous, after checking that they lie in the arrays; its cost is that of the runs."""
     uint64s(pte, "pte", writable=change)
     runs = _indices(runs, "runs", 3)
-    words = min(uint64s(array, "words", writable=True).size for array in written)
+    words = min([uint64s(array, "words", writable=True).size for array in written])
     if within is not None:
         words = min(words, uint64s(within, "within").size)
-    starts, stops, bits = runs[:, 0], runs[:, 1], runs[:, 2]
     if len(runs) == 1:  # nearly always
-        start, stop, bit = runs[0].tolist()
+        ((start, stop, bit),) = runs.tolist()
         fits, total = 0 <= start <= stop <= pte.size and 0 <= bit <= words * 64 - (stop - start), stop - start
     elif len(runs):
+        starts, stops, bits = runs.T
         sizes = stops - starts
         fits = int(starts.min()) >= 0 and int(sizes.min()) >= 0 and int(stops.max()) <= pte.size
         fits = fits and 0 <= int(bits.min()) and int((bits + sizes).max()) <= words * 64
@@ -330,10 +330,10 @@ def check_at(
     if index is None:
         return _NO_INDEX
     index = _indices(index, "index", 1)
-    if index.size and not (0 <= int(index.min()) and int(index.max()) < entries.size):
+    if not inside(index, 0, entries.size - 1):
         raise ValueError(f"index isn't inside of {entries.size} entries")
     if place is not None:
-        out, also, kept = (uint64s(array, "words", writable=True).size * 64 for array in words)
+        out, also, kept = [uint64s(array, "words", writable=True).size * 64 for array in words]
         first, size, lo, hi, end = place
         if not (0 < size <= 1 << 40 and abs(first) <= 1 << 52):
             raise ValueError(f"an entry at page {first} of {size} pages isn't in a slot")
@@ -353,7 +353,7 @@ def check_ranges(words: Array, ranges: Runs) -> Runs:
     """Return `ranges`, contiguous, after checking that they lie in the words."""
     size = uint64s(words, "words", writable=True).size * 64
     ranges = _indices(ranges, "ranges", 2)
-    if len(ranges) and not (0 <= int(ranges.min()) and int(ranges.max()) <= size):
+    if not inside(ranges, 0, size):
         raise ValueError(f"ranges aren't inside of {size} bits")
     return ranges
 

@@ -72,9 +72,11 @@ class Layout:
 
     def entries(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` that map any of the pages [lo, hi)."""
-        self._size(level)
-        lo, hi = integer(lo, "lo", None), integer(hi, "hi", None)
-        return slice(self.index(level, lo), self.index(level, hi - 1) + 1) if lo < hi else slice(0, 0)
+        size, lo, hi = self._size(level), integer(lo, "lo", None), integer(hi, "hi", None)
+        if lo >= hi:
+            return slice(0, 0)
+        base, before = self.base_gfn, self.base_gfn // size
+        return slice((base + lo) // size - before, (base + hi - 1) // size + 1 - before)
 
     @overload
     def span(self, level: int, index: int) -> tuple[int, int]: ...
@@ -116,11 +118,15 @@ class Layout:
 
     def _size(self, level: int, below: int = 0) -> int:
         """Return the pages of an entry of a level that has so many below it."""
-        return self.sizes[integer(level, "level", 0, 3 - below)]
+        if type(level) is not int or not 0 <= level <= 3 - below:
+            level = integer(level, "level", 0, 3 - below)
+        return self.sizes[level]
 
 
 def _pages(value: Any, name: str) -> Any:
     """Return an integer as an `int`, or an array of int64 as it is."""
+    if type(value) is int:
+        return value
     if isinstance(value, np.ndarray) and value.ndim:
         array(value, np.int64, name)
         return value

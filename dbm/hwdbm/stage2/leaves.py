@@ -31,12 +31,18 @@ _EMPTY = np.empty(0, dtype=np.uint64)
 _GONE = pte.Update(pte.ANY, clears=_ALL)
 
 
+def _all_tables(entries: Array) -> bool:
+    """Return whether entries, at least one, are all tables, as most often they are: faster than to ask of each."""
+    common = entries[0] if entries.size == 1 else np.bitwise_and.reduce(entries)
+    return int(common) & pte.TABLE == pte.TABLE
+
+
 def every(_level: int) -> pte.Match:
     """Return the predicate that asks nothing."""
     return pte.ANY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """Where a change of leaves sets the bits of their pages, and of which leaves, by what they were.
 
@@ -132,6 +138,15 @@ class Leaves:
 
     def scan(self, match: Asks, lo: int, hi: int, out: DirtyBitmap) -> int:
         """Set in `out` the bits of the pages of [lo, hi) whose leaf matches; return how many entries were read."""
+        read = self.tables_alone(lo, hi)
+        if read is None:
+            read = self._scan_blocks(match, lo, hi, out)
+        runs = self.table_runs(lo, hi)
+        self.kernels.scan(self.level[3], runs, match(3), out.words)
+        under: int = sum(stop - start for start, stop, _ in runs.tolist())
+        return read + under
+
+    def _scan_blocks(self, match: Asks, lo: int, hi: int, out: DirtyBitmap) -> int:
         read = 0
         for level in (1, 2):
             where = self.layout.entries(level, lo, hi)
@@ -139,9 +154,7 @@ class Leaves:
             if len(runs):
                 self.kernels.fill(out.words, np.clip(self.layout.bounds(level, where.start + runs), lo, hi))
             read += where.stop - where.start
-        runs = self.table_runs(lo, hi)
-        self.kernels.scan(self.level[3], runs, match(3), out.words)
-        return read + int((runs[:, 1] - runs[:, 0]).sum())
+        return read
 
     def find(self, level: int, match: pte.Match, lo: int, hi: int) -> Index:
         """Return the entries of `level` that touch the pages [lo, hi) and match."""
@@ -158,7 +171,11 @@ class Leaves:
     def leaf_at(self, pages: Index) -> LeafAt:
         """Return the leaf that maps each of `pages`."""
         desc = self.level[3][pages]
-        level, index = np.where(pte.leaf(3)(desc), np.uint8(3), np.uint8(0)), pages.copy()
+        leaf = pte.leaf(3)(desc)
+        level = leaf.view(np.uint8) * np.uint8(3)
+        if np.count_nonzero(leaf) == pages.size:  # most often
+            return LeafAt(level, pages, desc)
+        index = pages.copy()
         for above in (2, 1):
             (rest,) = (level == 0).nonzero()
             if not rest.size:
@@ -182,8 +199,7 @@ class Leaves:
         read = 0
         for level in (1, 2):
             entries = self.level[level][self.layout.entries(level, lo, hi)]
-            tables = int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE  # faster than to ask what is a block
-            if not tables and pte.leaf(level)(entries).any():
+            if not _all_tables(entries) and pte.leaf(level)(entries).any():
                 return None
             read += entries.size
         return read
@@ -192,7 +208,7 @@ class Leaves:
         """Return the runs of pages of [lo, hi) under level-2 tables, as rows (start, stop, start)."""
         where = self.layout.entries(2, lo, hi)
         entries = self.level[2][where]
-        if entries.size and int(np.bitwise_and.reduce(entries)) & pte.TABLE == pte.TABLE:  # most often: tables alone
+        if entries.size and _all_tables(entries):
             return np.array([[lo, hi, lo]], dtype=np.int64)
         runs = self.kernels.find(entries, pte.table(2))
         if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin

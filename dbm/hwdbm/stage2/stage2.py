@@ -20,6 +20,7 @@ thread may be writing. Every other verb has the Stage2 to itself.
 from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import Self
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,8 @@ class Stage2:
     False
     """
 
+    _apart: "ref[Array] | None" = None  # the words that were found last to share no memory with a Stage2's own
+
     def __init__(
         self,
         npages: int,
@@ -120,7 +123,7 @@ class Stage2:
     @host_dirty.setter
     def host_dirty(self, bitmap: DirtyBitmap) -> None:
         self._check(bitmap, "host_dirty", written=True)
-        self._host_dirty = bitmap
+        self._apart, self._host_dirty = None, bitmap
 
     @property
     def npages(self) -> int:
@@ -399,9 +402,10 @@ class Stage2:
         self._check(out, "out", written=True)
         with self._lock:
             read = self._leaves.tables_alone(lo, hi)
-            tally = self._harvest_blocks(lo, hi, out) if read is None else Tally(read=read)
-            tally += Tally(words=self.saved.take(lo, hi, out, self.host_dirty))
-        return tally + self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self.host_dirty))
+            tally = self._harvest_blocks(lo, hi, out) if read is None else Tally(read)
+            words = self.saved.take(lo, hi, out, self._host_dirty)
+        pages = self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self._host_dirty))
+        return Tally(tally.read + pages.read, tally.changed + pages.changed, tally.words + words + pages.words)
 
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
         # Words outside of the range may be another thread's: who harvests them takes it from `saved`.
@@ -438,14 +442,17 @@ class Stage2:
         lo, hi = self._pages(first, npages)
         self._check(out, "out", written=True)
         read = self._leaves.scan(pte.dirty, lo, hi, out)
-        return self.take_saved_into(out, lo, hi - lo) + Tally(read=read)
+        return Tally(read, words=self._take_saved(out, lo, hi))
 
     def take_saved_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
         """Move what is in `saved` to `out` and `host_dirty`, and look at no leaf. As `peek_into` otherwise."""
         lo, hi = self._pages(first, npages)
         self._check(out, "out", written=True)
+        return Tally(words=self._take_saved(out, lo, hi))
+
+    def _take_saved(self, out: DirtyBitmap, lo: int, hi: int) -> int:
         with self._lock:
-            return Tally(words=self.saved.take(lo, hi, out, self.host_dirty))
+            return self.saved.take(lo, hi, out, self._host_dirty)
 
     def dirty(self) -> DirtyBitmap:
         """Return what `harvest` would, and change nothing."""
@@ -786,13 +793,14 @@ class Stage2:
             for page in pages[below].tolist():
                 self._leaves.remove(page, page + size, record)
 
-    def relax_at(self, pages: Pages, *, dbm: bool = False) -> int:
+    def relax_at(self, pages: Pages | LeafAt, *, dbm: bool = False) -> int:
         """Let the guest write pages: `relax` for each of them.
 
         Parameters
         ----------
-        pages : (n,) int64 array
-            Counted from the slot's first. A block that maps one is relaxed as a whole.
+        pages : (n,) int64 array or LeafAt
+            Counted from the slot's first; or their leaves, which nothing has replaced since `leaf_at`. A block that
+            maps one is relaxed as a whole.
         dbm : bool
             Whether the leaves become writable-dirty; otherwise untracked.
 
@@ -808,15 +816,16 @@ class Stage2:
         """
         return self._update_at(pages, pte.relax_dirty if flag(dbm, "dbm") else pte.relax)[0]
 
-    def allow_at(self, pages: Pages, *, dbm: bool = False) -> int:
+    def allow_at(self, pages: Pages | LeafAt, *, dbm: bool = False) -> int:
         """Make the read-only leaves of pages untracked, or with `dbm` writable-clean; leave all others alone.
 
         For pages that the host lets the guest write, and that only the log had write-protected.
 
         Parameters
         ----------
-        pages : (n,) int64 array
-            Counted from the slot's first. A block that maps one is changed as a whole.
+        pages : (n,) int64 array or LeafAt
+            Counted from the slot's first; or their leaves, which nothing has replaced since `leaf_at`. A block that
+            maps one is changed as a whole.
         dbm : bool
             Whether hardware is to record the writes.
 
@@ -832,13 +841,13 @@ class Stage2:
         """
         return self._update_at(pages, pte.allow_dbm if flag(dbm, "dbm") else pte.allow)[1]
 
-    def mkyoung_at(self, pages: Pages) -> int:
+    def mkyoung_at(self, pages: Pages | LeafAt) -> int:
         """Set the access flag of the leaves of pages, and return how many were old. `mkyoung` otherwise.
 
         Parameters
         ----------
-        pages : (n,) int64 array
-            Counted from the slot's first.
+        pages : (n,) int64 array or LeafAt
+            Counted from the slot's first; or their leaves, which nothing has replaced since `leaf_at`.
 
         Raises
         ------
@@ -847,13 +856,20 @@ class Stage2:
         """
         return self._update_at(pages, pte.mkyoung)[1]
 
-    def _update_at(self, pages: Pages, rule: ByLevel) -> tuple[int, int]:
+    def _update_at(self, pages: Pages | LeafAt, rule: ByLevel) -> tuple[int, int]:
         """Apply `rule` to the leaves of pages; return how many pages have one, and how many leaves changed."""
-        found, changed = self.leaf_at(pages), 0
+        found = pages if isinstance(pages, LeafAt) else self.leaf_at(pages)
+        mapped = int(np.count_nonzero(found.level))
+        left, changed, record = mapped, 0, self._silent
         for level in (3, 2, 1):
-            index = np.unique(found.index[found.level == level])
-            changed += self._leaves.update_at(level, index, rule(level), self._silent, 0, self.npages)
-        return int(np.count_nonzero(found.level)), changed
+            if not left:
+                break
+            index = found.index[found.level == level]
+            if index.size:
+                left -= index.size
+                index = np.unique(index) if index.size > 1 else index
+                changed += self._leaves.update_at(level, index, rule(level), record, 0, self.npages)
+        return mapped, changed
 
     def mmu_update(self, level: int, index: NDArray[np.integer], bits: NDArray[np.uint64]) -> None:
         """Set bits of descriptors as the MMU does at an access: AF and S2AP[1], and no others.
@@ -977,9 +993,11 @@ class Stage2:
         self._separate(bitmap, name)
 
     def _separate(self, bitmap: DirtyBitmap, name: str) -> None:
-        for array, what in (
-            (self.host_dirty.words, "host_dirty"),
-            (self.saved.bitmap.words, "saved"),
-            *((entries, f"level {level}") for level, entries in self._leaves.level.items()),
-        ):
-            separate(array, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)
+        if self._apart is not None and self._apart() is bitmap.words:
+            return  # a log's own bitmap comes again and again
+        own = self._host_dirty.words, self.saved.bitmap.words, *self._leaves.level.values()
+        for number, array in enumerate(own):
+            if np.may_share_memory(array, bitmap.words):
+                what = ("host_dirty", "saved", *(f"level {level}" for level in self._leaves.level))[number]
+                separate(array, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)
+        self._apart = ref(bitmap.words)
