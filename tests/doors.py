@@ -251,12 +251,12 @@ def _wrong_arrays(value: np.ndarray) -> Iterator[Wrong]:
 _OPAQUE = (threading.Thread, ModuleType, FunctionType, MethodType, type)
 
 
-def state(item: Any) -> object:
-    """Return all that an object holds, deeply, as something to compare."""
-    return _state(item, {})
+def state(item: Any, without: frozenset[str] = frozenset()) -> object:
+    """Return all that an object holds, deeply, but for some attributes, as something to compare."""
+    return _state(item, dict.fromkeys(without, 0))
 
 
-def _state(item: Any, seen: dict[int, int]) -> object:
+def _state(item: Any, seen: dict[int | str, int]) -> object:
     kind = type(item)
     if item is None or kind in (bool, int, str, bytes):
         return kind.__name__, item
@@ -291,7 +291,9 @@ def _state(item: Any, seen: dict[int, int]) -> object:
         return kind.__name__, item.locked()
     if kind.__module__.partition(".")[0] != "hwdbm":
         return kind.__name__, getattr(item, "closed", None)
-    return kind.__name__, [(name, _state(value, seen)) for name, value in _attributes(item) if name not in _NO_STATE]
+    return kind.__name__, [
+        (name, _state(value, seen)) for name, value in _attributes(item) if name not in _NO_STATE and name not in seen
+    ]
 
 
 def _attributes(item: object) -> Iterator[tuple[str, Any]]:
@@ -367,7 +369,7 @@ class Recipe:
     (``verb.name``) that aren't walked over, each with the reason. `dry` are verbs that are only given what must be
     refused, and aren't run otherwise. `amounts` are parameters that say how much is to be done, and so may take as long
     as they say. `fields` are parameters that are made of fields: an error names the field. `measured` are verbs
-    whose result differs from call to call.
+    whose result differs from call to call, `unlike` attributes that differ between two objects that are alike.
     """
 
     make: Callable[[], Any] = lambda: None
@@ -377,6 +379,7 @@ class Recipe:
     dry: frozenset[str] = frozenset()
     amounts: frozenset[str] = frozenset()
     measured: frozenset[str] = frozenset()
+    unlike: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -388,6 +391,7 @@ class Scene:
     arguments: dict[str, Any]
     optional: frozenset[str]
     several: frozenset[str]  # those that may be one number, or many
+    unlike: frozenset[str]
 
     def run(self, name: str | None = None, value: Any = None) -> "Outcome":
         """Make the call with one argument replaced."""
@@ -398,14 +402,14 @@ class Scene:
             bound = inspect.signature(self.call).bind_partial()
             bound.arguments.update(self._grouped(arguments))
             with _bounded(name):
-                result = state(_used(self.call(*bound.args, **bound.kwargs)))
+                result = state(_used(self.call(*bound.args, **bound.kwargs)), self.unlike)
             return Outcome(None, result, self.state())
         except Exception as error:  # noqa: BLE001 - which ones it may be is what is tested
             return Outcome(error, None, self.state())
 
     def state(self) -> object:
         """Return what the call may change: the object, and the arguments."""
-        return state((self.subject, self.arguments))
+        return state((self.subject, self.arguments), self.unlike)
 
     def _grouped(self, arguments: dict[str, Any]) -> dict[str, Any]:
         ordered: dict[str, Any] = {}
@@ -471,7 +475,7 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
             optional.add(name)
         if "ndarray" in str(parameter.annotation):
             several.add(name)
-    return Scene(subject, call, arguments, frozenset(optional), frozenset(several))
+    return Scene(subject, call, arguments, frozenset(optional), frozenset(several), recipe.unlike)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

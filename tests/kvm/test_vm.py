@@ -138,9 +138,9 @@ def test_parameters_are_checked(make: Make) -> None:
     for options, words in (
         ({"memory": 5000}, "whole pages"),
         ({"memory": PAGE, "base": 12}, "whole pages"),
-        ({"memory": PAGE, "vcpus": 0}, "1 vCPU or more"),
-        ({"memory": PAGE, "guest": "walking"}, "counting, random, idle"),
-        ({"memory": PAGE, "rate": -1.0}, "positive number of pages"),
+        ({"memory": PAGE, "vcpus": 0}, "vcpus is 1 to 4096"),
+        ({"memory": PAGE, "guest": "walking"}, "counting or random or idle, not 'walking'"),
+        ({"memory": PAGE, "rate": -1.0}, "a rate in pages a second is a number"),
         ({"memory": PAGE, "base": 0xFEE0_0000}, "the guest reaches gpa 0xfee00000"),
         ({"memory": PAGE, "ring": 256, "manual_protect": "on"}, "is of bitmaps"),
     ):

@@ -11,13 +11,16 @@ from errno import E2BIG, EACCES, ENODEV, ENOENT, ENOTSUP, ENXIO, EPERM
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.bitmap import word_count
 from hwdbm.errors import KvmUnavailableError
 from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Cap, Ioctl
-from hwdbm.kvm.ioctl import KvmFile, packed
+from hwdbm.kvm.ioctl import U32, U64, KvmFile, packed
 from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.memslot import slot_name
+
+_MOST_ARGS = 4
 
 
 class Kvm(KvmFile):
@@ -41,6 +44,7 @@ class Kvm(KvmFile):
     """
 
     def __init__(self, path: str = "/dev/kvm") -> None:
+        path = str(check.path(path, "path"))
         try:
             self.arch = abi.arch()
         except NotImplementedError as error:
@@ -79,7 +83,8 @@ class Kvm(KvmFile):
         VmFd
             The VM, without memory and vCPUs.
         """
-        return VmFd(self._call(Ioctl.KVM_CREATE_VM, kind), self.run_size)
+        kind = check.integer(kind, "kind", 0, U64)
+        return VmFd(self._call(Ioctl.KVM_CREATE_VM, kind, f"type {kind:#x}"), self.run_size)
 
     def msr_indices(self) -> list[int]:
         """Return the indices of the MSRs that a guest's state has (``KVM_GET_MSR_INDEX_LIST``); x86_64 only."""
@@ -108,7 +113,7 @@ class VmFd(KvmFile):
 
     def __init__(self, fd: int, run_size: int) -> None:
         super().__init__(fd)
-        self._run_size = run_size
+        self._run_size = check.integer(run_size, "run_size", 1, U32)
         self._pages: dict[int, int] = {}  # of each slot: what the kernel would write of its bitmap
 
     def enable_cap(self, cap: int, *args: int) -> None:
@@ -118,9 +123,18 @@ class VmFd(KvmFile):
         ------
         OSError
             The kernel's.
+        ValueError
+            For more than four arguments.
         """
-        numbers = (*args, 0, 0, 0, 0)[:4]
-        self._call(Ioctl.KVM_ENABLE_CAP, packed("kvm_enable_cap", cap, 0, *numbers), _cap_name(cap))
+        cap = check.integer(cap, "cap", 0, U32)
+        if len(args) > _MOST_ARGS:
+            raise ValueError(f"a capability has up to {_MOST_ARGS} arguments, not {len(args)}")
+        numbers = (*(check.integer(each, "an argument", 0, U64) for each in args), 0, 0, 0, 0)[:_MOST_ARGS]
+        self._call(
+            Ioctl.KVM_ENABLE_CAP,
+            packed("kvm_enable_cap", cap, 0, *numbers),
+            f"{_cap_name(cap)} with {', '.join(map(hex, numbers))}",
+        )
 
     def set_memory_region(
         self, *, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
@@ -143,9 +157,14 @@ class VmFd(KvmFile):
         ValueError
             If a number doesn't fit in its field.
         """
+        slot, flags = check.integer(slot, "slot", 0, U32), check.integer(flags, "flags", 0, U32)
+        guest_phys_addr = check.integer(guest_phys_addr, "guest_phys_addr", 0, U64)
+        memory_size = check.integer(memory_size, "memory_size", 0, U64)
+        userspace_addr = check.integer(userspace_addr, "userspace_addr", 0, U64)
         fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
         region = packed("kvm_userspace_memory_region", *fields)
-        self._call(Ioctl.KVM_SET_USER_MEMORY_REGION, region, slot_name(slot))
+        about = f"{slot_name(slot)}, flags {flags:#x}, {memory_size:#x} bytes at gpa {guest_phys_addr:#x}"
+        self._call(Ioctl.KVM_SET_USER_MEMORY_REGION, region, f"{about}, backed at {userspace_addr:#x}")
         self._pages[slot] = memory_size // mmap.PAGESIZE
 
     def get_dirty_log(self, slot: int, out: NDArray[np.uint64]) -> None:
@@ -162,12 +181,11 @@ class VmFd(KvmFile):
         ------
         OSError
             EINVAL if the id is out of range, ENOENT if there is no such slot or it doesn't log, ENXIO with a ring.
-        ValueError
+        TypeError, ValueError
             If `out` is smaller than the slot's bitmap, or isn't such an array: the kernel would write beyond it.
         """
-        address = _address(out, word_count(self._pages.get(slot, 0)), slot)
-        if not out.flags.writeable:
-            raise ValueError(f"{slot_name(slot)}: the array for its bitmap is read-only")
+        slot = check.integer(slot, "slot", 0, U32)
+        address = _address(out, word_count(self._pages.get(slot, 0)), slot, writable=True)
         self._call(Ioctl.KVM_GET_DIRTY_LOG, packed("kvm_dirty_log", slot, address), slot_name(slot))
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: NDArray[np.uint64]) -> None:
@@ -186,9 +204,11 @@ class VmFd(KvmFile):
         ------
         OSError
             The kernel's, as `hwdbm.DirtyLog.clear_dirty_log` has them.
-        ValueError
+        TypeError, ValueError
             If the slot has such pages and `bitmap` is smaller, or isn't such an array, or a number doesn't fit.
         """
+        slot, first_page = check.integer(slot, "slot", 0, U32), check.integer(first_page, "first_page", 0, U64)
+        num_pages = check.integer(num_pages, "num_pages", 0, U32)
         pages = min(num_pages, max(self._pages.get(slot, 0) - first_page, 0))
         address = _address(bitmap, word_count(max(pages, 0)), slot)
         about = f"{slot_name(slot)}, pages {first_page}+{num_pages}"
@@ -201,6 +221,7 @@ class VmFd(KvmFile):
 
     def create_vcpu(self, vcpu_id: int) -> "VcpuFd":
         """Create a vCPU, and on arm64 initialise it as the host's own kind."""
+        vcpu_id = check.integer(vcpu_id, "vcpu_id", 0, U32)
         fd = self._call(Ioctl.KVM_CREATE_VCPU, vcpu_id, f"vCPU {vcpu_id}")
         vcpu = VcpuFd(fd, self._run_size)
         try:
@@ -228,10 +249,9 @@ def _cap_name(cap: int) -> str:
     return f"KVM_CAP_{Cap(cap).name}" if cap in frozenset(Cap) else f"capability {cap}"
 
 
-def _address(words: NDArray[np.uint64], least: int, slot: int) -> int:
+def _address(words: NDArray[np.uint64], least: int, slot: int, *, writable: bool = False) -> int:
     """Return the address of an array that the kernel may use `least` words of."""
-    if words.dtype != np.uint64 or not words.flags.c_contiguous:
-        raise ValueError(f"{slot_name(slot)}: a bitmap is a contiguous uint64 array, not {words.dtype}")
+    check.uint64s(words, f"{slot_name(slot)}: its bitmap's words", writable=writable)
     if words.size < least:
         raise ValueError(f"{slot_name(slot)}: its bitmap has {least} words, got an array of {words.size}")
     return words.ctypes.data

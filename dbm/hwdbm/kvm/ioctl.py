@@ -10,8 +10,12 @@ import struct
 from types import TracebackType
 from typing import Self
 
+from hwdbm import check
 from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Ioctl
+
+U32, U64 = (1 << 32) - 1, (1 << 64) - 1
+"""The largest numbers of the kernel's fields."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)  # the last is a number for some requests
@@ -33,7 +37,7 @@ class KvmFile:
     fd = -1
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self.fd = check.integer(fd, "fd", 0, (1 << 31) - 1)
 
     def _call(self, request: Ioctl, arg: int | bytearray = 0, about: str = "") -> int:
         given = arg if isinstance(arg, int) else (ctypes.c_char * len(arg)).from_buffer(arg)
@@ -45,7 +49,7 @@ class KvmFile:
 
     def check_extension(self, cap: int) -> int:
         """Return what the kernel says of a capability: 0 if it hasn't it, otherwise 1 or a number with a meaning."""
-        return self._call(Ioctl.KVM_CHECK_EXTENSION, cap)
+        return self._call(Ioctl.KVM_CHECK_EXTENSION, check.integer(cap, "cap", 0, U32))
 
     def close(self) -> None:
         """Close the file. A second time does nothing; other calls then are EBADF."""

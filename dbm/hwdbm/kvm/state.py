@@ -9,17 +9,15 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from typing import Any
 
-import numpy as np
-
+from hwdbm import check
 from hwdbm.kvm import abi
 from hwdbm.kvm.task import KINDS
 from hwdbm.kvm.vcpu import VcpuFd
 
 _FORMAT = 1
-_MOST_VCPUS = 4096
+MOST_VCPUS = 4096
 
 # Setting one of them has KVM write guest memory there and then (kvm_write_wall_clock), which has arrived already.
 _WRITES_MEMORY = frozenset({0x11, abi.MSR_KVM_WALL_CLOCK_NEW})
@@ -46,8 +44,7 @@ class Guest:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"a guest is one of {', '.join(KINDS)}, not {self.kind!r}")
+        check.one_of(self.kind, KINDS, "a guest")
         if self.rate is not None:
             object.__setattr__(self, "rate", _rate(self.rate))
 
@@ -82,8 +79,7 @@ class VmState:
         ValueError
             If `raw` can't be one, or is of another format or another architecture.
         """
-        if not isinstance(raw, bytes | bytearray):
-            raise TypeError(f"a state is bytes, not {type(raw).__name__}")
+        raw = bytes(check.octets(raw, "a state"))
         try:
             found = json.loads(raw)
             form, machine, guest, vcpus = found["format"], found["machine"], found["guest"], found["vcpus"]
@@ -93,8 +89,8 @@ class VmState:
             raise ValueError(f"a state of format {form!r}, not {_FORMAT}")
         if machine != abi.arch().machine:
             raise ValueError(f"a state of {machine!r}, and this machine is {abi.arch().machine}")
-        if not isinstance(vcpus, list) or not 1 <= len(vcpus) <= _MOST_VCPUS:
-            raise ValueError(f"a state has 1 to {_MOST_VCPUS} vCPUs")
+        if not isinstance(vcpus, list) or not 1 <= len(vcpus) <= MOST_VCPUS:
+            raise ValueError(f"a state has 1 to {MOST_VCPUS} vCPUs")
         return cls(_guest(guest), tuple(_vcpu(number, vcpu) for number, vcpu in enumerate(vcpus)))
 
 
@@ -154,15 +150,7 @@ def _set_msr(vcpu: VcpuFd, index: int, value: int) -> None:
 
 
 def _rate(value: Any) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise TypeError(f"a rate is a number of pages a second, not {value!r}")
-    try:
-        rate = float(value)
-    except OverflowError:
-        rate = float("inf")
-    if not 0 < rate < 1e12:
-        raise ValueError(f"a rate is a positive number of pages a second, not {rate!r}")
-    return rate
+    return check.real(value, "a rate in pages a second", 1e-9, 1e12)
 
 
 def _text(value: object) -> object:

@@ -3,14 +3,15 @@
 import mmap
 import struct
 from collections.abc import Iterable, Sequence
-from errno import E2BIG, EINTR, EINVAL
+from errno import E2BIG, EBADF, EINTR, EINVAL
 from typing import Any
 
 import numpy as np
 
+from hwdbm import check
 from hwdbm.kvm import abi
 from hwdbm.kvm.abi import Exit, Ioctl
-from hwdbm.kvm.ioctl import KvmFile, packed
+from hwdbm.kvm.ioctl import U32, U64, KvmFile, packed
 
 _MOST_MSRS = 256  # MSR_ENTRIES, of one KVM_GET_MSRS or KVM_SET_MSRS
 _IMMEDIATE_EXIT, _ = abi.RUN["immediate_exit"]
@@ -31,7 +32,7 @@ class VcpuFd(KvmFile):
     def __init__(self, fd: int, run_size: int) -> None:
         super().__init__(fd)
         try:
-            self._run = mmap.mmap(fd, run_size)
+            self._run = mmap.mmap(self.fd, check.integer(run_size, "run_size", 1, U32))
         except BaseException:
             self.close()
             raise
@@ -60,30 +61,39 @@ class VcpuFd(KvmFile):
 
     def field(self, name: str) -> tuple[Any, ...]:
         """Return a field of the mapped ``struct kvm_run``, unpacked; the names are `abi.RUN`'s."""
+        check.one_of(name, abi.RUN, "a field")
         offset, layout = abi.RUN[name]
-        return layout.unpack_from(self._run, offset)
+        return layout.unpack_from(self._mapped, offset)
+
+    @property
+    def _mapped(self) -> mmap.mmap:
+        if self.fd < 0:
+            raise OSError(EBADF, "the vCPU is closed")
+        return self._run
 
     @property
     def immediate_exit(self) -> bool:
         """Whether `run` returns before the guest is entered. Any thread may set it."""
-        return bool(self._run[_IMMEDIATE_EXIT])
+        return bool(self._mapped[_IMMEDIATE_EXIT])
 
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
-        self._run[_IMMEDIATE_EXIT] = value
+        self._mapped[_IMMEDIATE_EXIT] = check.flag(value, "immediate_exit")
 
     def set_signal_mask(self, blocked: Iterable[int]) -> None:
         """Set which signals are blocked while the guest runs, in place of the thread's own mask.
 
         One that the thread blocks, and this mask doesn't, ends `run` and stays pending: no handler is called.
         """
-        mask = sum(1 << (number - 1) for number in blocked)
+        numbers = set(check.integers(blocked, "signals", 1, 64).tolist())
+        mask = sum(1 << (number - 1) for number in numbers)
         self._call(Ioctl.KVM_SET_SIGNAL_MASK, bytearray(struct.pack("<IQ", 8, mask)))
 
     # --- registers -----------------------------------------------------------------------------------------
 
     def get(self, what: str) -> bytes:
         """Return a part of the vCPU's state, as the kernel lays it out; the names are `abi.REGISTERS`'."""
+        check.one_of(what, abi.REGISTERS, "a part of the state")
         request, _, name = abi.REGISTERS[what]
         buffer = bytearray(abi.STRUCTS[name].size)
         self._call(request, buffer)
@@ -99,6 +109,8 @@ class VcpuFd(KvmFile):
         ValueError
             If the data hasn't the structure's size.
         """
+        check.one_of(what, abi.REGISTERS, "a part of the state")
+        data = bytes(check.octets(data, "data"))
         _, request, name = abi.REGISTERS[what]
         size = abi.STRUCTS[name].size
         if len(data) != size:
@@ -108,7 +120,7 @@ class VcpuFd(KvmFile):
     def get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
         """Return MSRs by their index. Those that can't be read are left out."""
         found: dict[int, int] = {}
-        rest = list(indices)
+        rest = check.integers(indices, "indices", 0, U32).tolist()
         while rest:
             part = rest[:_MOST_MSRS]
             buffer = _msrs([(index, 0) for index in part])
@@ -126,6 +138,7 @@ class VcpuFd(KvmFile):
         OSError
             EINVAL if the kernel refuses it: there the guest would take a fault.
         """
+        index, value = check.integer(index, "index", 0, U32), check.integer(value, "value", 0, U64)
         if self._call(Ioctl.KVM_SET_MSRS, _msrs([(index, value)])) != 1:
             raise OSError(EINVAL, f"KVM_SET_MSRS: MSR {index:#x} can't be set to {value:#x}")
 
@@ -144,6 +157,7 @@ class VcpuFd(KvmFile):
 
     def get_one_reg(self, register: int) -> bytes:
         """Return a register by its id, which has its size in it; arm64 only."""
+        register = check.integer(register, "register", 0, U64)
         value = np.zeros(_reg_size(register), dtype=np.uint8)
         asked = packed("kvm_one_reg", register, value.ctypes.data)
         self._call(Ioctl.KVM_GET_ONE_REG, asked, f"register {register:#x}")
@@ -157,6 +171,7 @@ class VcpuFd(KvmFile):
         ValueError
             If the data hasn't the register's size.
         """
+        register, data = check.integer(register, "register", 0, U64), bytes(check.octets(data, "data"))
         if len(data) != _reg_size(register):
             raise ValueError(f"register {register:#x} has {_reg_size(register)} bytes, got {len(data)}")
         value = np.frombuffer(data, dtype=np.uint8)

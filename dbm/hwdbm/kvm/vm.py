@@ -21,7 +21,7 @@ from hwdbm.kvm.abi import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT_ENAB
 from hwdbm.kvm.device import Kvm, VmFd
 from hwdbm.kvm.log import KernelPages, Rings
 from hwdbm.kvm.ring import DirtyRing, enable_ring
-from hwdbm.kvm.state import Guest, VmState, capture, restore
+from hwdbm.kvm.state import MOST_VCPUS, Guest, VmState, capture, restore
 from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offset
 from hwdbm.kvm.thread import VcpuThread
 from hwdbm.kvm.vcpu import VcpuFd
@@ -169,17 +169,16 @@ class KvmVm(LoggedVm):
         OSError
             The kernel's: EEXIST if slots overlap, EINVAL if it can't have one of them.
         """
-        if page_size != mmap.PAGESIZE:
+        if check.integer(page_size, "page_size") != mmap.PAGESIZE:
             raise ValueError(f"pages of {page_size} bytes, and this machine's have {mmap.PAGESIZE}")
         self = cls.__new__(cls)
         self._open(slots, vcpus=vcpus, ring=ring, manual_protect=manual_protect, path=path)
         return self
 
     def _open(self, slots: Sequence[Memslot], *, vcpus: int, ring: int | None, manual_protect: str, path: str) -> None:
-        if check.integer(vcpus, "vcpus", None) < 1:
-            raise ValueError(f"a VM has 1 vCPU or more, not {vcpus}")
-        if manual_protect not in _PROTECT2:
-            raise ValueError(f"manual_protect is one of {', '.join(_PROTECT2)}, not {manual_protect!r}")
+        vcpus = check.integer(vcpus, "vcpus", 1, MOST_VCPUS)
+        slots = check.instances(slots, Memslot, "slots")
+        check.one_of(manual_protect, _PROTECT2, "manual_protect")
         if ring is not None and manual_protect != "off":
             raise ValueError(f"manual_protect={manual_protect!r} is of bitmaps, and the log is of rings")
         LoggedVm.__init__(self, mmap.PAGESIZE)
