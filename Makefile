@@ -63,6 +63,13 @@ races: $(VENV)/.dev ## prove the protocols over every order of their steps, find
 handover: $(VENV)/.dev ## cut the link, and kill either side, at every message of a migration
 	HWDBM_HANDOVER=all $(BIN)/python -P -m pytest --numprocesses auto tests/migration/test_handover.py $(PYTEST_ARGS)
 
+# What is right for as long, and then each known mistake, which a second or two finds.
+SECONDS ?= 180
+
+.PHONY: stress
+stress: $(VENV)/.dev ## compiled vCPUs beside all that changes their tables, for SECONDS
+	HWDBM_STRESS=$(SECONDS) $(BIN)/python -P -m pytest -s --numprocesses 0 tests/stage2/test_hardware.py $(PYTEST_ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100

@@ -400,11 +400,12 @@ class Stage2:
         """Do as `harvest`, and return what it read, changed and wrote."""
         lo, hi = self._pages(first, npages)
         self._check(out, "out", written=True)
+        # Pages come first: what is split or unmapped meanwhile goes to `saved`, and is found there.
+        pages = self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self._host_dirty))
         with self._lock:
             read = self._leaves.tables_alone(lo, hi)
             tally = self._harvest_blocks(lo, hi, out) if read is None else Tally(read)
             words = self.saved.take(lo, hi, out, self._host_dirty)
-        pages = self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self._host_dirty))
         return Tally(tally.read + pages.read, tally.changed + pages.changed, tally.words + words + pages.words)
 
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:

@@ -1,0 +1,67 @@
+"""vCPUs in compiled code beside harvesters, and threads that change the tables: nothing is lost, mistakes are found.
+
+`make stress` runs the same for minutes: HWDBM_STRESS is how many seconds the run of what is right takes.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from hardware import CONTROL, STOP, Stress, StressError, vcpu
+
+SECONDS = float(os.environ.get("HWDBM_STRESS", "3"))
+CAUGHT = 60  # seconds: in which each mistake must be found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Compile the vCPU, off the clock."""
+    words, control = np.zeros(64, dtype=np.uint64), np.zeros(CONTROL, dtype=np.uint64)
+    control[STOP] = 1
+    vcpu(0, words, words, words, 0, words, control, 1, 1)
+
+
+def test_nothing_is_lost():
+    stress = Stress()
+    stress.run(SECONDS)
+    print(stress)
+    assert min(stress.rounds) > 2
+
+
+class NeverFlushes(Stress):
+    def flush(self):
+        pass
+
+
+class FlushesFirst(Stress):
+    """The flush comes before what it is for."""
+
+    def send(self, out, lo, hi, turn):
+        self.flush()
+        self.take(out, lo, hi, turn)
+        self.copy_out(out)
+
+
+class CopiesFirst(Stress):
+    """The copy comes before the flush."""
+
+    def send(self, out, lo, hi, turn):
+        self.take(out, lo, hi, turn)
+        self.copy_out(out)
+        self.flush()
+
+
+@pytest.mark.parametrize("mistake", [NeverFlushes, FlushesFirst, CopiesFirst])
+def test_a_mistake_is_found(mistake):
+    hunt(mistake)
+
+
+def test_private_kernels_are_found_out():
+    hunt(Stress, kernels="vector")
+
+
+def hunt(kind, **options):
+    stress = kind(**options)
+    with pytest.raises(StressError):
+        stress.run(CAUGHT)
+    print(stress)
