@@ -12,7 +12,7 @@ NPAGES = 1 << 24
 class Harvest:
     """`Stage2.harvest`, re-protecting; `time_sum` is its floor, `time_c_walker` a call a descriptor in C."""
 
-    params = ([0.0, 0.01, 0.5, 1.0], ["fused", "vector"])
+    params = ([0.0, 0.0001, 0.01, 0.1, 0.5, 1.0], ["fused", "vector"])
     param_names = ("dirty", "kernels")
     number, repeat, warmup_time = 1, 9, 0  # the descriptors are put back before each call
 
@@ -143,3 +143,17 @@ class Bitmap:
 
     def time_pages(self):
         self.bitmap.pages()
+
+
+class Limits:
+    """The limits of `hwdbm bench`: 1 or less, and each row of a benchmark is within its own."""
+
+    params = (["harvest", "shared", "enable", "map", "lists", "workers", "blocks"],)
+    param_names = ("benchmark",)
+    timeout = 600
+
+    def track_part_of_the_limit(self, benchmark):
+        rows = suite.run(suite.Setup(NPAGES), [benchmark])
+        return max(row.ratio / row.limit for row in rows if row.limit)
+
+    track_part_of_the_limit.unit = "times the limit"

@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,24 @@ from hwdbm.bench.measure import Row, smallest
 from hwdbm.bench.stream import StreamSetup, rows
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance, instances, integer, one_of
+from hwdbm.dirtylog import DirtyLog
 from hwdbm.image import Slot, open_image
 from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
 
 _FRACTIONS = {"clean": 0.0, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
 _SHARED_FRACTIONS = {"clean": 0.0, "0.1 % dirty": 0.001, "1 % dirty": 0.01, "50 % dirty": 0.5, "100 % dirty": 1.0}
+_DENSITIES = {
+    "clean": (0.0, 1), "0.01 % dirty": (1e-4, 1), "1 % dirty": (0.01, 1), "10 % dirty": (0.1, 1),
+    "50 % dirty": (0.5, 1), "100 % dirty": (1.0, 1),
+    "1 % of stripes": (0.01, 512), "10 % of stripes": (0.1, 512), "50 % of stripes": (0.5, 512),
+}  # fmt: skip
+"""The share that is dirty, and how many pages in a row are."""
 LIMITS = {
+    **{("vector", label): ("sum()", 5.0) for label in _DENSITIES},
     ("fused", "clean"): ("sum()", 1.1),
     ("fused", "50 % dirty"): ("AND in place", 1.25),
     ("fused", "100 % dirty"): ("AND in place", 1.25),
-    ("vector", "clean"): ("sum()", 5.0),
-    ("vector", "1 % dirty"): ("sum()", 5.0),
-    ("vector", "50 % dirty"): ("sum()", 5.0),
-    ("vector", "100 % dirty"): ("sum()", 5.0),
 }
 """What a harvest may take: times a read of the descriptors, or the read and write of a pass that must change them."""
 
@@ -69,34 +74,38 @@ def mapped(
     return s2
 
 
-def dirtied(entries: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
-    """Return a copy of clean descriptors with a random fraction of them dirty."""
+def dirtied(entries: NDArray[np.uint64], fraction: float, together: int = 1) -> NDArray[np.uint64]:
+    """Return a copy of clean descriptors with a random fraction of them dirty, so many `together`."""
     copy = entries.copy()
     rng = np.random.default_rng(1)
     for start in range(0, copy.size, 1 << 20):
         part = copy[start : start + (1 << 20)]
-        part[rng.random(part.size) < fraction] |= np.uint64(pte.S2AP_W)
+        chosen = rng.random(-(-part.size // together)) < fraction
+        part[np.repeat(chosen, together)[: part.size]] |= np.uint64(pte.S2AP_W)
     return copy
 
 
 def harvest(setup: Setup) -> Iterator[Row]:
-    """Harvest with re-protect, 4 KiB pages: each kernel, and a C loop with a call a descriptor, over their floor."""
-    slots = {name: mapped(setup.npages, name=name) for name in kernels.available()}
+    """Harvest with re-protect, 4 KiB pages: each kernel, and a C loop with a call a descriptor, over their floor.
+
+    All work on the same array.
+    """
+    first, *others = kernels.available()
+    s2 = mapped(setup.npages, name=first)
+    entries = s2.level(3)
+    arrays = {level: s2.level(level) for level in (1, 2, 3)}
+    slots = {first: s2, **{name: Stage2(setup.npages, kernels=name, arrays=arrays) for name in others}}
+    for slot in slots.values():
+        slot.host_dirty.fill()
     out, walk = backed(setup.npages), visitor.load()
-    entries = mapped(setup.npages).level(3)
     clean, keep = entries.copy(), np.uint64(~pte.S2AP_W & (1 << 64) - 1)
-    for label, fraction in _FRACTIONS.items():
-        start = dirtied(clean, fraction)
-
-        def before(start: NDArray[np.uint64] = start) -> None:
-            for array in (entries, *(s2.level(3) for s2 in slots.values())):
-                np.copyto(array, start)
-
+    for label, density in _DENSITIES.items():
+        start = dirtied(clean, *density)
         work: Work = {"sum()": entries.sum, "AND in place": lambda: np.bitwise_and(entries, keep, out=entries)}
-        work |= {name: lambda s2=s2: s2.harvest(out) for name, s2 in slots.items()}  # type: ignore[misc]
+        work |= {name: lambda slot=slot: slot.harvest(out) for name, slot in slots.items()}  # type: ignore[misc]
         if walk:
             work["C loop"] = lambda: walk(entries, out.words)
-        times = smallest(work, before, setup.repeat)
+        times = smallest(work, lambda start=start: np.copyto(entries, start), setup.repeat)  # type: ignore[misc]
         for name in list(work)[2:]:
             floor, limit = LIMITS.get((name, label), ("sum()", None))
             yield Row(f"harvest, {name}, {label}", times[name], floor, times[floor], limit)
@@ -129,6 +138,62 @@ def enable(setup: Setup) -> Iterator[Row]:
     work: Work = {"copy": lambda: np.copyto(target, start), "enable_dbm": s2.enable_dbm}
     times = smallest(work, lambda: np.copyto(entries, start), setup.repeat)
     yield Row("enable_dbm", times["enable_dbm"], "one copy", times["copy"], 2.0)
+
+
+def replace(setup: Setup) -> Iterator[Row]:
+    """Map every page again, over one copy of the array."""
+    s2 = mapped(setup.npages)
+    start, target = s2.level(3).copy(), s2.level(3).copy()
+    work: Work = {"copy": lambda: np.copyto(target, start), "map": lambda: s2.map(0, setup.npages, pfn=0, dbm=True)}
+    times = smallest(work, repeat=setup.repeat)
+    yield Row("map", times["map"], "one copy", times["copy"], 5.0)
+
+
+def listing(setup: Setup) -> Iterator[Row]:
+    """List the pages, and the ranges, that a harvest of 1 % found, over that harvest."""
+    s2, out = mapped(setup.npages), backed(setup.npages)
+    entries = s2.level(3)
+    start = dirtied(entries, 0.01)
+    np.copyto(entries, start)
+    found = s2.harvest()
+    work: Work = {"harvest": lambda: s2.harvest(out), "pages()": found.pages, "ranges()": found.ranges}
+    times = smallest(work, lambda: np.copyto(entries, start), setup.repeat)
+    for name in ("pages()", "ranges()"):
+        yield Row(f"{name}, 1 % dirty", times[name], "the harvest", times["harvest"], 1.0)
+
+
+def workers(setup: Setup) -> Iterator[Row]:
+    """Take the steps of GET, CLEAR and sync, 1 % dirty, in two threads, over one. It takes two processors."""
+    full = DirtyBitmap(setup.npages)
+    full.fill()
+    verbs: dict[str, Callable[[DirtyLog], object]] = {
+        "GET": lambda log: log.get_dirty_log(0),
+        "CLEAR": lambda log: log.clear_dirty_log(0, 0, setup.npages, full),
+        "sync": lambda log: log.sync(0),
+    }
+    for name, verb in verbs.items():
+        logs = [_log(setup.npages, threads, manual=name == "CLEAR") for threads in (1, 2)]
+        start = dirtied(logs[0].stage2(0).level(3), 0.01)
+
+        def before(name: str = name, logs: list[DirtyLog] = logs, start: NDArray[np.uint64] = start) -> None:
+            for log in logs:
+                np.copyto(log.stage2(0).level(3), start)
+                if name == "CLEAR":
+                    log.get_dirty_log(0)
+
+        one, two = (partial(verb, log) for log in logs)
+        times = smallest({"one": one, "two": two}, before, setup.repeat)
+        yield Row(f"{name} with two workers", times["two"], "one worker", times["one"], 0.7)
+
+
+def _log(npages: int, threads: int, *, manual: bool) -> DirtyLog:
+    """Return a log of a slot mapped whole, its memory backed."""
+    log = DirtyLog(workers=threads, manual_protect=manual)
+    log.set_memory_region(slot=0, flags=1, guest_phys_addr=0, memory_size=npages << 12, userspace_addr=1 << 40)
+    log.map(0, gfn=0, npages=npages, pfn=0)
+    log.mark_dirty(0, 0, npages)
+    log.clear_dirty_log(0, 0, npages, log.get_dirty_log(0))
+    return log
 
 
 def blocks(setup: Setup) -> Iterator[Row]:
@@ -188,6 +253,9 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "harvest": harvest,
     "shared": shared,
     "enable": enable,
+    "map": replace,
+    "lists": listing,
+    "workers": workers,
     "blocks": blocks,
     "sparse": sparse,
     "tables": tables,

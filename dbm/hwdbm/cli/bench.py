@@ -17,7 +17,7 @@ EPILOG = """Times are in ms. The C loop calls a function for each descriptor, as
 
 Examples:
 
-  The whole table, for 64 GiB of guest memory, in about a minute:
+  The whole table, for 64 GiB of guest memory, in two minutes or so:
 
 \b
     hwdbm bench
