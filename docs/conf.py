@@ -1,10 +1,27 @@
 """How Sphinx builds these pages: `make docs`."""
 
+import re
 import sys
+from importlib import import_module
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+
+def offered():
+    """Return the names that each module of api.md offers: by its ``__all__``, or because it defines them, and once."""
+    listed = re.findall(r"^ +(hwdbm[.\w]*)$", (Path(__file__).parent / "api.md").read_text("utf-8"), re.MULTILINE)
+    found = {}
+    for name in listed:
+        module = import_module(name)
+        names = getattr(module, "__all__", None)
+        if names is None:
+            names = [each for each, value in vars(module).items() if getattr(value, "__module__", None) == name]
+        package = name.rpartition(".")[0]
+        found[name] = [each for each in names if package not in listed or each not in found[package]]
+    return found
+
 
 project = "hwdbm"
 author = "The hwdbm authors"
@@ -28,6 +45,10 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # numpydoc's parameter lines say the type, with the shape and the unit
 autosummary_generate = True
+autosummary_imported_members = True
+autosummary_ignore_module_all = False  # what a module's __all__ has, be it from another, and nothing else
+
+autosummary_context = {"offered": offered()}
 
 numpydoc_show_class_members = False  # automodule documents them, once
 # What ruff can't see: parameters that don't exist or are out of order, sections that are unknown or
@@ -76,6 +97,19 @@ def sweep(app, _):
             page.unlink()
 
 
+def elsewhere(app, env, node, contnode):
+    """Find a name by its short way, as in `hwdbm.Stage2`, or by the way of the module that defines it."""
+    target = str(node.get("reftarget", ""))
+    if node.get("refdomain") != "py" or not target:
+        return None
+    domain = env.get_domain("py")
+    for tail in (target.rpartition(".")[2], ".".join(target.split(".")[-2:])):
+        found = {name for name, each in domain.objects.items() if name.endswith(f".{tail}") and not each.aliased}
+        if len(found) == 1:
+            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found.pop(), node, contnode)
+    return None
+
+
 def setup(app):
     """Have the pages that are made from the program written before the sources are read; and draw."""
     import pictures
@@ -94,3 +128,4 @@ def setup(app):
     app.connect("config-inited", reference.write)
     app.connect("config-inited", reference.forget)
     app.connect("build-finished", sweep)
+    app.connect("missing-reference", elsewhere)

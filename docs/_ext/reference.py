@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,12 @@ def forget(*_: object) -> None:
     listed = set(re.findall(r"^ +(hwdbm[.\w]*)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
     for old in (DOCS / "api").glob("*.rst"):
         module, _, name = old.stem.rpartition(".")
-        if old.stem not in listed and not (module in listed and name in getattr(import_module(module), "__all__", ())):
+        if old.stem not in listed and f"   {name}\n" not in _read(DOCS / "api" / f"{module}.rst"):
             old.unlink()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def write(*_: object) -> None:

@@ -227,7 +227,13 @@ class Listener:
 
 @contextmanager
 def private_socket() -> Iterator[Path]:
-    """Yield the path of a socket to be, in a new folder that only its owner can enter, and remove both after."""
+    """Make the path of a socket to be, in a new folder that only its owner can enter, and remove both after.
+
+    Yields
+    ------
+    Path
+        Where `listen_unix` may listen.
+    """
     with files.scratch(_LONGEST - len(f"/{_SOCKET}")) as folder:
         yield folder / _SOCKET
 
