@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,25 @@ class TestInterrupt:
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130
         assert "Traceback" not in err
+
+    def test_a_terminal_is_left_as_it_was(self) -> None:
+        """The line is gone that showed what goes on, and the cursor is there."""
+        code = (
+            "import os, time; from hwdbm.cli import interrupt, output; interrupt.install()\n"
+            "with output.busy('a [b] c'): time.sleep(0.5); os.kill(os.getpid(), 2); time.sleep(20)"
+        )
+        ours, theirs = os.openpty()
+        environment = os.environ | {"TERM": "xterm"}
+        with subprocess.Popen([sys.executable, "-P", "-c", code], stderr=theirs, env=environment) as process:
+            os.close(theirs)
+            shown = b""
+            with suppress(OSError):  # the other end is closed
+                while part := os.read(ours, 1 << 16):
+                    shown += part
+            os.close(ours)
+        assert process.returncode == 130
+        assert b"a [b] c" in shown
+        assert shown.endswith(b"\r\x1b[2K\x1b[?25hhwdbm: interrupted\r\n")
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_again_while_it_is_answered(self, number: int) -> None:

@@ -1,16 +1,13 @@
 """``hwdbm bench``: what the engine costs on this machine, beside floors measured in the same run."""
 
 import json
-import sys
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from hwdbm.bench import BENCHMARKS, Row, Setup, run
 from hwdbm.cli import options, parse
-from hwdbm.cli.output import columns
+from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result
 
 EPILOG = """Times are in ms. The C loop calls a function for each descriptor, as a kernel's walker does.
@@ -61,12 +58,10 @@ def bench(
     if memory < 512 << 12 or memory % (512 << 12):
         raise typer.BadParameter(f"--memory is a multiple of 2M, not {memory}")
     rows = []
-    console = Console(file=sys.stderr, stderr=True)
-    with console.status("measuring") if console.is_terminal else nullcontext() as status:
+    with busy("measuring") as update:
         for row in run(Setup(memory >> 12, repeat), names or None):
             rows.append(row)
-            if status is not None:
-                status.update(f"measured {row.what}: {row.ratio:.2f} times {row.floor}")
+            update(f"measured {row.what}: {row.ratio:.2f} times {row.floor}")
     result(json.dumps([_record(row) for row in rows], indent=2) if as_json else _table(rows))
 
 

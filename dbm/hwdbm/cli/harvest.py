@@ -12,7 +12,7 @@ import typer
 from hwdbm import files
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns, hexadecimal, progress, warn
-from hwdbm.cli.streams import note, result
+from hwdbm.cli.streams import note, result, wrapped
 from hwdbm.errors import HwdbmError
 from hwdbm.granule import size_name
 from hwdbm.image import Image, Live
@@ -290,10 +290,10 @@ def _text(report: dict[str, Any]) -> str:
         if key in report["slots"][0]:
             heads.append(head)
     total = report["total"]
-    summary = (
-        f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes)\n"
-        f"{total['tables']} tables ({total['table-bytes']} bytes) read in "
-        f"{total['time']:.1f} ms"
-    )
     head = f"{report['image']}: {report['granule']} granule, {report['ipa-bits']}-bit IPA, {dbm}"
-    return "\n".join([head, columns(rows, left=(0, 1, 2, *range(6, len(heads)))), summary])
+    summary = (
+        f"{total['dirty']} of {total['pages']} pages dirty ({total['dirty-bytes']} bytes)",
+        f"{total['tables']} tables ({total['table-bytes']} bytes) read in {total['time']:.1f} ms",
+    )
+    table = columns(rows, left=(0, 1, 2, *range(6, len(heads))))
+    return "\n".join([*wrapped(head), table, *wrapped(summary[0]), *wrapped(summary[1])])

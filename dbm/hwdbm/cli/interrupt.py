@@ -26,7 +26,10 @@ INTERRUPTED = 130
 _NUDGE = signal.SIGURG  # ends a wait, and nothing else: it is ignored unless somebody has a handler
 _NUDGES = (0.05, 0.5, 2.0)  # seconds before each
 
+_CLEAR = b"\r\x1b[2K\x1b[?25h"  # the line, and the cursor is back
+
 _cleanups: list[Callable[[], object]] = []
+_shown: list[bool] = []  # whether stderr is a terminal that shows what goes on, and no cursor
 _leaving: list[bool] = []  # whether an interrupt is being answered
 
 
@@ -78,6 +81,16 @@ def on_interrupt(cleanup: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def shown() -> Iterator[None]:
+    """Have the terminal put right if an interrupt ends the process meanwhile."""
+    _shown.append(True)
+    try:
+        yield
+    finally:
+        _shown.pop()
+
+
+@contextmanager
 def as_event() -> Iterator[threading.Event]:
     """Yield an event that the first interrupt sets; the second ends the process.
 
@@ -105,7 +118,7 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
         os._exit(INTERRUPTED)  # a cleanup that hangs can be interrupted too
     _leaving.append(True)
     with suppress(OSError):
-        os.write(2, b"hwdbm: interrupted\n")
+        os.write(2, (_CLEAR if _shown else b"") + b"hwdbm: interrupted\n")
     for cleanup in reversed(_cleanups):
         with suppress(Exception):
             cleanup()

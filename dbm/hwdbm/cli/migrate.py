@@ -27,14 +27,14 @@ from hwdbm import kernels
 from hwdbm.arm import ArmVm
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
-from hwdbm.cli.interrupt import INTERRUPTED, as_event
-from hwdbm.cli.output import columns, warn
+from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
+from hwdbm.cli.output import busy, columns, warn
 from hwdbm.cli.streams import note, result, width
 from hwdbm.files import NewFile
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
-from hwdbm.migration.report import mebibytes
+from hwdbm.migration.report import mebibytes, mib
 from hwdbm.process import child, python
 
 _MISMATCH = 3  # the exit status
@@ -43,7 +43,6 @@ _SWITCH = 2e-4  # seconds: the vCPUs and the sender are threads of one interpret
 _PASSES = 12  # that are shown, the last ones
 _NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
 _HOLD = 30.0  # seconds that a guest is held where there is no terminal
-_MIB = 1 << 20
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
 
@@ -257,22 +256,23 @@ def migrate(
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     guest.check_room(memory)
     vm: Machine | KvmVm | ArmVm
-    if source is Vm.ARM:
-        guest.refuse("with --source arm", {"--mode": mode is not None, "--kvm-log": kvm_log is not None})
-        guest.refuse("with --source arm", {"--replay": replay is not None})
-        receiver = ["--memory", str(memory), "--vm", "arm", "--thp" if thp else "--no-thp"]
-        vm = _emulated(content, workload, rate, blocks=bool(thp))
-    elif source is Vm.KVM:
-        guest.refuse("with --source kvm", {"--mode": mode is not None, "--thp": thp is not None})
-        guest.refuse("with --source kvm", {"--replay": replay is not None})
-        log = kvm_log or KvmLog.BITMAP
-        receiver = ["--memory", str(memory), "--vm", "kvm", "--kvm-log", log.value]
-        vm = _real(content, log, workload, rate)
-    else:
-        guest.refuse("without --source kvm", {"--kvm-log": kvm_log is not None})
-        receiver = ["--memory", str(memory), "--mode", (mode or Mode.HW_DBM).value, "--thp" if thp else "--no-thp"]
-        vm = _modelled(content, mode or Mode.HW_DBM, workload, rate, replay, interval, thp=bool(thp))
-    kernels.warm_up()
+    with busy("the guest is made ready"):
+        if source is Vm.ARM:
+            guest.refuse("with --source arm", {"--mode": mode is not None, "--kvm-log": kvm_log is not None})
+            guest.refuse("with --source arm", {"--replay": replay is not None})
+            receiver = ["--memory", str(memory), "--vm", "arm", "--thp" if thp else "--no-thp"]
+            vm = _emulated(content, workload, rate, blocks=bool(thp))
+        elif source is Vm.KVM:
+            guest.refuse("with --source kvm", {"--mode": mode is not None, "--thp": thp is not None})
+            guest.refuse("with --source kvm", {"--replay": replay is not None})
+            log = kvm_log or KvmLog.BITMAP
+            receiver = ["--memory", str(memory), "--vm", "kvm", "--kvm-log", log.value]
+            vm = _real(content, log, workload, rate)
+        else:
+            guest.refuse("without --source kvm", {"--kvm-log": kvm_log is not None})
+            receiver = ["--memory", str(memory), "--mode", (mode or Mode.HW_DBM).value, "--thp" if thp else "--no-thp"]
+            vm = _modelled(content, mode or Mode.HW_DBM, workload, rate, replay, interval, thp=bool(thp))
+        kernels.warm_up()
     with vm, _switching_often(), as_event() as cancel:
         vm.resume()
 
@@ -467,13 +467,13 @@ def _text(report: Report) -> str:
 def _row(one: Pass) -> tuple[object, ...]:
     return (
         one.number,
-        f"{one.remaining / _MIB:,.1f}",
+        mib(one.remaining),
         *(
             (
-                f"{one.transferred / _MIB:,.1f}",
+                mib(one.transferred),
                 f"{one.duplicate:,}",
                 f"{one.time * 1e3:,.1f}",
-                f"{one.bandwidth / _MIB:,.1f}",
+                mib(one.bandwidth),
             )
             if one.time
             else ("", "", "", "")  # it was never sent
@@ -496,7 +496,8 @@ def _display() -> Iterator[Callable[[Report], None]]:
     if not console.is_terminal:
         yield _lines()
         return
-    with Live(console=console, refresh_per_second=8, transient=True, redirect_stdout=False) as live:
+    first = "waiting for the other side"
+    with shown(), Live(first, console=console, refresh_per_second=8, transient=True, redirect_stdout=False) as live:
         yield lambda report: live.update(_picture(report, console.width))
 
 
@@ -511,16 +512,21 @@ def _lines() -> Callable[[Report], None]:
         said, one = time.monotonic(), report.passes[-1]
         expected = "" if one.expected_downtime is None else f", expected downtime {one.expected_downtime * 1e3:,.0f} ms"
         note(
-            f"{report.status} for {report.total_time:.0f} s: pass {one.number}, {mebibytes(one.remaining)} dirty, "
+            f"{_state(report)} for {report.total_time:.0f} s: pass {one.number}, {mebibytes(one.remaining)} dirty, "
             f"{mebibytes(report.remaining)} to go{expected}"
         )
 
     return tell
 
 
+def _state(report: Report) -> str:
+    """Return the status for people, who don't know what QEMU calls a guest that is paused for its last pass."""
+    return "paused" if report.status == "device" else report.status
+
+
 def _picture(report: Report, width: int) -> Table:
     wide = width >= 76
-    table = Table(title=f"{report.status}, {report.total_time:.1f} s", title_justify="left", box=None, padding=(0, 1))
+    table = Table(title=f"{_state(report)}, {report.total_time:.1f} s", title_justify="left", box=None, padding=(0, 1))
     for head in ("pass", "dirty\nMiB", "to go\nMiB", "dirtied\nMiB/s", "sent\nMiB/s", "downtime\nms", ""):
         if wide or head not in {"dirtied\nMiB/s", ""}:
             table.add_column(head, justify="right", no_wrap=True)
@@ -529,13 +535,13 @@ def _picture(report: Report, width: int) -> Table:
         remaining = report.remaining if current else 0
         cells = [
             str(one.number),
-            f"{one.remaining / _MIB:,.1f}",
-            f"{remaining / _MIB:,.1f}" if current else "",
-            f"{one.bandwidth / _MIB:,.1f}" if one.time else "",
+            mib(one.remaining),
+            mib(remaining) if current else "",
+            mib(one.bandwidth) if one.time else "",
             f"{one.expected_downtime * 1e3:,.0f}" if one.expected_downtime is not None else "",
         ]
         if wide:
-            cells.insert(3, f"{one.dirty_rate / _MIB:,.1f}" if one.dirty_rate else "")
+            cells.insert(3, mib(one.dirty_rate) if one.dirty_rate else "")
             bar = ProgressBar(total=one.remaining or 1, completed=one.remaining - remaining, width=min(24, width - 56))
             table.add_row(*cells, bar)
         else:

@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 
+from hwdbm.cli import interrupt
 from hwdbm.cli.streams import note, width
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
@@ -58,32 +60,45 @@ def warn(message: str) -> None:
 
 
 @contextmanager
+def busy(what: str) -> Iterator[Callable[[str], object]]:
+    """Show on stderr what takes a while: on a terminal all the time, elsewhere in a line now and then.
+
+    Yields
+    ------
+    callable
+        Shows another text.
+    """
+    console = Console(file=sys.stderr, stderr=True)
+    if not console.is_terminal:
+        told = time.monotonic()
+
+        def tell(text: str) -> None:
+            nonlocal told
+            if time.monotonic() - told >= _EVERY:
+                told = time.monotonic()
+                note(text)
+
+        yield tell
+        return
+    with interrupt.shown(), console.status(escape(what)) as status:
+        yield lambda text: status.update(escape(text))
+
+
+@contextmanager
 def progress(what: str) -> Iterator[list[Visitor]]:
-    """Show on stderr, if that is a terminal, how many bytes of tables have been read.
+    """Show on stderr how many bytes of tables have been read.
 
     Yields
     ------
     list
-        The visitors to pass to `hwdbm.image.Image.read` for it: none where nobody looks.
+        The visitors to pass to `hwdbm.image.Image.read` for it.
     """
-    console = Console(file=sys.stderr, stderr=True)
-    done, told = 0, time.monotonic()
-    if not console.is_terminal:  # a log, which is to show now and then that something goes on
-
-        def log(batch: Batch) -> None:
-            nonlocal done, told
-            done += batch.entries.nbytes
-            if time.monotonic() - told >= _EVERY:
-                told = time.monotonic()
-                note(f"reading {what}: {done / (1 << 20):,.0f} MiB of tables")
-
-        yield [log]
-        return
-    with console.status(f"reading {what}") as status:
+    done = 0
+    with busy(f"reading {what}") as update:
 
         def count(batch: Batch) -> None:
             nonlocal done
             done += batch.entries.nbytes
-            status.update(f"reading {what}: {done / (1 << 20):,.0f} MiB of tables")
+            update(f"reading {what}: {done / (1 << 20):,.0f} MiB of tables")
 
         yield [count]

@@ -15,7 +15,7 @@ import typer
 from hwdbm import kernels
 from hwdbm.cli import guest, interrupt, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
-from hwdbm.cli.output import warn
+from hwdbm.cli.output import busy, warn
 from hwdbm.cli.streams import note, result
 from hwdbm.files import NewFile
 from hwdbm.migration import Channel, Received, StreamError, transport
@@ -23,6 +23,9 @@ from hwdbm.migration import receive as receive_vm
 from hwdbm.migration.report import mebibytes
 from hwdbm.vm import MemoryMap, PlainGuest, Source
 from hwdbm.vm.memory import populate
+
+_REFUSALS = 20  # of connections, that are said one by one
+_NOW_AND_THEN = 10.0  # seconds between two lines on further ones
 
 EPILOG = """Sizes in JSON are in bytes; normal and duplicate are numbers of pages.
 
@@ -150,7 +153,8 @@ def receive(
 
     with ExitStack() as stack:
         arrived = stack.enter_context(_until_eof()) if until_eof else threading.Event()
-        kernels.warm_up()
+        with busy("getting ready"):
+            kernels.warm_up()
         limit = guest.physical() if memory_limit is None else memory_limit
         ready: Source | None = None
         if memory is not None:
@@ -190,9 +194,24 @@ def _accepted(where: Endpoint, tls: transport.TlsDir | None, *, insecure: bool, 
     with listener, interrupt.on_interrupt(listener.close):
         if not quiet:
             note(f"listening on {listener.address}")
-        channel = listener.accept(on_refused=lambda why: note(f"refused a connection: {why}"))
+        channel = listener.accept(on_refused=_refusals())
     with channel:
         yield channel
+
+
+def _refusals() -> Callable[[str], None]:
+    """Return what says that a connection was refused, and why: a few at once, and then now and then how many."""
+    said, more, last = 0, 0, 0.0
+
+    def tell(why: str) -> None:
+        nonlocal said, more, last
+        more += 1
+        if said >= _REFUSALS and time.monotonic() - last < _NOW_AND_THEN:
+            return
+        note(f"refused a connection: {why}" if more == 1 else f"refused {more} connections, the last one: {why}")
+        said, more, last = said + 1, 0, time.monotonic()
+
+    return tell
 
 
 @contextmanager

@@ -83,6 +83,15 @@ def width() -> int:
         return 80
 
 
+def wrapped(line: str) -> list[str]:
+    """Return a line as several that fit the terminal that stdout is; a word that doesn't stays whole."""
+    if "COLUMNS" not in os.environ and not sys.stdout.isatty():
+        return [line]
+    from textwrap import wrap  # noqa: PLC0415  # an interrupt is answered first
+
+    return wrap(line, width(), break_long_words=False, break_on_hyphens=False) or [line]
+
+
 def result(text: str, done: str = "") -> None:
     """Print a command's result.
 

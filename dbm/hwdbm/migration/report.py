@@ -243,15 +243,27 @@ def folded(bitmaps: list[DirtyBitmap], most: int = _CELLS) -> NDArray[np.float32
     return parts
 
 
-def mebibytes(size: float) -> str:
-    """Return bytes as a number of MiB, for people.
+def mib(size: float) -> str:
+    """Return bytes as a number of MiB, for people: with one decimal, or as many as it takes to be more than 0.
 
     Examples
     --------
-    >>> mebibytes(3 << 20), mebibytes(5 << 30)
-    ('3.0 MiB', '5,120.0 MiB')
+    >>> mib(3 << 20), mib(5 << 30), mib(50 << 10), mib(0)
+    ('3.0', '5,120.0', '0.049', '0.0')
     """
-    return f"{size / (1 << 20):,.1f} MiB"
+    value = size / (1 << 20)
+    return f"{value:,.1f}" if value >= 0.05 or not value else f"{value:.2g}"
+
+
+def mebibytes(size: float) -> str:
+    """Return `mib` with its unit.
+
+    Examples
+    --------
+    >>> mebibytes(3 << 20)
+    '3.0 MiB'
+    """
+    return f"{mib(size)} MiB"
 
 
 def _ms(seconds: float) -> float:
