@@ -2,9 +2,11 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from types import ModuleType
 
 import hypothesis
+import onewriter
 import pytest
 
 import hwdbm
@@ -27,6 +29,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, default)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_writer() -> Iterator[onewriter.Level]:
+    """Hold that nobody but `Leaves` writes descriptors, in everything that the tests do."""
+    with onewriter.enforced() as found:
+        yield found
 
 
 SHARED_TOO = {"test_kernels", "test_stage2", "test_stage2_at", "test_stage2_parts"}

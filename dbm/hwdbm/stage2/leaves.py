@@ -134,6 +134,13 @@ class Leaves:
             self._kernels = kernels.active()
         return self._kernels
 
+    def copy(self) -> "Leaves":
+        """Return leaves with the same entries, in memory of their own, under the same kernels."""
+        twin = Leaves(self.layout, self.kernels)
+        for level, entries in self.level.items():
+            np.copyto(twin.level[level], entries)
+        return twin
+
     # --- reading -------------------------------------------------------------------------------------------
 
     def scan(self, match: Asks, lo: int, hi: int, out: DirtyBitmap) -> int:

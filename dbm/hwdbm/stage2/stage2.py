@@ -161,9 +161,7 @@ class Stage2:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags, in memory of its own."""
         twin = type(self)(self.npages, self.base_gfn, self.granule)
         twin.shared, twin.saved = self.shared, Saved(self.npages, self._leaves.kernels)
-        twin._leaves = Leaves(self.layout, self._leaves.kernels)
-        for level, entries in self._leaves.level.items():
-            twin.level(level)[:] = entries
+        twin._leaves = self._leaves.copy()
         twin.saved.span = self.saved.span
         twin.saved.bitmap.words[:] = self.saved.bitmap.words
         twin.host_dirty.words[:] = self.host_dirty.words

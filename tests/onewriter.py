@@ -1,0 +1,70 @@
+"""One writer of descriptors: while tests run, nobody in the package but `Leaves` is handed arrays that can be written.
+
+Tests are handed them, since they write as the MMU does, and so are the references, which are slow writers on purpose.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.stage2 import Stage2
+from hwdbm.stage2.leaves import Leaves
+
+REFERENCES = {"hwdbm.walker", "hwdbm.machine.reference", "hwdbm.testing"}
+
+Arrays = dict[int, NDArray[np.uint64]]
+
+
+def may_write(frame: FrameType) -> bool:
+    """Return whether a caller is a method of `Leaves`, one of the references, or outside of the package."""
+    module = frame.f_globals.get("__name__", "")
+    if module == "hwdbm.stage2.leaves" or not module.startswith("hwdbm."):
+        return True
+    return module in REFERENCES or isinstance(frame.f_locals.get("self"), Leaves)
+
+
+class Level:
+    """`Leaves.level`, which is another to everybody but its owner: the arrays there can only be read."""
+
+    def __init__(self) -> None:
+        self.handed = 0  # how often they were handed out to be written
+
+    def __set__(self, leaves: Leaves, arrays: Arrays) -> None:
+        leaves.__dict__["level"] = arrays
+
+    def __get__(self, leaves: Leaves | None, owner: type) -> "Arrays | Level":
+        if leaves is None:
+            return self
+        arrays: Arrays = leaves.__dict__["level"]
+        if may_write(sys._getframe(1)):
+            self.handed += 1
+            return arrays
+        return {level: read_only(array) for level, array in arrays.items()}
+
+
+def read_only(array: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@contextmanager
+def enforced() -> Iterator[Level]:
+    """Have all leaves looked after. Whoever else in the package writes one gets numpy's ValueError."""
+    found, real = Level(), Stage2.level
+
+    def level(self: Stage2, level: int) -> NDArray[np.uint64]:
+        entries = real(self, level)
+        return self._leaves.__dict__["level"][level] if may_write(sys._getframe(1)) else entries
+
+    level.__doc__, level.__wrapped__ = real.__doc__, real
+    Leaves.level, Stage2.level = found, level
+    try:
+        yield found
+    finally:
+        del Leaves.level
+        Stage2.level = real
