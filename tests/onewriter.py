@@ -24,6 +24,8 @@ def may_write(frame: FrameType) -> bool:
     module = frame.f_globals.get("__name__", "")
     if module == "hwdbm.stage2.leaves" or not module.startswith("hwdbm."):
         return True
+    if frame.f_code.co_filename.startswith("<doctest"):  # which is the MMU, too
+        return True
     return module in REFERENCES or isinstance(frame.f_locals.get("self"), Leaves)
 
 
@@ -47,6 +49,8 @@ class Level:
 
 
 def read_only(array: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    if not isinstance(array, np.ndarray):  # of tables in place, which only their own leaves know how to write
+        return array
     view = array.view()
     view.flags.writeable = False
     return view

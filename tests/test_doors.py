@@ -284,6 +284,8 @@ RECIPES |= {
             "out": DirtyBitmap(NPAGES),
             "track_part.mask": some_pages(640),
             "wrprotect_part.mask": some_pages(640),
+            "load.first": np.array([-1, 7]),
+            "rows": np.full((2, 8), 0x6C3, dtype=np.uint64),
             "mask": some_pages(),
         },
     ),

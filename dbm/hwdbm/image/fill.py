@@ -1,11 +1,9 @@
 """Filling the flat arrays of a `hwdbm.Stage2` from the batches of a walk."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.granule import LEAF_LEVELS
-from hwdbm.image.memory import Array
 from hwdbm.image.walk import Batch
 from hwdbm.stage2 import Stage2
 from hwdbm.vtcr import Vtcr
@@ -48,48 +46,23 @@ class Filler:
     def _above(self, batch: Batch) -> None:
         for level in LEAF_LEVELS:
             if level < batch.level:
-                entries, shift = self.stage2.level(level), np.uint64(self.granule.shift(level))
-                index = (batch.ipa >> shift).astype(np.int64) - self._first(level)
-                inside = (index >= 0) & (index < entries.size)
-                pa = batch.pa[inside] & np.uint64(-self.granule.page_size & (1 << 64) - 1)
-                entries[index[inside]] = pte.make_table(pa, self.vtcr.address_bits)
+                index = (batch.ipa >> np.uint64(self.granule.shift(level))).astype(np.int64) - self._first(level)
+                index, rows = np.unique(index, return_index=True)
+                pa = batch.pa[rows] & np.uint64(-self.granule.page_size & (1 << 64) - 1)
+                self.stage2.load(level, index, pte.make_table(pa, self.vtcr.address_bits)[:, None])
 
     def _tables(self, batch: Batch) -> None:
-        entries, width = self.stage2.level(batch.level), self.granule.entries
         found = batch.entries
         if batch.level < 3:  # what isn't there is zero to the verbs that would put a table there
             found = np.where(found & pte.VALID, found, np.uint64(0))
-        shift = np.uint64(self.granule.shift(batch.level))
-        start = (batch.ipa >> shift).astype(np.int64) - self._first(batch.level)
-        whole = (start >= 0) & (start + width <= entries.size)
-        if whole.any():
-            # Tables are aligned: in the slot's array all begin at the same offset from a width.
-            lead = int(start[whole][0]) % width
-            rows = entries[lead : lead + (entries.size - lead) // width * width].reshape(-1, width)
-            source = found if whole.all() else found[whole]
-            _scatter(rows, (start[whole] - lead) // width, source)
-        for i in np.flatnonzero(~whole & (start > -width) & (start < entries.size)).tolist():
-            at = int(start[i])
-            lo, hi = max(at, 0), min(at + width, entries.size)
-            entries[lo:hi] = found[i, lo - at : hi - at]
+        start = (batch.ipa >> np.uint64(self.granule.shift(batch.level))).astype(np.int64) - self._first(batch.level)
+        self.stage2.load(batch.level, start, found)
 
     def _blocks_of_level_0(self, batch: Batch) -> None:
-        blocks = self.stage2.level(1)
         row, column = np.nonzero(pte.leaf(0)(batch.entries))
         shift, below = self.granule.shift(0), self.granule.shift(1)
+        low_bits = np.uint64((1 << shift) - (1 << below))
+        steps = np.arange(self.granule.entries, dtype=np.uint64) << np.uint64(below)
         for i, j in zip(row.tolist(), column.tolist(), strict=True):
             start = (int(batch.ipa[i]) + (j << shift) >> below) - self._first(1)
-            lo, hi = max(start, 0), min(start + self.granule.entries, blocks.size)
-            if lo < hi:
-                low_bits = np.uint64((1 << shift) - (1 << below))
-                steps = np.arange(lo - start, hi - start, dtype=np.uint64) << np.uint64(below)
-                blocks[lo:hi] = batch.entries[i, j] & ~low_bits | steps
-
-
-def _scatter(rows: Array, where: NDArray[np.int64], source: Array) -> None:
-    """Do ``rows[where] = source``; `where` is sorted, and mostly one run."""
-    first, last = int(where[0]), int(where[-1])
-    if last - first == where.size - 1:
-        rows[first : last + 1] = source
-    else:
-        rows[where] = source
+            self.stage2.load(1, [start], (batch.entries[i, j] & ~low_bits | steps)[None])

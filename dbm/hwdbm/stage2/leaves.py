@@ -282,6 +282,24 @@ class Leaves:
             self._swap(level, index, values, record)
         return values
 
+    def load(self, level: int, first: Index, rows: Array) -> None:
+        """Put rows of descriptors in place of the entries from each of `first` on, where there are such."""
+        entries, width = self.level[level], rows.shape[1]
+        whole = (first >= 0) & (first + width <= entries.size)
+        if whole.any():
+            # Tables are aligned: in the array all begin at the same offset from a multiple of their width.
+            lead = int(first[whole][0]) % width
+            target = entries[lead : lead + (entries.size - lead) // width * width].reshape(-1, width)
+            where, source = (first[whole] - lead) // width, rows if whole.all() else rows[whole]
+            if where[-1] - where[0] == where.size - 1:  # mostly they are one run
+                target[where[0] : where[-1] + 1] = source
+            else:
+                target[where] = source
+        for i in (~whole).nonzero()[0].tolist():
+            start = int(first[i])
+            lo, hi = max(start, 0), min(start + width, entries.size)
+            entries[lo:hi] = rows[i, lo - start : hi - start]
+
     def set_bits(self, level: int, index: Index, bits: Array) -> None:
         """Set `bits` in the entries `index` of `level`, which may repeat."""
         self.kernels.set_at(self.level[level], index, bits)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
-from hwdbm.check import flag, instance, integer, integers, separate, uint64s
+from hwdbm.check import array, flag, instance, integer, integers, separate, uint64s
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.kernels import Name, Tally, named
@@ -896,6 +896,49 @@ class Stage2:
             raise ValueError("the MMU sets AF and S2AP[1] only")
         self._leaves.set_bits(integer(level, "level"), where, bits)
 
+    def load(self, level: int, first: Pages, rows: NDArray[np.uint64]) -> None:
+        """Take over descriptors as they lie in a table: what was in their place is gone, and nothing is saved.
+
+        Parameters
+        ----------
+        level : int
+            1 to 3.
+        first : (n,) int64 array
+            The entry of `level` that each row begins at, in ascending order. What lies outside of the slot is left out,
+            so it may be negative, or beyond the last.
+        rows : (n, width) uint64 array
+            The descriptors. For several rows, the rows' entries begin at the same offset from a multiple of the width.
+
+        Raises
+        ------
+        ValueError
+            For another level, other shapes, or a Stage2 whose arrays others write too.
+
+        Notes
+        -----
+        This fills a Stage2 that is empty; `verify` says whether what it was filled with makes sense.
+
+        Examples
+        --------
+        >>> s2 = Stage2(4, base_gfn=0x100)
+        >>> s2.load(3, [-1], np.array([[0x1111, 0x2222]], dtype=np.uint64))
+        >>> [hex(d) for d in s2.level(3)]
+        ['0x2222', '0x0', '0x0', '0x0']
+        """
+        if self.shared:
+            raise ValueError("a Stage2 whose arrays others write too is not loaded")
+        entries, limit = self.level(level), 1 << 52
+        starts = integers(first, "first entries", -limit, limit)
+        array(rows, np.uint64, "rows")
+        if rows.ndim != 2 or len(rows) != starts.size or not rows.shape[1]:
+            raise ValueError(f"{starts.size} rows of descriptors are needed, not an array of shape {rows.shape}")
+        if starts.size > 1 and ((np.diff(starts) < rows.shape[1]).any() or (np.diff(starts) % rows.shape[1]).any()):
+            raise ValueError(f"rows of {rows.shape[1]} begin at ascending multiples of that apart, not at {starts}")
+        reached = (starts > -rows.shape[1]) & (starts < entries.size)
+        if not reached.all():
+            starts, rows = starts[reached], rows[reached]
+        self._leaves.load(level, starts, rows)
+
     def block_spans(self, first: int = 0, npages: int | None = None) -> NDArray[np.int64]:
         """Return the pages that blocks map, as rows [start, stop) of an (n, 2) array, sorted and merged.
 
@@ -995,8 +1038,8 @@ class Stage2:
         if self._apart is not None and self._apart() is bitmap.words:
             return  # a log's own bitmap comes again and again
         own = self._host_dirty.words, self.saved.bitmap.words, *self._leaves.level.values()
-        for number, array in enumerate(own):
-            if np.may_share_memory(array, bitmap.words):
+        for number, words in enumerate(own):
+            if np.may_share_memory(words, bitmap.words):
                 what = ("host_dirty", "saved", *(f"level {level}" for level in self._leaves.level))[number]
-                separate(array, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)
+                separate(words, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)
         self._apart = ref(bitmap.words)
