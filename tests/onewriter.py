@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.leaves import Leaves
 
-REFERENCES = {"hwdbm.walker", "hwdbm.machine.reference", "hwdbm.testing"}
+# The reference, its vCPU, what draws tables at random, and what puts the states of an exploration.
+REFERENCES = {"hwdbm.walker", "hwdbm.machine.reference", "hwdbm.testing", "hwdbm.races.production"}
 
 Arrays = dict[int, NDArray[np.uint64]]
 
