@@ -79,6 +79,10 @@ soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; need
 live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose pages by each known mistake
 	$(BIN)/python -P tests/arm/live.py $(LIVE_ARGS)
 
+.PHONY: layouts
+layouts: $(VENV)/.dev ## judge every layout of stage-2 tables by an emulated MMU
+	HWDBM_LAYOUTS=1 $(BIN)/python -P -m pytest --numprocesses auto tests/arm/test_layouts.py $(PYTEST_ARGS)
+
 .PHONY: firmware
 firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
 	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'

@@ -41,6 +41,25 @@ def test_each_kind_of_guest_is_tracked_while_it_writes(kind):
             assert all(task.walked > 100 for task in vm.guests.tasks), "no hardware update of stage 1 was seen"
 
 
+def test_the_pair_of_invalidations_is_a_flush_too():
+    """IPAS2E1IS for the pages that are dirty, DSB, VMALLE1IS, DSB: also of a guest with a stage 1 of its own."""
+    with ArmVm(MEMORY, guest=["window", "stage1"], window=16) as vm:
+        vm.start_log()
+        s2, base = vm.stage2(0), vm.slots[0].base_gfn
+
+        def collect(copy):
+            found = s2.harvest()
+            for first, count in found.ranges().tolist():
+                vm.board.flush_range(base + first << 12, count << 12)
+            copy(found)
+            return found
+
+        judge = Judge(vm.board, vm.guests, vm.memory(0), collect)
+        for _ in range(3):
+            missed, _, stale = judge.round(harvests=2)
+            assert (missed, stale) == (0, 0)
+
+
 def test_without_the_flush_pages_are_missed():
     """The judge can say no: a board whose flush does nothing."""
     with ArmVm(MEMORY, guest="window", window=8) as vm:

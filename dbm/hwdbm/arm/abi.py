@@ -3,23 +3,6 @@
 import ctypes
 from enum import IntEnum
 
-__all__ = [
-    "FIRMWARE",
-    "MAGIC",
-    "MAILBOX",
-    "RAM",
-    "SHARED",
-    "VCPUS",
-    "Command",
-    "Kind",
-    "Mailbox",
-    "Mapping",
-    "Shared",
-    "Task",
-    "Vcpu",
-    "VcpuState",
-]
-
 RAM = 0x4000_0000
 """Where RAM begins on QEMU's machine ``virt``: the physical address of the file's first byte."""
 

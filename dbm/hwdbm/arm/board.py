@@ -22,8 +22,6 @@ from hwdbm.process import child
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vtcr import Vtcr
 
-__all__ = ["POOL", "POOL_END", "Board", "GuestCrashError", "Plan"]
-
 POOL, POOL_END = 0x4080_0000, 0x4480_0000
 """Where tables may lie."""
 

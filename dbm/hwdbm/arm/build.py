@@ -11,8 +11,6 @@ from pathlib import Path
 from hwdbm import files
 from hwdbm.process import child
 
-__all__ = ["ArmUnavailableError", "build", "firmware", "tool"]
-
 _SOURCES = ("start.S", "firmware.c", "guest.c")
 _REST = ("abi.h", "firmware.ld")
 _COMPILERS = ("aarch64-linux-gnu-gcc", "aarch64-none-elf-gcc", "aarch64-elf-gcc")

@@ -10,8 +10,6 @@ from hwdbm.arm.board import Board
 from hwdbm.granule import Granule
 from hwdbm.pte import AddressBits, make_leaf
 
-__all__ = ["PRIVATE", "PRIVATE_PA", "Guests", "Work", "private_each", "private_size", "system_mappings"]
-
 PRIVATE, PRIVATE_PA = 0x4800_0000, 0x4480_0000
 """Where guests have what is their own: as they see it, and in RAM."""
 

@@ -30,8 +30,6 @@ from hwdbm.vm.base import LoggedVm, SlotPages, percentage
 from hwdbm.vm.runner import uninterrupted
 from hwdbm.vtcr import Vtcr
 
-__all__ = ["DATA_SLOT", "PRIVATE_SLOT", "ArmVm", "GuestMemoryError", "memory_slots"]
-
 DATA_SLOT, PRIVATE_SLOT = 0, 1
 _DATA_PA = 0x8000_0000  # blocks of any size are aligned there
 _IPA_BITS = 40
