@@ -19,9 +19,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-# Rooms that are being built.
-BUILDING = re.compile(r"(?!)")
-MODULES = {name: path for name, path in MODULES.items() if not BUILDING.match(name)}
+
 INNER = [name for name, path in MODULES.items() if path.parent != ROOT and path.name != "__init__.py"]
 
 # Rooms of which users see no names.

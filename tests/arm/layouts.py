@@ -11,8 +11,8 @@ import numpy as np
 from synthetic import AF, CONT, DBM, RUN, S2AP_W, Geometry, geometries
 
 from hwdbm import DirtyBitmap, pte
-from hwdbm.arm.abi import RAM, Kind, Mapping
-from hwdbm.arm.board import POOL, POOL_END, Board, Plan
+from hwdbm.arm.abi import RAM, GuestKind, Mapping
+from hwdbm.arm.board import POOL, POOL_END, Board, TablePlan
 from hwdbm.arm.guest import PRIVATE, PRIVATE_PA, Guests, Work, private_size, system_mappings
 from hwdbm.image import Live, Registers
 from hwdbm.vtcr import Vtcr
@@ -131,16 +131,18 @@ class Machine:
         mappings += system_mappings(vtcr.granule, bits)
         private = private_size(self.npages, vcpus)
         mappings.append(Mapping(PRIVATE, PRIVATE_PA, private, 3, pte.make_leaf(0, 3, bits=bits)))
-        plan = Plan(vtcr, tuple(mappings))
+        plan = TablePlan(vtcr, tuple(mappings))
         if case.scattered:
             places = np.arange(plan.root_end, POOL_END, page, dtype=np.uint64)
-            plan = Plan(vtcr, tuple(mappings), tables=np.random.default_rng(case.seed).permutation(places), root=POOL)
+            plan = TablePlan(
+                vtcr, tuple(mappings), tables=np.random.default_rng(case.seed).permutation(places), root=POOL
+            )
         if case.junk:
             table = g.ignored(2, table=True) & rng.getrandbits(64)
-            plan = Plan(vtcr, plan.mappings, tables=plan.tables, junk=rng.getrandbits(64), table_bits=table)
+            plan = TablePlan(vtcr, plan.mappings, tables=plan.tables, junk=rng.getrandbits(64), table_bits=table)
         self.board = Board((pa - RAM + (1 << 20) - 1) >> 20 << 20, plan, vcpus=vcpus)
         self.guests = Guests(self.board, self.base, self.npages, g.page)
-        kinds = [Kind.RANDOM, Kind.SEQUENTIAL, Kind.WINDOW]
+        kinds = [GuestKind.RANDOM, GuestKind.SEQUENTIAL, GuestKind.WINDOW]
         self.guests.give(
             tuple(
                 Work(kinds[number % 3], start, size, seed=case.seed, skip=True, window=16)

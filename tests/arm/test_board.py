@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hwdbm import pte
-from hwdbm.arm import ArmUnavailableError, Board, Plan, build
-from hwdbm.arm.abi import RAM, Kind, Mapping
+from hwdbm.arm import ArmUnavailableError, Board, TablePlan, build
+from hwdbm.arm.abi import RAM, GuestKind, Mapping
 from hwdbm.arm.guest import PRIVATE, PRIVATE_PA, Guests, Work, private_size, system_mappings
 from hwdbm.granule import Granule
 from hwdbm.vtcr import Vtcr
@@ -29,8 +29,8 @@ def machine():
         Mapping(PRIVATE, PRIVATE_PA, private_size(PAGES, 2), 3, leaf),
         Mapping(DATA, DATA, PAGES * 4096, 3, leaf),
     )
-    with Board((1 << 30) + (1 << 21), Plan(vtcr, mappings), vcpus=2) as board:
-        work = [Work(kind, DATA, PAGES * 4096, seed=3) for kind in (Kind.SEQUENTIAL, Kind.RANDOM)]
+    with Board((1 << 30) + (1 << 21), TablePlan(vtcr, mappings), vcpus=2) as board:
+        work = [Work(kind, DATA, PAGES * 4096, seed=3) for kind in (GuestKind.SEQUENTIAL, GuestKind.RANDOM)]
         guests = Guests(board, DATA, PAGES, 12)
         guests.give(tuple(work))
         yield board, guests
@@ -122,5 +122,5 @@ def test_what_is_missing_is_said_with_what_brings_it(monkeypatch, tmp_path):
     with pytest.raises(ArmUnavailableError, match="apt-get install gcc-aarch64-linux-gnu"):
         build.build(tmp_path / "firmware.elf")
     with pytest.raises(ArmUnavailableError, match="apt-get install qemu-system-arm"):
-        Board(1 << 30, Plan(Vtcr.for_vm(Granule.K4, 40, mmfr1=0x22), ()))
+        Board(1 << 30, TablePlan(Vtcr.for_vm(Granule.K4, 40, mmfr1=0x22), ()))
     assert not list(tmp_path.iterdir())

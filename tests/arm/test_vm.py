@@ -9,7 +9,7 @@ import pytest
 from armjudge import CERTAIN, Judge
 
 from hwdbm.arm import ArmVm, GuestMemoryError
-from hwdbm.arm.abi import Kind
+from hwdbm.arm.abi import GuestKind
 from hwdbm.granule import Granule
 from hwdbm.vm import Durable, Exclusive, Provable, Source
 
@@ -254,5 +254,5 @@ def test_bad_arguments_and_states():
         vm.pause()
         with pytest.raises(ValueError, match="slots 0 and 1"):
             ArmVm.from_slots(4096, vm.slots[:1])
-        assert vm.guests.tasks[0].kind == Kind.IDLE
+        assert vm.guests.tasks[0].kind == GuestKind.IDLE
     vm.close()

@@ -31,7 +31,7 @@ class VcpuState(IntEnum):
     CRASHED = 3
 
 
-class Kind(IntEnum):
+class GuestKind(IntEnum):
     """The kinds of guests."""
 
     IDLE = 0
@@ -87,7 +87,7 @@ class Shared(ctypes.Structure):
     _fields_ = (*_words("stop", "percent"), ("rate", _U64 * VCPUS))
 
 
-class Task(ctypes.Structure):
+class GuestTask(ctypes.Structure):
     """What a guest does: it lies in the guest's own memory."""
 
     _fields_ = _words(

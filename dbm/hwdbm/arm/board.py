@@ -16,7 +16,20 @@ from typing import Self, TypeVar
 import numpy as np
 
 from hwdbm import check
-from hwdbm.arm.abi import MAGIC, MAILBOX, RAM, SHARED, VCPUS, Command, Mailbox, Mapping, Shared, Task, Vcpu, VcpuState
+from hwdbm.arm.abi import (
+    MAGIC,
+    MAILBOX,
+    RAM,
+    SHARED,
+    VCPUS,
+    Command,
+    GuestTask,
+    Mailbox,
+    Mapping,
+    Shared,
+    Vcpu,
+    VcpuState,
+)
 from hwdbm.arm.build import firmware, tool
 from hwdbm.process import child
 from hwdbm.vm.memory import GuestMemory
@@ -51,7 +64,7 @@ class GuestCrashError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TablePlan:
     """The stage-2 tables that the firmware builds.
 
     Parameters
@@ -99,7 +112,7 @@ class Board:
     ----------
     ram : int
         Bytes of RAM. Nothing is backed until it is touched.
-    plan : Plan
+    plan : TablePlan
         The tables.
     vcpus : int
         vCPUs that run guests, 1 to 7; one more serves the doorbell.
@@ -119,7 +132,7 @@ class Board:
         If the machine doesn't come up.
     """
 
-    def __init__(self, ram: int, plan: Plan, *, vcpus: int = 1) -> None:
+    def __init__(self, ram: int, plan: TablePlan, *, vcpus: int = 1) -> None:
         self.vcpus = check.integer(vcpus, "vcpus", 1, VCPUS)
         self.plan, self._lock = plan, RLock()
         self._files = ExitStack()
@@ -162,7 +175,7 @@ class Board:
     def _boot(self) -> None:
         """Wait for the firmware, and have it build the tables."""
         self._wait("come up", lambda: self.mailbox.magic == MAGIC, _BOOT)
-        sizes = ctypes.sizeof(Mailbox), ctypes.sizeof(Task)
+        sizes = ctypes.sizeof(Mailbox), ctypes.sizeof(GuestTask)
         if tuple(self.mailbox.sizes) != sizes:
             raise OSError(EIO, f"the firmware's structures have {tuple(self.mailbox.sizes)} bytes, not {sizes}")
         self._ring(Command.BUILD)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm.arm.abi import FIRMWARE, RAM, SHARED, Kind, Mapping, Task, Vcpu
+from hwdbm.arm.abi import FIRMWARE, RAM, SHARED, GuestKind, GuestTask, Mapping, Vcpu
 from hwdbm.arm.board import Board
 from hwdbm.granule import Granule
 from hwdbm.pte import AddressBits, make_leaf
@@ -27,7 +27,7 @@ class Work:
 
     Parameters
     ----------
-    kind : Kind
+    kind : GuestKind
         The kind of guest.
     base, size : int
         Where it writes: guest physical addresses, in bytes.
@@ -41,7 +41,7 @@ class Work:
         Whether a store that faults is skipped; otherwise it is tried again until it doesn't.
     """
 
-    kind: Kind
+    kind: GuestKind
     base: int
     size: int
     window: int = 64
@@ -81,7 +81,7 @@ class Guests:
 
     Attributes
     ----------
-    tasks : list of Task
+    tasks : list of GuestTask
         What each vCPU does, in the machine's RAM.
     """
 
@@ -110,7 +110,7 @@ class Guests:
             task.window, task.limit, task.number = one.window, one.limit, 1
             task.random = ((one.seed << 8 | number) * 0x9E37_79B9_7F4A_7C15 + 1) % (1 << 64) or 1
             vcpu = self.board.vcpu(number)
-            vcpu.skip, vcpu.hcr = one.skip, _HCR if one.kind is Kind.STAGE1 else _HCR | _HCR_DC
+            vcpu.skip, vcpu.hcr = one.skip, _HCR if one.kind is GuestKind.STAGE1 else _HCR | _HCR_DC
             task.kind = one.kind
 
     @staticmethod
@@ -118,8 +118,8 @@ class Guests:
         """Return whether registers are those of a guest: at EL1, under stage 2."""
         return vcpu.hcr in (_HCR, _HCR | _HCR_DC) and vcpu.pstate & 0x1F == _PSTATE & 0x1F and vcpu.skip <= 1
 
-    def _task(self, number: int) -> Task:
-        return self.board.at(PRIVATE_PA + number * self._each, Task)
+    def _task(self, number: int) -> GuestTask:
+        return self.board.at(PRIVATE_PA + number * self._each, GuestTask)
 
     def counts_of(self, number: int) -> NDArray[np.uint32]:
         """Return how often a vCPU, which is paused, wrote each page so far."""

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check, pte
-from hwdbm.arm.abi import RAM, VCPUS, Kind, Mapping, Vcpu
-from hwdbm.arm.board import Board, Plan
+from hwdbm.arm.abi import RAM, VCPUS, GuestKind, Mapping, Vcpu
+from hwdbm.arm.board import Board, TablePlan
 from hwdbm.arm.build import firmware
 from hwdbm.arm.guest import PRIVATE, PRIVATE_PA, Guests, Work, private_each, private_size, system_mappings
 from hwdbm.bitmap import DirtyBitmap
@@ -236,7 +236,7 @@ class ArmVm(LoggedVm):
         ram = (pa + size - RAM + (1 << 20) - 1) >> 20 << 20
         mappings = [*system_mappings(granule), _pages(PRIVATE, PRIVATE_PA, private.npages * page)]
         mappings += _mapped(gpa, pa, size, granule) if blocks else [_pages(gpa, pa, size)]
-        self.board = Board(ram, Plan(vtcr, tuple(mappings)), vcpus=vcpus)
+        self.board = Board(ram, TablePlan(vtcr, tuple(mappings)), vcpus=vcpus)
         try:
             registers = Registers(self.board.mailbox.vttbr, self.board.mailbox.vtcr)
             self.live = Live(self.board.ram.words, RAM, registers)
@@ -353,7 +353,7 @@ class ArmVm(LoggedVm):
         self.board.check()
         words = self.memory(DATA_SLOT).view(np.uint64).reshape(-1, self.page_size // 8)
         for number, task in enumerate(self.guests.tasks):
-            if task.kind not in (Kind.SEQUENTIAL, Kind.RANDOM, Kind.WINDOW):
+            if task.kind not in (GuestKind.SEQUENTIAL, GuestKind.RANDOM, GuestKind.WINDOW):
                 continue
             (page,) = self.guests.counts_of(number).nonzero()
             found = words[page, 8 * (number + 1)]
@@ -376,7 +376,7 @@ class ArmVm(LoggedVm):
             ETIMEDOUT if they write nothing.
         """
         before, until = self.pages, monotonic() + _PROOF
-        while self.pages == before and any(task.kind != Kind.IDLE for task in self.guests.tasks):
+        while self.pages == before and any(task.kind != GuestKind.IDLE for task in self.guests.tasks):
             self.board.check()
             if monotonic() > until:
                 raise OSError(ETIMEDOUT, f"the guests wrote no page in {_PROOF:g} s")
@@ -486,8 +486,8 @@ def _firmware_digest() -> bytes:
     return hashlib.sha256(firmware().read_bytes()).digest()
 
 
-def _kinds(guest: str | Sequence[str], vcpus: int) -> list[Kind]:
-    names = {kind.name.lower(): kind for kind in Kind}
+def _kinds(guest: str | Sequence[str], vcpus: int) -> list[GuestKind]:
+    names = {kind.name.lower(): kind for kind in GuestKind}
     asked = [guest] if isinstance(guest, str) else list(guest)
     if asked == ["mixed"]:
         asked = [name for name in names if name != "idle"]
@@ -499,14 +499,14 @@ def _kinds(guest: str | Sequence[str], vcpus: int) -> list[Kind]:
     return [names[name] for name in islice(cycle(asked), vcpus)]
 
 
-def _work(kinds: list[Kind], base: int, npages: int, page: int, window: int, seed: int) -> tuple[Work, ...]:
+def _work(kinds: list[GuestKind], base: int, npages: int, page: int, window: int, seed: int) -> tuple[Work, ...]:
     """Return what each vCPU does: with all of the memory, or with a part of its own where one has tables in it."""
     parts = [(base, npages * page)] * len(kinds)
-    if Kind.STAGE1 in kinds:
+    if GuestKind.STAGE1 in kinds:
         share = npages // len(kinds)
         parts = [(base + number * share * page, share * page) for number in range(len(kinds))]
         for kind, (start, size) in zip(kinds, parts, strict=True):
-            if kind is Kind.STAGE1 and (
+            if kind is GuestKind.STAGE1 and (
                 size < 1 << 18 or start < 2 << 30 or start + size - 1 >> 30 != start >> 30 or start >> 32
             ):
                 raise ValueError(
