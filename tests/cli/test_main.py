@@ -203,3 +203,19 @@ def test_no_size(text: str) -> None:
 
 def test_columns() -> None:
     assert columns([["a", "n"], ["long", 1], ["b", 20]]) == "a      n\nlong   1\nb     20"
+
+
+def test_columns_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a column for each row where that fits, and otherwise a line for each cell that isn't empty."""
+    a, b, c = (letter * 20 for letter in "abc")
+    table = [["slot", "of", "at", "by"], [0, a, b, c], [1, "", "d", 2]]
+    monkeypatch.setenv("COLUMNS", "70")
+    assert columns(table).splitlines()[1] == f"0     {a}  {b}  {c}"
+    monkeypatch.setenv("COLUMNS", "69")
+    turned = [f"slot  {0:>20}  1", f"of    {a}", f"at    {b}  d", f"by    {c}  2"]
+    assert columns(table).splitlines() == turned
+    monkeypatch.setenv("COLUMNS", "29")
+    assert columns(table).splitlines() == turned
+    monkeypatch.setenv("COLUMNS", "28")
+    first, second = ["slot  0", f"of    {a}", f"at    {b}", f"by    {c}"], ["slot  1", "at    d", "by    2"]
+    assert columns(table).splitlines() == [*first, "", *second]

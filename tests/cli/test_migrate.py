@@ -184,6 +184,11 @@ def test_files_that_are_none(run, tmp_path: Path) -> None:
         result = run("migrate", "--memory", "1M", *args)
         assert (result.status, result.out) == (1, "")
         assert "is no regular file" in result.err
+    for number, (head, what) in enumerate([(b"\x7fELF", "an ELF file"), (b"\x1f\x8b\x08", "compressed by gzip")]):
+        (tmp_path / f"image{number}").write_bytes(head.ljust(4096, b"\0"))
+        result = run("migrate", "--memory", "1M", "--memory-image", tmp_path / f"image{number}")
+        assert (result.status, result.out) == (1, "")
+        assert f"is {what}" in result.err
 
 
 def test_endpoints() -> None:

@@ -454,6 +454,13 @@ MAGICS = {
     "NumPy array": b"\x93NUMPY\1\0",
     "VDI": bytes(64) + bytes.fromhex("7f10dabe"),
     "VHDX": b"vhdxfile",
+    "VMware": bytes.fromhex("d2bed2be"),
+    "VirtualBox": b"\x7fVirtualBox SavedState V2.0\n",
+    "Xen": b"Xen saved domain, xl format\n",
+    "QED": b"QED\0",
+    "Parallels": b"WithoutFreeSpace\2",
+    "squashfs": b"hsqs",
+    "HDF5": b"\x89HDF\r\n\x1a\n",
     "7-Zip": bytes.fromhex("377abcaf271c"),
 }
 

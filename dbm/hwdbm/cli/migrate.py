@@ -30,7 +30,8 @@ from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, Mode
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
 from hwdbm.cli.streams import note, result, width
-from hwdbm.files import NewFile
+from hwdbm.files import NewFile, open_regular
+from hwdbm.image.raw import check_raw
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
@@ -255,6 +256,9 @@ def migrate(
     settings = Settings(max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value)
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     guest.check_room(memory)
+    if memory_image is not None:
+        with open_regular(memory_image) as file:
+            check_raw(memory_image, file.read(512))
     vm: Machine | KvmVm | ArmVm
     with busy("the guest is made ready"):
         if source is Vm.ARM:

@@ -98,10 +98,13 @@ def open_for(
     if vtcr is not None:
         try:
             VtcrFields.decode(vtcr)
-            if vttbr is not None:
-                Registers(vttbr, vtcr).decode()
         except ValueError as error:
             raise typer.BadParameter(f"--vtcr {vtcr:#x}: {error}") from error
+        if vttbr is not None:
+            try:
+                Registers(vttbr, vtcr).decode()
+            except ValueError as error:
+                raise typer.BadParameter(f"--vttbr {vttbr:#x}: {error}") from error
     return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)
 
 

@@ -34,7 +34,7 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) > width():
-        return _records(cells)
+        return _turned(cells)
     lines = (
         "  ".join(
             cell.ljust(size) if i in left else cell.rjust(size)
@@ -43,6 +43,20 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
         for row in cells
     )
     return "\n".join(lines)
+
+
+def _turned(cells: list[list[str]]) -> str:
+    """Return a table that is too wide for the screen with a column for each row, if that fits."""
+    columns = [list(column) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, row)) for row in cells]
+    if sum(widths) + 2 * (len(widths) - 1) > width():
+        return _records(cells)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(size) if i else cell.ljust(size) for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in columns
+    )
 
 
 def _records(cells: list[list[str]]) -> str:
