@@ -337,7 +337,7 @@ def _weak(name: str, summary: str, steps: str, right: str, *cites: str) -> None:
             return "a write to page x is lost: the copy is old, and the descriptor says clean"
         return None
 
-    @_mistake(name, summary, *cites)
+    @_mistake(name, summary, *cites, names=("vCPU", "S"))
     def _(wrong: bool) -> Made:
         return _setup(["store x 1", steps if wrong else right], "dirty"), [], end
 
@@ -354,7 +354,8 @@ _weak("dsb-st-after-tlbi", "a DSB ST where the DSB after the TLBI should be",
       "clear pte:x W; dsb st; tlbi x; dsb; load frame:x -> c", "5.4")  # fmt: skip
 
 
-@_mistake("last-pass-by-dmb", "a vCPU stops with a DMB and a flag, and its last marks are still on their way", "5.18")
+@_mistake("last-pass-by-dmb", "a vCPU stops with a DMB and a flag, and its last marks are still on their way", "5.18",
+          names=("vCPU", "S"))  # fmt: skip
 def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         found = End(view.protocol.setup, view.state)
@@ -1029,7 +1030,8 @@ def _(wrong: bool) -> Made:
 # --- rings, and logs that the hardware keeps -----------------------------------------------------------------------
 
 
-@_mistake("ring-without-barrier", "a ring's entry is read before what it says is there (8929bc965964)", "5.14", "R14")
+@_mistake("ring-without-barrier", "a ring's entry is read before what it says is there (8929bc965964)", "5.14", "R14",
+          names=("producer", "consumer"))  # fmt: skip
 def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         found = End(view.protocol.setup, view.state)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import faults
 from hwdbm.dirtylog.lease import Lease
@@ -22,6 +21,7 @@ from hwdbm.errors import HwdbmError, InvariantError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot
 from hwdbm.races.program import Scene
+from hwdbm.stage2 import Stage2
 
 if TYPE_CHECKING:
     from hwdbm.races.protocol import Actor, Label, Local, Protocol, Run, Situation
@@ -136,7 +136,7 @@ class _CaughtError(HwdbmError, RuntimeError):
         self.steps = steps
 
 
-class CaughtLog(SlotLog):
+class _CaughtLog(SlotLog):
     """A slot whose verbs hand out their steps rather than run them."""
 
     def run(self, steps: Steps, lo: int = 0, hi: int | None = None) -> None:  # noqa: ARG002
@@ -154,6 +154,19 @@ def _caught(call: Callable[[], object]) -> Steps:
 
 def _pages(lo: int, hi: int) -> NDArray[np.int64]:
     return np.arange(lo, hi)
+
+
+class _Backed:
+    """Pages of memory that nobody else has, one frame each, of which no block is made."""
+
+    def __init__(self, npages: int) -> None:
+        self.shared = np.zeros(npages, dtype=np.bool_)
+
+    def of(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        return pages + _FRAMES
+
+    def blockable(self, stripes: NDArray[np.intp]) -> NDArray[np.bool_]:
+        return np.zeros(stripes.size, dtype=np.bool_)
 
 
 def _change(verb: Callable[..., Any]) -> Callable[["RealSlot", int, int], Steps]:
@@ -174,9 +187,14 @@ VERBS: Final[Mapping[str, Callable[["RealSlot", int, int], Steps]]] = {
     "mark": lambda slot, lo, hi: slot.log.mark_steps(lo, hi),
     "take host flags": lambda slot, _lo, _hi: _caught(slot.log.take_host_dirty),
     "switch": lambda slot, _lo, _hi: slot.log.switch_steps(slot.other()),
+    "start full": lambda slot, _lo, _hi: slot.log.start_steps(slot.memslot(logs=True), full=True),
     "start": lambda slot, _lo, _hi: slot.log.start_steps(slot.memslot(logs=True), full=False),
     "stop": lambda slot, _lo, _hi: slot.log.stop_steps(slot.memslot(logs=False)),
-    "map": lambda slot, lo, hi: faults.map_steps(slot.log, lo, hi, 2 * _FRAMES + lo, 3, writable=True),
+    "map": lambda slot, lo, hi: faults.map_steps(slot.log, lo, hi, _FRAMES + lo, 3, writable=True),
+    "replace": lambda slot, lo, hi: faults.map_steps(slot.log, lo, hi, 2 * _FRAMES + lo, 3, writable=True),
+    "populate": lambda slot, lo, hi: faults.populate_steps(
+        slot.log, _pages(lo, hi), _Backed(slot.npages), write=True, blocks=False
+    ),
     "unmap": lambda slot, lo, hi: faults.unmap_steps(slot.log, lo, hi),
     "write fault": lambda slot, lo, hi: faults.write_fault_steps(
         slot.log, _pages(lo, hi), None, faults.Granted(), split=True, whole=False
@@ -209,12 +227,15 @@ class RealSlot:
         Whether a block maps it all.
     logs : bool
         Whether it logs from the start.
-    log_type : type
-        The `SlotLog`, or one that is not quite as it should be.
+    readonly : sequence of str
+        The pages that the host lets nobody write.
+    shared : bool
+        Whether others may write its descriptors too, so that verbs change them by the atomic kernel.
     verbs : mapping
         The steps, by name.
     """
 
+    npages: int
     log: SlotLog
     lease: Lease
     mask: NDArray[np.uint64]
@@ -228,21 +249,24 @@ class RealSlot:
         *,
         block: bool = False,
         logs: bool = True,
-        log_type: type[CaughtLog] = CaughtLog,
+        readonly: Sequence[str] = (),
+        shared: bool = False,
         verbs: Mapping[str, Callable[["RealSlot", int, int], Steps]] = VERBS,
     ) -> None:
         self.setup, self.pages, self.npages, self.verbs = setup, dict(pages), npages, verbs
         self.mechanisms = {name: make() for name, make in MECHANISMS.items()}
         self._hook: Callable[[int, int], None] = lambda _lo, _n: None
-        shared = LogParts(lambda _slot, lo, n: self._hook(lo, n))
-        self.log = log_type(self.memslot(logs=False), Granule.K4, self.mechanisms[mechanism], shared)
+        parts = LogParts(lambda _slot, lo, n: self._hook(lo, n))
+        self.log = _CaughtLog(self.memslot(logs=False), Granule.K4, self.mechanisms[mechanism], parts)
+        if shared:
+            self.log.stage2 = Stage2(npages, 0, Granule.K4, shared=True)
         self.cells = [(3, number, setup.cell(f"pte:{name}")) for name, number in self.pages.items()]
         if block:
             self.cells.append((2, 0, setup.cell("pte:block")))
             self.log.stage2.map(0, npages, _FRAMES, 2)
         else:
-            for number in self.pages.values():
-                self.log.stage2.map(number, 1, _FRAMES + number)
+            for name, number in self.pages.items():
+                self.log.stage2.map(number, 1, _FRAMES + number, writable=name not in readonly)
         if logs:
             for _ in self.log.start_steps(self.memslot(logs=True), full=False):
                 pass
@@ -301,6 +325,8 @@ class RealSlot:
             s2.level(level)[index] = desc
         _fill(s2.host_dirty, world.host)
         _fill(s2.saved.bitmap, world.saved)
+        if self.lease.generation != world.generation:
+            self.lease = Lease(log, DirtyBitmap(self.npages), 0, generation=world.generation, taken=False)
         _fill(self.lease.bitmap, world.lease)
         self.mask[:] = np.frombuffer(world.shown.to_bytes(8 * self._words(), "little"), dtype=np.uint64)
         s2.saved.span = world.span
@@ -509,18 +535,9 @@ class RealSlot:
             return "off"
         return "{" + ",".join(name for name, page in self.pages.items() if bits >> page & 1) + "}"
 
-    def lost(self, at: Outer, name: str, desc: int) -> bool:
-        """Return whether nothing says that a page is dirty: the log, its consumer, its leaf, what was saved."""
-        world, page = at.inner, self.pages[name]
-        if world.live is None:
-            return False
-        marked = (world.live | world.saved) >> page & 1 or any(lease >> page & 1 for lease, _ in at.leases)
-        dirty = desc & pte.VALID and desc & pte.DBM and desc & pte.S2AP_W
-        return not marked and not dirty
-
 
 _LEAVES: Final = frozenset(
-    {"map", "unmap", "write fault", "copy-on-write", "split", "collapse", "write-protect", "age"}
+    {"map", "replace", "populate", "unmap", "write fault", "copy-on-write", "split", "collapse", "write-protect", "age"}
 )
 _POINTS: Final = {
     Point.CLEAN: "changes leaves, publishes what they had",

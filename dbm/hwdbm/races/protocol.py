@@ -142,12 +142,15 @@ class Actor:
         The vCPU whose faults it handles, if it does.
     bounded : bool
         Whether it must come to an end whatever others do.
+    last : bool
+        Whether it begins when all others, and the vCPUs, are done.
     """
 
     name: str
     proc: Proc
     handles: int | None = None
     bounded: bool = False
+    last: bool = False
 
 
 class Local(NamedTuple):
@@ -224,6 +227,8 @@ class Protocol:
         Whether the first DSB after a TLBI may end too early (Arm erratum 4118414).
     symmetric : tuple of int
         vCPUs that are the same but for their names.
+    names : tuple of str
+        What the programs are called in a timeline; vCPU0, vCPU1 and so on by default.
     """
 
     name: str
@@ -235,6 +240,7 @@ class Protocol:
     slot: Any = None
     erratum: bool = False
     symmetric: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
     _acts: dict[tuple[int, tuple[Hashable, ...]], Act | Run | None] = field(default_factory=dict)
 
     def start(self) -> Situation:
@@ -294,7 +300,7 @@ class Protocol:
             yield from self.slot.steps(self, at, number, actor, local)
             return
         act = self.next_act(number, local.results, self._fault_page(at, actor))
-        if act is None:
+        if act is None or (actor.last and not self.ended(at, but=number)):
             return
         if isinstance(act, Run):
             yield from self.slot.begin(self, at, number, actor, local, act)
@@ -411,10 +417,12 @@ class Protocol:
 
     # --- ends and violations -----------------------------------------------------------------------------------
 
-    def ended(self, at: Situation) -> bool:
-        """Return whether everybody is done."""
+    def ended(self, at: Situation, but: int | None = None) -> bool:
+        """Return whether everybody is done, but for one of the actors."""
         return self.setup.machine.ended(at.state) and all(
-            local.idle or (local.run is None and self.next_act(n, local.results, self._fault_page(at, actor)) is None)
+            n == but
+            or local.idle
+            or (local.run is None and self.next_act(n, local.results, self._fault_page(at, actor)) is None)
             for n, (actor, local) in enumerate(zip(self.actors, at.locals, strict=True))
         )
 
@@ -460,7 +468,7 @@ class Protocol:
             "load": lambda: f"{what} reads {label[3]}",
             "retry": lambda: f"will translate again for {what}",
         }
-        return Step(f"vCPU{t}", texts.get(moment, lambda: what)(), changed)
+        return Step(self.names[t] if self.names else f"vCPU{t}", texts.get(moment, lambda: what)(), changed)
 
     def changes(self, before: Situation, after: Situation) -> tuple[str, ...]:
         """Return which cells are others, and what they hold."""
@@ -514,7 +522,7 @@ class Finding:
     lost_at: int | None = None
 
 
-def check(protocol: Protocol, limit: int | None = 2_000_000) -> Finding:
+def check(protocol: Protocol, limit: int | None = 500_000) -> Finding:
     """Explore a protocol until something is wrong, or to its end.
 
     Parameters

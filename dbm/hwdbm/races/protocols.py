@@ -4,8 +4,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 from hwdbm import pte
-from hwdbm.races.production import VERBS, CaughtLog, Outer, RealSlot
-from hwdbm.races.program import Scene
+from hwdbm.races.production import VERBS, Outer, RealSlot
+from hwdbm.races.program import End, Scene
 from hwdbm.races.protocol import Act, Actor, Protocol, Run, View, store
 
 _NPAGES: Final = 128
@@ -13,12 +13,15 @@ _PAGES: Final = {"x": 0, "y": 64}  # in two words of the bitmap, so that two ste
 Steps = Generator[Act | Run, Any, None]
 
 
-def _setup(programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, **options: Any) -> Scene:
+def _setup(
+    programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, disk: bool = False, **options: Any
+) -> Scene:
     """Return a machine whose pages are those of a real slot: frames at 512, those for copy-on-write at 1024."""
     others = [f"new:{name}" for name in pages]
     numbers = {name: 512 + number for name, number in pages.items()}
     numbers |= {f"new:{name}": 1024 + number for name, number in pages.items()}
-    cells = {f"{what}:{name}": 0 for name in pages for what in ("copy", "disk")}
+    cells = {f"{what}:{name}": 0 for name in pages for what in (("copy", "disk") if disk else ("copy",))}
+    cells |= {"given": 0, "content": 0}
     return Scene(
         dict.fromkeys(pages, "clean"), programs, cells, others,
         {"numbers": numbers, **({"block": dict(pages)} if block else {}), **options},
@@ -54,29 +57,21 @@ def _consume(bits: int, pages: Mapping[str, int]) -> Steps:
     yield _commit()
 
 
-def _kept(view: View) -> str | None:
-    """Say which write was lost: the copy isn't what memory holds, and nothing says that the page is dirty."""
+def _same(view: View) -> str | None:
+    """Say what is wrong at an end: the last pass is over, and nobody will look again."""
     slot, world = view.protocol.slot, view.world
     assert isinstance(world, Outer)  # noqa: S101 - as above
+    cells = view.protocol.setup.cells
     for name in slot.pages:
-        desc = view[f"pte:{name}"]
-        if "pte:block" in view.protocol.setup.cells and view["pte:block"] & pte.TABLE != pte.TABLE:
-            desc = view["pte:block"]
-        if view[f"copy:{name}"] != view[_frame(view, name)] and slot.lost(world, name, desc):
-            return f"a write to page {name} is lost: the copy is old, and nothing says that it is dirty"
-    return None
-
-
-def _host_kept(view: View) -> str | None:
-    """Say which write the host doesn't know of: the disk is old, and no flag says that the page is dirty."""
-    slot, world = view.protocol.slot, view.world
-    assert isinstance(world, Outer)  # noqa: S101 - as above
-    for name, number in slot.pages.items():
-        desc = view[f"pte:{name}"]
-        dirty = desc & pte.VALID and desc & pte.S2AP_W
-        flagged = (world.inner.host | world.inner.saved) >> number & 1
-        if not dirty and not flagged and view[f"disk:{name}"] != view[_frame(view, name)]:
-            return f"the host drops page {name}, which the guest has written: its flag is clear, and so is the leaf"
+        frame = view[_frame(view, name)]
+        if view[f"copy:{name}"] != frame:
+            return f"a write to page {name} is lost: the last copy is old"
+        if f"disk:{name}" in cells and view[f"disk:{name}"] != frame:
+            return f"the host drops page {name}, which the guest has written: the disk is old, and its flag clear"
+    if view["given"] and view["frame:x"] != view["content"]:
+        return "the guest wrote a frame that isn't its own any more"
+    if world.inner.live or any(lease for lease, _ in world.leases):
+        return "a page is still dirty, after a pass with nobody left who writes"
     return None
 
 
@@ -94,18 +89,27 @@ def production(
     host: bool = False,
     hd: bool = True,
     symmetric: tuple[int, ...] = (),
-    log_type: type[Any] = CaughtLog,
+    readonly: Sequence[str] = (),
+    shared: bool = False,
+    end: Callable[[View], str | None] = lambda _: None,
     verbs: Mapping[str, Any] = VERBS,
     options: Mapping[str, Any] = {},
 ) -> Protocol:
-    """Return a protocol of a real slot, with its end's condition; with `host` that of the host's flags too."""
-    setup = _setup(programs, pages, block=block, hd=hd, **options)
-    slot = RealSlot(setup, pages, npages, mechanism, block=block, logs=logs, log_type=log_type, verbs=verbs)
+    """Return a protocol of a real slot, with a last pass when all is over; with `host` one of the host's flags too."""
+    setup = _setup(programs, pages, block=block, disk=host, hd=hd, **options)
+    slot = RealSlot(
+        setup, pages, npages, mechanism, block=block, logs=logs, readonly=readonly, shared=shared, verbs=verbs
+    )
 
-    def end(view: View) -> str | None:
-        return _kept(view) or (_host_kept(view) if host else None)
+    def last() -> Steps:
+        yield from _consume((yield Run("get", (0, npages))), pages)
+        if host:
+            yield from _write_back()
 
-    return Protocol(name, setup, actors, end, summary=summary, slot=slot, symmetric=symmetric)
+    actors = [*actors, Actor("last pass", last, last=True)]
+    return Protocol(
+        name, setup, actors, lambda view: _same(view) or end(view), summary=summary, slot=slot, symmetric=symmetric
+    )
 
 
 # --- what the actors do -----------------------------------------------------------------------------------------
@@ -162,9 +166,21 @@ def _handler(verb: str = "write fault") -> Callable[[str], Steps]:
     return handle
 
 
+def _populate(page: str) -> Steps:
+    number = _PAGES[page]
+    yield Run("populate", (number, number + 1))
+
+
 def _mapper(page: str) -> Steps:
     number = _PAGES[page]
     yield Run("map", (number, number + 1))
+
+
+def _fault_or_populate(page: str) -> Steps:
+    if (yield Act("looks whether it is mapped", lambda view: view[f"pte:{page}"] & pte.VALID)):
+        yield from _handler()(page)
+    else:
+        yield from _populate(page)
 
 
 def _device() -> Steps:
@@ -178,6 +194,24 @@ def _write_back() -> Steps:
     for name, number in _PAGES.items():
         if bits >> number & 1:
             yield _copy(name, "disk")
+
+
+def _give(verb: str) -> Callable[[], Steps]:
+    """Return an actor that takes a page from the guest by a verb, and relies on its frame being still then."""
+
+    def actor() -> Steps:
+        yield Run(verb, (0, 1))
+        yield _still()
+
+    return actor
+
+
+def _still() -> Act:
+    def do(view: View) -> None:
+        view["content"] = view["frame:x"]
+        view["given"] = 1
+
+    return Act("relies on the frame of x", do)
 
 
 def _cow(page: str) -> Steps:
@@ -205,8 +239,30 @@ def _start() -> Steps:
     yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
 
 
+def _start_full() -> Steps:
+    yield Run("start full", (0, _NPAGES))
+    yield from _peek_clear()
+
+
+def _cow_only() -> Steps:
+    yield Run("write-protect", (0, 1))
+
+
+def _reads_new(view: View) -> str | None:
+    found = End(view.protocol.setup, view.state)
+    if found["a"] == 1 and found["b"] == 0:
+        return "a vCPU still reads the frame that the page had before its copy"
+    return None
+
+
+def _stop_start() -> Steps:
+    yield Run("stop", (0, _NPAGES))
+    yield from _start()
+
+
 def _cow_get() -> Steps:
     yield Run("write-protect", (0, 1))
+    yield _still()  # it is shared now
     yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
 
 
@@ -260,6 +316,26 @@ PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
         ["store x 1; store x 2"], [Actor(S, _get()), Actor("host", run("unmap", 0)), Actor(H, _mapper, 0)],
         host=True, **how,
     ),
+    "populate": lambda **how: production(
+        "populate", "an unmapped page is written: it is populated, without hardware DBM", ["store x 1; store x 2"],
+        [Actor(S, _get()), Actor("host", run("unmap", 0)), Actor(H, _fault_or_populate, 0)], host=True, **_WP, **how,
+    ),
+    "unmap-give": lambda **how: production(
+        "unmap-give", "the host unmaps a page, and gives its frame away", ["store x 1; store x 2"],
+        [Actor("host", _give("unmap"))], **how,
+    ),
+    "replace-give": lambda **how: production(
+        "replace-give", "the host maps another frame, and gives the old one away", ["store x 1; store x 2"],
+        [Actor("host", _give("replace"))], **how,
+    ),
+    "protect-share": lambda **how: production(
+        "protect-share", "the host write-protects a page, and shares its frame", ["store x 1; store x 2"],
+        [Actor("host", _give("write-protect"))], **how,
+    ),
+    "write-back-failing": lambda **how: production(
+        "write-back-failing", "the host takes its flags when the flush of a GET has failed", ["store x 1; store x 2"],
+        [Actor(S, _get_failing), Actor("host", _write_back)], host=True, **how,
+    ),
     "write-back": lambda **how: production(
         "write-back", "the host takes its dirty flags, and writes pages back, beside a GET",
         ["store x 1; store x 2"], [Actor(S, _get()), Actor("host", _write_back)], host=True, **how,
@@ -290,6 +366,10 @@ PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
         ["store x 1; store x 2"], [Actor(S, _get()), Actor("S2", run("switch", 0)), Actor(H, _handler(), 0)],
         mechanism="write-protection", **how,
     ),
+    "read-only": lambda **how: production(
+        "read-only", "a page stays read-only, whatever GET and the switch of the mechanism do",
+        ["store y 1", "store x 1"], [Actor(S, _get()), Actor("S2", run("switch", 0))], readonly=("y",), **how,
+    ),
     "age": lambda **how: production(
         "age", "pages are made old beside a GET", ["store x 1; store x 2"],
         [Actor(S, _get()), Actor("S2", run("age", 0))], **how,
@@ -297,6 +377,23 @@ PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
     "start": lambda **how: production(
         "start", "the log begins, and the first pass copies all, while the guest writes",
         ["store x 1; store x 2"], [Actor(S, _start)], logs=False, **how,
+    ),
+    "stop-start": lambda **how: production(
+        "stop-start", "the log ends and begins anew, and all is copied again, while the guest writes",
+        ["store x 1; store x 2"], [Actor(S, _stop_start)], **how,
+    ),
+    "start-full": lambda **how: production(
+        "start-full", "the log begins with all bits set, and CLEARs protect what they take",
+        ["store x 1; store x 2"], [Actor(S, _start_full)], logs=False, **how,
+    ),
+    "copy-on-write-read": lambda **how: production(
+        "copy-on-write-read", "a shared page is written, and another vCPU that knows of it reads the page",
+        ["store x 1; dsb; store y 1", "load y -> a; dsb; isb; load x -> b"],
+        [Actor(S, _cow_only), Actor(H, _cow, 0)], end=_reads_new, **how,
+    ),
+    "device-host": lambda **how: production(
+        "device-host", "a device writes and marks, and the host writes the page back", [],
+        [Actor("device", _device), Actor("host", _write_back)], host=True, **how,
     ),
     "device": lambda **how: production(
         "device", "a device writes and marks, beside a GET", ["store y 1"],
