@@ -455,7 +455,10 @@ class Stage2:
 
     def dirty(self) -> DirtyBitmap:
         """Return what `harvest` would, and change nothing."""
-        return self.scan(pte.dirty) | self.saved.bitmap
+        found = self.scan(pte.dirty)
+        with self._lock:  # a verb that replaces leaves saves what they recorded before it gives this back
+            found |= self.saved.bitmap
+        return found
 
     def writable(self) -> DirtyBitmap:
         """Return the pages whose leaf has S2AP[1] set: in a table kept without DBM, what was written."""
