@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwdbm import DirtyBitmap, pte
+from hwdbm import DirtyBitmap, Granule, Stage2, pte
 from hwdbm.image import Image, open_image
+from hwdbm.image.runs import widen
 
 CAPTURES = Path(__file__).parents[1] / "data" / "captures"
 DBM = sorted(CAPTURES.glob("*/round*.npz"))
@@ -41,6 +42,24 @@ def test_all_are_here() -> None:
     ]
 
 
+@pytest.mark.parametrize(("granule", "entries"), [(Granule.K4, 16), (Granule.K16, 128), (Granule.K64, 32)], ids=str)
+def test_a_contiguous_run_is_widened(granule: Granule, entries: int) -> None:
+    """Of a slot that begins and ends in the middle of a run; leaves without the bit speak for themselves."""
+    s2 = Stage2(3 * entries, entries // 2, granule)
+    s2.map(s2.base_gfn, s2.npages, pfn=s2.base_gfn, dbm=True)
+    s2.level(3)[: entries // 2 + entries] |= np.uint64(pte.CONTIGUOUS)
+    bitmap = DirtyBitmap.from_pages([0, entries, 2 * entries], s2.npages)
+    widen(bitmap, s2)
+    assert bitmap.ranges().tolist() == [[0, entries // 2 + entries], [2 * entries, 1]]
+    blocks = Stage2(granule.pages_per_entry(2) * 64, 0, granule)
+    blocks.map(0, blocks.npages, pfn=0, level=2, dbm=True)
+    blocks.level(2)[:] |= np.uint64(pte.CONTIGUOUS)
+    bitmap = DirtyBitmap.from_pages([blocks.npages - 1], blocks.npages)
+    widen(bitmap, blocks)
+    run = granule.contiguous_entries(2) * granule.pages_per_entry(2)
+    assert bitmap.ranges().tolist() == [[blocks.npages - run, run]]
+
+
 @pytest.mark.parametrize("path", DBM, ids=lambda path: path.parent.name)
 class TestHardwareDbm:
     def test_dirty_is_what_was_expected(self, path: Path) -> None:
@@ -48,13 +67,13 @@ class TestHardwareDbm:
         with np.load(path) as arrays:
             for slot, _, npages in slots_of(path):
                 expected = bitmap(arrays, f"expected_dirty_slot{slot}", npages)
-                assert image.dirty(slot, page_size=4096) == expected
+                assert image.dirty(slot, page_size=4096, contiguous=False) == expected
                 assert image.truth(image.slot(slot)) == expected
                 wide = bitmap(arrays, f"expected_dirty_cont_slot{slot}", npages)
-                assert image.dirty(slot, page_size=4096, contiguous=True) == wide
+                assert image.dirty(slot, page_size=4096) == wide
                 assert image.truth(image.slot(slot), contiguous=True) == wide
                 untracked = bitmap(arrays, f"nodbm_writable_slot{slot}", npages)
-                writable = image.dirty(slot, "writable", 4096)
+                writable = image.dirty(slot, "writable", 4096, contiguous=False)
                 assert writable == expected | untracked
                 assert image.truth(image.slot(slot), "writable") == writable
 

@@ -93,11 +93,11 @@ def harvest(
     contiguous: Annotated[
         bool,
         typer.Option(
-            "--contiguous",
+            "--contiguous/--no-contiguous",
             help="A dirty entry of a contiguous run (bit 52) makes the whole run dirty: hardware "
-            "may mark any one of it. By default each entry speaks for itself.",
+            "may mark any one of it. Or each entry speaks for itself.",
         ),
-    ] = False,
+    ] = True,
     check: Annotated[bool, typer.Option("--check", help="Compare with the truth that a capture carries.")] = False,
     live: Annotated[
         bool,
@@ -166,8 +166,6 @@ def _check_live(*, live: bool, clean: bool, output: Path | None, ask: Ask) -> No
         raise typer.BadParameter("--clean without --output DIR would forget which pages were dirty")
     if clean and ask.policy != "dbm":
         raise typer.BadParameter("--clean is of leaves with DBM, and not of --policy writable")
-    if clean and ask.contiguous:
-        raise typer.BadParameter("--contiguous and --clean: read once with --contiguous before")
 
 
 def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: Live | None = None) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: L
         try:
             for one in found.slots:
                 if clean is not None:
-                    put_back.append(clean_slot(clean, one))
+                    put_back.append(clean_slot(clean, one, contiguous=ask.contiguous))
                 one.file = folder / f"slot{one.slot.id}.bitmap"
                 files.write(one.file, one.bitmap.to_bytes())
         except BaseException:

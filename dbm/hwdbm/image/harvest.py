@@ -14,7 +14,7 @@ from hwdbm.granule import LEAF_LEVELS
 from hwdbm.image.fill import Filler
 from hwdbm.image.live import Live
 from hwdbm.image.reader import Image, Policy, Visitor
-from hwdbm.image.runs import RunMarker
+from hwdbm.image.runs import RunMarker, widen
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.layout import runs_of
@@ -33,14 +33,14 @@ class Ask:
     page_size : int or None
         What a bit stands for, in bytes; None is the granule.
     contiguous : bool
-        Whether whole contiguous runs are dirty if one entry is.
+        Whether a contiguous run is one leaf: dirty as a whole if one entry is.
     check : bool
         Whether to compare with the truth in the file.
     """
 
     policy: Policy
     page_size: int | None = None
-    contiguous: bool = False
+    contiguous: bool = True
     check: bool = False
 
 
@@ -129,7 +129,7 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
     tables = image.read(
         *visitors,
         *(Filler(stage2, image.vtcr) for stage2 in stage2s),
-        *(marker for marker in runs if marker),
+        *(marker for marker in runs if marker is not None),
     )
     seconds = time.perf_counter() - start
     bitmaps = [
@@ -145,14 +145,14 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
             bitmap.weight(),
             _range_count(bitmap),
             _dirty_leaves(stage2, ask.policy),
-            _compare(image, slot, ask, page_size, bitmap) if ask.check else None,
+            _compare(image, slot, ask, page_size, bitmap, wide=bool(marker)) if ask.check else None,
         )
-        for slot, stage2, page_size, bitmap in zip(image.slots, stage2s, page_sizes, bitmaps, strict=True)
+        for slot, stage2, page_size, bitmap, marker in zip(image.slots, stage2s, page_sizes, bitmaps, runs, strict=True)
     ]
     return Found(ask, found, sum(tables.values()), seconds)
 
 
-def clean_slot(live: Live, found: FoundSlot) -> Callable[[], None]:
+def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Callable[[], None]:
     """Clean a slot's pages in the tables of a machine that runs; what was dirty then is what was found.
 
     Parameters
@@ -161,6 +161,8 @@ def clean_slot(live: Live, found: FoundSlot) -> Callable[[], None]:
         The machine's RAM.
     found : FoundSlot
         The slot, as `harvest_slots` found it: its bitmap is made anew.
+    contiguous : bool
+        Whether a contiguous run is one leaf.
 
     Returns
     -------
@@ -185,7 +187,10 @@ def clean_slot(live: Live, found: FoundSlot) -> Callable[[], None]:
 
     try:
         stage2.harvest_into(dirty)
-        found.bitmap = cut(dirty, found.slot, live.granule, found.page_size)
+        report = dirty.copy()
+        if contiguous:
+            widen(report, stage2)
+        found.bitmap = cut(report, found.slot, live.granule, found.page_size)
         found.dirty, found.ranges, found.leaves = found.bitmap.weight(), _range_count(found.bitmap), {}
     except BaseException:
         put_back()
@@ -232,12 +237,12 @@ def _dirty_leaves(stage2: Stage2, policy: Policy) -> dict[int, int]:
     return leaves
 
 
-def _compare(image: Image, slot: Slot, ask: Ask, page_size: int, bitmap: DirtyBitmap) -> DirtyBitmap:
-    truth = image.truth(slot, ask.policy, contiguous=ask.contiguous)
+def _compare(image: Image, slot: Slot, ask: Ask, page_size: int, bitmap: DirtyBitmap, *, wide: bool) -> DirtyBitmap:
+    truth = image.truth(slot, ask.policy, contiguous=wide)
     if truth is None:
         raise ImageError(
             f"the image doesn't say what is dirty in slot {slot.id} (policy {ask.policy}"
-            f"{', contiguous' if ask.contiguous else ''}): there is nothing to compare with"
+            f"{', contiguous' if wide else ''}): there is nothing to compare with"
         )
     # In pages of 4 KiB, all of a larger page are dirty if one is: the truth is rounded likewise.
     parts = page_size // SLOT_UNIT

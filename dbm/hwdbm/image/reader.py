@@ -158,7 +158,7 @@ class Image:
         policy: Policy = "dbm",
         page_size: int | None = None,
         *,
-        contiguous: bool = False,
+        contiguous: bool = True,
     ) -> DirtyBitmap:
         """Return the dirty pages of a slot, as they are in the image.
 
@@ -173,7 +173,8 @@ class Image:
             What a bit stands for, in bytes; the granule by default.
         contiguous : bool
             Whether a dirty entry of a contiguous run makes all of the run dirty, as the
-            architecture asks of software. Without it the bitmap is what the entries say.
+            architecture asks of software: hardware may mark any one of it (I_NFFSV). Without it the
+            bitmap is what the entries say.
 
         Raises
         ------
@@ -188,7 +189,7 @@ class Image:
         stage2 = self.empty_stage2(of)
         visitors: list[Visitor] = [Filler(stage2, self.vtcr)]
         runs = RunMarker(of, self.granule, writable=policy == "writable") if contiguous else None
-        if runs:
+        if runs is not None:
             visitors.append(runs)
         self.read(*visitors)
         return self.bitmap(of, stage2, policy, size, runs)
@@ -211,7 +212,7 @@ class Image:
         if stage2.npages != slot.frames(self.granule)[1]:
             raise ImageError(f"the slot has {slot.frames(self.granule)[1]} pages, and the leaves {stage2.npages}")
         dirty = stage2.writable() if policy == "writable" else stage2.dirty()
-        if runs:
+        if runs is not None:
             dirty |= runs.bitmap()
         return cut(dirty, slot, self.granule, page_size)
 

@@ -7,6 +7,7 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.image.slots import Slot
 from hwdbm.image.walk import Batch
+from hwdbm.stage2 import Stage2
 
 
 class RunMarker:
@@ -32,6 +33,10 @@ class RunMarker:
         self.lead = self.first % self.run  # pages of the first run that are before the slot
         self.page_runs = np.zeros(-(-(self.lead + self.npages) // self.run), dtype=np.bool_)
         self.block_runs: list[tuple[int, int]] = []  # pages [start, stop), counted from the slot
+
+    def __bool__(self) -> bool:
+        """Whether there is a dirty run."""
+        return bool(self.block_runs) or bool(self.page_runs.any())
 
     def __call__(self, batch: Batch) -> None:
         """Take the dirty runs of the batch."""
@@ -60,3 +65,14 @@ class RunMarker:
         for start, stop in self.block_runs:
             pages.set_range(start, stop - start)
         return pages
+
+
+def widen(bitmap: DirtyBitmap, stage2: Stage2) -> None:
+    """Set the bits of all contiguous runs of which a leaf's is set; a run's pages outside of the slot are left out."""
+    leaves, pages = stage2.leaf_at(bitmap.pages()), bitmap.pages()
+    for level in LEAF_LEVELS:
+        size = stage2.granule.contiguous_entries(level) * stage2.granule.pages_per_entry(level)
+        of = (leaves.level == level) & (leaves.desc & np.uint64(pte.CONTIGUOUS) != 0)
+        for start in (np.unique((pages[of] + stage2.base_gfn) // size) * size - stage2.base_gfn).tolist():
+            stop = min(start + size, stage2.npages)
+            bitmap.set_range(max(start, 0), stop - max(start, 0))
