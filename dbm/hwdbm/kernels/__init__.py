@@ -7,9 +7,9 @@ hardware, other threads and other processes write at the same time. An array has
 is installed.
 
 Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``runs``, a (k, 3) int64 array of rows
-(start, stop, bit), sorted and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from ``bit``
-on; and bitmap words. So descriptors may lie where they like, in table pages too. Between runs whose bits are as far
-apart as they are, nothing matches, and a kernel may read there too.
+(start, stop, bit), sorted by bit and disjoint: the descriptors ``pte[start:stop]`` are those of the bitmap's bits from
+``bit`` on; and bitmap words. So descriptors may lie where they like, in table pages too. Between runs whose bits are as
+far apart as they are, nothing matches, and a kernel may read there too.
 
 Functions at an index take the entries of any level, ``index``, an (n,) int64 array of entries, each once, and a
 `Place`, which says which pages they stand for.
@@ -198,7 +198,9 @@ def available() -> tuple[Name, ...]:
 
 
 def use(name: Name) -> None:
-    """Use the implementation `name` for arrays made from now on.
+    """Use the implementation `name` for arrays that none has worked on yet.
+
+    Arrays keep the implementation that worked on them first, or that they were made with: several work side by side.
 
     Parameters
     ----------
