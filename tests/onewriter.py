@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.leaves import Leaves
 
-# The reference, its vCPU, what draws tables at random, and what puts the states of an exploration.
-REFERENCES = {"hwdbm.walker", "hwdbm.machine.reference", "hwdbm.testing", "hwdbm.races.production"}
+# The reference, its vCPU, what draws tables at random, and what puts the states of an exploration or a benchmark.
+REFERENCES = {
+    "hwdbm.walker",
+    "hwdbm.machine.reference",
+    "hwdbm.testing",
+    "hwdbm.races.production",
+    "hwdbm.bench.suite",
+}
 
 Arrays = dict[int, NDArray[np.uint64]]
 

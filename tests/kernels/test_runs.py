@@ -45,6 +45,10 @@ class Ram:
         if tables and rng.random() < 0.7:
             rng.shuffle(places)
         first = lead + width * (np.arange(tables) + (np.cumsum(rng.integers(0, 3, tables)) if holes else 0))
+        for number in np.flatnonzero(np.diff(places) == np.diff(first)).tolist():
+            if ((places > places[number]) & (places < places[number + 1])).any():
+                places.sort()  # another table must not lie where a kernel may read through
+                break
         self.runs = np.array([places, places + width, first], dtype=np.int64).T.copy()
         if tables:  # the slot begins and ends inside of a table
             self.runs[0, [0, 2]] += min(width - 1, int(rng.integers(0, 70)))
@@ -87,7 +91,7 @@ CASES = given(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @CASES
 def test_runs_anywhere(
     kernels: ModuleType, small_blocks: None, seed: int, tables: int, width: int, lead: int, holes: bool
