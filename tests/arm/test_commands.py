@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,15 @@ def test_options_that_have_no_effect_are_refused(run):
         done = run("migrate", "--source", "arm", "--memory", "8M", *option)
         assert done.status == 2, done.err
         assert option[0] in done.err or "nobody" in done.err
+
+
+def test_the_example_of_the_documentation():
+    example = Path(__file__).parents[2] / "docs" / "examples" / "track_machine.py"
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", example], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the copy is equal" in done.stdout
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from armjudge import CERTAIN, Judge
 from hwdbm.arm import ArmVm, GuestMemoryError
 from hwdbm.arm.abi import GuestKind
 from hwdbm.granule import Granule
+from hwdbm.snapshot import rebase_all, write_diff, write_full
 from hwdbm.vm import Durable, Exclusive, Provable, Source
 
 MEMORY = 4 << 20
@@ -152,6 +153,31 @@ def test_it_goes_on_where_it_arrives(granule, blocks):
             vm.stop_log()
             if blocks:
                 assert vm.stage2(0).block_spans().tolist() == [[0, MEMORY // vm.page_size]]
+
+
+def test_snapshots(tmp_path):
+    """A full one, and what was written since, laid over it: that is the memory."""
+    with ArmVm(MEMORY, guest="mixed", vcpus=3, granule=Granule.K16) as vm:
+        write_full(vm, tmp_path / "full")
+        for name in ("one", "two"):
+            vm.resume()
+            time.sleep(0.05)
+            vm.pause()
+            write_diff(vm, tmp_path / name)
+        rebase_all(tmp_path / "full", [tmp_path / "one", tmp_path / "two"])
+        found = (tmp_path / "full").read_bytes()
+        assert found == b"".join(vm.memory(slot.id).tobytes() for slot in sorted(vm.slots, key=lambda slot: slot.id))
+
+
+def test_a_guest_that_only_faults_is_said_so(monkeypatch):
+    monkeypatch.setattr("hwdbm.arm.vm._PROOF", 0.3)
+    with ArmVm(MEMORY, guest="sequential", vcpus=1) as vm:
+        vm.stage2(0).unmap(vm.slots[0].base_gfn, 1024)
+        vm.board.flush()
+        vm.resume()
+        with pytest.raises(OSError, match=r"vCPU 0 faulted \d+ times, last at ipa 0x80000040 \(ESR_EL2 0x9"):
+            vm.prove()
+        vm.pause()
 
 
 def test_a_guest_with_a_rate_goes_on_in_a_younger_machine():

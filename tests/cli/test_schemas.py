@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import typer
+from synthetic import DBM, S2AP_W, Geometry, Tables
 
 from hwdbm.cli import races
 from hwdbm.cli.app import app
@@ -76,8 +77,16 @@ def test_a_schema_refuses_what_is_wrong(wrong: object) -> None:
 def test_harvest(run, tmp_path: Path) -> None:
     found = run("harvest", CAPTURE, "--check", "--output", tmp_path / "out", "--json")
     failed = run("harvest", CAPTURE, tmp_path / "nowhere.npz", "--json")
-    assert (found.status, failed.status) == (0, 1)
-    check("harvest", found.out, failed.out)
+    tables = Tables(Geometry(12, 1, 36))
+    tables.leaf(0, 3, DBM | S2AP_W)
+    base, ram = tables.raw()
+    (tmp_path / "ram").write_bytes(ram)
+    registers = ["--vttbr", hex(tables.g.vttbr(tables.root)), "--vtcr", hex(tables.g.vtcr)]
+    live = run(
+        *("harvest", tmp_path / "ram", "--live", "--ram-base", hex(base), *registers, "--slot", "0:0:2M", "--json")
+    )
+    assert (found.status, failed.status, live.status) == (0, 1, 0)
+    check("harvest", found.out, failed.out, live.out)
 
 
 def test_inspect(run) -> None:

@@ -308,6 +308,18 @@ class Board:
                     EIO, f"vCPU {number} crashed at {vcpu.pc:#x} (ESR_EL2 {vcpu.fault_esr:#x}, ELR_EL1 {vcpu.elr:#x})"
                 )
 
+    def faults(self) -> str:
+        """Return what is to be said of stage-2 faults that the vCPUs took, nothing if there were none."""
+        text = ""
+        for number in range(self.vcpus):
+            vcpu = self.vcpu(number)
+            if vcpu.faults:
+                text += (
+                    f"; vCPU {number} faulted {vcpu.faults} times, last at ipa {vcpu.fault_ipa:#x} "
+                    f"(ESR_EL2 {vcpu.fault_esr:#x})"
+                )
+        return text
+
     # --- the end -------------------------------------------------------------------------------------------
 
     def _unplug(self) -> None:

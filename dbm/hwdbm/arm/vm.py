@@ -34,7 +34,7 @@ DATA_SLOT, PRIVATE_SLOT = 0, 1
 _DATA_PA = 0x8000_0000  # blocks of any size are aligned there
 _IPA_BITS = 40
 _MMFR1 = 0x22  # ID_AA64MMFR1_EL1 of QEMU's cpu `max`, as far as it matters: 16-bit VMIDs, hardware DBM
-_PROOF = 20.0  # seconds that a guest has to write something
+_PROOF = 10.0  # seconds that a guest has to write something
 _LOOK = 0.02
 _MAGIC = b"hwdbmarm"
 _HEAD = len(_MAGIC) + 32 + 8
@@ -379,7 +379,7 @@ class ArmVm(LoggedVm):
         while self.pages == before and any(task.kind != GuestKind.IDLE for task in self.guests.tasks):
             self.board.check()
             if monotonic() > until:
-                raise OSError(ETIMEDOUT, f"the guests wrote no page in {_PROOF:g} s")
+                raise OSError(ETIMEDOUT, f"the guests wrote no page in {_PROOF:g} s{self.board.faults()}")
             sleep(_LOOK)
         self.pause()
         try:
