@@ -21,7 +21,7 @@ from hwdbm.dirtylog import faults
 from hwdbm.dirtylog.client import LogClient, Turn
 from hwdbm.dirtylog.faults import Backing, Granted, Verb
 from hwdbm.dirtylog.lease import Lease, kept
-from hwdbm.dirtylog.mechanism import MECHANISMS, HardwareDbm, Mechanism, WriteProtect
+from hwdbm.dirtylog.mechanism import MECHANISMS, Mechanism, named
 from hwdbm.dirtylog.slot import FlushHook, LogParts, SlotLog, Span, Steps
 from hwdbm.dirtylog.stats import Stats
 from hwdbm.errors import BitmapError, GfnError
@@ -131,8 +131,8 @@ class DirtyLog:
         self._plan: Plan | None = None  # a change of the memslots that is under way
         self._shared = LogParts(flush, check.integer(workers, "workers", 1, 1 << 10))
         self._mechanisms = {name: make() for name, make in MECHANISMS.items()}
-        named = _named(hw_dbm)
-        self._mechanism = self._by_name(named if mechanism is None else mechanism)
+        usual = named(check.flag(hw_dbm, "hw_dbm"))
+        self._mechanism = self._by_name(usual if mechanism is None else mechanism)
 
     def __repr__(self) -> str:
         return f"<DirtyLog: {len(self._slots)} slots, {self.mechanism}{', manual' if self._manual else ''}>"
@@ -303,7 +303,7 @@ class DirtyLog:
             Whether the MMU is to record. The VM's VTCR_EL2.HD is the caller's: on before this enables, and off
             after it disabled.
         """
-        self.set_mechanism(_named(enable))
+        self.set_mechanism(named(check.flag(enable, "enable")))
 
     def set_mechanism(self, name: str) -> None:
         """Change how writes are learnt of while the VM runs.
@@ -935,10 +935,6 @@ def _check_range(found: SlotLog, first_page: int, num_pages: int) -> int:
             f"{found.name}: num_pages {num_pages} is neither a multiple of 64 nor the {rest} to the slot's end",
         )
     return first_page + num_pages
-
-
-def _named(hw_dbm: bool) -> str:
-    return HardwareDbm.name if check.flag(hw_dbm, "hw_dbm") else WriteProtect.name
 
 
 def _stepwise(found: SlotLog, parts: list[Span]) -> Iterator[tuple[int, int]]:

@@ -185,3 +185,8 @@ class WriteProtect:
 
 
 MECHANISMS: Final[dict[str, type[Mechanism]]] = {each.name: each for each in (HardwareDbm, WriteProtect)}
+
+
+def named(hw_dbm: bool) -> str:
+    """Return the name of the mechanism that a log has by default, with hardware DBM or without."""
+    return HardwareDbm.name if hw_dbm else WriteProtect.name
