@@ -432,7 +432,7 @@ class DirtyBitmap:
     def coarsen(self, factor: int) -> Self:
         """Return the bitmap of pages `factor` times larger: one is dirty if any of its parts is.
 
-        The last page may be a part of one.
+        The last page may cover fewer.
 
         Examples
         --------

@@ -39,11 +39,11 @@ def integer(
     value : int or numpy integer
         Whatever has ``__index__``, but no bool: ``True`` is a slip more often than a 1.
     name : str
-        What the value is called in the error's text.
+        The value's name in the error's text.
     low, high : int or None
         The smallest and the largest value allowed; None for no bound.
     error : type
-        What a value out of range raises.
+        The error for a value out of range.
 
     Raises
     ------
@@ -341,13 +341,13 @@ def uint64s(
     value : (n,) uint64 array
         It is returned as it is, and never copied.
     name : str
-        What the array is called in the error's text.
+        The array's name in the error's text.
     size : int, optional
         The elements that it must have.
     writable : bool
         Whether it will be written to.
     error : type
-        What a wrong shape, size or a read-only array raises.
+        The error for a wrong shape or size, or a read-only array.
 
     Raises
     ------

@@ -151,7 +151,7 @@ class ConvergenceError(HwdbmError, OSError):
 
 
 def printable(text: str) -> str:
-    r"""Return a foreign text with escapes in place of what a terminal would obey or wouldn't show.
+    r"""Return a foreign text with control and unprintable characters escaped.
 
     Examples
     --------

@@ -98,7 +98,7 @@ class NewFile:
             raise OSError(EINVAL, "what is there is no regular file")
 
     def _remove_stale(self) -> None:
-        """Remove the files of writers that were killed: those that nobody holds a lock on."""
+        """Remove the files of writers that were killed: files without a lock."""
         with os.scandir(self._folder) as entries:
             names = [entry.name for entry in entries]
         for name in names:

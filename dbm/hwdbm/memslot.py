@@ -34,7 +34,7 @@ _BASE = attrgetter("base_gfn")
 
 
 def slot_name(slot: int) -> str:
-    """Return what a slot is called in a text; any integer has a name, since errors about ids out of range need one.
+    """Return a slot's name for a text. Any integer has one, since errors about ids out of range need it.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def slot_name(slot: int) -> str:
 
 
 class Change(Enum):
-    """What a call of ``KVM_SET_USER_MEMORY_REGION`` changes: ``enum kvm_mr_change``, and nothing."""
+    """The kind of a ``KVM_SET_USER_MEMORY_REGION`` call: ``enum kvm_mr_change``, with a value for no change."""
 
     NOTHING = "nothing"
     CREATE = "create"
@@ -126,7 +126,7 @@ class Plan:
     Parameters
     ----------
     change : Change
-        What kind of change it is.
+        The kind of change.
     old, new : Memslot or None
         The slot before and after; None where there is none.
     """
@@ -236,7 +236,7 @@ class Memslots:
         Returns
         -------
         Plan
-            What was changed.
+            The kind of change.
         """
         plan = self.plan(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         self.commit(plan)

@@ -118,7 +118,7 @@ class State(IntEnum):
 def _descriptors(value: Any, name: str) -> Any:
     """Return an integer of 64 bits as an `int`, or an array of them as it is.
 
-    What isn't a number of Python's or numpy's passes: the proofs run this code on symbols.
+    Values of other libraries pass: the proofs run this code on symbols.
     """
     if isinstance(value, np.ndarray) and value.ndim:
         if value.dtype not in (np.uint64, object) or isinstance(value, np.ma.MaskedArray):
@@ -188,7 +188,7 @@ class Match:
     mask : int
         The bits that are looked at.
     value : int
-        What they must be; 0 outside of `mask`.
+        The values of those bits; 0 outside of `mask`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""VTCR_EL2 and VTTBR_EL2 as values: the shape of a VM's stage-2 tables, and who records writes.
+"""VTCR_EL2 and VTTBR_EL2 as values: the shape of a VM's stage-2 tables, and whether hardware records writes.
 
 Arm ARM DDI0487, D24.2 (the registers) and D8.2.2 (the geometry; AArch64.S2InvalidSL and
 AArch64.S2InconsistentSL in pseudocode). What KVM writes: arch/arm64/kvm/hyp/pgtable.c,

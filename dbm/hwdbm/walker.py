@@ -540,7 +540,7 @@ def guest_write(s2: Stage2, gfn: int, *, ha: bool = True, hd: bool = True) -> Ac
     Returns
     -------
     Access
-        What the guest saw. AF is never set without the dirty state where both are due (R_PRHKD, I_DSHLJ).
+        The outcome of the access. AF is never set without the dirty state where both are due (R_PRHKD, I_DSHLJ).
     """
     return _access(s2, gfn, write=True, ha=flag(ha, "ha"), hd=flag(hd, "hd") and ha)
 

@@ -1,9 +1,9 @@
 """The dirty log: KVM's GET and CLEAR over memslots, with hardware DBM or write-protection behind it.
 
-`DirtyLog` is what programs use, `Lease` what it hands out on request. The modules of this package are its parts: the
-log with KVM's calls (`log`), a memslot's protocol (`slot`) and the ranges of it that are held (`rangelock`), what
-changes leaves (`faults`), how writes are learnt of (`mechanism`), pages that are lent (`lease`) and to whom (`client`),
-and the counts (`stats`).
+`DirtyLog` is what programs use, `Lease` what it hands out on request. The modules of this package are its parts: KVM's
+calls (`log`), the protocol of one memslot (`slot`), claims on ranges of it (`rangelock`), the bulk verbs that change
+leaves (`faults`), how the log learns of writes (`mechanism`), pages on loan (`lease`), the exclusive consumer
+(`client`), and counts (`stats`).
 """
 
 from hwdbm.dirtylog.client import LogClient, Turn

@@ -1,4 +1,4 @@
-"""The exclusive consumer of a dirty log: while somebody is it, nobody else takes pages or switches the log off."""
+"""The exclusive consumer of a dirty log. While there is one, no other takes pages or switches the log off."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ from hwdbm.dirtylog.lease import Lease
 
 
 class Turn:
-    """Whose turn it is to take from a log: anybody's, or one client's alone.
+    """The right to take pages from a log: every consumer has it, or one client alone.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class Turn:
         return None if self._holder is None else self._holder()
 
     def check(self, what: str, client: "LogClient | None" = None) -> None:
-        """Raise EBUSY with the holder's name if the log is that of another client; `what` is what was asked for.
+        """Raise EBUSY with the holder's name if another client has the log; `what` names the refused call.
 
         The caller holds the lock, or what else keeps the answer true for as long as it matters.
         """
@@ -75,7 +75,7 @@ class LogClient:
     Attributes
     ----------
     name : str
-        What others are told that the log is in use by.
+        The name that refused callers are told.
     closed : bool
         Whether it was closed.
     """
@@ -117,5 +117,5 @@ class LogClient:
 
     def __del__(self) -> None:
         if not self.closed and os.getpid() == self._owner:
-            # Without `source`: who records the warning would keep the client, and so the log.
+            # Without `source`: a recorder of warnings would keep the client alive, and so the log.
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""What changes the leaves of a slot under a log: map, unmap, and what a fault's handler does, for many pages at once.
+"""The verbs that change the leaves of a slot under a log, in bulk: map, unmap, populate, write faults.
 
 Each is steps for `SlotLog.run_leaves`, with the pages held out to where leaves end. A single page is the bulk of one.
 """
@@ -24,7 +24,7 @@ Verb = Callable[[Stage2, int, int], int]
 
 @runtime_checkable
 class Backing(Protocol):
-    """What is behind the pages of a slot: the host's page table, as a fault's handler asks it."""
+    """The host's page table behind a slot, as the fault handler asks it."""
 
     shared: NDArray[np.bool_]
     """Whether others have a page's frame too, by page: the guest may only read it."""
@@ -38,7 +38,7 @@ class Backing(Protocol):
 
 @dataclass(slots=True)
 class Granted:
-    """What became of write faults.
+    """The outcome of write faults.
 
     Parameters
     ----------

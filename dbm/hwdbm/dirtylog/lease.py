@@ -28,7 +28,7 @@ class Lender(Protocol):
 
     @property
     def name(self) -> str:
-        """What the lender is called in an error's text."""
+        """The lender's name in an error's text."""
 
     @property
     def generation(self) -> int:
@@ -102,7 +102,7 @@ class _Loan(ref["Lease"]):
 
 
 class Lease:
-    """Dirty pages that a consumer has on terms: it commits what it copied, or rolls back what it failed to.
+    """Dirty pages on loan: the consumer commits pages that it copied, and rolls back pages that it failed to copy.
 
     As a context manager it commits at the end of the block, and rolls back where the block raises. A lease that was
     settled inside of the block stays as it is. If it must roll back and the bitmap is gone, the block's own exception
@@ -180,7 +180,7 @@ class Lease:
 
     @property
     def generation(self) -> int:
-        """The lender's generation that the pages are of."""
+        """The lender's generation when the pages were taken."""
         return self._generation
 
     def words(self, lo: int, hi: int) -> NDArray[np.uint64]:

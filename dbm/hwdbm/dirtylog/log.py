@@ -63,7 +63,7 @@ class DirtyLog:
     workers : int
         Threads that the steps of a GET, CLEAR or sync run in, the caller's among them.
     mechanism : str, optional
-        How writes are learnt of, by its name in `hwdbm.dirtylog.MECHANISMS`; by default what `hw_dbm` says.
+        How the log learns of writes: a name in `hwdbm.dirtylog.MECHANISMS`. `hw_dbm` decides by default.
 
     Raises
     ------
@@ -146,7 +146,7 @@ class DirtyLog:
 
     @property
     def mechanism(self) -> str:
-        """How writes are learnt of: a name in `hwdbm.dirtylog.MECHANISMS`."""
+        """How the log learns of writes: a name in `hwdbm.dirtylog.MECHANISMS`."""
         return self._mechanism.name
 
     @property
@@ -166,7 +166,7 @@ class DirtyLog:
 
     @property
     def stats(self) -> Stats:
-        """What was done so far: flushes, leaves read, words written."""
+        """The counts so far: flushes, leaves read, words written."""
         return self._shared.meter.stats
 
     @property
@@ -306,7 +306,7 @@ class DirtyLog:
         self.set_mechanism(named(check.flag(enable, "enable")))
 
     def set_mechanism(self, name: str) -> None:
-        """Change how writes are learnt of while the VM runs.
+        """Change how the log learns of writes while the VM runs.
 
         Slots are switched one after the other, each under a lock of the whole of it. If a flush fails, those before are
         switched, and a further call does the rest.
@@ -484,7 +484,7 @@ class DirtyLog:
         Parameters
         ----------
         name : str
-            What the others are told.
+            The name that refused callers are told.
 
         Returns
         -------
@@ -513,7 +513,7 @@ class DirtyLog:
 
     @property
     def turn(self) -> Turn:
-        """Whose turn it is to take pages."""
+        """The right to take pages: every consumer's, or one client's."""
         return self._shared.turn
 
     def _client(self, name: str, prepare: Callable[[int], object]) -> LogClient:
@@ -551,7 +551,7 @@ class DirtyLog:
             step = hi - lo if workers == 1 else max(-(-(hi - lo) // workers // _SHARE) * _SHARE, _SHARE)
         return [(start, min(start + step, hi)) for start in range(lo, hi, max(step, 1))]
 
-    # --- who writes ----------------------------------------------------------------------------------------
+    # --- writers -------------------------------------------------------------------------------------------
 
     def map(
         self,

@@ -43,7 +43,7 @@ Place = Callable[[], Span]
 
 
 class Point(Enum):
-    """What a step of the protocol does next."""
+    """The next act of a step of the protocol."""
 
     CLEAN = "clean"
     """Change leaves; what they had recorded is published, or saved, in the same pass."""
@@ -59,7 +59,7 @@ class Point(Enum):
 
 @dataclass(eq=False, slots=True)
 class LogParts:
-    """What all slots of a log have in common.
+    """The parts that all slots of a log share.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class LogParts:
     meter : Meter
         The counts.
     turn : Turn
-        Whose turn it is to take pages.
+        The right to take pages.
     """
 
     flush: FlushHook | None
@@ -102,9 +102,9 @@ class SlotLog:
     granule : Granule
         The size of a page.
     mechanism : Mechanism
-        How writes are learnt of.
+        How the log learns of writes.
     shared : LogParts
-        What all slots have in common.
+        The parts that all slots share.
 
     Attributes
     ----------
@@ -132,7 +132,7 @@ class SlotLog:
 
     @property
     def name(self) -> str:
-        """What the slot is called in an error's text."""
+        """The slot's name in an error's text."""
         return slot_name(self.memslot.id)
 
     @property
@@ -158,7 +158,7 @@ class SlotLog:
         return self.live
 
     def check_turn(self, what: str, consumer: LogClient | None = None) -> None:
-        """Raise EBUSY if the log is that of another client; `what` is what was asked for."""
+        """Raise EBUSY if another client has the log; `what` names the refused call."""
         if self.shared.turn.holder is not None:
             self.shared.turn.check(f"{self.name}: {what}", consumer)
 

@@ -1,4 +1,4 @@
-"""What a dirty log has done so far, in counts that don't jitter."""
+"""Counts of the work that a dirty log has done: unlike times, they repeat exactly."""
 
 from dataclasses import dataclass
 from threading import Lock
@@ -19,7 +19,7 @@ class Stats:
     leaves_changed : int
         Descriptors that passes changed.
     words_written : int
-        Bitmap words, of 64 pages, that passes had something to write to.
+        Bitmap words, of 64 pages each, that passes wrote.
     write_faults : int
         Faults that were resolved.
     """

@@ -139,7 +139,7 @@ class Capture:
 
     @contextmanager
     def _undamaged(self, name: str = "") -> Iterator[None]:
-        """Say of an archive that can't be read that it is damaged, in place of what the libraries say."""
+        """Report an archive that can't be read as damaged, in place of the libraries' errors."""
         where = f"{self.path}: {name!r}" if name else str(self.path)
         try:
             yield

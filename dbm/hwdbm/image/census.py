@@ -17,7 +17,7 @@ _CHUNK = 1 << 18  # pages whose states are looked up together
 
 @dataclass(slots=True)
 class LevelCount:
-    """What a level of the tables holds.
+    """The contents of one level of the tables.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def page_states(stage2: Stage2, slot: Slot) -> Iterator[NDArray[np.uint8]]:
     stage2 : Stage2
         The slot's leaves, in whole granules.
     slot : Slot
-        Whose pages they are; a page is `Slot.finest`.
+        The slot; a page is `Slot.finest` bytes.
 
     Yields
     ------

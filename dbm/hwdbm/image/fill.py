@@ -23,7 +23,7 @@ class Filler:
     -----
     Entries keep their true descriptors. Levels above the start level get a table descriptor for
     each table of the start level: what a walk that began there would have found. A level-0 block
-    (4K granule with DS) becomes the level-1 blocks that it is worth. A block that reaches beyond
+    (4K granule with DS) becomes the level-1 blocks that map the same. A block that reaches beyond
     the slot is kept where it begins or ends in it.
     """
 

@@ -24,14 +24,14 @@ _CHUNK = 1 << 17  # leaves, or words, looked at together: 1 MiB
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is asked for.
+    """The options of a harvest.
 
     Parameters
     ----------
     policy : {"dbm", "writable"}
         Which leaves are dirty.
     page_size : int or None
-        What a bit stands for, in bytes; None is the granule.
+        Bytes that a bit stands for; the granule by default.
     contiguous : bool
         Whether a contiguous run is one leaf: dirty as a whole if one entry is.
     check : bool
@@ -46,14 +46,14 @@ class Ask:
 
 @dataclass(slots=True)
 class FoundSlot:
-    """What was found of one slot.
+    """The result for one slot.
 
     Parameters
     ----------
     slot : Slot
         Which it is.
     page_size : int
-        What a bit stands for, in bytes.
+        Bytes that a bit stands for.
     bitmap : DirtyBitmap
         Its dirty pages.
     mapped, dirty, ranges : int
@@ -61,9 +61,9 @@ class FoundSlot:
     leaves : dict of int to int
         Dirty leaves by their size in bytes, also those that are only partly in the slot.
     wrong : DirtyBitmap or None
-        Where the truth says otherwise, 4 KiB a bit; None if it wasn't asked.
+        The pages on which the truth differs, 4 KiB a bit; None without a comparison.
     file : Path or None
-        Where the bitmap was written.
+        The file that the bitmap was written to.
     """
 
     slot: Slot
@@ -83,12 +83,12 @@ class FoundSlot:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found in an image.
+    """The result for an image.
 
     Parameters
     ----------
     ask : Ask
-        What was asked for.
+        The options.
     slots : list of FoundSlot
         In the order of their ids.
     tables : int
@@ -109,11 +109,11 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
     Parameters
     ----------
     image : Image
-        What is read, once.
+        The image, which is read once.
     ask : Ask
         How.
     visitors : iterable of callables
-        Who else wants to see the tables.
+        Further visitors of the tables.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Call
     Returns
     -------
     callable
-        Makes the pages dirty again, for one who couldn't tell anybody of them.
+        Makes the pages dirty again, where the result could not be reported.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a walk needs of an image: memory that holds tables, one granule each."""
+"""The memory that a walk reads tables from, one granule each."""
 
 from typing import Protocol, runtime_checkable
 

@@ -99,9 +99,9 @@ def draw(path: Path, title: str, image: Image, stage2s: Sequence[Stage2]) -> Non
     path : Path
         The file, which is replaced.
     title : str
-        What the picture is of.
+        The title of the picture.
     image : Image
-        What the slots are of.
+        The image that the slots are part of.
     stage2s : sequence of Stage2
         The leaves of each slot, in the order of ``image.slots``.
 

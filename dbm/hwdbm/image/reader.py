@@ -39,13 +39,13 @@ class Image:
     Parameters
     ----------
     memory : TableMemory
-        What holds the tables.
+        The memory that holds the tables.
     registers : Registers
-        Where they are, and their shape.
+        The registers that say where the tables are, and their shape.
     slots : iterable of Slot
-        The memory that bitmaps are asked for.
+        The memslots.
     capture : Capture, optional
-        Where the truth is, if the file carries it.
+        The capture that holds the truth, if the file carries it.
 
     Raises
     ------
@@ -170,7 +170,7 @@ class Image:
             Which leaves count: those that hardware marked; or all that may be written, which in
             tables kept without DBM are those that were written since they were protected.
         page_size : int, optional
-            What a bit stands for, in bytes; the granule by default.
+            Bytes that a bit stands for; the granule by default.
         contiguous : bool
             Whether a dirty entry of a contiguous run makes all of the run dirty, as the
             architecture asks of software: hardware may mark any one of it (I_NFFSV). Without it the

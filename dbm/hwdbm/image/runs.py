@@ -19,7 +19,7 @@ class RunMarker:
     Parameters
     ----------
     slot : Slot
-        Whose pages are asked for.
+        The slot.
     granule : Granule
         The size of a page.
     writable : bool

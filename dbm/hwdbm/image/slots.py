@@ -106,11 +106,11 @@ def check_page_size(slot: Slot, granule: Granule, page_size: int | None) -> int:
     Parameters
     ----------
     slot : Slot
-        Whose bitmap it is.
+        The slot of the bitmap.
     granule : Granule
         The tables' page, and the default.
     page_size : int or None
-        What was asked for, in bytes.
+        The page size that was asked for, in bytes.
 
     Raises
     ------
@@ -138,11 +138,11 @@ def cut(bitmap: DirtyBitmap, slot: Slot, granule: Granule, page_size: int) -> Di
     bitmap : DirtyBitmap
         A bit for each granule that `Slot.frames` counts: the slot, rounded outward.
     slot : Slot
-        Whose bitmap it is.
+        The slot of the bitmap.
     granule : Granule
-        What a bit stands for now.
+        Bytes that a bit stands for now.
     page_size : int
-        What a bit is to stand for, in bytes, as `check_page_size` allowed it. Of a smaller page
+        Bytes that a bit is to stand for, as `check_page_size` allowed it. Of a smaller page
         each is dirty whose granule is; of a larger one each that has a dirty granule in it.
 
     Examples

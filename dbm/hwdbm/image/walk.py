@@ -59,7 +59,7 @@ def walk(memory: TableMemory, vtcr: Vtcr, root: int, *, large_blocks: bool = Fal
     Parameters
     ----------
     memory : TableMemory
-        What holds the tables.
+        The memory that holds the tables.
     vtcr : Vtcr
         The shape of the tables.
     root : int

@@ -56,7 +56,7 @@ Runs = NDArray[np.int64]
 
 
 class Tally(NamedTuple):
-    """What a rewrite did: counts that don't jitter, for benchmarks and for deciding on a flush.
+    """The counts of a rewrite: they repeat exactly, for benchmarks and for deciding on a flush.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class Tally(NamedTuple):
 
 
 class Notes(NamedTuple):
-    """Of which descriptors that are changed the bits are set, by what they were before.
+    """Predicates on the old value of a changed descriptor that decide whether its bit is set.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Place(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What an implementation, a module, provides; the package's docstring says what the arguments are."""
+    """The interface of an implementation, which is a module; the package's docstring explains the arguments."""
 
     __name__: str
 

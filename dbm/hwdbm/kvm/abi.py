@@ -196,7 +196,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Arch:
-    """What differs between architectures.
+    """The differences between architectures.
 
     Parameters
     ----------

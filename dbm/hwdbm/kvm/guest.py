@@ -31,7 +31,7 @@ def code(kind: str) -> bytes:
 
 
 def top() -> int:
-    """Return where the addresses end that a guest can write to."""
+    """Return the end of the addresses that a guest can write to."""
     found: int = _here().TOP
     return found
 
@@ -106,7 +106,7 @@ def check_counting(memory: NDArray[np.uint8], page_size: int, *, vcpus: int = 1)
     memory : (npages * page_size,) uint8 array
         All that the guest writes.
     page_size : int
-        Of a page, in bytes.
+        Bytes of a page.
     vcpus : int
         How many count, each in its own of the `shares`.
 
@@ -134,7 +134,7 @@ def check_random(memory: NDArray[np.uint8], page_size: int, iteration: int) -> N
     memory : (npages * page_size,) uint8 array
         All that the guest writes.
     page_size : int
-        Of a page, in bytes.
+        Bytes of a page.
     iteration : int
         The highest number that was set.
 

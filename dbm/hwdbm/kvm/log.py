@@ -92,7 +92,7 @@ class Rings:
         self._taking = False  # whether pages may be on their way from a ring to a log
 
     def gather(self) -> int:
-        """Bring what is in the rings to the logs. Any thread may call it, that of a vCPU whose ring is full too.
+        """Move the entries of the rings to the logs. Any thread may call it, also that of a vCPU whose ring is full.
 
         Returns
         -------

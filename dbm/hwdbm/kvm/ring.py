@@ -36,7 +36,7 @@ def enable_ring(vm: VmFd, entries: int) -> bool:
     vm : VmFd
         A VM without vCPUs.
     entries : int
-        Of each vCPU's ring: a power of two, a page at least, and more than the kernel reserves (64, or 576 where the
+        Entries of each ring: a power of two, a page at least, and more than the kernel reserves (64, or 576 where the
         processor has a buffer of its own).
 
     Returns
@@ -99,7 +99,7 @@ class DirtyRing:
         ------
         OSError
             EOVERFLOW if there is no entry that isn't dirty. The kernel has the vCPU exit well before that; where it
-            doesn't, it writes over entries that nobody read, and nothing in the ring can be trusted any more.
+            doesn't, it overwrites entries that were not read, and nothing in the ring can be trusted any more.
         """
         parts = []
         for part in (self._entries[self._next :], self._entries[: self._next]):

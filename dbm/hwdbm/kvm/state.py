@@ -58,7 +58,7 @@ class VmState:
     guest : Guest
         Which guest it is.
     vcpus : tuple of dict
-        Of each vCPU: the structures by name, as bytes, and lists of (number, value) for single registers.
+        The registers of each vCPU: structures by name, as bytes, and lists of (number, value) for single registers.
     """
 
     guest: Guest

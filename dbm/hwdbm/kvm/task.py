@@ -1,4 +1,4 @@
-"""What a guest is given to do, and where its code lies: the same on every architecture."""
+"""The task of a guest, and where its code lies: the same on every architecture."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ def iteration_offset(page_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one vCPU does.
+    """The task of one vCPU.
 
     Parameters
     ----------
@@ -28,9 +28,9 @@ class Task:
     start, end : int
         The memory that it writes: guest physical addresses, multiples of the page.
     page_size : int
-        Of a page, in bytes.
+        Bytes of a page.
     seed : int
-        What the random numbers begin with, 32 bits.
+        The seed of the random numbers, 32 bits.
     """
 
     kind: str

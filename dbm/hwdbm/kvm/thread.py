@@ -24,7 +24,7 @@ _CHUNK = 4096  # pages between two exits of one without
 # With a ring they are few: the kernel looks whether it is full before it enters the guest, and keeps 64 entries for
 # what happens until it looks again. One that emulates a guest's instructions does many of them in between.
 _RING_CHUNK = 32
-_PATIENCE = 100  # times that a ring may be full and yet have nothing in it: somebody else emptied it meanwhile
+_PATIENCE = 100  # times that a ring may be full and yet have nothing in it: another thread emptied it meanwhile
 
 
 class VcpuThread:
@@ -81,7 +81,7 @@ class VcpuThread:
         self._runner.failure = None
 
     def check(self) -> None:
-        """Raise what it failed with."""
+        """Raise the error that the vCPU failed with."""
         if self.failure is not None:
             raise self.failure
 

@@ -65,7 +65,7 @@ class KvmVm(LoggedVm):
     seed : int
         Seed for choosing the random guest's pages.
     base : int
-        Where slot 0 begins: a guest physical address, a multiple of the page.
+        The guest physical address at which slot 0 begins, a multiple of the page.
     path : str
         The device.
 
@@ -326,7 +326,7 @@ class KvmVm(LoggedVm):
         Raises
         ------
         ValueError
-            For another one.
+            If it is out of range.
         """
         self._check_open()
         percent = percentage(percent)

@@ -1,4 +1,4 @@
-"""What becomes of blocks when a log starts and stops.
+"""Blocks while a log runs: split, tracked, and collapsed when it stops.
 
 While a slot logs, a block is split at the first write to it, or all are at the start, by chunks; or it is kept, and
 logged as a whole. When the log is off, pages that make up a block become one again: KVM's arm64 leaves them alone.
@@ -63,7 +63,7 @@ class BlockKeeper:
             start = end
 
     def started(self, slot: int) -> None:
-        """Do to the blocks of a slot whose log has just started what the policy says."""
+        """Apply the policy to the blocks of a slot whose log has just started."""
         npages = self._log.slot(slot).npages
         if self._log.initially_set or self.policy is Blocks.TRACK:
             return  # all pages are dirty in the log, and blocks are split by the CLEARs

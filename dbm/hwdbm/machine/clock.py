@@ -14,7 +14,7 @@ from hwdbm.dirtylog import Stats
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What one of each costs, in seconds.
+    """The cost of one event of each kind, in seconds.
 
     Parameters
     ----------
@@ -72,14 +72,14 @@ _GUEST = tuple(name for name in _NAMES if name not in _COLLECTOR)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the clock shows.
+    """A reading of the clock.
 
     Parameters
     ----------
     counts : dict
         How often each thing of `Costs` was done.
     costs : Costs
-        What each costs.
+        The cost of each count.
     """
 
     counts: dict[str, int]
@@ -109,7 +109,7 @@ class Clock:
     Parameters
     ----------
     costs : Costs
-        What each thing costs.
+        The cost of each event.
     log : callable
         Returns the log's own counts, of which the leaves are.
 

@@ -1,4 +1,4 @@
-"""Faults: what a vCPU's faults are resolved with, as KVM's arm64 ``user_mem_abort`` does."""
+"""The fault handler of the vCPUs, as KVM's arm64 ``user_mem_abort``."""
 
 from threading import Lock
 
@@ -20,9 +20,9 @@ class FaultHandler:
     Parameters
     ----------
     log : DirtyLog
-        The log, whose leaves these are.
+        The log of the leaves.
     clock : Clock
-        Where faults are counted.
+        The clock that counts faults.
     thp : bool
         Whether the host has huge pages to map blocks with.
     split_blocks : bool
@@ -32,7 +32,7 @@ class FaultHandler:
     Attributes
     ----------
     mmu_lock : Lock
-        Held by whoever resolves faults, and by whoever changes frames. It is taken before pages are held, and those
+        Held while faults are resolved, and while frames change. It is taken before pages are held, and those
         before a vCPU's own lock.
 
     Notes
@@ -46,7 +46,7 @@ class FaultHandler:
         self.mmu_lock = Lock()
 
     def handle(self, region: Region, pages: Pages, access: Codes, *, write: bool) -> None:
-        """Resolve faults, or some of them: whoever took one tries again.
+        """Resolve faults, or some of them: the guest tries each access again.
 
         Parameters
         ----------

@@ -49,7 +49,7 @@ class Frames:
     layout : Layout
         The slot's shape.
     pool : FramePool
-        Where frames come from.
+        The pool that frames are taken from.
     hva_page : int
         The page number of the slot's backing in the VMM. The frames have its alignment, as a host's huge pages do.
 
@@ -60,7 +60,7 @@ class Frames:
 
     Notes
     -----
-    Who changes it holds the machine's ``mmu_lock``. Frames are identities: the bytes of a page are in the slot's
+    Changes are made under the machine's ``mmu_lock``. Frames are identities: the bytes of a page are in the slot's
     memory, whatever its frame.
     """
 
@@ -92,7 +92,7 @@ class Frames:
         self._broken[self._layout.entries(2, first, first + npages)] = True
 
     def renew(self, pages: Pages) -> Pages:
-        """Give each page a private frame of its own, and return the frames: what a copy on write ends with."""
+        """Give each page a private frame of its own, and return the frames: the end of a copy on write."""
         first = self._pool.take(pages.size)
         fresh = np.arange(first, first + pages.size, dtype=np.int64)
         self._moved[pages] = fresh

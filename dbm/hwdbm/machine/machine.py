@@ -62,7 +62,7 @@ class Machine(BaseVm):
     seed : int
         Seed for choosing which entries a full TLB evicts.
     costs : Costs
-        What the clock multiplies its counts with.
+        The cost of each event, for the clock.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Machine(BaseVm):
     vcpus : tuple of VCpu
         The vCPUs.
     clock : Clock
-        What was done so far.
+        The counts so far.
 
     Raises
     ------
@@ -84,8 +84,8 @@ class Machine(BaseVm):
     -----
     A machine that was closed raises `ClosedError` from everything but `close`, `running` and `repr`.
 
-    What `read` and `write` are given may go on from slot to slot; where a byte is in no slot they raise EFAULT. `write`
-    writes read-only slots, too. A shared page becomes private first, and the guest's leaf of the old frame goes.
+    Ranges of `read` and `write` may go on from slot to slot; EFAULT says that a byte is in no slot. `write` also writes
+    read-only slots. A shared page becomes private first, and the guest's leaf of the old frame goes.
 
     Examples
     --------
@@ -398,7 +398,7 @@ class Machine(BaseVm):
         return self.log._client(name, self._split_for)
 
     def _split_for(self, slot: int) -> None:
-        """Split what a CLEAR would otherwise arm as blocks: where a log begins with all bits set, nobody has yet."""
+        """Split blocks that a CLEAR would arm whole: a log that begins with all bits set has split none yet."""
         if self.log.initially_set and self._keeper.policy is not Blocks.TRACK:
             self.split(slot)
 
@@ -520,7 +520,7 @@ class Machine(BaseVm):
         Raises
         ------
         ValueError
-            For another one.
+            If it is out of range.
         """
         self._check_open()
         percent = percentage(percent)
@@ -568,7 +568,7 @@ class Machine(BaseVm):
     def share(self, slot: int, first_page: int, npages: int) -> None:
         """Let others have some pages too (KSM, a fork): the guest's leaves become read-only, and a write copies.
 
-        What the leaves had recorded is saved first.
+        Dirty state of the leaves is saved first.
         """
         slot, first, count = self._pages(slot, first_page, check.integer(npages, "npages", None))
         frames = self.space.find(slot).frames
@@ -580,7 +580,7 @@ class Machine(BaseVm):
     def reclaim(self, slot: int, first_page: int, npages: int) -> None:
         """Take frames away (migration of pages, swap): the leaves go, and the next touch finds other frames.
 
-        What the leaves had recorded is saved first.
+        Dirty state of the leaves is saved first.
         """
         slot, first, count = self._pages(slot, first_page, check.integer(npages, "npages", None))
         frames = self.space.find(slot).frames

@@ -31,7 +31,7 @@ class Walk(NamedTuple):
         `DONE`, or the fault: an index into ``tuple(walker.Access)``. One element is for all: they are done, at level
         3, and leave the same to cache.
     kind : (n,) or (1,) uint8 array
-        What a TLB caches of the leaf, where it was done.
+        The state of the leaf that a TLB caches, where the access was done.
     level : (n,) or (1,) uint8 array
         The leaf's level, 3 where there is none.
     updated : int
@@ -67,7 +67,7 @@ def walk(
     ha, hd : bool
         VTCR_EL2.HA and HD; HD is without effect where HA is off.
     distinct : Distinct, optional
-        What to count pages with: a walk of many is faster with it.
+        A counter of pages, with which a walk of many is faster.
     out : (n,) uint64 array, optional
         Room for the descriptors.
 

@@ -15,7 +15,7 @@ from hwdbm.walker import Access
 
 
 class Cached(Enum):
-    """What a cached leaf lets the vCPU do without looking at memory."""
+    """The accesses that a cached leaf allows without a walk."""
 
     READ_ONLY = 1
     CLEAN = 2

@@ -26,9 +26,9 @@ class Replay(Workload):
     Parameters
     ----------
     bitmaps : tuple of DirtyBitmap
-        Of the pages of the writable memory, or of fewer; at least one page is dirty in all.
+        Bitmaps of the writable memory's pages, or of fewer; at least one page is dirty in all.
     interval : float
-        Seconds that a bitmap is the dirty pages of.
+        Seconds that each bitmap covers.
 
     Examples
     --------

@@ -11,7 +11,7 @@ _TICK = 0.001  # seconds to wait where nothing is due
 
 
 class VCpuRunner:
-    """What a vCPU runs, and whether it does.
+    """A vCPU with its workload, in a thread.
 
     Parameters
     ----------
@@ -23,13 +23,13 @@ class VCpuRunner:
     Attributes
     ----------
     workload : Workload
-        What it runs.
+        The workload.
     position : int
         The number of the next store.
     seconds : float
         For how long the guest has run, by its own time: throttled, it goes slower.
     percent : int
-        Of the time, what it is kept from running.
+        Percentage of the time that it is kept from running.
     """
 
     def __init__(self, vcpu: VCpu, space: AddressSpace) -> None:

@@ -1,4 +1,4 @@
-"""AddressSpace: which memslot a guest physical address is in."""
+"""The guest's physical address space: the memslot that an address is in."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class Region:
     id : int
         The slot's id.
     gpa, size : int
-        Where the guest sees it, in bytes.
+        The guest physical address and the size, in bytes.
     hva : int
-        Where the VMM sees it, in bytes: an opaque number, of which the alignment matters.
+        The VMM's address of the backing: an opaque number, of which the alignment matters.
     readonly : bool
         Whether the guest may only read.
     memory : GuestMemory

@@ -37,11 +37,11 @@ class Tlb:
     Attributes
     ----------
     page : (npages,) uint8 array
-        What is cached of each page's leaf: 0 nothing, 1 read-only, 2 writable-clean, 3 writable.
+        The cached state of each page's leaf: 0 nothing, 1 read-only, 2 writable-clean, 3 writable.
     stripe : (stripes,) uint8 array
         The same for blocks. A level-1 block is cached in pieces, as hardware may.
     distinct : Distinct
-        For whoever walks to count pages with.
+        A counter of pages for the walk.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Tlb:
         pages : (n,) int64 array
             The pages, all in the slot.
         out : (n,) uint8 array, optional
-            Where to put it.
+            The array to return; a new one by default.
         """
         kinds: Kinds = self.page.take(pages, out=out, mode="clip")
         if self._large:

@@ -65,11 +65,11 @@ class VCpu:
     space : AddressSpace
         The guest's physical memory.
     log : DirtyLog
-        The log, whose leaves are walked.
+        The log of the leaves that are walked.
     faults : FaultHandler
-        What resolves faults.
+        The fault handler.
     clock : Clock
-        Where accesses are counted.
+        The clock that counts accesses.
     tlb_entries : int, optional
         Leaves of a slot that are cached at most. Unlimited by default.
     seed : int
@@ -80,7 +80,7 @@ class VCpu:
     Attributes
     ----------
     tlb : dict of int to Tlb
-        What is cached of each slot.
+        The TLB of each slot.
     lock : Lock
         Held for the length of accesses through the TLB.
     """
@@ -103,7 +103,7 @@ class VCpu:
         self._entries, self._seed = tlb_entries, seed
         self.tlb: dict[int, Tlb] = {}
         self.lock = Lock()
-        self._scratch: list[_Scratch] = []  # as many as threads have used this vCPU at once: one
+        self._scratch: list[_Scratch] = []  # one for each thread that used this vCPU at the same time: mostly one
 
     def attach(self, slot: int, layout: Layout) -> None:
         """Begin to cache leaves of a slot."""
@@ -133,7 +133,7 @@ class VCpu:
         gpas : (n,) int64 array
             Guest physical addresses, multiples of 8. Where one repeats, the last value stays.
         values : (n,) uint64 array
-            What to store.
+            The values to store.
 
         Raises
         ------

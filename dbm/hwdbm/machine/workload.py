@@ -36,7 +36,7 @@ class Workload:
     seed : int
         Another seed, other places and values.
     rate : float, optional
-        Stores a second; each is of 8 bytes. By default as many as go.
+        Stores of 8 bytes a second. Unlimited by default.
     """
 
     name: ClassVar[str] = ""
@@ -56,7 +56,7 @@ class Workload:
         object.__setattr__(self, name, value)
 
     def pages(self, numbers: Numbers, npages: int) -> Offsets:
-        """Return the page, of `npages`, that each store goes to.
+        """Return the page, below `npages`, that each store goes to.
 
         Parameters
         ----------
@@ -78,7 +78,7 @@ class Workload:
         position, count : int
             The first store's number, and how many.
         size, page_size : int
-            Of the memory, and of a page in it, in bytes; a page is a power of two.
+            Bytes of the memory and of a page; a page is a power of two.
 
         Returns
         -------
@@ -177,9 +177,9 @@ class HotSet(Workload):
     Parameters
     ----------
     share : float
-        Of all pages, those that are hot.
+        The share of pages that are hot.
     weight : float
-        Of all stores, those to hot pages.
+        The share of stores that go to hot pages.
     """
 
     name = "hot"

@@ -182,7 +182,7 @@ class Channel:
         Parameters
         ----------
         kind : Kind
-            What it is.
+            The kind of the frame.
         body : bytes
             The body, or what of it comes before the payload.
         payload : sequence of memoryview
@@ -192,7 +192,7 @@ class Channel:
         beside : memoryview, optional
             Bytes that the other side has already, and which the checksum covers, too.
         hold : bool
-            Whether it goes with the next frame, or `flush`.
+            Whether it is sent with the next frame or `flush`.
         descriptors : sequence of int
             Descriptors for the other side, which must be `local`.
 

@@ -92,7 +92,7 @@ class Precopy:
     Attributes
     ----------
     report : Report
-        What it did, also if it failed.
+        The report, also of a failed migration.
     failure : OSError or None
         A place for the caller to keep what `run` raised, beside the report.
     """
@@ -214,7 +214,7 @@ class Precopy:
         pages = {slot.id: DirtyBitmap(slot.npages) for slot in self._source.slots}
         for bitmap in pages.values():
             bitmap.fill()
-        # What is dirty already needs no second pass. It is lent, too, for whoever else waits for these bits.
+        # What is dirty already needs no second pass. It is lent, too, so that a failure returns these bits.
         self._collect()
         one = Pass(1, 0, 0)
         self._describe(one, pages)

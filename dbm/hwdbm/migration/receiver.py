@@ -54,7 +54,7 @@ class Received:
     sha256 : str
         The digest of all memory, in hexadecimal; empty if the source didn't ask for it.
     proved : bool, optional
-        Whether the guest was found to go on right; None if nobody asked.
+        Whether the guest was checked and found to run correctly; None without a check.
     told : bool
         Whether the source could be told that the guest runs here. If not, it stays paused there.
     """
@@ -77,7 +77,7 @@ def receive(
     Parameters
     ----------
     channel : Channel
-        Where it comes from. It is left open.
+        The channel to the source. It is left open.
     build : callable
         Returns the VM, paused, for a layout; or raises `LayoutError` where it has another. The VM is closed if the
         migration fails.

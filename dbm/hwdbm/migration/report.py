@@ -1,4 +1,4 @@
-"""What a migration did, in QEMU's names. Times are in ms, sizes in bytes, rates in bytes a second."""
+"""The report of a migration, in QEMU's names. Times are in ms, sizes in bytes, rates in bytes a second."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,13 +104,13 @@ class Report:
     total : int
         Bytes of guest memory.
     limit : float
-        The downtime that was asked for.
+        The downtime limit.
     status : str
         QEMU's ``MigrationStatus``: setup, active, device, completed, failed, cancelled.
     setup_time : float
         Until the receiver was ready: its memory allocated and populated.
     total_time : float
-        Of all of it.
+        The whole migration's.
     converged : bool
         Whether the guest was paused because the rest fitted into the limit.
     downtime : float, optional
@@ -126,9 +126,9 @@ class Report:
     source_sha256, destination_sha256 : str
         The digests, in hexadecimal; empty where there is none.
     handover_unknown : bool
-        Whether the destination was told to run, and nobody here knows whether it does: the source is paused.
+        Whether the destination was told to run without a confirmation: the source stays paused.
     guest_resumed : bool, optional
-        Whether the guest was found to go on right at the destination; None where nobody could tell.
+        Whether the guest was found to run correctly at the destination; None where that is unknown.
     error : str
         Why it failed; programs should not attempt to parse it.
     """

@@ -56,11 +56,11 @@ class PageSender:
     Parameters
     ----------
     source : Source
-        Whose pages.
+        The slot of the pages.
     channel : Channel
-        Where they go.
+        The channel to the destination.
     staging : Staging
-        Where they are copied to.
+        The staging area that they are copied to.
     limiter : Limiter
         The bandwidth.
     check : callable

@@ -1,4 +1,4 @@
-"""Where a batch of pages lies between the guest's memory and the other side.
+"""Staging: where a batch of pages lies between the guest's memory and the other side.
 
 A socket copies twice: into the kernel, and out of it. Between two processes of one machine, a few buffers that both
 have mapped do without: the source copies pages into one, the destination out of it, and the socket carries where they
@@ -35,7 +35,7 @@ class Staging(Protocol):
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """What the other side needs to have of this one, sent with HELLO."""
+        """File descriptors that the other side needs, sent with HELLO."""
 
     def buffer(self) -> NDArray[np.uint8]:
         """Return the buffer, ``(PAYLOAD,)``: the same until it is sent."""
@@ -159,7 +159,7 @@ class SharedMemory:
     Parameters
     ----------
     descriptors : list of int
-        What came with HELLO. They are closed, whatever happens.
+        Descriptors that came with HELLO. They are closed, whatever happens.
 
     Raises
     ------

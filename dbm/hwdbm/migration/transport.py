@@ -92,7 +92,7 @@ class Listener:
     Attributes
     ----------
     address : str
-        Where it is reached: ``HOST:PORT`` or ``unix:PATH``.
+        The address: ``HOST:PORT`` or ``unix:PATH``.
     """
 
     def __init__(self, sock: socket.socket, tls: TlsDir | None = None, path: Path | None = None) -> None:
@@ -232,7 +232,7 @@ def private_socket() -> Iterator[Path]:
     Yields
     ------
     Path
-        Where `listen_unix` may listen.
+        The path of the socket.
     """
     with files.scratch(_LONGEST - len(f"/{_SOCKET}")) as folder:
         yield folder / _SOCKET

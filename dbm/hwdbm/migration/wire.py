@@ -90,7 +90,7 @@ crc32: Final = _crc32()
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     HELLO = 1
     READY = 2
@@ -139,7 +139,7 @@ class Head:
     Parameters
     ----------
     kind : Kind
-        What it is.
+        The kind of the frame.
     sequence : int
         Frames before it in its direction, modulo 2**32.
     runs : int
@@ -170,7 +170,7 @@ class Head:
         raw : bytes-like
             32 bytes.
         sequence : int
-            What the sequence must be.
+            The expected sequence number.
 
         Raises
         ------

@@ -29,7 +29,7 @@ _CHUNK = 1 << 20  # bytes, a multiple of every page
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a snapshot holds.
+    """The contents of a snapshot.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def write_full(source: Source, path: Path) -> Written:
     Returns
     -------
     Written
-        What was written.
+        The contents of the file.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Where the entries of a memslot's levels lie: which entry maps which pages of the slot.
+"""The layout of a memslot's levels: which entry maps which pages of the slot.
 
 Pages are counted from the slot's first, as a bitmap's bits are. An entry is aligned in the guest's address space and
 not in the slot's, so where the base isn't aligned the first entry of a level begins before page 0.

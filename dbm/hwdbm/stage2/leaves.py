@@ -44,7 +44,7 @@ def every(_level: int) -> pte.Match:
 
 @dataclass(slots=True)
 class Record:
-    """Where a change of leaves sets the bits of their pages, and of which leaves, by what they were.
+    """The bitmaps that a change of leaves sets bits in, and predicates on the old leaves that decide which.
 
     Parameters
     ----------

@@ -64,7 +64,7 @@ class Saved:
             self._move(words, self.bitmap.words[words] & mask.words, sinks)
 
     def _move(self, words: slice, taken: Array, sinks: tuple[DirtyBitmap, ...]) -> int:
-        # They are with the sinks before they leave here: whoever interrupts this finds them twice, and not nowhere.
+        # The sinks get them before they leave here: an interrupt in between finds them in both, and not in neither.
         for sink in sinks:
             self._kernels.merge(sink.words[words], taken)
         self._kernels.remove(self.bitmap.words[words], taken)

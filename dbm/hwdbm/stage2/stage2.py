@@ -11,7 +11,7 @@ dirty flags. So at any time the pages dirtied since they were last cleaned are t
 
 Threads may work on disjoint parts in parallel, with `harvest_into`, `peek_into`, `take_saved_into`, `track_part` and
 `wrprotect_part`; so may `map`, `unmap` and `split`, on parts that also end where leaves do. A part is a range of whole
-words of the slot's bitmaps, or ends with the slot. Who owns which part is for the owner's locks to say
+words of the slot's bitmaps, or ends with the slot. The owner's locks say which thread has which part
 (`hwdbm.DirtyLog` has them). What parts have in common is settled here: a block that reaches into several is changed
 under one lock, and what it recorded for pages outside of the part goes to `saved`, never into words that another
 thread may be writing. Every other verb has the Stage2 to itself.
@@ -314,7 +314,7 @@ class Stage2:
                     self._split(level, np.array([self.layout.index(level, page)]))
 
     def collapse(self, gfn: int, npages: int, level: int = 2) -> int:
-        """Replace the tables whose leaves make up a block by that block, and return how many were.
+        """Replace tables whose leaves make up a block by that block, and return their number.
 
         They do where all are there, physically contiguous from an aligned frame, and alike in every bit but AF,
         the dirty state and the contiguous hint. The block is young if any of them was, and clean: what they
@@ -407,7 +407,7 @@ class Stage2:
         return Tally(tally.read + pages.read, tally.changed + pages.changed, tally.words + words + pages.words)
 
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
-        # Words outside of the range may be another thread's: who harvests them takes it from `saved`.
+        # Words outside of the range may be another thread's: the harvest of those pages takes the bits from `saved`.
         for level in (1, 2):
             where = self.layout.entries(level, lo, hi)
             if where.start < where.stop:
@@ -429,7 +429,7 @@ class Stage2:
         Returns
         -------
         Tally
-            What was read; its `words` are those that came from `saved`.
+            The counts; `words` are those that came from `saved`.
 
         Raises
         ------
@@ -600,7 +600,7 @@ class Stage2:
         Returns
         -------
         Tally
-            What was read and changed.
+            The counts of descriptors read and changed.
 
         Raises
         ------
@@ -883,7 +883,7 @@ class Stage2:
         index : (n,) int64 array
             Entries of `level`; they may repeat, with the same bits.
         bits : (n,) uint64 array
-            What to set in each.
+            The bits to set in each.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What every VM is: the `Source` protocol, its memory map, its memory, and `PlainGuest`, which is no more than that."""
+"""The parts of every VM: the `Source` protocol, a memory map, guest memory; and `PlainGuest`, which has no more."""
 
 from hwdbm.vm.memorymap import MemoryMap
 from hwdbm.vm.plain import PlainGuest

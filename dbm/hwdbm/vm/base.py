@@ -1,4 +1,4 @@
-"""What every VM is: memory by slot and by address, a process, and an end; and the log of those without a `DirtyLog`."""
+"""The base of every VM: memory by slot and by address, one process, an end; and the log of VMs without a `DirtyLog`."""
 
 import os
 from contextlib import AbstractContextManager
@@ -136,7 +136,7 @@ class BaseVm:
     def memory(self, slot_id: int) -> NDArray[np.uint8]:
         """Return the bytes of a slot, ``(npages * page_size,)``: a writable view.
 
-        What is written through it isn't logged: `write` is.
+        Writes through it are not logged; those of `write` are.
 
         Raises
         ------
@@ -320,7 +320,7 @@ class LoggedVm(BaseVm):
         Parameters
         ----------
         name : str
-            What others are told that the log is in use by.
+            The name that refused callers are told.
 
         Returns
         -------

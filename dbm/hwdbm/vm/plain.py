@@ -27,11 +27,11 @@ class PlainGuest(LoggedVm):
     Attributes
     ----------
     kind : str
-        What a migration asks whether two VMs fit; that of the source once one has arrived.
+        The kind of VM, which must match in a migration; that of the source once a migration has arrived.
     running : bool
-        What `resume` and `pause` said.
+        Whether `resume` was called after the last `pause`.
     throttled : int
-        What `throttle` said.
+        The percentage that `throttle` was given.
 
     Raises
     ------

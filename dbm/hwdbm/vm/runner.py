@@ -18,18 +18,18 @@ _LOOK = 1e-4  # seconds from when a thread's work has ended until it is looked w
 
 
 class Gate:
-    """Where threads wait until something changes."""
+    """A gate at which threads wait until something changes."""
 
     def __init__(self) -> None:
         self._waiting: deque[Any] = deque()
 
     def wait(self, closed: Callable[[], bool]) -> None:
-        """Wait until `closed` says False; whoever makes it so calls `open` after that."""
+        """Wait until `closed` returns False; the thread that makes it so calls `open` afterwards."""
         while closed():
             waiter = Lock()
             waiter.acquire()
             self._waiting.append(waiter)
-            if closed():  # asked again: it may have opened before there was somebody to wake
+            if closed():  # asked again: it may have opened before this thread was waiting
                 waiter.acquire()
 
     def open(self) -> None:
@@ -49,16 +49,16 @@ class Runner:
     work : callable
         Works until `wanted` is False, then returns. What it raises is kept as `failure`.
     begin : callable, optional
-        What the thread does first.
+        Called by the thread first.
     interrupt : callable, optional
         Called with the thread's identifier while that lives: has a `work` that blocks look at `wanted`.
 
     Attributes
     ----------
     wanted : bool
-        Whether it is to work.
+        Whether the thread is to work.
     failure : BaseException or None
-        What `work` raised. It isn't wanted then.
+        The exception that `work` raised; `wanted` is False then.
 
     Examples
     --------
@@ -139,7 +139,7 @@ class Runner:
             self.kick()
 
     def pause(self) -> None:
-        """Have it stop, and wait until it has, or somebody else resumes it."""
+        """Have it stop, and wait until it has stopped or another thread resumes it."""
         self.stop()
         self._idle.wait(lambda: self._busy and not self.wanted)
 
@@ -196,7 +196,7 @@ class Runner:
 
     def _wait_for_work(self) -> bool:
         while True:
-            self._busy = True  # before it looks: whoever stops it sees that it is busy, or it sees that it isn't wanted
+            self._busy = True  # set before it looks: a thread that stops it sees it busy, or it sees the stop
             if self._closing:
                 return False
             if self.wanted:

@@ -43,8 +43,8 @@ class Client(Protocol):
 class Source(Protocol):
     """A VM that can be migrated, or that a migration can arrive in.
 
-    A log has one consumer at a time. A VM should be `Exclusive`, so that a migration can make sure of that; for one
-    that isn't, whoever starts it answers for it.
+    A log has one consumer at a time. A VM should be `Exclusive`, so that a migration can make sure of that; for a
+    VM that isn't, the caller must.
 
     The source of a migration may be written to while its pages are read, by threads of its own. A write is in the
     memory, and dirty in the log, before the `dirty` that follows it returns.
