@@ -536,8 +536,8 @@ class DirtyLog:
         """Return a range that CLEAR takes as pages [lo, hi) of a slot, or raise what KVM does, in its order."""
         slot, first = check.integer(slot, "slot", None), check.integer(first_page, "first_page", None)
         count = None if num_pages is None else check.integer(num_pages, "num_pages", None)
-        self._table.check_id(slot)
         if first & 63:
+            self._table.check_id(slot)
             raise OSError(EINVAL, f"{slot_name(slot)}: first_page {first} is not a multiple of 64")
         found = self._find(slot)
         found.logging()

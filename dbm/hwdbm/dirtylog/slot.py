@@ -278,8 +278,10 @@ class SlotLog:
         """
         if needed or due.missed:
             if spans is None or due.missed:
-                notes = (due, *due.wider)
-                spans = [(min(each.lo for each in notes), max(each.hi for each in notes))]
+                lo, hi = due.lo, due.hi
+                for each in due.wider:
+                    lo, hi = min(lo, each.lo), max(hi, each.hi)
+                spans = [(lo, hi)]
             for lo, hi in spans:
                 if self.shared.flush is not None:
                     self.shared.flush(self.memslot, lo, hi - lo)

@@ -72,7 +72,9 @@ class Layout:
 
     def entries(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` that map any of the pages [lo, hi)."""
-        size, lo, hi = self._size(level), integer(lo, "lo", None), integer(hi, "hi", None)
+        size = self._size(level)
+        if type(lo) is not int or type(hi) is not int:
+            lo, hi = integer(lo, "lo", None), integer(hi, "hi", None)
         if lo >= hi:
             return slice(0, 0)
         base, before = self.base_gfn, self.base_gfn // size

@@ -261,7 +261,8 @@ class Leaves:
         """Apply `update` to the level-3 entries of the pages in `mask`; bit 0 is page `first`, a multiple of 64."""
         lo, hi = first, first + mask.npages
         runs, words = self.table_runs(lo, hi), slice(lo >> 6, hi + 63 >> 6)
-        runs[:, 2] -= lo
+        if lo:
+            runs[:, 2] -= lo
         return self.kernels.rewrite_within(
             self.level[3], runs, update, mask.words, record.out.words[words], record.also.words[words], record.notes(3)
         )

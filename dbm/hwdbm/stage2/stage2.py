@@ -610,7 +610,7 @@ class Stage2:
         lo, _ = self._part(mask, first)
         with self._lock:
             tally = self._update_part(pte.track, mask, lo, self._save_record(every, every))
-            self.saved.drop(mask, lo, self.host_dirty)
+            self.saved.drop(mask, lo, self._host_dirty)
         return tally
 
     def wrprotect_part(self, mask: DirtyBitmap, first: int = 0) -> Tally:
