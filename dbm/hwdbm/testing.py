@@ -1,4 +1,4 @@
-"""What other projects can test with: Hypothesis strategies for leaf arrays, and a state machine that uses them.
+"""Tests for other projects: Hypothesis strategies for leaf arrays, and a state machine that uses them.
 
 Needs the extra ``testing``. The machine is meant to be subclassed: give it another `Stage2Machine.stage2_type`, or
 override a rule, and it says whether the invariants of the model still hold.

@@ -15,17 +15,17 @@ class Row:
     Parameters
     ----------
     what : str
-        What was measured.
+        The operation that was measured.
     cost : float
         The smallest of its times, in seconds; or bytes of memory.
     floor : str
-        What it is compared with.
+        The floor that it is compared with.
     floor_cost : float
         The smallest of the floor's times, in the same run; or bytes.
     limit : float, optional
         The ratio that the project holds itself to, at most.
     unit : {"s", "byte"}
-        Of both costs.
+        The unit of both costs.
     """
 
     what: str
@@ -54,9 +54,9 @@ def smallest(
     Parameters
     ----------
     work : mapping of str to callable
-        What to time.
+        The work to time.
     before : callable, optional
-        What to do before each, off the clock.
+        Called before each, not timed.
     repeat : int
         How often; the first time warms up and isn't counted.
     """

@@ -1,4 +1,4 @@
-"""What the stream of a migration costs, beside plain ``sendall`` and ``recv_into`` on the same socket.
+"""The cost of a migration's stream, beside plain ``sendall`` and ``recv_into`` on the same socket.
 
 A receiver in a process of its own takes, over one socket and in turn, plain bytes, and a migration: its first pass over
 all memory, and passes over scattered pages, as many bytes each. Both sides' memory is there before any clock runs.
@@ -29,14 +29,14 @@ _LIMIT = 1 / 0.8  # times the floor, at most
 
 @dataclass(frozen=True, slots=True)
 class StreamSetup:
-    """What the stream is measured with.
+    """The sizes of the measurement.
 
     Parameters
     ----------
     memory : int
         Bytes of guest memory, of random content.
     fraction : float
-        Of the pages, how many a scattered pass sends.
+        The share of pages that a scattered pass sends.
     rounds : int
         Migrations, each after its own floor; the one with the median ratio counts.
     passes : int
@@ -53,7 +53,7 @@ class StreamSetup:
 
 
 class _Scattered(PlainGuest):
-    """A guest that says that it runs, and of which the same random pages are always dirty."""
+    """A guest that claims to run, with the same random pages dirty at any time."""
 
     def __init__(self, setup: StreamSetup) -> None:
         super().__init__(MemoryMap(4096, (Memslot(0, 0, 0x40000, setup.memory // 4096, 0),)))
@@ -94,7 +94,7 @@ def rows(setup: StreamSetup | None = None) -> Iterator[Row]:
     for what, size, found in zip(
         ("first", "scattered"), (setup.memory, scattered), zip(*rounds, strict=True), strict=True
     ):
-        # What else the machine does comes in bursts: times of one round compare, and the median leaves out the odd one.
+        # Other work of the machine comes in bursts: times of one round compare, and the median leaves out the odd one.
         seconds, floor = sorted(found, key=lambda times: times[0] / times[1])[len(found) // 2]
         name = f"{setup.transport} stream, {what}, {size / seconds / 1e9:.2f} GB/s"
         yield Row(name, seconds, "plain sendall", floor, _LIMIT)

@@ -42,7 +42,7 @@ Work = dict[str, Callable[[], object]]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the benchmarks run on.
+    """The sizes that the benchmarks run with.
 
     Parameters
     ----------

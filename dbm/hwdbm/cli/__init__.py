@@ -14,7 +14,7 @@ _EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot"}
 def main() -> None:
     """Run the command line of this process, and exit with its status.
 
-    What goes wrong is one line on stderr, and never a traceback.
+    An error is one line on stderr, and never a traceback.
     """
     # Imports stand in functions, so that an interrupt is answered from the first one on.
     from hwdbm import files, process  # noqa: PLC0415

@@ -205,7 +205,7 @@ def machine_for(layout: MemoryMap, *, mode: Mode, thp: bool, vcpus: int = 1) -> 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a receiver listens: on TCP, or on a Unix socket.
+    """The address that a receiver listens on: TCP, or a Unix socket.
 
     Parameters
     ----------
@@ -284,7 +284,7 @@ def refuse(where: str, given: Mapping[str, bool]) -> None:
 
 
 def workload_of(text: str | None, *, seed: int, rate: float | None) -> Workload:
-    """Return the workload of a modelled machine that a text names, or the default one."""
+    """Return the modelled machine's workload of that name, or the default."""
     text = _WORKLOAD if text is None else text
     has_rate, is_idle = "rate=" in text, text.partition(",")[0].strip() == "idle"
     refuse("with a workload that is idle", {"a rate": is_idle and (has_rate or rate is not None)})

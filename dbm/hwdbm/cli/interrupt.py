@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """The exit status."""
 
-_NUDGE = signal.SIGURG  # ends a wait, and nothing else: it is ignored unless somebody has a handler
+_NUDGE = signal.SIGURG  # ends a wait, and nothing else: without a handler it is ignored
 _NUDGES = (0.05, 0.5, 2.0)  # seconds before each
 
 _CLEAR = b"\r\x1b[2K\x1b[?25h"  # the line, and the cursor is back

@@ -77,7 +77,7 @@ Examples:
 
 
 class OnLimit(StrEnum):
-    """What to do if the rest doesn't fit into the downtime."""
+    """The action if the rest doesn't fit into the downtime."""
 
     ABORT = "abort"
     WAIT = "wait"
@@ -301,7 +301,7 @@ def migrate(
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a guest's memory holds at first."""
+    """The first contents of a guest's memory."""
 
     memory: int
     image: Path | None
@@ -381,7 +381,7 @@ def _attempts(
 
 
 def _decided(vm: Machine | KvmVm | ArmVm, failure: HandoverError, cancel: threading.Event, hold: float | None) -> bool:
-    """Hold a guest that may run elsewhere; return whether somebody said that it goes on here."""
+    """Hold a guest that may run elsewhere; return whether the user resumed it here."""
     seconds = hold if hold is not None else inf if sys.stdin is not None and sys.stdin.isatty() else _HOLD
     note(str(failure))
     note(

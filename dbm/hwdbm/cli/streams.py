@@ -1,4 +1,4 @@
-"""stdout and stderr, which may be closed, full, or a pipe that nobody reads any more.
+"""stdout and stderr, which may be closed, full, or a pipe without a reader.
 
 A result that stdout can't take is a failure of the command, unless the command did something: that stays done, and is
 not called failed. What stderr can't take is lost.

@@ -300,6 +300,9 @@ def _rewrite_noted(pte, mask, value, keep, sets, mask1, value1, mask2, value2, o
 @njit(nogil=True)
 def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also, at):
     """Rewrite the descriptors whose bits are set, one by one; `at` has room for their positions."""
+    # Three passes where one would do: where few bits are set each descriptor is a cache miss. The loads of the second
+    # pass depend on nothing but `at`, with no store and no branch on their results between them, so the processor has
+    # many under way at once. The third finds its descriptors in the cache.
     words, read, n = 0, 0, 0
     for w in range(within.size):
         asked = within[w]

@@ -234,6 +234,12 @@ class VCpu:
         *,
         write: bool,
     ) -> None:
+        """Walk for the accesses that the TLB does not let through, resolving their faults, until all are done."""
+        # Each walk holds the pages, so that no harvest cleans a leaf between the update and the access that it stands
+        # for, and the vCPU's lock, so that a flush waits until the access is over. The fault handler is called with
+        # neither: it takes the machine's mmu_lock, which comes before both. So another thread may undo what a fault
+        # was resolved with before the access is tried again. That is rare, and several tries are enough; a fault that
+        # still comes after all of them is the handler's mistake, and raised.
         misses = rechecks = updates = spurious = 0
         where = pages
         if waiting is not None:

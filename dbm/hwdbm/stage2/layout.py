@@ -158,6 +158,8 @@ def any_in(words: NDArray[np.uint64], ranges: Ranges) -> NDArray[np.bool_]:
     >>> any_in(np.array([0b100, 0], dtype=np.uint64), np.array([[0, 2], [2, 3], [3, 128]])).tolist()
     [False, True, False]
     """
+    # No loop over words, and no array of bits: a row is the masked bits of its first and last word, and whole words
+    # between. How many of those aren't zero is a difference of two running counts, whatever the row's length.
     full = np.uint64((1 << 64) - 1)
     head, last = ranges[:, 0] >> 6, ranges[:, 1] - 1 >> 6
     head_mask = full << (ranges[:, 0] & 63).astype(np.uint64)

@@ -213,6 +213,8 @@ class Leaves:
 
     def table_runs(self, lo: int, hi: int) -> Spans:
         """Return the runs of pages of [lo, hi) under level-2 tables, as rows (start, stop, start)."""
+        # Only they are read: under anything but a table the level-3 entries are all zero, and perhaps nothing backs
+        # them. For the same reason it does no harm to read some of those too, where that makes one run of two.
         where = self.layout.entries(2, lo, hi)
         entries = self.level[2][where]
         if entries.size and _all_tables(entries):

@@ -54,6 +54,8 @@ class Saved:
         for start, end, part in pieces(lo, hi, self.bitmap.npages):
             words = slice(start >> 6, (end + 63) >> 6)
             moved += self._move(words, self.bitmap.words[words] & np.uint64(_ALL if part is None else part), sinks)
+        # The span shrinks last, after an interrupt can lose nothing, and only from its ends: a part out of the middle
+        # leaves it as it is. Too wide, it costs a look at words that are zero; too narrow, it would lose pages.
         self.span = hi if lo == first else first, lo if hi == stop else stop
         return moved
 
