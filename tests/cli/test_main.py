@@ -29,6 +29,7 @@ def test_version(run) -> None:
     ("args", "why"),
     [
         (["bench", "--repeat", "x"], "'--repeat': 'x' is no whole number of 1 or more"),
+        (["bench", "--memory", "8192T"], "--memory is 4096T at most"),
         (["bench", ""], "there is no benchmark ''"),
         (["inspect", ""], "'IMAGE': the path is empty"),
         (["inspect", ODD, "--plot", ""], "'--plot': the path is empty"),

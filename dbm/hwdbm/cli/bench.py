@@ -57,6 +57,8 @@ def bench(
         )
     if memory < 512 << 12 or memory % (512 << 12):
         raise typer.BadParameter(f"--memory is a multiple of 2M, not {memory}")
+    if memory > 1 << 52:
+        raise typer.BadParameter(f"--memory is 4096T at most, what 52 bits of address have, not {memory}")
     rows = []
     with busy("measuring") as update:
         for row in run(Setup(memory >> 12, repeat), names or None):

@@ -24,7 +24,7 @@ from hwdbm.granule import Granule
 from hwdbm.kvm import KvmUnavailableError, KvmVm
 from hwdbm.machine import Machine, Replay, Workload, parse
 from hwdbm.memslot import KVM_MEM_MAX_NR_PAGES, Memslot
-from hwdbm.migration import LayoutError
+from hwdbm.migration import LayoutError, transport
 from hwdbm.migration.report import mebibytes
 from hwdbm.migration.transport import TlsDir
 from hwdbm.vm import MemoryMap
@@ -252,7 +252,17 @@ def place(text: str) -> Endpoint:
         return endpoint(text)
     if text == "unix:":
         raise ValueError("'unix:' has no path, as in unix:/run/guest")
-    return Endpoint(path=Path(text[5:]))
+    return Endpoint(path=socket_path(text[5:]))
+
+
+def socket_path(text: str) -> Path:
+    """Return the path of a Unix socket."""
+    path = sizes.path(text)
+    try:
+        transport.check_socket(path)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    return path
 
 
 def tls_of(where: Endpoint | None, folder: Path | None, *, insecure: bool) -> TlsDir | None:
@@ -293,7 +303,8 @@ def workload_of(text: str | None, *, seed: int, rate: float | None) -> Workload:
     if rate is None and not has_rate and not is_idle:
         rate = _RATE
     with usage():
-        return parse(text if rate is None else f"{text},rate={rate}", seed)
+        workload = parse(text, seed)  # first as it was given: an error is to quote that
+        return workload if rate is None else parse(f"{text},rate={rate}", seed)
 
 
 def recorded(folder: Path, npages: int, interval: float) -> Replay:

@@ -62,7 +62,7 @@ def receive(
         Path | None,
         typer.Option(
             "--unix",
-            parser=options.parser(parse.path),
+            parser=options.parser(guest.socket_path),
             metavar="PATH",
             help="Listen on a Unix socket, which only its owner can use.",
         ),

@@ -246,7 +246,7 @@ def listen_unix(path: Path) -> Listener:
     OSError
         If something else is there, or it can't be made.
     """
-    _check_path(path)
+    check_socket(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -287,14 +287,15 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
-def _check_path(path: Path) -> None:
+def check_socket(path: Path) -> None:
+    """Raise ENAMETOOLONG if a Unix socket can't have the path."""
     if len(os.fsencode(path)) > _LONGEST:
         raise OSError(ENAMETOOLONG, f"the path of a Unix socket has {_LONGEST} bytes at most", str(path))
 
 
 def connect_unix(path: Path, timeout: float = TIMEOUT) -> Channel:
     """Connect to a Unix socket of this user's."""
-    _check_path(path)
+    check_socket(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.settimeout(timeout)
