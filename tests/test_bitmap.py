@@ -5,6 +5,7 @@ The checks take the class, so that each can be shown to catch a broken one.
 
 import copy
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from itertools import product
 from typing import Any, Self
@@ -670,3 +671,32 @@ def test_ranges_come_back_from_rows_of_any_integer_type():
     for wrong in ([[0, 65]], [[64, 1]], [[-1, 2]], np.array([[2**64 - 1, 2]], dtype=np.uint64), [[1, 2, 3]]):
         with pytest.raises(BitmapError):
             DirtyBitmap.from_ranges(wrong, 64)
+
+
+@pytest.mark.parametrize("factor", [64, 65, 100, 511, 4096, 40_000, 1 << 20])
+@pytest.mark.parametrize("density", [0.0, 0.0003, 0.4, 1.0])
+def test_many_pages_in_one(factor: int, density: float) -> None:
+    npages = 100_003
+    bitmap = DirtyBitmap.from_pages(np.flatnonzero(np.random.default_rng(factor).random(npages) < density), npages)
+    expected = np.unique(bitmap.pages() // factor)
+    assert bitmap.coarsen(factor).pages().tolist() == expected.tolist()
+    assert len(bitmap.coarsen(factor)) == -(-npages // factor)
+
+
+@pytest.mark.parametrize("factor", [(1 << 15) - 1, 1 << 15, (1 << 15) + 1, 1 << 17])
+def test_one_page_of_many_parts(factor: int) -> None:
+    fine = DirtyBitmap.from_pages([0, 2, 3], 5).refine(factor)
+    assert fine.ranges().tolist() == [[0, factor], [2 * factor, 2 * factor]]
+    assert len(fine) == 5 * factor
+    fine.verify()
+
+
+def test_a_large_factor_takes_no_memory_beside_the_result() -> None:
+    big = DirtyBitmap.from_pages([5, (1 << 30) - 1], 1 << 30)
+    tracemalloc.start()
+    try:
+        assert big.coarsen(1 << 29).pages().tolist() == [0, 1]
+        assert DirtyBitmap.from_pages([0], 1).refine(1 << 26).weight() == 1 << 26
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -164,9 +164,12 @@ class DirtyBitmap:
         """
         self = cls(npages)
         index = integers(pages, "pages", 0, self.npages - 1, BitmapError)
-        octets = self.words.view(np.uint8)
-        np.bitwise_or.at(octets, index >> 3, np.left_shift(1, index & 7).astype(np.uint8))
+        self._mark(index)
         return self
+
+    def _mark(self, pages: NDArray[np.int64]) -> None:
+        octets = self.words.view(np.uint8)
+        np.bitwise_or.at(octets, pages >> 3, np.left_shift(1, pages & 7).astype(np.uint8))
 
     @classmethod
     def from_ranges(cls, ranges: ArrayLike, npages: int) -> Self:
@@ -421,6 +424,10 @@ class DirtyBitmap:
         if factor > _MOST // max(self.npages, 1):
             raise BitmapError(f"{self.npages} pages of {factor:#x} parts each are more than a bitmap has")
         fine = type(self)(self.npages * factor)
+        if factor > _CHUNK:  # a page's parts alone are more than should be unpacked at once
+            for first, count in self.ranges().tolist():
+                fine.set_range(first * factor, count * factor)
+            return fine
         step = max(1, _CHUNK // factor)
         for start in range(0, self.words.size, step):
             octets = np.unpackbits(self.words[start : start + step].view(np.uint8), bitorder="little")
@@ -445,6 +452,13 @@ class DirtyBitmap:
         if factor >= self.npages:
             return self.from_pages([0] if self.any() else [], min(self.npages, 1))
         coarse = type(self)((self.npages + factor - 1) // factor)
+        if factor >= 64:  # a word is in one page, or in two that its first and its last bit are in
+            for start in range(0, self.words.size, _CHUNK):
+                chunk = self.words[start : start + _CHUNK]
+                (index,) = chunk.nonzero()
+                ends = np.concatenate(_ends(chunk[index])) + 64 * np.tile(index + start, 2)
+                coarse._mark(np.unique(ends // factor))
+            return coarse
         step = max(1, _CHUNK // factor)
         for start in range(0, coarse.words.size, step):
             source = self.words[start * factor : (start + step) * factor]
@@ -453,6 +467,14 @@ class DirtyBitmap:
             target = coarse.words[start : start + step]
             target[:] = np.packbits(octets.reshape(-1, factor).any(axis=1), bitorder="little").view(np.uint64)
         return coarse
+
+
+def _ends(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the positions of the lowest and of the highest bit of each word, none of which is zero."""
+    low, below = words & -words, words.copy()
+    for shift in (1, 2, 4, 8, 16, 32):
+        below |= below >> np.uint64(shift)
+    return np.bitwise_count(low - np.uint64(1)).astype(np.int64), np.bitwise_count(below).astype(np.int64) - 1
 
 
 def _edges(words: Words) -> Words:

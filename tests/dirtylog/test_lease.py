@@ -1,5 +1,7 @@
 """Leases: commit, rollback, staleness, what consumers do to the bitmap, and leases that are forgotten."""
 
+import subprocess
+import sys
 from errno import ENOENT
 
 import numpy as np
@@ -309,3 +311,13 @@ def test_many_get_and_none_is_kept():
     log.get_dirty_log(0, lease=True).commit()
     assert len(loans) <= 1
     assert not log.get_dirty_log(0).any()
+
+
+def test_a_lease_that_is_open_at_the_end_of_the_process_is_no_noise() -> None:
+    code = (
+        "from hwdbm import DirtyLog\n"
+        "log = DirtyLog(); log.set_memory_region(0, 1, 0, 100 << 12, 0); log.mark_dirty(0, 7)\n"
+        "lease = log.get_dirty_log(0, lease=True); lease.again = lease\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

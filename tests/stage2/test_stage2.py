@@ -396,3 +396,13 @@ def test_a_mask_of_the_stage2s_own_is_refused(kernels):
             call()
         assert differences(s2, before) == []
     assert s2.harvest().pages().tolist() == [7]
+
+
+def test_host_flags_are_changed_in_place_too() -> None:
+    s2, other = Stage2(100), DirtyBitmap.from_pages([3, 70], 100)
+    flags = s2.host_dirty
+    s2.host_dirty |= other
+    assert s2.host_dirty is flags
+    assert s2.take_host_dirty().pages().tolist() == [3, 70]
+    s2.host_dirty = other  # another bitmap is as good
+    assert s2.host_dirty is other

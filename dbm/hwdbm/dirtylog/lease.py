@@ -4,6 +4,7 @@ A log lends pages once the TLB was flushed for what it cleaned. Until the lease 
 side alone: the lender keeps a `Loans` of them, and puts back those of a lease that the consumer dropped open.
 """
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -249,6 +250,8 @@ class Lease:
     def __del__(self) -> None:
         # The loan's own callback notes the pages; all that is left to do here is to say so.
         if self._loan is None or self._settled or self._lender.generation != self._generation:
+            return
+        if sys.is_finalizing():  # nobody is left who could take the pages, and numpy is half gone
             return
         if self._bitmap.any():
             warnings.warn(

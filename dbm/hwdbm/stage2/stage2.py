@@ -122,6 +122,8 @@ class Stage2:
 
     @host_dirty.setter
     def host_dirty(self, bitmap: DirtyBitmap) -> None:
+        if bitmap is self._host_dirty:  # what `s2.host_dirty |= other` puts back is the bitmap itself
+            return
         self._check(bitmap, "host_dirty", written=True)
         self._apart, self._host_dirty = None, bitmap
 
