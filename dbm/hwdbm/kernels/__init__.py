@@ -311,14 +311,16 @@ def check_runs(
         fits, total = 0 <= start <= stop <= pte.size and 0 <= bit <= words * 64 - (stop - start), stop - start
     elif len(runs):
         starts, stops, bits = runs.T
+        # Each by itself first: sums of numbers that are far out of range wrap around.
+        fits = inside(starts, 0, pte.size) and inside(stops, 0, pte.size) and inside(bits, 0, words * 64)
         sizes = stops - starts
-        fits = int(starts.min()) >= 0 and int(sizes.min()) >= 0 and int(stops.max()) <= pte.size
-        fits = fits and 0 <= int(bits.min()) and int((bits + sizes).max()) <= words * 64
+        fits = fits and int(sizes.min()) >= 0 and int((bits + sizes).max()) <= words * 64
+        fits = fits and bool((starts[1:] >= stops[:-1]).all())
         total = int(sizes.sum())
     else:
         fits, total = True, 0
     if not fits:
-        raise ValueError(f"runs aren't inside of {pte.size} descriptors and {words} words")
+        raise ValueError(f"runs aren't sorted, disjoint, and inside of {pte.size} descriptors and {words} words")
     if values is not None:
         uint64s(values, "values", total, writable=True)
     return runs

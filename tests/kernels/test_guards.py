@@ -1,0 +1,70 @@
+"""No input makes a compiled kernel read or write outside of its arrays: see `guards`."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from effort import EFFORT
+
+from hwdbm import kernels, pte
+
+GUARDS = Path(__file__).parents[1] / "guards.py"
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_nothing_is_touched_outside_of_an_array(tmp_path: Path) -> None:
+    notes = tmp_path / "last"
+    done = run("-P", str(GUARDS), "1", str(6 * EFFORT), str(notes))
+    assert done.returncode == 0, f"{notes.read_text().strip() if notes.exists() else ''}\n{done.stderr}"
+    taken = {name: int(count) for name, _, count in (each.partition(":") for each in done.stdout.split())}
+    assert set(taken) >= set(kernels.available())
+    assert min(taken.values()) > 100 * EFFORT  # most calls are good ones
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_guards_bite(behind: bool) -> None:
+    touch = "array.size" if behind else "-1"
+    done = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(GUARDS.parent)!r}); import guards, numpy as np\n"
+        f"array = guards.guarded(np.arange(5, dtype=np.uint64), behind={behind})\n"
+        "assert array.tolist() == [0, 1, 2, 3, 4]\n"
+        f"print(np.lib.stride_tricks.as_strided(array[:1], (3,), (8 * ({touch}),))[1])",
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+
+
+def implementations() -> list[Callable[[], kernels.Kernels]]:
+    found = [lambda name=name: kernels.named(name) for name in kernels.available()]
+    return [*found, kernels.shared] if len(found) > 1 else found
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [[0, 64, 0], [64, 128, (1 << 63) - 64]], [[0, 64, 0], [64, 128, -64]], [[0, 64, 0], [1, -(1 << 63), 0]],
+        [[0, 64, 0], [64, 257, 64]], [[0, 64, 0], [64, 128, 193]], [[64, 128, 64], [0, 64, 0]],
+        [[0, 128, 0], [64, 192, 64]], [[0, 64, 0], [128, 127, 0]], [[0, 64, (1 << 63) - 64]], [[-64, 0, 0]],
+    ],
+)  # fmt: skip
+def test_runs_that_are_none(implementation: Callable[[], kernels.Kernels], runs: list[list[int]]) -> None:
+    entries, words = np.full(256, pte.dirty(3).value, dtype=np.uint64), np.zeros(4, dtype=np.uint64)
+    before, rows = entries.copy(), np.array(runs, dtype=np.int64)
+    chosen = implementation()
+    for call in (
+        lambda: chosen.rewrite(entries, rows, pte.clean(3), words, words),
+        lambda: chosen.rewrite_within(entries, rows, pte.clean(3), ~words, words, words),
+        lambda: chosen.scan(entries, rows, pte.dirty(3), words),
+    ):
+        with pytest.raises(ValueError, match="runs aren't sorted, disjoint, and inside of 256 descriptors and 4 words"):
+            call()
+    assert np.array_equal(entries, before)
+    assert not words.any()
