@@ -8,7 +8,7 @@ import pytest
 from hwdbm.cli import races
 
 OWN = """
-from hwdbm.races import Actor, Protocol, Scene, copy, exchange, fetch_clear, flush, kept
+from hwdbm.races import Actor, Protocol, Scene, copy, exchange, fetch_clear, flush, kept, load
 
 W = 1 << 7
 
@@ -113,6 +113,17 @@ def test_a_protocol_of_ones_own(run, own):
     found = run("races", "--check", f"{own('pass')}:made")
     assert found.status == 3
     assert "a write to page x is lost" in found.out
+
+
+@pytest.mark.parametrize(
+    ("flush", "says"),
+    [("yield load('pte:q')", "no cell 'pte:q'"), ("yield 5", "yields acts, not 5"), ("1 / 0", "ZeroDivisionError")],
+)
+def test_an_error_of_the_users_own_is_said_to_be(run, own, flush, says):
+    found = run("races", "--check", f"{own(flush)}:protocol")
+    assert found.status == 1
+    assert says in found.err
+    assert "report it" not in found.err
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,11 @@ def test_an_endless_loop_is_found_and_one_that_others_end_is_not():
     def stop():
         yield store("stop", 1)
 
-    setup = Scene({}, [], {"stop": 0})
-    assert check(Protocol("ended", setup, [Actor("S", loop), Actor("T", stop)])).proved
-    report = check(Protocol("endless", setup, [Actor("S", loop, bounded=True), Actor("T", stop)]))
+    scene = Scene({}, [], {"stop": 0})
+    assert check(Protocol("ended", scene, [Actor("S", loop), Actor("T", stop)])).proved
+    report = check(Protocol("endless", scene, [Actor("S", loop, bounded=True), Actor("T", stop)]))
     assert report.wrong == "S may go round for ever"
-    assert check(Protocol("alone", setup, [Actor("S", loop)])).wrong == "from here no end can be reached"
+    assert check(Protocol("alone", scene, [Actor("S", loop)])).wrong == "from here no end can be reached"
 
 
 def test_a_fault_that_its_handler_leaves_is_found():
@@ -94,8 +94,8 @@ def test_a_fault_that_its_handler_leaves_is_found():
 
 def test_symmetric_vcpus_are_explored_once():
     def make(symmetric):
-        setup = Scene({"x": "clean"}, ["store x 1", "store x 1"], {"copy:x": 0})
-        return Protocol("two", setup, [Actor("S", harvest)], kept("x"), symmetric=symmetric)
+        scene = Scene({"x": "clean"}, ["store x 1", "store x 1"], {"copy:x": 0})
+        return Protocol("two", scene, [Actor("S", harvest)], kept("x"), symmetric=symmetric)
 
     whole, half = check(make(())), check(make((0, 1)))
     assert whole.proved

@@ -99,7 +99,7 @@ def races(
     if litmus is not None:
         _litmus(litmus, kinds, as_json=as_json)
     elif own is not None:
-        report = check(_own(own))
+        report = _checked(own)
         _one(report, svg, as_json=as_json)
         if not report.proved:
             raise typer.Exit(_MISMATCH)
@@ -187,6 +187,15 @@ def _one(report: Finding, svg: Path | None, *, as_json: bool, about: str = "") -
         wide = max(min(width(), 100), 60)
         wrapped = "\n".join(textwrap.wrap(head, wide))
         result(f"{wrapped}\n\n{timeline(report, wide)}", drawn)
+
+
+def _checked(where: str) -> Finding:
+    """Explore a user's protocol; what its own code raises is its own error."""
+    protocol = _own(where)
+    try:
+        return check(protocol)
+    except Exception as error:  # noqa: BLE001 - whatever an actor does
+        _refuse(f"{where}: {type(error).__name__}: {error}")
 
 
 def _own(where: str) -> Protocol:

@@ -62,19 +62,19 @@ Made = tuple[Scene, Sequence[Actor], Callable[[View], str | None]]
 
 
 def _mistake(name: str, summary: str, *cites: str, **options: Any) -> Callable[[Callable[[bool], Made]], None]:
-    """Enter the function below, which returns the setup, the actors and the end's condition, under a name."""
+    """Enter the function below, which returns the scene, the actors and the end's condition, under a name."""
 
     def enter(build: Callable[[bool], Made]) -> None:
         def make(wrong: bool) -> Protocol:
-            setup, actors, end = build(wrong)
-            return Protocol(name if wrong else f"{name}, mended", setup, actors, end, summary=summary, **options)
+            scene, actors, end = build(wrong)
+            return Protocol(name if wrong else f"{name}, mended", scene, actors, end, summary=summary, **options)
 
         MISTAKES[name] = Mistake(name, cites, summary, make)
 
     return enter
 
 
-def _setup(programs: Sequence[str], pages: Mapping[str, str] | str = "clean", **options: Any) -> Scene:
+def _scene(programs: Sequence[str], pages: Mapping[str, str] | str = "clean", **options: Any) -> Scene:
     """Return pages with a copy each, a log, host flags and a disk, and more cells by `cells`."""
     pages = {"x": pages} if isinstance(pages, str) else pages
     frames = options.pop("frames", ())
@@ -134,7 +134,7 @@ def _(wrong: bool) -> Made:
         old = yield load("pte:x")
         yield store("pte:x", old | AF)
 
-    return _setup(["store x 1"], "old clean"), [Actor("S", young)], kept("x")
+    return _scene(["store x 1"], "old clean"), [Actor("S", young)], kept("x")
 
 
 @_mistake("protect-by-plain-store", "a descriptor is read, and made read-only by a store of what was read "
@@ -149,7 +149,7 @@ def _(wrong: bool) -> Made:
         if old & W:
             yield _mark()
 
-    return _setup(["store x 1"]), [Actor("S", protect)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", protect)], kept("x")
 
 
 @_mistake("protect-forgets", "read-only is made by a function of the value, which drops the dirty state (ff1712f953e2)",
@@ -160,7 +160,7 @@ def _(wrong: bool) -> Made:
         if old & W and not wrong:
             yield _mark()
 
-    return _setup(["store x 1"]), [Actor("S", protect)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", protect)], kept("x")
 
 
 @_mistake("replace-by-plain-store", "a leaf is read, then replaced, and what was read is accounted "
@@ -177,7 +177,7 @@ def _(wrong: bool) -> Made:
         if old & W:
             yield _mark()
 
-    return _setup(["store x 1"]), [Actor("S", replace)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", replace)], kept("x")
 
 
 @_mistake("replace-ignores", "what was removed isn't looked at (device migration, fd35ca3d12cc)", "5.2", "R12")
@@ -188,7 +188,7 @@ def _(wrong: bool) -> Made:
         if old & W and not wrong:
             yield _mark(0, "host")
 
-    return _setup(["store x 1"]), [Actor("S", replace)], _disk_kept
+    return _scene(["store x 1"]), [Actor("S", replace)], _disk_kept
 
 
 @_mistake("unmap-untold", "the host unmaps a page, and isn't told that the guest wrote it", "5.12", "RFC problem 1")
@@ -201,7 +201,7 @@ def _(wrong: bool) -> Made:
                 yield _mark(0, "host")
         yield from flush("x")
 
-    return _setup(["store x 1"]), [Actor("S", unmap)], _disk_kept
+    return _scene(["store x 1"]), [Actor("S", unmap)], _disk_kept
 
 
 @_mistake("write-back-old-copy", "an entry is read, flushed, and written anew from what was read (H_PROTECT, "
@@ -218,7 +218,7 @@ def _(wrong: bool) -> Made:
         old = yield load("pte:x")
         yield store("pte:x", old | AF | pte.VALID)
 
-    return _setup(["store x 1"]), [Actor("S", protect)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", protect)], kept("x")
 
 
 @_mistake("torn-descriptor", "a descriptor of 64 bits is written as two halves", "R36")
@@ -241,7 +241,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return _read_only_stays("x")(view)
 
-    return _setup(["store x 1"], "dirty"), [Actor("S", protect)], end
+    return _scene(["store x 1"], "dirty"), [Actor("S", protect)], end
 
 
 @_mistake("age-clears-dirty", "making a page old clears more than AF", "5.20")
@@ -249,7 +249,7 @@ def _(wrong: bool) -> Made:
     def age() -> Acts:
         yield fetch_clear("pte:x", AF | (W if wrong else 0))
 
-    return _setup(["store x 1"]), [Actor("S", age)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", age)], kept("x")
 
 
 @_mistake("dbm-on-read-only", "write-protecting adds DBM to leaves that were read-only, which lets the guest write",
@@ -260,7 +260,7 @@ def _(wrong: bool) -> Made:
         if wrong or old & W:
             yield fetch_set("pte:x", DBM)
 
-    return _setup(["store x 1"], "readonly"), [Actor("S", arm)], lambda _: None
+    return _scene(["store x 1"], "readonly"), [Actor("S", arm)], lambda _: None
 
 
 @_mistake("dbm-stays", "read-only is made by clearing S2AP[1] alone: DBM is there still", "5.10")
@@ -271,7 +271,7 @@ def _(wrong: bool) -> Made:
             yield _mark()
         yield from flush("x")
 
-    return _setup(["store x 1"], "dirty"), [Actor("S", protect)], _read_only_stays("x")
+    return _scene(["store x 1"], "dirty"), [Actor("S", protect)], _read_only_stays("x")
 
 
 @_mistake("illegal-state", "the hardware sets D on an entry whose W software has just cleared: W=0, D=1 means "
@@ -292,7 +292,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return "the entry is W=0, D=1: a shadow stack" if view["spte"] & 3 == 2 else None
 
-    return _setup([], cells={"spte": 1}), [Actor("H", hardware), Actor("S", software)], end
+    return _scene([], cells={"spte": 1}), [Actor("H", hardware), Actor("S", software)], end
 
 
 # --- clean, flush, copy -----------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def _order(name: str, summary: str, steps: str, *cites: str, start: str = "dirty
     @_mistake(name, summary, *cites)
     def _(wrong: bool) -> Made:
         order = steps if wrong else "clean flush copy"
-        return _setup(["store x 1; store x 2"], start), [Actor("S", harvest(order))], kept("x")
+        return _scene(["store x 1; store x 2"], start), [Actor("S", harvest(order))], kept("x")
 
 
 _order("no-flush", "a harvest forgets its flush (soft-dirty, 912efa17e512)", "clean copy", "5.4", "R10")
@@ -332,14 +332,14 @@ def _weak(name: str, summary: str, steps: str, right: str, *cites: str) -> None:
     """Enter a harvest whose steps are ordered by its barriers alone."""
 
     def end(view: View) -> str | None:
-        found = End(view.protocol.setup, view.state)
+        found = End(view.protocol.scene, view.state)
         if found["c"] != found["frame:x"] and state_name(found["pte:x"]) == "clean":
             return "a write to page x is lost: the copy is old, and the descriptor says clean"
         return None
 
     @_mistake(name, summary, *cites, names=("vCPU", "S"))
     def _(wrong: bool) -> Made:
-        return _setup(["store x 1", steps if wrong else right], "dirty"), [], end
+        return _scene(["store x 1", steps if wrong else right], "dirty"), [], end
 
 
 _RIGHT: Final = "clear pte:x W; dsb; tlbi x; dsb; load frame:x -> c"
@@ -358,13 +358,13 @@ _weak("dsb-st-after-tlbi", "a DSB ST where the DSB after the TLBI should be",
           names=("vCPU", "S"))  # fmt: skip
 def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
-        found = End(view.protocol.setup, view.state)
+        found = End(view.protocol.scene, view.state)
         if found["s"] == 1 and state_name(found["a"]) == "clean":
             return "the last pass finds page x clean, which the vCPU had written before it stopped"
         return None
 
     stop = "store x 1; dmb; store stopped 1" if wrong else "store x 1; dsb; store stopped 1"
-    return _setup([stop, "load stopped -> s; dsb; load pte:x -> a"], cells={"stopped": 0}), [], end
+    return _scene([stop, "load stopped -> s; dsb; load pte:x -> a"], cells={"stopped": 0}), [], end
 
 
 @_mistake("last-pass-too-early", "the last harvest is made before the vCPU stops", "5.18")
@@ -374,7 +374,7 @@ def _(wrong: bool) -> Made:
             yield Act("waits until the vCPU has stopped", when=lambda view: view["stopped"] == 1)
         yield from _harvest()
 
-    return _setup(["store x 1; dsb; store stopped 1"], cells={"stopped": 0}), [Actor("S", last)], _same
+    return _scene(["store x 1; dsb; store stopped 1"], cells={"stopped": 0}), [Actor("S", last)], _same
 
 
 @_mistake("erratum-once", "one TLBI and DSB, where the CPU may complete the DSB too early (CVE-2025-10263)", "5.4",
@@ -387,7 +387,7 @@ def _(wrong: bool) -> Made:
             yield dsb()
         yield copy("x")
 
-    return _setup(["store x 1"], "dirty"), [Actor("S", harvest)], kept("x")
+    return _scene(["store x 1"], "dirty"), [Actor("S", harvest)], kept("x")
 
 
 def _combined(name: str, summary: str, stages: Sequence[str]) -> None:
@@ -400,7 +400,7 @@ def _combined(name: str, summary: str, stages: Sequence[str]) -> None:
                 yield dsb()
             yield copy("x")
 
-        return _setup(["store x 1; store x 2"], "dirty", combined=True), [Actor("S", harvest)], kept("x")
+        return _scene(["store x 1; store x 2"], "dirty", combined=True), [Actor("S", harvest)], kept("x")
 
 
 _combined("combined-entry", "stage 2 alone is flushed: a combined entry survives", ("s2",))
@@ -430,8 +430,8 @@ def _(wrong: bool) -> Made:
             yield from flush("x")
         yield copy("x")
 
-    setup = _setup(["store x 1; store x 2"], "untracked")
-    return setup, [Actor("S2", young), Actor("S", enable)], _logged_from_start
+    scene = _scene(["store x 1; store x 2"], "untracked")
+    return scene, [Actor("S2", young), Actor("S", enable)], _logged_from_start
 
 
 def _logged_from_start(view: View) -> str | None:
@@ -459,8 +459,8 @@ def _(wrong: bool) -> Made:
         if bits or old & W:
             yield copy("x")
 
-    setup = _setup(["store x 1; store x 2"], "clean", cells={"lock": 0})
-    return setup, [Actor("F", faults), Actor("S", _locked(harvest))], kept("x")
+    scene = _scene(["store x 1; store x 2"], "clean", cells={"lock": 0})
+    return scene, [Actor("F", faults), Actor("S", _locked(harvest))], kept("x")
 
 
 # --- two in software ----------------------------------------------------------------------------------------------
@@ -496,8 +496,8 @@ def _(wrong: bool) -> Made:
         if bits:
             yield copy("x", "disk:x")
 
-    setup = _setup(["store x 1; store x 2"], "dirty", cells={"lock": 0})
-    return setup, [Actor("S", late), Actor("W", _locked(write_back))], _disk_kept
+    scene = _scene(["store x 1; store x 2"], "dirty", cells={"lock": 0})
+    return scene, [Actor("S", late), Actor("W", _locked(write_back))], _disk_kept
 
 
 @_mistake("replace-in-a-flush-window", "one cleans a page, its flush to come; another unmaps it, sees clean, and drops "
@@ -528,8 +528,8 @@ def _(wrong: bool) -> Made:
         yield Act("waits for the clean", when=lambda view: not view["pte:x"] & W)
         yield from (write_back() if wrong else _locked(write_back)())
 
-    setup = _setup(["store x 1"], "dirty", cells={"lock": 0})
-    return setup, [Actor("S", all_of), Actor("S2", then), Actor("W", cleaned)], _disk_kept
+    scene = _scene(["store x 1"], "dirty", cells={"lock": 0})
+    return scene, [Actor("S", all_of), Actor("S2", then), Actor("W", cleaned)], _disk_kept
 
 
 @_mistake("copy-before-pending-flush", "pages are write-protected with the flush deferred; another fault copies one, "
@@ -549,7 +549,7 @@ def _(wrong: bool) -> Made:
             return "a write to page x is lost: it went to the old frame, after the copy was made"
         return None
 
-    return _setup(["store x 1"], "dirty", frames=("y",)), [Actor("S", protect)], end
+    return _scene(["store x 1"], "dirty", frames=("y",)), [Actor("S", protect)], end
 
 
 @_mistake("shared-word", "two threads change bits of one word by load and store (mapped-ram's present bitmap)", "5.23",
@@ -568,7 +568,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return None if view["bits"] == 2 else "a page that is in the file isn't in the bitmap: it is restored as zeros"
 
-    return _setup([], cells={"bits": 1}), [Actor("T1", change(1, on=False)), Actor("T2", change(2, on=True))], end
+    return _scene([], cells={"bits": 1}), [Actor("T1", change(1, on=False)), Actor("T2", change(2, on=True))], end
 
 
 @_mistake("bitmap-swap", "the log is copied, then zeroed: bits that were set in between are gone (KVM's GET before its "
@@ -587,7 +587,7 @@ def _(wrong: bool) -> Made:
         yield store("frame:x", 7, "the device writes x")
         yield _mark()
 
-    return _setup([]), [Actor("S", get), Actor("D", device)], kept("x")
+    return _scene([]), [Actor("S", get), Actor("D", device)], kept("x")
 
 
 @_mistake("freed-twice", "two ways of teardown see the same table, and free it", "R37")
@@ -604,7 +604,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return "the table is freed twice" if view["freed"] > 1 else None
 
-    return _setup([], cells={"table": 1, "freed": 0}), [Actor("S", free), Actor("S2", free)], end
+    return _scene([], cells={"table": 1, "freed": 0}), [Actor("S", free), Actor("S2", free)], end
 
 
 @_mistake("classified-by-two-reads", "a page's frame is read, and then that frame's flags: the page has moved "
@@ -628,7 +628,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return None if view["copy:x"] else "a dirty page is left out of the snapshot"
 
-    return _setup([], cells={"pfn": 0, "flags0": 1, "flags1": 0}), [Actor("S", snapshot), Actor("host", migrate)], end
+    return _scene([], cells={"pfn": 0, "flags0": 1, "flags1": 0}), [Actor("S", snapshot), Actor("host", migrate)], end
 
 
 # --- masks, blocks, runs ------------------------------------------------------------------------------------------
@@ -647,8 +647,8 @@ def _(wrong: bool) -> Made:
             if bits >> number & 1:
                 yield copy(page)
 
-    setup = _setup(["store y 1"], {"x": "clean", "y": "clean", "z": "clean"}, values={"log": 0b101})
-    return setup, [Actor("S", clear)], kept("x", "y", "z")
+    scene = _scene(["store y 1"], {"x": "clean", "y": "clean", "z": "clean"}, values={"log": 0b101})
+    return scene, [Actor("S", clear)], kept("x", "y", "z")
 
 
 @_mistake("clear-unknown", "a CLEAR by a mask of pages that its consumer was never shown (QEMU 9f4bf4ba)", "5.15")
@@ -662,15 +662,15 @@ def _(wrong: bool) -> Made:
         if shown:
             yield copy("x")
 
-    return _setup(["store x 1"]), [Actor("S", clear)], kept("x")
+    return _scene(["store x 1"]), [Actor("S", clear)], kept("x")
 
 
 def _block(state: str, programs: Sequence[str], **options: Any) -> Scene:
     """Return two pages under a block, whose frames follow one another."""
     numbers = {"x": 512, "y": 513}
-    setup = _setup(programs, {"x": "absent", "y": "absent"}, block={"x": 0, "y": 1}, numbers=numbers, **options)
-    setup.mem[setup.cell("pte:block")] = descriptor(state, 512) & ~pte.TYPE
-    return setup
+    scene = _scene(programs, {"x": "absent", "y": "absent"}, block={"x": 0, "y": 1}, numbers=numbers, **options)
+    scene.mem[scene.cell("pte:block")] = descriptor(state, 512) & ~pte.TYPE
+    return scene
 
 
 def _block_kept(view: View) -> str | None:
@@ -732,11 +732,11 @@ def _(wrong: bool) -> Made:
         yield store("pte:block", descriptor("clean", 512) & ~pte.TYPE, "puts the block there")
         yield from flush("x", "y")
 
-    setup = _block("clean", ["store x 1"])
+    scene = _block("clean", ["store x 1"])
     for number, page in enumerate("xy"):
-        setup.mem[setup.cell(f"pte:{page}")] = descriptor("clean", 512 + number)
-    setup.mem[setup.cell("pte:block")] = pte.TABLE
-    return setup, [Actor("S", collapse)], _block_kept
+        scene.mem[scene.cell(f"pte:{page}")] = descriptor("clean", 512 + number)
+    scene.mem[scene.cell("pte:block")] = pte.TABLE
+    return scene, [Actor("S", collapse)], _block_kept
 
 
 @_mistake("block-skipped", "write-back protects the pages of level 3, and skips the block that maps them (DAX, "
@@ -784,8 +784,8 @@ def _(wrong: bool) -> Made:
         dirty = not wrong and (view["pte:x"] | view["pte:y"]) & W
         return None if dirty else kept("x", "y")(view)
 
-    setup = _setup(["store x 1"], {"x": "dirty", "y": "dirty"}, run=("x", "y"))
-    return setup, [Actor("S", harvest)], end
+    scene = _scene(["store x 1"], {"x": "dirty", "y": "dirty"}, run=("x", "y"))
+    return scene, [Actor("S", harvest)], end
 
 
 @_mistake("run-gathered", "a fault's handler sees a contiguous run as one, finds it writable, and does nothing "
@@ -798,8 +798,8 @@ def _(wrong: bool) -> Made:
         if not gathered & W:
             yield fetch_set(f"pte:{page}", W, f"lets {page} be written")
 
-    setup = _setup(["store y 1"], {"x": "untracked", "y": "readonly"})
-    return setup, [Actor("H", handle, handles=0)], lambda _: None
+    scene = _scene(["store y 1"], {"x": "untracked", "y": "readonly"})
+    return scene, [Actor("H", handle, handles=0)], lambda _: None
 
 
 @_mistake("clean-taken-for-writable", "with hardware DBM off a fault finds DBM set, thinks that the page is "
@@ -812,7 +812,7 @@ def _(wrong: bool) -> Made:
             yield _mark()
             yield fetch_set(f"pte:{page}", W, f"lets {page} be written")
 
-    return _setup(["store x 1"], "clean", hd=False), [Actor("H", handle, handles=0)], kept("x")
+    return _scene(["store x 1"], "clean", hd=False), [Actor("H", handle, handles=0)], kept("x")
 
 
 @_mistake(
@@ -833,9 +833,9 @@ def _(wrong: bool) -> Made:
             return "a write to page x is lost: it went by the other mapping"
         return None
 
-    setup = _setup(["store z 1"], {"x": "clean", "z": "clean"})
-    setup.mem[setup.cell("pte:z")] = descriptor("clean", 1)
-    return setup, [Actor("S", harvest)], end
+    scene = _scene(["store z 1"], {"x": "clean", "z": "clean"})
+    scene.mem[scene.cell("pte:z")] = descriptor("clean", 1)
+    return scene, [Actor("S", harvest)], end
 
 
 # --- writers that are no vCPU, consumers, the host -----------------------------------------------------------------
@@ -849,7 +849,7 @@ def _(wrong: bool) -> Made:
         if not wrong:
             yield _mark()
 
-    return _setup([]), [Actor("D", device)], kept("x")
+    return _scene([]), [Actor("D", device)], kept("x")
 
 
 @_mistake("device-marks-first", "a device marks its page, then writes: a harvest comes in between", "5.17")
@@ -863,7 +863,7 @@ def _(wrong: bool) -> Made:
         if (yield _take()):
             yield copy("x")
 
-    return _setup([]), [Actor("D", device), Actor("S", get)], kept("x")
+    return _scene([]), [Actor("D", device), Actor("S", get)], kept("x")
 
 
 @_mistake("pinned-after-write-back", "a device writes a pinned page after it was cleaned, and the file system isn't "
@@ -885,7 +885,7 @@ def _(wrong: bool) -> Made:
             return "the page is dirty, and the file system doesn't know: it has no room to write it to"
         return None
 
-    return _setup([], cells={"told": 0}), [Actor("D", device), Actor("W", write_back)], end
+    return _scene([], cells={"told": 0}), [Actor("D", device), Actor("W", write_back)], end
 
 
 @_mistake("drop-reads-refcount-early", "reclaim reads the reference count before the page is unmapped (MADV_FREE and "
@@ -916,7 +916,7 @@ def _(wrong: bool) -> Made:
             else None
         )
 
-    return _setup([], cells={"mapped": 1, "pins": 0, "dropped": 0}), [Actor("D", device), Actor("W", reclaim)], end
+    return _scene([], cells={"mapped": 1, "pins": 0, "dropped": 0}), [Actor("D", device), Actor("W", reclaim)], end
 
 
 @_mistake("key-read-then-cleared", "dirty state per frame is read when the page goes, and cleared by another step "
@@ -940,7 +940,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return None if view["disk:x"] == view["frame:x"] or view["key"] else "the host drops page x: its key is clear"
 
-    return _setup([], cells={"key": 0}), [Actor("guest", write), Actor("W", write_back)], end
+    return _scene([], cells={"key": 0}), [Actor("guest", write), Actor("W", write_back)], end
 
 
 @_mistake("failed-without-rollback", "a consumer fails with the pages it took, and they are forgotten (propolis #387, "
@@ -958,8 +958,8 @@ def _(wrong: bool) -> Made:
     def network() -> Acts:
         yield store("fails", 1, "the network goes")
 
-    setup = _setup([], values={"log": 1, "frame:x": 7}, cells={"fails": 0})
-    return setup, [Actor("S", consumer), Actor("net", network)], kept("x")
+    scene = _scene([], values={"log": 1, "frame:x": 7}, cells={"fails": 0})
+    return scene, [Actor("S", consumer), Actor("net", network)], kept("x")
 
 
 @_mistake("import-unmarked", "pages that came by a migration aren't dirty, so the next hop leaves them out "
@@ -975,7 +975,7 @@ def _(wrong: bool) -> Made:
         if (yield _take()):
             yield copy("x")
 
-    return _setup([]), [Actor("in", imported), Actor("out", onward)], kept("x")
+    return _scene([]), [Actor("in", imported), Actor("out", onward)], kept("x")
 
 
 @_mistake("deleted-before-get", "a slot is deleted with its last dirty bits unread", "5.19")
@@ -990,13 +990,13 @@ def _(wrong: bool) -> Made:
         done = view["copy:x"] == view["frame:x"] or not view["stopped"]
         return None if done else "a write to page x is lost: its bit died with the slot"
 
-    setup = _setup(["store x 1; dsb; store stopped 1"], cells={"stopped": 0})
+    scene = _scene(["store x 1; dsb; store stopped 1"], cells={"stopped": 0})
 
     def after() -> Acts:
         yield Act("waits until the vCPU has stopped", when=lambda view: view["stopped"] == 1)
         yield from teardown()
 
-    return setup, [Actor("S", after)], end
+    return scene, [Actor("S", after)], end
 
 
 @_mistake("parent-not-advanced", "a snapshot resets the epoch, and the next one still builds on the parent of that one "
@@ -1024,7 +1024,7 @@ def _(wrong: bool) -> Made:
 
     pages = {"x": "clean", "y": "clean"}
     cells = {"parent": 0, "has1": 0, "has2": 0, "written": 0}
-    return _setup([], pages, cells=cells), [Actor("S", chain), Actor("guest", write)], end
+    return _scene([], pages, cells=cells), [Actor("S", chain), Actor("guest", write)], end
 
 
 # --- rings, and logs that the hardware keeps -----------------------------------------------------------------------
@@ -1034,7 +1034,7 @@ def _(wrong: bool) -> Made:
           names=("producer", "consumer"))  # fmt: skip
 def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
-        found = End(view.protocol.setup, view.state)
+        found = End(view.protocol.scene, view.state)
         if found["f"] == 1 and found["g"] != 5:
             return "the consumer harvests an old page number, and the page that was written is lost"
         return None
@@ -1043,7 +1043,7 @@ def _(wrong: bool) -> Made:
     programs = ["store entry 5; store flag 1", "load flag -> f; load entry -> g"]
     if not wrong:
         programs = ["store entry 5; dmb st; store flag 1", "load flag -> f; dmb ld; load entry -> g"]
-    return _setup(programs, cells=cells), [], end
+    return _scene(programs, cells=cells), [], end
 
 
 @_mistake("ring-reset-endless", "the kernel resets entries for as long as user space flags more (530a8ba71b4c)", "R15")
@@ -1065,8 +1065,8 @@ def _(wrong: bool) -> Made:
     def signal() -> Acts:
         yield store("stop", 1, "user space has had enough")
 
-    setup = _setup([], cells={"flag": 1, "stop": 0})
-    return setup, [Actor("kernel", reset, bounded=True), Actor("user", user), Actor("signal", signal)], lambda _: None
+    scene = _scene([], cells={"flag": 1, "stop": 0})
+    return scene, [Actor("kernel", reset, bounded=True), Actor("user", user), Actor("signal", signal)], lambda _: None
 
 
 @_mistake("ring-full", "a vCPU goes on with its ring full, and writes over an entry (86bdf3eb)", "5.14")
@@ -1090,7 +1090,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return None if view["log"] | view["ring"] == 3 else "a page is lost: its entry in the ring was written over"
 
-    return _setup([], cells={"ring": 0, "over": 0}), [Actor("vCPU", producer), Actor("S", harvest)], end
+    return _scene([], cells={"ring": 0, "over": 0}), [Actor("vCPU", producer), Actor("S", harvest)], end
 
 
 @_mistake(
@@ -1112,8 +1112,8 @@ def _(wrong: bool) -> Made:
         if (yield _take()):
             yield copy("x")
 
-    setup = _setup([], cells={"buffer": 0, "asked": 0, "done": 0})
-    return setup, [Actor("vCPU", vcpu), Actor("S", last_get)], _same
+    scene = _scene([], cells={"buffer": 0, "asked": 0, "done": 0})
+    return scene, [Actor("vCPU", vcpu), Actor("S", last_get)], _same
 
 
 @_mistake("buffer-freed", "HDBSS is switched off, and its buffer freed, with a vCPU still in it (v3)", "5.11", "5.13",
@@ -1134,7 +1134,7 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return "the MMU wrote into memory that was freed" if view["corrupt"] else None
 
-    return _setup([], cells={"on": 1, "out": 0, "freed": 0, "corrupt": 0}), [Actor("vCPU", vcpu), Actor("S", off)], end
+    return _scene([], cells={"on": 1, "out": 0, "freed": 0, "corrupt": 0}), [Actor("vCPU", vcpu), Actor("S", off)], end
 
 
 @_mistake("buffer-after-hd", "hardware DBM is on before a vCPU has its buffer: nothing is logged (v1)", "5.11",
@@ -1157,4 +1157,4 @@ def _(wrong: bool) -> Made:
     def end(view: View) -> str | None:
         return None if not view["frame:x"] or view["log"] else "a write to page x is lost: it is in no buffer"
 
-    return _setup([], cells={"hd": 0, "buffer": 0}), [Actor("vCPU", vcpu), Actor("S", enable)], end
+    return _scene([], cells={"hd": 0, "buffer": 0}), [Actor("vCPU", vcpu), Actor("S", enable)], end

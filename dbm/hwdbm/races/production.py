@@ -215,7 +215,7 @@ class RealSlot:
 
     Parameters
     ----------
-    setup : Scene
+    scene : Scene
         The machine, whose descriptors are this slot's.
     pages : mapping
         The number of each of its pages in the slot, by name.
@@ -242,7 +242,7 @@ class RealSlot:
 
     def __init__(
         self,
-        setup: Scene,
+        scene: Scene,
         pages: Mapping[str, int],
         npages: int,
         mechanism: str = "hardware DBM",
@@ -253,16 +253,16 @@ class RealSlot:
         shared: bool = False,
         verbs: Mapping[str, Callable[["RealSlot", int, int], Steps]] = VERBS,
     ) -> None:
-        self.setup, self.pages, self.npages, self.verbs = setup, dict(pages), npages, verbs
+        self.scene, self.pages, self.npages, self.verbs = scene, dict(pages), npages, verbs
         self.mechanisms = {name: make() for name, make in MECHANISMS.items()}
         self._hook: Callable[[int, int], None] = lambda _lo, _n: None
         parts = LogParts(lambda _slot, lo, n: self._hook(lo, n))
         self.log = _CaughtLog(self.memslot(logs=False), Granule.K4, self.mechanisms[mechanism], parts)
         if shared:
             self.log.stage2 = Stage2(npages, 0, Granule.K4, shared=True)
-        self.cells = [(3, number, setup.cell(f"pte:{name}")) for name, number in self.pages.items()]
+        self.cells = [(3, number, scene.cell(f"pte:{name}")) for name, number in self.pages.items()]
         if block:
-            self.cells.append((2, 0, setup.cell("pte:block")))
+            self.cells.append((2, 0, scene.cell("pte:block")))
             self.log.stage2.map(0, npages, _FRAMES, 2)
         else:
             for name, number in self.pages.items():
@@ -295,7 +295,7 @@ class RealSlot:
     def start(self, actors: int) -> Outer:
         """Put the real descriptors into the machine's memory, and return the rest."""
         for level, index, cell in self.cells:
-            self.setup.mem[cell] = int(self.log.stage2.level(level)[index])
+            self.scene.mem[cell] = int(self.log.stage2.level(level)[index])
         return Outer(self._world(), ((0, 0),) * actors)
 
     # --- putting the slot into a state, and reading it back ------------------------------------------------------
@@ -461,7 +461,7 @@ class RealSlot:
         assert isinstance(outer, Outer)  # noqa: S101 - as above
         history = self._number_of(running.history, self._cells_of(at), outer.of(number))
         happened, descs, world, _ = self._resume(running.verb, running.lo, running.hi, history, fail=fail)
-        machine, state = protocol.setup.machine, at.state
+        machine, state = protocol.scene.machine, at.state
         for (_, _, cell), desc in zip(self.cells, descs, strict=True):
             if state.mem[cell] != desc:
                 if machine.locked(state, cell):

@@ -126,8 +126,17 @@ class Scene:
         return self.machine.start(self.mem)
 
     def cell(self, name: str) -> int:
-        """Return the number of a cell."""
-        return self.cells.index(name)
+        """Return the number of a cell.
+
+        Raises
+        ------
+        ValueError
+            If there is none of that name.
+        """
+        try:
+            return self.cells.index(name)
+        except ValueError:
+            raise ValueError(f"there is no cell {name!r}; there are {', '.join(self.cells)}") from None
 
     def _read(self, text: str, registers: dict[str, int]) -> list[Op]:
         ops: list[Op] = []
@@ -187,21 +196,21 @@ class End:
 
     Parameters
     ----------
-    setup : Scene
+    scene : Scene
         What it began as.
     state : Moment
         The final state.
     """
 
-    setup: Scene
+    scene: Scene
     state: Moment
 
     def __getitem__(self, name: str) -> int:
         """Return what a register or a cell holds."""
-        for registers, thread in zip(self.setup.registers, self.state.threads, strict=True):
+        for registers, thread in zip(self.scene.registers, self.state.threads, strict=True):
             if name in registers:
                 return int(thread[registers[name]].value)
-        return self.state.mem[self.setup.cell(name)]
+        return self.state.mem[self.scene.cell(name)]
 
     def is_state(self, name: str, *states: str) -> bool:
         """Return whether a register or a cell holds a descriptor in one of some states."""
@@ -209,4 +218,4 @@ class End:
 
     def faulted(self, thread: int) -> bool:
         """Return whether a thread ended with a fault."""
-        return self.setup.machine.faulted(self.state.threads[thread]) is not None
+        return self.scene.machine.faulted(self.state.threads[thread]) is not None

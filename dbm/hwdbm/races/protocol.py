@@ -17,8 +17,8 @@ The vCPU writes once while another processor cleans the descriptor, flushes and 
 ...     yield from flush("x")
 ...     if old & pte.S2AP_W:
 ...         yield copy("x")
->>> setup = Scene({"x": "clean"}, ["store x 1"], {"copy:x": 0})
->>> check(Protocol("harvest", setup, [Actor("S", harvest)], kept("x"))).proved
+>>> scene = Scene({"x": "clean"}, ["store x 1"], {"copy:x": 0})
+>>> check(Protocol("harvest", scene, [Actor("S", harvest)], kept("x"))).proved
 True
 """
 
@@ -26,6 +26,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from hwdbm import check as check_types
 from hwdbm import pte
 from hwdbm.errors import HwdbmError
 from hwdbm.races.machine import Did, Moment, User
@@ -49,10 +50,10 @@ class View:
         self.protocol, self.state, self.world, self.number = protocol, state, world, number
 
     def __getitem__(self, name: str) -> int:
-        return self.state.mem[self.protocol.setup.cell(name)]
+        return self.state.mem[self.protocol.scene.cell(name)]
 
     def __setitem__(self, name: str, value: int) -> None:
-        cell, machine = self.protocol.setup.cell(name), self.protocol.setup.machine
+        cell, machine = self.protocol.scene.cell(name), self.protocol.scene.machine
         if cell in machine.descriptors and machine.locked(self.state, cell):
             raise BlockedError
         self.state = machine.write(self.state, cell, value)
@@ -65,7 +66,7 @@ class View:
 
     def lets_write(self, page: str, *, stale: bool = False) -> bool:
         """Return whether the descriptor of a page lets the guest write; with `stale` also whether a TLB's may."""
-        machine = self.protocol.setup.machine
+        machine = self.protocol.scene.machine
         walks = [desc for desc, _ in machine.walks(self.state, machine.pages[page])]
         return any(desc & pte.VALID and desc & (pte.S2AP_W | pte.DBM) for desc in (walks if stale else walks[:1]))
 
@@ -211,7 +212,7 @@ class Protocol:
     ----------
     name : str
         What it is called.
-    setup : Scene
+    scene : Scene
         The vCPUs and the memory.
     actors : sequence of Actor
         Software.
@@ -232,7 +233,7 @@ class Protocol:
     """
 
     name: str
-    setup: Scene
+    scene: Scene
     actors: Sequence[Actor] = ()
     end: Callable[[View], str | None] = lambda _: None
     always: Callable[[View], str | None] = lambda _: None
@@ -246,8 +247,8 @@ class Protocol:
     def start(self) -> Situation:
         """Return the situation that it begins in."""
         world = None if self.slot is None else self.slot.start(len(self.actors))  # which has the descriptors
-        self.setup.machine.precise = True
-        state = self.setup.start()
+        self.scene.machine.precise = True
+        state = self.scene.start()
         locals_ = tuple(Local(idle=actor.handles is not None) for actor in self.actors)
         return Situation(state, locals_, world, (None,) * len(state.threads))
 
@@ -255,7 +256,7 @@ class Protocol:
 
     def steps(self, at: Situation) -> Iterator[tuple[Label, Situation]]:
         """Yield each step that can be taken, as `said` knows it, and the situation after it."""
-        machine = self.setup.machine
+        machine = self.scene.machine
         for number, (actor, local) in enumerate(zip(self.actors, at.locals, strict=True)):
             if not local.idle and self._alone(at, number, actor, local):
                 for step, after in self._act(at, number, actor, local):
@@ -291,6 +292,8 @@ class Protocol:
             except StopIteration:
                 self._acts[key] = None
             else:
+                if not isinstance(act, Act | Run):
+                    raise TypeError(f"actor {self.actors[number].name} yields acts, not {act!r}")
                 self._acts[key] = act
             running.close()
         return self._acts[key]
@@ -323,7 +326,7 @@ class Protocol:
 
     def _flushed(self, at: Situation, number: int, local: Local, act: Act) -> Situation | None:
         """Return what a barrier or a TLBI leaves behind; None if a barrier has still to wait."""
-        machine = self.setup.machine
+        machine = self.scene.machine
         if act.kind == "dsb":
             waited = local.before if self.erratum else local.noted | local.before
             if not machine.complete(at.state, waited):
@@ -331,7 +334,7 @@ class Protocol:
             if not self.erratum:
                 local = local._replace(noted=_NOBODY, before=_NOBODY)
         elif act.kind == "tlbi":
-            cells = self.cells_of(act.pages) if act.level is None else frozenset({self.setup.cell(act.level)})
+            cells = self.cells_of(act.pages) if act.level is None else frozenset({self.scene.cell(act.level)})
             users = _NOBODY if act.stage == "s2" and machine.combined else machine.users(at.state, cells)
             local = local._replace(noted=users, before=local.noted | local.before)
             at = at._replace(state=machine.forget(at.state, cells, act.stage))
@@ -341,7 +344,7 @@ class Protocol:
         """Return the cells of the descriptors that may translate some pages."""
         found = set[int]()
         for name in pages:
-            page = self.setup.pages[name]
+            page = self.scene.pages[name]
             found |= {page.cell, *page.run, *(() if page.table is None else (page.table,))}
         return frozenset(found)
 
@@ -354,7 +357,7 @@ class Protocol:
         if self.next_act(number, local.results, self._fault_page(after, actor)) is not None:
             return after
         thread = after.state.threads[actor.handles]
-        k = self.setup.machine.faulted(thread)
+        k = self.scene.machine.faulted(thread)
         fresh = tuple(did if i < (k or 0) or (did.done and i != k) else Did() for i, did in enumerate(thread))
         threads = after.state.threads
         threads = (*threads[: actor.handles], fresh, *threads[actor.handles + 1 :])
@@ -363,8 +366,8 @@ class Protocol:
     def _fault_page(self, at: Situation, actor: Actor) -> str | None:
         if actor.handles is None:
             return None
-        k = self.setup.machine.faulted(at.state.threads[actor.handles])
-        op = self.setup.machine.programs[actor.handles][k or 0]
+        k = self.scene.machine.faulted(at.state.threads[actor.handles])
+        op = self.scene.machine.programs[actor.handles][k or 0]
         return str(op.place([did.value for did in at.state.threads[actor.handles]])) if op.place else None
 
     def _faulted(self, before: Situation, after: Situation, t: int, k: int) -> Situation:
@@ -419,7 +422,7 @@ class Protocol:
 
     def ended(self, at: Situation, but: int | None = None) -> bool:
         """Return whether everybody is done, but for one of the actors."""
-        return self.setup.machine.ended(at.state) and all(
+        return self.scene.machine.ended(at.state) and all(
             n == but
             or local.idle
             or (local.run is None and self.next_act(n, local.results, self._fault_page(at, actor)) is None)
@@ -441,8 +444,8 @@ class Protocol:
         for t, fault in enumerate(before.faults):
             if fault is None or after.faults[t] != fault:
                 continue
-            k = self.setup.machine.faulted(after.state.threads[t])
-            if k == fault[0] and self.setup.machine.faulted(before.state.threads[t]) is None:
+            k = self.scene.machine.faulted(after.state.threads[t])
+            if k == fault[0] and self.scene.machine.faulted(before.state.threads[t]) is None:
                 return True
         return False
 
@@ -450,19 +453,19 @@ class Protocol:
 
     def said(self, label: Label, before: Situation, after: Situation) -> Step:
         """Return a step in words."""
-        setup, changed = self.setup, self.changes(before, after)
+        scene, changed = self.scene, self.changes(before, after)
         if len(label) == 2:
             return Step(*label, changed)
         if label[0] == "hardware":
-            return Step("MMU", f"sets AF in {setup.cells[label[1]]}", changed)
+            return Step("MMU", f"sets AF in {scene.cells[label[1]]}", changed)
         t, k, moment = label[:3]
-        what = setup.machine.programs[t][k].label.split("->")[0].strip()
+        what = scene.machine.programs[t][k].label.split("->")[0].strip()
         texts: dict[str, Callable[[], str]] = {
             "walk": lambda: (
                 f"translates for {what}: {state_name(label[3])}"
                 + ("" if before.state.mem[label[4]] == label[3] else " (by its TLB)")
             ),
-            "mark": lambda: f"marks {setup.cells[label[4]]}",
+            "mark": lambda: f"marks {scene.cells[label[4]]}",
             "fault": lambda: f"faults on {what}",
             "store": lambda: f"{what} is visible",
             "load": lambda: f"{what} reads {label[3]}",
@@ -472,7 +475,7 @@ class Protocol:
 
     def changes(self, before: Situation, after: Situation) -> tuple[str, ...]:
         """Return which cells are others, and what they hold."""
-        names, descriptors = self.setup.cells, self.setup.machine.descriptors
+        names, descriptors = self.scene.cells, self.scene.machine.descriptors
         found = [
             f"{names[cell]} {state_name(new) if cell in descriptors else new}"
             for cell, (old, new) in enumerate(zip(before.state.mem, after.state.mem, strict=True))
@@ -540,8 +543,11 @@ def check(protocol: Protocol, limit: int | None = 500_000) -> Finding:
     Raises
     ------
     ValueError
-        If there are more states than `limit`.
+        If there are more states than `limit`, or an act names a cell that isn't there.
+    TypeError
+        If `protocol` is none, or an actor yields something else than acts.
     """
+    check_types.instance(protocol, Protocol, "protocol")
     found: list[str] = []
 
     def stop(at: Situation, edges: Sequence[object]) -> bool:
@@ -686,7 +692,7 @@ def kept(*pages: str, mark: str = "log") -> Callable[[View], str | None]:
     """
 
     def end(view: View) -> str | None:
-        log = view[mark] if mark in view.protocol.setup.cells else 0
+        log = view[mark] if mark in view.protocol.scene.cells else 0
         for number, page in enumerate(pages):
             desc = view[f"pte:{page}"]
             dirty = desc & pte.VALID and desc & pte.DBM and desc & pte.S2AP_W

@@ -13,7 +13,7 @@ _PAGES: Final = {"x": 0, "y": 64}  # in two words of the bitmap, so that two ste
 Steps = Generator[Act | Run, Any, None]
 
 
-def _setup(
+def _scene(
     programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, disk: bool = False, **options: Any
 ) -> Scene:
     """Return a machine whose pages are those of a real slot: frames at 512, those for copy-on-write at 1024."""
@@ -31,10 +31,10 @@ def _setup(
 def _frame(view: View, name: str) -> str:
     """Return the cell of the frame that a page has, by its descriptor; the host has it mapped there too."""
     desc = view[f"pte:{name}"]
-    if "pte:block" in view.protocol.setup.cells and view["pte:block"] & pte.TABLE != pte.TABLE:
+    if "pte:block" in view.protocol.scene.cells and view["pte:block"] & pte.TABLE != pte.TABLE:
         return f"frame:{name}"
     frame = (desc & pte.ADDRESS) >> 12
-    named = next((each for each, number in view.protocol.setup.frame.items() if number == frame), name)
+    named = next((each for each, number in view.protocol.scene.frame.items() if number == frame), name)
     return f"frame:{named}"
 
 
@@ -61,7 +61,7 @@ def _same(view: View) -> str | None:
     """Say what is wrong at an end: the last pass is over, and nobody will look again."""
     slot, world = view.protocol.slot, view.world
     assert isinstance(world, Outer)  # noqa: S101 - as above
-    cells = view.protocol.setup.cells
+    cells = view.protocol.scene.cells
     for name in slot.pages:
         frame = view[_frame(view, name)]
         if view[f"copy:{name}"] != frame:
@@ -96,9 +96,9 @@ def production(
     options: Mapping[str, Any] = {},
 ) -> Protocol:
     """Return a protocol of a real slot, with a last pass when all is over; with `host` one of the host's flags too."""
-    setup = _setup(programs, pages, block=block, disk=host, hd=hd, **options)
+    scene = _scene(programs, pages, block=block, disk=host, hd=hd, **options)
     slot = RealSlot(
-        setup, pages, npages, mechanism, block=block, logs=logs, readonly=readonly, shared=shared, verbs=verbs
+        scene, pages, npages, mechanism, block=block, logs=logs, readonly=readonly, shared=shared, verbs=verbs
     )
 
     def last() -> Steps:
@@ -108,7 +108,7 @@ def production(
 
     actors = [*actors, Actor("last pass", last, last=True)]
     return Protocol(
-        name, setup, actors, lambda view: _same(view) or end(view), summary=summary, slot=slot, symmetric=symmetric
+        name, scene, actors, lambda view: _same(view) or end(view), summary=summary, slot=slot, symmetric=symmetric
     )
 
 
@@ -249,7 +249,7 @@ def _cow_only() -> Steps:
 
 
 def _reads_new(view: View) -> str | None:
-    found = End(view.protocol.setup, view.state)
+    found = End(view.protocol.scene, view.state)
     if found["a"] == 1 and found["b"] == 0:
         return "a vCPU still reads the frame that the page had before its copy"
     return None

@@ -51,9 +51,9 @@ class Test(NamedTuple):
     def agrees(self, broken: frozenset[str] = frozenset()) -> bool:
         """Return whether the machine's outcomes are as the verdict says."""
         options = {**self.options, "broken": broken}
-        setup = Scene(self.pages, self.programs, frames=self.frames, options=options)
-        machine = setup.machine
-        ends = [self.outcome(End(setup, s)) for s in explore(setup.start(), machine.steps) if machine.ended(s)]
+        scene = Scene(self.pages, self.programs, frames=self.frames, options=options)
+        machine = scene.machine
+        ends = [self.outcome(End(scene, s)) for s in explore(scene.start(), machine.steps) if machine.ended(s)]
         if self.verdict == "Allowed":
             return any(ends)
         return not any(ends) if self.verdict == "Forbidden" else bool(ends) and all(ends)
