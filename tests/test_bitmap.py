@@ -278,13 +278,14 @@ def test_any_two_sets(case: tuple[Pages, Pages, int]) -> None:
     check_everything(DirtyBitmap, *case)
 
 
-@given(sets(), st.integers(1, 5), st.sampled_from([0, module._FEW, 65]))
-def test_any_two_sets_in_small_chunks(case: tuple[Pages, Pages, int], chunk: int, few: int) -> None:
+@given(sets(), st.integers(1, 5), st.sampled_from([0, module._FEW, 65]), st.sampled_from([0, 1 << 60]))
+def test_any_two_sets_in_small_chunks(case: tuple[Pages, Pages, int], chunk: int, few: int, sparse: int) -> None:
     # Listings and sizes are made in chunks of words: more of them than words at hand come to meet. Each chunk is listed
-    # in one of two ways.
+    # in one of two ways, and so are runs.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
         patch.setattr(module, "_FEW", few)
+        patch.setattr(module, "_SPARSE", sparse)
         check_everything(DirtyBitmap, *case)
 
 

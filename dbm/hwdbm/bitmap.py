@@ -21,6 +21,7 @@ Words = NDArray[np.uint64]
 
 _ALL = (1 << 64) - 1
 _MOST = 1 << 40  # pages: 52 address bits of pages of 4 KiB
+_SPARSE = 16  # where one page in so many is dirty, or fewer, runs are made of pages
 _FEW = 12  # bits a word: with fewer, to take them off one by one is faster than to unpack all 64
 _CHUNK = 1 << 15  # words looked at together where a listing needs temporaries: 256 KiB
 
@@ -285,13 +286,17 @@ class DirtyBitmap:
         base, unit = integer(base, "base", None), integer(unit, "unit", None)
         if base < 0 or unit < 0 or base + self.npages * unit > 1 << 64:
             raise BitmapError(f"{self.npages} pages of {unit} from {base:#x} don't fit into 64 bits")
-        edges = _positions(_edges(self.words))
-        if edges.size % 2:  # the run that ends with the last word has no falling edge
-            edges = np.append(edges, self.words.size * 64)
-        runs = edges.view(np.uint64).reshape(-1, 2)
-        runs[:, 1] -= runs[:, 0]
-        runs *= np.uint64(unit)
-        runs[:, 0] += np.uint64(base)
+        if self.weight() * _SPARSE < self.npages:  # most runs are a page or two: to list those is the shorter way
+            runs = _joined(self.pages())
+        else:
+            edges = _positions(_edges(self.words))
+            if edges.size % 2:  # the run that ends with the last word has no falling edge
+                edges = np.append(edges, self.words.size * 64)
+            runs = edges.view(np.uint64).reshape(-1, 2)
+            runs[:, 1] -= runs[:, 0]
+        if (base, unit) != (0, 1):
+            runs *= np.uint64(unit)
+            runs[:, 0] += np.uint64(base)
         return runs
 
     def verify(self) -> None:
@@ -485,6 +490,17 @@ def _edges(words: Words) -> Words:
     return edges
 
 
+def _joined(pages: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the runs of some pages, which are sorted, as rows (first page, pages)."""
+    runs = np.empty((0, 2), dtype=np.uint64)
+    if pages.size:
+        ends = np.append(np.flatnonzero(np.diff(pages) != 1), pages.size - 1)
+        runs = np.empty((ends.size, 2), dtype=np.uint64)
+        runs[:, 1] = np.diff(ends, prepend=-1)
+        runs[:, 0] = pages[ends] - runs[:, 1].view(np.int64) + 1
+    return runs
+
+
 def _positions(words: Words) -> NDArray[np.int64]:
     """Return the positions of the set bits, in order. Words that are zero cost next to nothing."""
     found = []
@@ -512,8 +528,9 @@ def _peeled(words: Words, first: NDArray[np.int64], counts: NDArray[np.uint8], s
     positions, one = np.empty(size, dtype=np.int64), np.uint64(1)
     place = np.cumsum(counts, dtype=np.int64) - counts
     while words.size:
-        positions[place] = first + np.bitwise_count(~words & (words - one))  # the zeros below the lowest
-        words = words & (words - one)
+        below = words - one
+        positions[place] = first + np.bitwise_count(~words & below)  # the zeros below the lowest
+        words &= below
         (left,) = words.nonzero()
         words, first, place = words[left], first[left], place[left] + 1
     return positions

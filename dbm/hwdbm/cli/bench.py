@@ -10,7 +10,8 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result
 
-EPILOG = """Times are in ms. The C loop calls a function for each descriptor, as a kernel's walker does.
+EPILOG = """Times are in ms, of the processor where one thread works alone. The C loop calls a function for each
+descriptor, as a kernel's walker does.
 
 Examples:
 
