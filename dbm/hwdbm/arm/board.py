@@ -31,6 +31,7 @@ from hwdbm.arm.abi import (
     VcpuState,
 )
 from hwdbm.arm.build import firmware, tool
+from hwdbm.errors import HwdbmError
 from hwdbm.process import child
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vtcr import Vtcr
@@ -59,7 +60,7 @@ kill $guard 2>/dev/null
 exit $status"""
 
 
-class GuestCrashError(OSError):
+class GuestCrashError(HwdbmError, OSError):
     """A vCPU of the Arm machine took an exception that its guest has no handler for."""
 
 

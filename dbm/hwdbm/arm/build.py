@@ -9,6 +9,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 
 from hwdbm import files
+from hwdbm.errors import HwdbmError
 from hwdbm.process import child
 
 _SOURCES = ("start.S", "firmware.c", "guest.c")
@@ -22,7 +23,7 @@ _FLAGS = (
 )
 
 
-class ArmUnavailableError(OSError):
+class ArmUnavailableError(HwdbmError, OSError):
     """There is no QEMU here, or no cross compiler, for an emulated Arm machine; the text says what to install."""
 
 
