@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hwdbm import check
 from hwdbm.errors import LayoutError
+from hwdbm.granule import Granule
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot, slot_name
 from hwdbm.vm.source import Source
 
@@ -53,8 +54,11 @@ class MemoryMap:
         object.__setattr__(self, "slots", check.instances(self.slots, Memslot, "slots"))
         object.__setattr__(self, "by_address", tuple(sorted(self.slots, key=lambda slot: slot.base_gfn)))
         object.__setattr__(self, "_starts", tuple(slot.base_gfn for slot in self.by_address))
-        if self.page_size not in (1 << 12, 1 << 14, 1 << 16):
-            raise LayoutError(f"a page has 4096, 16384 or 65536 bytes, not {self.page_size}")
+        sizes = [granule.page_size for granule in Granule]
+        if self.page_size not in sizes:
+            raise LayoutError(
+                f"a page has {', '.join(map(str, sizes[:-1]))} or {sizes[-1]} bytes, not {self.page_size}"
+            )
         if not 1 <= len(self.slots) <= _MOST_SLOTS:
             raise LayoutError(f"a VM has 1 to {_MOST_SLOTS} slots, not {len(self.slots)}")
         if len({slot.id for slot in self.slots}) < len(self.slots):
