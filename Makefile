@@ -9,7 +9,7 @@ CAPTURES = $(sort $(wildcard tests/data/captures/*/*.npz))
 
 .PHONY: help
 help: ## say what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo "  PYTHON=python3.12 chooses the Python (3.11 or newer) that a new $(VENV) is made with."
 
 # Linux keeps its tables without DBM: there, a writable leaf is a dirty one.
@@ -116,6 +116,15 @@ ASV = PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m asv
 asv: $(VENV)/.dev ## run each asv benchmark once, so that none can rot
 	cd asv_bench && $(ASV) machine --yes >/dev/null
 	cd asv_bench && $(ASV) run --quick --show-stderr --python=same
+
+.PHONY: asv-history
+asv-history: $(VENV)/.dev ## measure the landmarks of main by asv, and publish its site in build/asv
+	PYTHONSAFEPATH=1 $(BIN)/python asv_bench/history.py publish
+	@echo "build/asv/index.html"
+
+.PHONY: asv-compare
+asv-compare: $(VENV)/.dev ## compare HEAD with the last landmark, interleaved, in one run
+	PYTHONSAFEPATH=1 $(BIN)/python asv_bench/history.py compare
 
 .PHONY: clean
 clean: ## remove what was built, and the caches; the environment stays

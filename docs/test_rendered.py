@@ -5,6 +5,7 @@ console, no page that scrolls sideways, no link or picture that leads nowhere, t
 it (WCAG 2, AA). The screenshots are left in build/pages, to be looked at.
 """
 
+import base64
 import functools
 import http.server
 import json
@@ -164,8 +165,12 @@ def themed(browser: webdriver.Chrome, theme: str) -> None:
 
 
 def shoot(browser: webdriver.Chrome, name: str) -> None:
+    """Take a picture of the whole page, or of as much as one can look at."""
+    size = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+    clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 6000), "scale": 1}
+    taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
     SHOTS.mkdir(parents=True, exist_ok=True)
-    (SHOTS / f"{name}.png").write_bytes(browser.get_screenshot_as_png())
+    (SHOTS / f"{name}.png").write_bytes(base64.b64decode(taken["data"]))
 
 
 def test_there_are_pages() -> None:

@@ -39,6 +39,7 @@ svg.picture .clean { fill: var(--clean); stroke: var(--line); }
 svg.picture .dirty { fill: var(--dirty); stroke: var(--line); }
 svg.picture .paper { fill: var(--paper); stroke: none; }
 svg.picture .line { fill: none; stroke: var(--line); stroke-width: 1.3; }
+svg.picture .grid { fill: none; stroke: var(--line); stroke-width: 0.5; stroke-dasharray: 2 4; }
 svg.picture .hardware { fill: none; stroke: var(--bad); stroke-width: 2.2; }
 svg.picture .head { fill: var(--line); stroke: none; }
 svg.picture .hot { fill: var(--bad); stroke: none; }
@@ -433,4 +434,50 @@ def passes() -> str:
     return d.svg()
 
 
-DRAWN = {"leaf-states": leaf_states, "stale-entry": stale_entry, "house": house, "passes": passes}
+# --- numbers over commits ----------------------------------------------------------------------------------
+
+
+def history() -> str:
+    """Draw the main ratios at the landmarks, from what `make asv-history` wrote."""
+    rows = json.loads((ROOT / "docs" / "pictures" / "history.json").read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    most = max(value for row in rows for value in row["ratios"].values()) * 1.1
+    left, right, top, base = 60, 744, 16, 186
+    table = base + 44
+    d = Drawing(
+        "history",
+        760,
+        table + 24 + 17 * len(rows),
+        "The main ratios at the landmarks of main",
+        "; ".join(f"{row['what']}: " + ", ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items()) for row in rows),
+    )
+    for line in range(int(most) + 1):
+        y = base - line / most * (base - top)
+        d.path(f"M{left} {y:.1f}H{right}", "grid", arrow=False)
+        d.text(left - 8, y + 4, str(line), "small", "end")
+    step = (right - left) / max(len(rows), 1)
+    for number, row in enumerate(rows):
+        middle = left + (number + 0.5) * step
+        d.text(middle, base + 18, row["commit"], "small")
+        for place, name in enumerate(names):
+            value = row["ratios"].get(name)
+            if value is not None:
+                wide = step * 0.8 / len(names)
+                tall = value / most * (base - top)
+                x = middle - step * 0.4 + place * wide
+                d.box(x, base - tall, wide - 3, tall, ("clean", "dirty", "box", "line")[place % 4], 0)
+                d.text(x + wide / 2 - 1, base - tall - 4, "abcd"[place], "small")
+    columns = [left + 250 + place * 120 for place in range(len(names))]
+    d.text(left, table, "times the floor", "strong", "start")
+    for place, (x, name) in enumerate(zip(columns, names, strict=True)):
+        d.text(x, table, f"{'abcd'[place]}: {name.partition(',')[0] if len(name) > 18 else name}", "small")
+    for number, row in enumerate(rows):
+        y = table + 20 + 17 * number
+        d.text(left, y, f"{row['commit']} {row['what'][:34]}", "small", "start")
+        for x, name in zip(columns, names, strict=True):
+            value = row["ratios"].get(name)
+            d.text(x, y, "-" if value is None else f"{value:.2f}", "small")
+    return d.svg()
+
+
+DRAWN = {"history": history, "leaf-states": leaf_states, "stale-entry": stale_entry, "house": house, "passes": passes}

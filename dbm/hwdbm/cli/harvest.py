@@ -21,12 +21,14 @@ from hwdbm.image.slots import SLOT_UNIT
 
 _MISMATCH = 3  # the exit status
 
-EPILOG = """Examples:
+EPILOG = """Below tests/data are captures that a clone has.
+
+Examples:
 
   A capture's slots, as KVM would return them, one file each:
 
 \b
-    hwdbm harvest round1.npz --output dirty --page-size 4K
+    hwdbm harvest tests/data/captures/4k_ipa40/round1.npz --output dirty
 
   Raw RAM of a machine whose first byte is at 1 GiB, and two slots:
 
@@ -37,7 +39,8 @@ EPILOG = """Examples:
   Tables that Linux keeps without hardware DBM; there, writable is dirty:
 
 \b
-    hwdbm harvest guest.npz --policy writable
+    hwdbm harvest tests/data/captures/kvm-6.1/manual-3-ran.npz
+        --policy writable
 
   The same of a machine that runs, whose pages are clean afterwards:
 
@@ -48,7 +51,7 @@ EPILOG = """Examples:
   Compare with the truth that a capture carries:
 
 \b
-    hwdbm harvest round1.npz --check
+    hwdbm harvest tests/data/captures/4k_ipa40/round1.npz --check
 """
 
 

@@ -22,17 +22,19 @@ from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 from hwdbm.vtcr import hafdbs
 
-EPILOG = """Examples:
+EPILOG = """Below tests/data are captures that a clone has.
+
+Examples:
 
   What a capture holds:
 
 \b
-    hwdbm inspect round1.npz
+    hwdbm inspect tests/data/captures/4k_ipa40/round1.npz
 
   A picture of its slots (needs the extra 'plot'):
 
 \b
-    hwdbm inspect round1.npz --plot round1.png
+    hwdbm inspect tests/data/captures/4k_ipa40/round1.npz --plot map.png
 
   A raw image, and only how its tables are:
 
