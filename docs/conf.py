@@ -1,27 +1,13 @@
 """How Sphinx builds these pages: `make docs`."""
 
-import re
 import sys
-from importlib import import_module
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 
-def offered():
-    """Return the names that each module of api.md offers: by its ``__all__``, or because it defines them, and once."""
-    listed = re.findall(r"^ +(hwdbm[.\w]*)$", (Path(__file__).parent / "api.md").read_text("utf-8"), re.MULTILINE)
-    found = {}
-    for name in listed:
-        module = import_module(name)
-        names = getattr(module, "__all__", None)
-        if names is None:
-            names = [each for each, value in vars(module).items() if getattr(value, "__module__", None) == name]
-        package = name.rpartition(".")[0]
-        found[name] = [each for each in names if package not in listed or each not in found[package]]
-    return found
-
+import reference  # it lies in docs/_ext
 
 project = "hwdbm"
 author = "The hwdbm authors"
@@ -48,7 +34,7 @@ autosummary_generate = True
 autosummary_imported_members = True
 autosummary_ignore_module_all = False  # what a module's __all__ has, be it from another, and nothing else
 
-autosummary_context = {"offered": offered()}
+autosummary_context = {"offered": reference.offered()}
 
 numpydoc_show_class_members = False  # automodule documents them, once
 # What ruff can't see: parameters that don't exist or are out of order, sections that are unknown or
@@ -113,7 +99,6 @@ def elsewhere(app, env, node, contnode):
 def setup(app):
     """Have the pages that are made from the program written before the sources are read; and draw."""
     import pictures
-    import reference
     from docutils import nodes
     from docutils.parsers.rst import Directive
 

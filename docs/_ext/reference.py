@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,28 @@ VALUES = {
 }
 
 
+def offered() -> dict[str, list[str]]:
+    """Return the names that each module of api.md offers: by its ``__all__``, or because it defines them, and once."""
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +(hwdbm[.\w]*)$", text, re.MULTILINE)
+    found: dict[str, list[str]] = {}
+    for name in listed:
+        module = import_module(name)
+        names = getattr(module, "__all__", None)
+        if names is None:
+            names = [each for each, value in vars(module).items() if getattr(value, "__module__", None) == name]
+        package = name.rpartition(".")[0]
+        found[name] = [each for each in names if each not in found.get(package, ())]
+    return found
+
+
 def forget(*_: object) -> None:
     """Remove the pages that autosummary made of what isn't there, or isn't listed, any more."""
-    listed = set(re.findall(r"^ +(hwdbm[.\w]*)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    names = offered()
     for old in (DOCS / "api").glob("*.rst"):
         module, _, name = old.stem.rpartition(".")
-        if old.stem not in listed and f"   {name}\n" not in _read(DOCS / "api" / f"{module}.rst"):
+        if old.stem not in names and name not in names.get(module, ()):
             old.unlink()
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def write(*_: object) -> None:
