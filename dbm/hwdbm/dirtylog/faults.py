@@ -72,7 +72,7 @@ def map_steps(slot: SlotLog, lo: int, hi: int, frames: int | NDArray[np.int64], 
 def checked_frames(
     granule: Granule, gfn: int, npages: int, pfn: int | NDArray[np.integer], level: int
 ) -> int | NDArray[np.int64]:
-    """Return the frames of a map, whose blocks are checked as such, though they may be mapped as pages.
+    """Return the frames of a map, checked. Blocks are checked as blocks, even where pages will be mapped.
 
     Raises
     ------

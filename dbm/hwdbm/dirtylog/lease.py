@@ -83,7 +83,7 @@ class Loans:
 
 
 class _Loan(ref["Lease"]):
-    """What a lease has, for the time after it."""
+    """The state of a lease that outlives it."""
 
     __slots__ = ("first_page", "generation", "npages", "pages")
 
@@ -251,7 +251,7 @@ class Lease:
         # The loan's own callback notes the pages; all that is left to do here is to say so.
         if self._loan is None or self._settled or self._lender.generation != self._generation:
             return
-        if sys.is_finalizing():  # nobody is left who could take the pages, and numpy is half gone
+        if sys.is_finalizing():  # the interpreter ends: no consumer is left, and numpy is half gone
             return
         if self._bitmap.any():
             warnings.warn(
@@ -280,7 +280,7 @@ class Lease:
 
 
 def kept(lease: Lease) -> DirtyBitmap:
-    """Return the pages of a lease that its lender made for a caller who wants no lease: they are the caller's."""
+    """Return the pages of a lease, which is settled: for a caller that asked for a bitmap alone."""
     bitmap, loan = lease._bitmap, lease._loan
     lease._settled = "kept"
     if loan is not None:

@@ -233,7 +233,7 @@ class DirtyLog:
         Returns
         -------
         Change
-            What was done.
+            The change that was made.
 
         Raises
         ------
@@ -608,8 +608,8 @@ class DirtyLog:
     def change(self, slot: int, first_page: int, npages: int, verb: Verb) -> int:
         """Change leaves by a verb of `hwdbm.Stage2`, and flush the TLB if it changed any.
 
-        What a verb replaces is saved for the log, so that nothing is lost. That a page whose bit is clear has no leaf
-        that lets the guest write unrecorded is the caller's to see to, as for `locked`.
+        Leaves that a verb replaces are saved for the log, so that nothing is lost. The caller sees to it that a page
+        whose bit is clear has no leaf that lets the guest write unrecorded, as for `locked`.
 
         Parameters
         ----------
@@ -623,7 +623,7 @@ class DirtyLog:
         Returns
         -------
         int
-            What `verb` returned.
+            The number that `verb` returned.
 
         Raises
         ------
@@ -676,7 +676,7 @@ class DirtyLog:
     def populate(self, slot: int, pages: Pages, backing: Backing, *, write: bool, blocks: bool = False) -> None:
         """Map those of some pages that have no leaf, as a translation fault's handler does.
 
-        What the slot's log needs is as for `map`. But a write under write-protection is granted and marked at once, as
+        Leaves are mapped as by `map`. But a write under write-protection is granted and marked at once, as
         KVM does, and takes no second fault. A page whose frame is shared is mapped read-only.
 
         Parameters
@@ -686,7 +686,7 @@ class DirtyLog:
         pages : (n,) int64 array
             Counted from the slot's first.
         backing : Backing
-            What is behind them.
+            The host's page table.
         write : bool
             Whether they are being written, rather than read.
         blocks : bool

@@ -18,7 +18,7 @@ class Claim:
     held, mine : Lock
         The claim lasts as long as both are locked, `held` first: ``with claim.held, claim.mine:``. Leaving that block
         is no line of Python, so a signal's handler that raises can't keep a claim from ending. Others wait by taking
-        `held`, for a moment; `mine` is the owner's alone, so that nobody takes such a moment for a claim.
+        `held`, for a moment; `mine` is the owner's alone, so that such a moment is not taken for a claim.
     """
 
     __slots__ = ("held", "hi", "lo", "mine", "owner")

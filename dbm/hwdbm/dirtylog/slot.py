@@ -559,7 +559,7 @@ def in_threads(
 ) -> None:
     """Call `step` for each part, in this thread and as many more as make up `workers`.
 
-    What the first one raised is raised once no thread is in a step any more, after `undo`.
+    The first error is raised after `undo`, when no thread is in a step any more.
     """
     if workers == 1 or len(parts) < 2:
         try:

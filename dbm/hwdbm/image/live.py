@@ -3,7 +3,7 @@
 `open_live` maps the file and copies nothing. ``live.stage2(...)`` is a shared `hwdbm.Stage2` over the table pages
 themselves: what its verbs change, the machine's MMU walks over next, and what the MMU marks they find. So two rules of
 a hypervisor are the caller's. No page is copied before the guest's TLB was flushed for what a verb re-protected. And
-while a verb runs, nobody else links or unlinks tables; hardware may mark leaves, always.
+while a verb runs, nothing else links or unlinks tables; hardware may mark leaves at any time.
 """
 
 import mmap
@@ -141,7 +141,7 @@ class Live:
         base_gfn, npages : int
             The slot, in granules.
         kernels : {"vector", "fused"}, optional
-            Kernels for a machine that stands still, with nobody else who writes. By default the atomic ones.
+            Kernels for a machine that stands still, with no other writer. The atomic ones by default.
         tables : callable, optional
             Returns the physical address of a page for a table, for verbs that split or map; None in place of an
             address is none that is free.
@@ -337,7 +337,7 @@ class _LiveLeaves(Leaves):
         if level < self.start:  # there is nothing above the start level, and something below it
             return np.full(index.size, pte.TABLE, dtype=np.uint64)
         where = self.where(level, index)
-        if level == 3 and self.start < 3:  # what a table held that isn't linked any more is nobody's
+        if level == 3 and self.start < 3:  # a table that isn't linked any more maps nothing
             pages = np.maximum(index, 0)
             where[~pte.table(2)(self.read(2, self.layout.index(2, pages)))] = -1
         found = np.where(where >= 0, self._ram[np.maximum(where, 0)], np.uint64(0))

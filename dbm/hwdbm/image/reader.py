@@ -261,11 +261,11 @@ def open_image(
     path : path-like
         The file.
     ram_base : int, optional
-        Of a raw image, the physical address of its first byte.
+        The physical address of a raw image's first byte.
     vttbr, vtcr : int, optional
-        The registers of a raw image; of a capture, in place of what it says.
+        The registers of a raw image, or in place of a capture's.
     slots : iterable of Slot, optional
-        The memslots of a raw image; of a capture, in place of what it says.
+        The memslots of a raw image, or in place of a capture's.
 
     Raises
     ------

@@ -15,7 +15,7 @@ Functions at an index take the entries of any level, ``index``, an (n,) int64 ar
 `Place`, which says which pages they stand for.
 
 What was there decides which bits are set (`Notes`), and bits are only ever set. From its first run to its last a call
-of ``vector`` or ``fused`` owns descriptors and words: nobody else may write them meanwhile. Calls that own disjoint
+of ``vector`` or ``fused`` owns descriptors and words: no other thread may write them meanwhile. Calls that own disjoint
 ranges may run in parallel threads, and those of ``atomic`` on any ranges. A signal handler that raises during a call
 leaves each descriptor as it was, or changed with its bits set.
 
@@ -107,7 +107,7 @@ class Place(NamedTuple):
     lo, hi : int
         Pages [lo, hi) have their bits set in ``out`` and ``also``.
     end : int
-        Of the other pages those of [0, end) have them set in ``kept``, where ``out`` is asked for.
+        Other pages of [0, end) have theirs set in ``kept``, where ``out`` is asked for.
     """
 
     first: int

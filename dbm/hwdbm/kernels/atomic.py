@@ -195,7 +195,7 @@ def _change(entries, i, mask, value, keep, sets):
         found = _cas(entries, i, d, new)
         if found == d:  # returned from here, and not after a break: there numba would count references, atomically
             return d
-        d = found  # somebody else was faster, the MMU most likely: what they made of it decides
+        d = found  # another writer was faster, most likely the MMU: the new value decides
     return d
 
 

@@ -2,7 +2,7 @@
 
 An entry's flags are 0, then `DIRTY` when the kernel has filled it, then `RESET` when it was read here, and 0 again when
 ``KVM_RESET_DIRTY_RINGS`` has protected the page anew. The kernel writes slot and offset and then, as a release, the
-flags; so whoever reads must see the flags first. What is read here is first the flags of many entries, by one call, and
+flags; so a reader must see the flags first. What is read here is first the flags of many entries, by one call, and
 the rest by another, so that neither the interpreter nor a compiler reorders them. The processor may: x86 keeps loads in
 order, and each before the stores that follow it (TSO), arm64 doesn't. There `fence` has the kernel do a full barrier
 in this thread, since Python has none. The other direction, from `RESET` to the kernel, needs nothing: the request
@@ -141,7 +141,7 @@ class DirtyRing:
 def harvest(vm: VmFd, rings: Sequence[DirtyRing]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yield what is in the rings, as a slot's id and pages in it, and in the end have all of it logged anew.
 
-    Pages may come twice. Whoever doesn't take all that comes leaves the rest to nobody, and calls `recover` next.
+    Pages may come twice. A caller that stops early loses the rest, and calls `recover` next.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def harvest(vm: VmFd, rings: Sequence[DirtyRing]) -> Iterator[tuple[int, NDArray
 def recover(vm: VmFd, rings: Sequence[DirtyRing]) -> None:
     """Bring the rings back to where they can be harvested, after one that didn't come to its end.
 
-    What was read by then is nowhere: all pages may be dirty.
+    Entries read before are lost: all pages may be dirty.
     """
     for ring in rings:
         ring.find()

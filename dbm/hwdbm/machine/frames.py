@@ -56,7 +56,7 @@ class Frames:
     Attributes
     ----------
     shared : (npages,) bool array
-        Pages whose frame others have too (copy on write): the guest may read them.
+        Whether a page's frame is shared (copy on write), by page: the guest may only read it.
 
     Notes
     -----

@@ -53,7 +53,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What is looked up among regions, for all of them together."""
+    """The index of the regions by address."""
 
     regions: tuple[Region, ...]  # by address, as in the map
     slots: MemoryMap | None

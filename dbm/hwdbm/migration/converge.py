@@ -28,7 +28,7 @@ class Settings:
     verify : bool
         Whether both sides compare the SHA-256 of all memory before the destination runs.
     on_limit : {"abort", "wait", "pause"}
-        What to do if the rest doesn't fit into `max_downtime`: end the migration with `ConvergenceError`, go on until
+        The action if the rest doesn't fit into `max_downtime`: end the migration with `ConvergenceError`, go on until
         it does or is cancelled, or pause the guest for as long as it takes.
 
     Raises

@@ -1,6 +1,6 @@
 """Pre-copy: passes while the guest runs, a short pause, and the destination goes on.
 
-What is taken from the dirty log is lent (`Pages`), and stays so until the destination runs. A failure before that has
+Pages taken from the dirty log are on loan (`Pages`) until the destination runs. A failure before that has
 one answer: every bit goes back, the throttle goes, the guest runs. From GO on the guest stays paused until something
 that can't be wrong says that the destination never ran: its own ERROR, or the end of its process.
 """

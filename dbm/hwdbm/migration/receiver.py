@@ -39,7 +39,7 @@ _DIRECT_RUNS = 4  # runs of a frame up to which each is received where it belong
 
 @dataclass(slots=True)
 class Received:
-    """What arrived.
+    """The VM that arrived, and counts.
 
     Parameters
     ----------

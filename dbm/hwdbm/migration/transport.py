@@ -119,7 +119,7 @@ class Listener:
     ) -> Channel:
         """Return the channel of the first source that says HELLO, and may.
 
-        Whoever else connects doesn't end or hold this: other users, clients without a certificate, other protocols,
+        Other connections don't end or hold this: those of other users, clients without a certificate, other protocols,
         the silent. The channel has its HELLO already, so that only `receive` can go on with it.
 
         Parameters
@@ -239,7 +239,7 @@ def private_socket() -> Iterator[Path]:
 
 
 def listen_unix(path: Path) -> Listener:
-    """Listen on a Unix socket, which is only its owner's. One that nobody listens on any more is replaced.
+    """Listen on a Unix socket, which is only its owner's. A socket without a listener is replaced.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def listen_unix(path: Path) -> Listener:
             if _is_dead(path):
                 path.unlink()
             listener.bind(str(path))
-            path.chmod(stat.S_IRUSR | stat.S_IWUSR)  # nobody can connect before listen()
+            path.chmod(stat.S_IRUSR | stat.S_IWUSR)  # no client can connect before listen()
             listener.listen(_BACKLOG)
         finally:
             os.close(folder)
@@ -267,7 +267,7 @@ def listen_unix(path: Path) -> Listener:
 
 
 def _is_dead(path: Path) -> bool:
-    """Return whether a path is a socket of this user's that nobody listens on."""
+    """Return whether a path is a socket of this user's without a listener."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -282,7 +282,7 @@ def _is_dead(path: Path) -> bool:
             probe.connect(str(path))
         except ConnectionRefusedError:
             return True
-        except OSError:  # a backlog that is full: somebody listens
+        except OSError:  # a backlog that is full: there is a listener
             return False
     return False
 

@@ -23,7 +23,7 @@ On a Unix socket, HELLO can bring memory that both sides map (`staging`). SHARED
 has the runs only, their CRC goes on over the pages, which lie in that memory. READY brings a pidfd of the receiver's
 process there, by which the source learns that it is gone.
 
-The CRC is zlib's, whoever computes it: zlib-ng, if it is there, folds with carry-less multiplication, and is some ten
+The CRC is zlib's. zlib-ng, if it is there, folds with carry-less multiplication, and is some ten
 times as fast as zlib 1.2 (50 and 3 GiB/s were measured, on data in the cache).
 """
 

@@ -87,7 +87,7 @@ class Layout:
     def span(self, level: int, index: int | Ranges) -> tuple[int, int] | Ranges:
         """Return the pages [start, stop) of an entry, which may begin before the slot and end after it.
 
-        Of an array of entries they are the rows of an (n, 2) int64 array.
+        For an array of entries they are the rows of an (n, 2) int64 array.
         """
         size, index = self._size(level), _pages(index, "index")
         start = index * size - self.base_gfn % size
@@ -192,7 +192,7 @@ def pieces(lo: int, hi: int, npages: int) -> Iterator[tuple[int, int, int | None
     start, stop : int
         Pages, `start` the first of a word; `stop` too, or the slot's end.
     mask : int or None
-        The bits of a word of which only a part is meant; None for whole words.
+        The bits that are meant of a word; None for whole words.
 
     Examples
     --------

@@ -49,7 +49,7 @@ class Record:
     Parameters
     ----------
     out, also : DirtyBitmap
-        Of the slot's pages; only bits of the range that is meant are set.
+        Bitmaps of the slot's pages; only bits in the range of the call are set.
     kept : DirtyBitmap or None
         Where the other pages of a block go, if it counts for `out`.
     out_of, also_of : callable or None

@@ -327,7 +327,7 @@ class Stage2:
         gfn, npages : int
             Only tables of which all pages are in the range, and so in the slot, are looked at.
         level : int
-            Of the block: 2 collapses pages, 1 collapses level-2 blocks.
+            The level of the block: 2 collapses pages, 1 collapses level-2 blocks.
 
         Raises
         ------
@@ -489,7 +489,7 @@ class Stage2:
     def clean(self, mask: DirtyBitmap) -> int:
         """Re-protect the dirty leaves of the pages in `mask`, exactly, and return how many they were.
 
-        What the pages in the mask recorded is dropped from the log's side: the caller copies them after the TLB
+        Dirty state of the pages in the mask leaves the log: the caller copies them after the TLB
         flush. `host_dirty` gets it.
 
         Parameters

@@ -1,4 +1,4 @@
-"""Runner: a thread that works as long as it is wanted, and whose pause and end can be waited for.
+"""Runner: a thread that works while it is wanted; callers can wait for its pause and its end.
 
 A signal's handler may raise in the main thread between any two steps of Python code, those of `threading.Condition`
 and `threading.Event` among them, which leaves their lock held for ever. So everything here that the main thread does is
@@ -212,7 +212,7 @@ class Runner:
 def uninterrupted(what: Callable[[], object]) -> None:
     """Call something that must not be cut in two: in a thread, where no handler raises. One that did is raised after.
 
-    What is called must not need a lock that the caller has.
+    The call must not need a lock that the caller holds.
     """
     if get_ident() != main_thread().ident:
         what()

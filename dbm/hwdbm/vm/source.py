@@ -118,7 +118,7 @@ class Exclusive(Protocol):
 
 @runtime_checkable
 class Durable(Protocol):
-    """A VM whose memory is a file in the end, which appears when it is complete."""
+    """A VM whose memory becomes a file, which appears when it is complete."""
 
     def commit(self) -> None:
         """Put the file in its place: all memory has arrived and is right.
@@ -132,7 +132,7 @@ class Durable(Protocol):
 
 @runtime_checkable
 class Provable(Protocol):
-    """A VM whose guest can be asked whether it goes on as it should."""
+    """A VM that can check that its guest runs correctly."""
 
     def prove(self) -> None:
         """Return when the guest, which runs, has gone on for a moment and is right; it runs on.
