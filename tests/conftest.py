@@ -38,7 +38,14 @@ def one_writer() -> Iterator[onewriter.Level]:
         yield found
 
 
-SHARED_TOO = {"test_kernels", "test_runs", "test_stage2", "test_stage2_at", "test_stage2_parts"}
+SHARED_TOO = {
+    "test_contiguous",
+    "test_kernels",
+    "test_runs",
+    "test_stage2",
+    "test_stage2_at",
+    "test_stage2_parts",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -160,6 +160,47 @@ def _save(s2: Stage2, leaf: Leaf) -> int:
     return leaf.desc & ~pte.S2AP_W
 
 
+# --- contiguous runs ------------------------------------------------------------------------------------------
+
+
+def _group(s2: Stage2, level: int, entry: int) -> range:
+    """Return the pages of the slot under the aligned group of entries that a contiguous run would be."""
+    size, entries = s2.granule.pages_per_entry(level), s2.granule.contiguous_entries(level)
+    first = (s2.base_gfn // size + entry) // entries * entries
+    start = first * size - s2.base_gfn
+    return _inside(s2, range(start, start + entries * size))
+
+
+def _runs(s2: Stage2, lo: int, hi: int) -> Iterator[Leaf]:
+    """Yield each leaf with the contiguous bit in a group that touches [lo, hi)."""
+    for leaf in _leaves(s2, 0, s2.npages):
+        group = _group(s2, leaf.level, leaf.entry)
+        if s2.contiguous and leaf.desc & pte.CONTIGUOUS and group.start < hi and lo < group.stop:
+            yield leaf
+
+
+def _widened(s2: Stage2, pages: set[int]) -> set[int]:
+    """Return the pages, and of each with a contiguous leaf the whole run."""
+    wide = set(pages)
+    for page in pages if s2.contiguous else ():
+        leaf = _walk(s2, page)
+        if leaf and leaf.desc & pte.CONTIGUOUS:
+            wide |= set(_group(s2, leaf.level, leaf.entry))
+    return wide
+
+
+def _take_apart(s2: Stage2, lo: int, hi: int, lowest: int = 3) -> None:
+    """Clear the contiguous bit in the runs that touch a range, after both consumers heard what they recorded."""
+    for leaf in list(_runs(s2, lo, hi) if lo < hi else ()):
+        if leaf.level <= lowest:
+            if leaf.state is State.WRITABLE_DIRTY:
+                for page in _group(s2, leaf.level, leaf.entry):
+                    _keep(s2, page)
+                    _tell_host(s2, page)
+            tracked = pte.S2AP_W if leaf.state in TRACKED else 0
+            _write(s2, leaf.level, leaf.entry, leaf.desc & ~(pte.CONTIGUOUS | tracked))
+
+
 # --- dirty state ----------------------------------------------------------------------------------------------
 
 
@@ -184,15 +225,18 @@ def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: 
     if out is None:
         out = DirtyBitmap(s2.npages)
     _check_bitmap(s2, out, "out", written=True)
-    for leaf in _leaves(s2, lo, hi):
+    found: set[int] = set()
+    for leaf in [*_leaves(s2, lo, hi), *(_runs(s2, lo, hi) if lo < hi else ())]:
         if leaf.state is State.WRITABLE_DIRTY:
             _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W)
-            for page in leaf.pages:
-                if lo <= page < hi:
-                    out.set_range(page, 1)
-                    _tell_host(s2, page)
-                else:
-                    _keep(s2, page)
+            found |= set(leaf.pages)
+    for page in _widened(s2, found):
+        if lo <= page < hi:
+            out.set_range(page, 1)
+        else:
+            _keep(s2, page)
+        if lo <= page < hi or s2.contiguous:
+            _tell_host(s2, page)
     for page in range(lo, hi):
         if page in s2.saved.bitmap:
             s2.saved.bitmap.set_range(page, 1, False)
@@ -204,7 +248,8 @@ def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: 
 def dirty(s2: Stage2) -> DirtyBitmap:
     """Return the pages that `harvest` would, and change nothing."""
     instance(s2, Stage2, "s2")
-    out = _scan(s2, State.WRITABLE_DIRTY)
+    found = _scan(s2, State.WRITABLE_DIRTY)
+    out = DirtyBitmap.from_pages(sorted(_widened(s2, {page for page in range(s2.npages) if page in found})), s2.npages)
     for page in range(s2.npages):
         if page in s2.saved.bitmap:
             out.set_range(page, 1)
@@ -240,15 +285,17 @@ def _scan(s2: Stage2, *states: State) -> DirtyBitmap:
 def clean(s2: Stage2, mask: DirtyBitmap) -> int:
     """Re-protect the dirty leaves of the pages in `mask`, keeping what blocks recorded for other pages."""
     _check_bitmap(s2, mask, "mask")
-    count = 0
+    count, found = 0, set[int]()
+    wide = _widened(s2, {page for page in range(s2.npages) if page in mask})
     for leaf in _leaves(s2, 0, s2.npages):
-        if leaf.state is State.WRITABLE_DIRTY and any(page in mask for page in leaf.pages):
+        if leaf.state is State.WRITABLE_DIRTY and any(page in wide for page in leaf.pages):
             _write(s2, leaf.level, leaf.entry, leaf.desc & ~pte.S2AP_W)
             count += 1
-            for page in leaf.pages:
-                _tell_host(s2, page)
-                if page not in mask:
-                    _keep(s2, page)
+            found |= set(leaf.pages)
+    for page in _widened(s2, found):
+        _tell_host(s2, page)
+        if page not in mask:
+            _keep(s2, page)
     for page in range(s2.npages):
         if page in mask and page in s2.saved.bitmap:
             s2.saved.bitmap.set_range(page, 1, False)
@@ -264,6 +311,7 @@ def enable_dbm(s2: Stage2, mask: DirtyBitmap | None = None) -> int:
     instance(s2, Stage2, "s2")
     if mask is not None:
         _check_bitmap(s2, mask, "mask")
+        _take_apart(s2, 0, s2.npages)
     count = 0
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.state is not State.UNTRACKED:
@@ -279,6 +327,7 @@ def enable_dbm(s2: Stage2, mask: DirtyBitmap | None = None) -> int:
 def disable_dbm(s2: Stage2) -> int:
     """Make tracked leaves untracked, saving what they recorded; the host is told of them all."""
     instance(s2, Stage2, "s2")
+    _take_apart(s2, 0, s2.npages)
     count = 0
     for leaf in _leaves(s2, 0, s2.npages):
         if leaf.state in TRACKED:
@@ -292,6 +341,7 @@ def disable_dbm(s2: Stage2) -> int:
 def set_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
     """Set DBM on untracked leaves, which become writable-dirty."""
     lo, hi = _range(s2, gfn, npages)
+    _take_apart(s2, lo, hi)
     _isolate(s2, lo, hi)
     count = 0
     for leaf in _leaves(s2, lo, hi):
@@ -304,6 +354,7 @@ def set_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> in
 def clear_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
     """Clear DBM, saving what was recorded: tracked leaves become read-only."""
     lo, hi = _range(s2, gfn, npages)
+    _take_apart(s2, lo, hi)
     _isolate(s2, lo, hi)
     count = 0
     for leaf in _leaves(s2, lo, hi):
@@ -316,6 +367,7 @@ def clear_dbm(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> 
 def wrprotect(s2: Stage2, gfn: int | None = None, npages: int | None = None) -> int:
     """Make leaves read-only, saving what they recorded; the host is told of untracked ones."""
     lo, hi = _range(s2, gfn, npages)
+    _take_apart(s2, lo, hi)
     _isolate(s2, lo, hi)
     count = 0
     for leaf in _leaves(s2, lo, hi):
@@ -423,6 +475,7 @@ def _frames(s2: Stage2, lo: int, hi: int, pfn: int | NDArray[np.integer], level:
 def unmap(s2: Stage2, gfn: int, npages: int) -> None:
     """Remove the leaves of a range, saving what they recorded; the host is told of untracked ones."""
     lo, hi = _range(s2, *_given(gfn, npages))
+    _take_apart(s2, lo, hi)
     _isolate(s2, lo, hi)
     for leaf in _leaves(s2, lo, hi):
         _save(s2, leaf)
@@ -442,6 +495,7 @@ def split(s2: Stage2, gfn: int, npages: int, level: int = 3) -> int:
     """Replace the blocks that touch a range by tables of leaves of `level`."""
     lo, hi = _range(s2, *_given(gfn, npages))
     level = integer(level, "level", 2, 3, GfnError)
+    _take_apart(s2, lo, hi, level - 1)
     count = 0
     for _ in range(1, level):  # the pieces of a level-1 block are split in the second pass
         for leaf in list(_leaves(s2, lo, hi)):
@@ -478,6 +532,7 @@ def collapse(s2: Stage2, gfn: int, npages: int, level: int = 2) -> int:
     """Replace the tables whose leaves make up a block by that block."""
     lo, hi = _range(s2, *_given(gfn, npages))
     level = _check_level(s2, level, page=False)
+    _take_apart(s2, lo, hi)
     size = s2.granule.pages_per_entry(level)
     start = lo + -(s2.base_gfn + lo) % size
     return sum(_collapse(s2, level, page) for page in range(start, hi - size + 1, size))

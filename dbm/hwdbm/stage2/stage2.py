@@ -38,6 +38,7 @@ from hwdbm.stage2.saved import Saved
 
 Array = NDArray[np.uint64]
 ByLevel = Callable[[int], pte.Update]
+_RUN_LEVELS = (1, 2, 3)
 Pages = Iterable[int] | NDArray[np.integer]
 
 
@@ -60,11 +61,20 @@ class Stage2:
     arrays : mapping of int to (n,) uint64 array, optional
         The entries of levels 1, 2 and 3 where they lie already, in memory that others map; as long as `layout` says.
         By default new ones, with nothing mapped.
+    contiguous : bool
+        Whether leaves may have the contiguous bit, which no verb here sets. Hardware may then mark any one of a run for
+        a write to any of it, so a run is one leaf: see `contiguous` below.
 
     Attributes
     ----------
     layout : Layout
         Which entry of a level maps which pages.
+    contiguous : bool
+        Whether contiguous runs are looked for, at a cost by the dirty page. What a dirty leaf of a run recorded is then
+        reported of the whole run: the aligned group of `Granule.contiguous_entries` leaves. A harvest or clean that
+        touches a run cleans all of it, and a verb that replaces or protects a leaf of a run takes the run apart first:
+        what it recorded is saved, and its leaves lose the bit. Each entry is decided on by what it is itself. Such a
+        verb has the Stage2 to itself, unless that is shared.
     saved : Saved
         Dirty state of leaves that were replaced, until a harvest takes it.
     host_dirty : DirtyBitmap
@@ -104,9 +114,10 @@ class Stage2:
         kernels: Name | None = None,
         shared: bool = False,
         arrays: Mapping[int, Array] | None = None,
+        contiguous: bool = False,
     ) -> None:
         self.layout = Layout(npages, base_gfn, granule)
-        self.shared = flag(shared, "shared")
+        self.shared, self.contiguous = flag(shared, "shared"), flag(contiguous, "contiguous")
         if self.shared and kernels is not None:
             raise ValueError(f"kernels {kernels!r} are for private leaves")
         implementation = shared_kernels() if self.shared else None if kernels is None else named(kernels)
@@ -162,7 +173,7 @@ class Stage2:
     def copy(self) -> Self:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags, in memory of its own."""
         twin = type(self)(self.npages, self.base_gfn, self.granule)
-        twin.shared, twin.saved = self.shared, Saved(self.npages, self._leaves.kernels)
+        twin.shared, twin.contiguous, twin.saved = self.shared, self.contiguous, Saved(self.npages, self._leaves.kernels)
         twin._leaves = self._leaves.copy()
         twin.saved.span = self.saved.span
         twin.saved.bitmap.words[:] = self.saved.bitmap.words
@@ -218,6 +229,7 @@ class Stage2:
         if lo < hi:
             with self._lock:
                 record = self._saving(lo, hi)
+                self._take_apart(lo, hi)
                 self._isolate(lo, hi)
                 self._leaves.put(level, lo, hi, leaves, record)
 
@@ -272,6 +284,7 @@ class Stage2:
         if lo < hi:
             with self._lock:
                 record = self._saving(lo, hi)
+                self._take_apart(lo, hi)
                 self._isolate(lo, hi)
                 self._leaves.remove(lo, hi, record)
 
@@ -298,6 +311,7 @@ class Stage2:
         if level not in (2, 3):
             raise GfnError(f"blocks are split into leaves of level 2 or 3, not {level}")
         with self._lock:
+            self._take_apart(lo, hi, level - 1)
             return sum(
                 self._split(above, self._leaves.find(above, pte.leaf(above), lo, hi)) for above in range(1, level)
             )
@@ -340,6 +354,7 @@ class Stage2:
             raise GfnError(f"level {level} of a {self.granule} granule has no blocks")
         with self._lock:
             record = self._saving(lo, hi, told=pte.dirty)
+            self._take_apart(lo, hi)
             index = self._leaves.collapsible(level, lo, hi)
             self._leaves.collapse(level, index, record)
             return int(index.size)
@@ -400,6 +415,9 @@ class Stage2:
         """Do as `harvest`, and return what it read, changed and wrote."""
         lo, hi = self._pages(first, npages)
         self._check(out, "out", written=True)
+        if self.contiguous:
+            with self._lock:
+                return self._harvest_runs(lo, hi, out)
         # Pages come first: what is split or unmapped meanwhile goes to `saved`, and is found there.
         pages = self._leaves.update_pages(pte.clean(3), lo, hi, Record(out, self._host_dirty))
         with self._lock:
@@ -442,6 +460,8 @@ class Stage2:
         """
         lo, hi = self._pages(first, npages)
         self._check(out, "out", written=True)
+        if self.contiguous:
+            return self._peek_runs(lo, hi, out)
         read = self._leaves.scan(pte.dirty, lo, hi, out)
         return Tally(read, words=self._take_saved(out, lo, hi))
 
@@ -458,6 +478,8 @@ class Stage2:
     def dirty(self) -> DirtyBitmap:
         """Return what `harvest` would, and change nothing."""
         found = self.scan(pte.dirty)
+        if self.contiguous:
+            self._widen(found)
         with self._lock:  # a verb that replaces leaves saves what they recorded before it gives this back
             found |= self.saved.bitmap
         return found
@@ -509,6 +531,8 @@ class Stage2:
         """
         self._check(mask, "mask")
         with self._lock:
+            if self.contiguous:
+                return self._clean_runs(mask)
             changed = self._update_part(pte.clean, mask, 0, self._save_record(every, every)).changed
             self.saved.drop(mask, 0, self.host_dirty)
             return changed
@@ -525,6 +549,112 @@ class Stage2:
             self._leaves.kernels.merge(self.host_dirty.words, taken.words)  # as in `harvest`
             raise
         return taken
+
+    # --- contiguous runs -----------------------------------------------------------------------------------
+
+    def _groups(self, level: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the groups of leaves of `level` that could be runs and map `pages`, as rows of pages of the slot."""
+        size = self.granule.contiguous_entries(level) * self.layout.sizes[level]
+        start = np.unique((pages + self.base_gfn) // size) * size - self.base_gfn
+        return np.clip(np.stack([start, start + size], axis=1), 0, self.npages)
+
+    def _widen(self, bitmap: DirtyBitmap) -> None:
+        """Set the bits of the whole run wherever that of a leaf with the contiguous bit is set."""
+        pages = bitmap.pages()
+        found = self._leaves.leaf_at(pages)
+        for level in _RUN_LEVELS:
+            of = (found.level == level) & (found.desc & np.uint64(pte.CONTIGUOUS) != 0)
+            self._leaves.kernels.fill(bitmap.words, self._groups(level, pages[of]))
+
+    def _around(self, lo: int, hi: int, match: Asks) -> list[tuple[int, NDArray[np.int64]]]:
+        """Return, by level, the contiguous leaves that match, are outside of [lo, hi), and in a run that reaches in."""
+        around = []
+        for level in _RUN_LEVELS if lo < hi else ():
+            index = [np.empty(0, dtype=np.int64)]
+            for start, stop in self._groups(level, np.array([lo, hi - 1])).tolist():
+                for a, b in ((start, min(stop, lo)), (max(start, hi), stop)):
+                    if a < b:
+                        index.append(self._leaves.find(level, match(level).also(ones=pte.CONTIGUOUS), a, b))
+            found = np.unique(np.concatenate(index))
+            pages = self._leaves.extent(level, found)
+            around.append((level, found[(pages[:, 1] <= lo) | (pages[:, 0] >= hi)]))
+        return around
+
+    def _report(self, found: DirtyBitmap, lo: int, hi: int, out: DirtyBitmap) -> None:
+        """Give what was found, whole runs of it, to the host; its pages in [lo, hi) to `out`, and others to `saved`."""
+        self._widen(found)
+        merge, rest = self._leaves.kernels.merge, found.copy()
+        rest.set_range(lo, hi - lo, False)
+        if rest.any():
+            self.saved.widen(0, self.npages)
+            merge(self.saved.bitmap.words, rest.words)
+        words = slice(lo >> 6, hi + 63 >> 6)
+        merge(out.words[words], found.words[words] & ~rest.words[words])
+        merge(self._host_dirty.words, found.words)
+
+    def _harvest_runs(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
+        found = DirtyBitmap(self.npages)
+        record = Record(found, self._host_dirty, found)
+        try:
+            tally = self._leaves.update_pages(pte.clean(3), lo, hi, record)
+            tally += self._leaves.update_blocks(pte.clean, lo, hi, record)
+            for level, index in self._around(lo, hi, pte.dirty):
+                changed = self._leaves.update_at(level, index, pte.clean(level), record, 0, self.npages)
+                tally += Tally(index.size, changed)
+        finally:  # an exception in between loses nothing of what was cleaned
+            self._report(found, lo, hi, out)
+        return tally + Tally(words=self.saved.take(lo, hi, out, self._host_dirty))
+
+    def _peek_runs(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
+        found = DirtyBitmap(self.npages)
+        read = self._leaves.scan(pte.dirty, lo, hi, found)
+        for level, index in self._around(lo, hi, pte.dirty):
+            self._leaves.kernels.fill(found.words, self._leaves.extent(level, index))
+            read += index.size
+        self._widen(found)
+        part = DirtyBitmap(self.npages)
+        part.set_range(lo, hi - lo)
+        words = slice(lo >> 6, hi + 63 >> 6)
+        self._leaves.kernels.merge(out.words[words], (found & part).words[words])
+        return Tally(read, words=self._take_saved(out, lo, hi))
+
+    def _clean_runs(self, mask: DirtyBitmap) -> int:
+        found, wide = DirtyBitmap(self.npages), mask.copy()
+        self._widen(wide)
+        record = Record(found, self._host_dirty, found)
+        try:
+            changed = self._leaves.update_blocks(pte.clean, 0, self.npages, record, wide).changed
+            changed += self._leaves.update_within(pte.clean(3), wide, 0, record).changed
+        finally:
+            self._report(found, 0, 0, found)
+        self.saved.drop(mask, 0, self._host_dirty)
+        return changed
+
+    def _take_apart(self, lo: int, hi: int, lowest: int = 3) -> None:
+        """Clear the contiguous bit of all leaves of the runs that touch [lo, hi), and save what the runs recorded.
+
+        Only of leaves of the levels 1 to `lowest`. A leaf loses the bit in the same exchange in which it is cleaned:
+        no page of the run is recorded by another's leaf after that, once the TLB was flushed.
+        """
+        for level in _RUN_LEVELS if self.contiguous and lo < hi else ():
+            if level > lowest:
+                continue
+            groups = self._groups(level, np.array([lo, hi - 1]))
+            start, stop = int(groups[0, 0]), int(groups[-1, 1])
+            bits = {"ones": pte.CONTIGUOUS}
+            index = self._leaves.find(level, pte.leaf(level).also(**bits), start, stop)
+            if not index.size:
+                continue
+            found = DirtyBitmap(self.npages)
+            record = Record(found, self._host_dirty, found, pte.dirty, pte.dirty)
+            tracked = pte.Update(pte.tracked(level).also(**bits), clears=pte.CONTIGUOUS | pte.S2AP_W)
+            others = pte.Update(pte.leaf(level).also(**bits), clears=pte.CONTIGUOUS)
+            try:
+                self._leaves.update_at(level, index, tracked, record, 0, self.npages)
+            finally:
+                self._leaves.kernels.fill(found.words, self._groups(level, found.pages()))
+                self._report(found, 0, 0, found)
+            self._leaves.update_at(level, index, others, self._silent, 0, self.npages)
 
     # --- tracking and protection ---------------------------------------------------------------------------
 
@@ -551,6 +681,7 @@ class Stage2:
         if mask is not None:
             self._check(mask, "mask")
             with self._lock:
+                self._take_apart(0, self.npages)
                 return self._update_part(pte.arm, mask, 0, record).changed
         with self._lock:
             return self._leaves.update(pte.arm, 0, self.npages, record).changed
@@ -559,6 +690,7 @@ class Stage2:
         """Stop recording: tracked leaves become untracked, their dirty state saved. Return how many they were."""
         with self._lock:
             record = self._saving(0, self.npages, told=every)
+            self._take_apart(0, self.npages)
             return self._leaves.update(pte.disarm, 0, self.npages, record).changed
 
     def set_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
@@ -611,6 +743,7 @@ class Stage2:
         """
         lo, _ = self._part(mask, first)
         with self._lock:
+            self._take_apart(lo, lo + mask.npages)
             tally = self._update_part(pte.track, mask, lo, self._save_record(every, every))
             self.saved.drop(mask, lo, self._host_dirty)
         return tally
@@ -623,6 +756,7 @@ class Stage2:
         """
         lo, _ = self._part(mask, first)
         with self._lock:
+            self._take_apart(lo, lo + mask.npages)
             tally = self._update_part(pte.clear_dbm, mask, lo, self._save_record(pte.dirty, pte.dirty))
             tally += self._update_part(pte.wrprotect, mask, lo, self._save_record(every, every))
             self.saved.drop(mask, lo, self.host_dirty)
@@ -680,6 +814,7 @@ class Stage2:
         lo, hi = self._range_or_all(gfn, npages)
         with self._lock:
             record = self._saving(lo, hi, told=told)
+            self._take_apart(lo, hi)
             self._isolate(lo, hi)
             return self._leaves.update(rule, lo, hi, record).changed
 
@@ -783,6 +918,7 @@ class Stage2:
             return
         with self._lock:
             record = self._saving(int(found.min()), int(found.max()) + size)
+            self._take_apart(int(found.min()), int(found.max()) + size)
             self._make_room(found, level, record)
             self._leaves.put_at(level, self.layout.index(level, found), leaves, record)
 
@@ -864,6 +1000,12 @@ class Stage2:
         """Apply `rule` to the leaves of pages; return how many pages have one, and how many leaves changed."""
         found = pages if isinstance(pages, LeafAt) else self.leaf_at(pages)
         mapped = int(np.count_nonzero(found.level))
+        if self.contiguous and rule is not pte.mkyoung:
+            for level in _RUN_LEVELS:
+                of = (found.level == level) & (found.desc & np.uint64(pte.CONTIGUOUS) != 0)
+                for lo, hi in self._groups(level, self._leaves.extent(level, found.index[of])[:, 0]).tolist():
+                    with self._lock:
+                        self._take_apart(lo, hi)
         left, changed, record = mapped, 0, self._silent
         for level in (3, 2, 1):
             if not left:
