@@ -233,10 +233,9 @@ def harvest(s2: Stage2, out: DirtyBitmap | None = None, first: int = 0, npages: 
     for page in _widened(s2, found):
         if lo <= page < hi:
             out.set_range(page, 1)
+            _tell_host(s2, page)
         else:
             _keep(s2, page)
-        if lo <= page < hi or s2.contiguous:
-            _tell_host(s2, page)
     for page in range(lo, hi):
         if page in s2.saved.bitmap:
             s2.saved.bitmap.set_range(page, 1, False)

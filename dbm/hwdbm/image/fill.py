@@ -29,6 +29,7 @@ class Filler:
 
     def __init__(self, stage2: Stage2, vtcr: Vtcr) -> None:
         self.stage2, self.vtcr, self.granule = stage2, vtcr, stage2.granule
+        self.contiguous = False  # whether an entry of the tables that were seen has the bit
 
     def __call__(self, batch: Batch) -> None:
         """Take what the batch has of the slot."""
@@ -53,6 +54,7 @@ class Filler:
 
     def _tables(self, batch: Batch) -> None:
         found = batch.entries
+        self.contiguous |= bool(int(np.bitwise_or.reduce(found, axis=None)) & pte.CONTIGUOUS)
         if batch.level < 3:  # what isn't there is zero to the verbs that would put a table there
             found = np.where(found & pte.VALID, found, np.uint64(0))
         start = (batch.ipa >> np.uint64(self.granule.shift(batch.level))).astype(np.int64) - self._first(batch.level)

@@ -580,6 +580,17 @@ class _LiveLeaves(Leaves):
         self.exchange(level, index, first | np.uint64(pte.leaf(level).value) | young, record)
         self._room.give([self.tables[level + 1].drop(self.layout.first_child(level, i)) for i in index.tolist()])
 
+    def take_apart(self, level: int, index: Index, record: Record) -> None:
+        """Break the leaves `index`, and make them again, clean and without the contiguous bit."""
+        values = np.zeros(index.size, dtype=np.uint64)
+        try:
+            self._swap(level, index, values, record)
+            self._room.flush()
+        finally:
+            gone = values != 0
+            made = pte.clean(level)(values[gone]) & np.uint64(~pte.CONTIGUOUS & _ALL)
+            self.exchange(level, index[gone], made, record)
+
     def exchange_back(self, level: int, index: Index, values: Array, record: Record) -> None:
         """Swap entries with `values`, where they aren't leaves: nothing is noted of them."""
         del record
@@ -731,6 +742,13 @@ class LiveStage2(Stage2):
         self._host_dirty = DirtyBitmap(npages)
         self._lock = Lock()
         self._live.tables = self._walked()
+        self.contiguous = self._has_runs()
+
+    def _has_runs(self) -> bool:
+        return any(
+            self._live.find(level, pte.leaf(level).also(ones=pte.CONTIGUOUS), 0, self.npages).size
+            for level in LEAF_LEVELS
+        )
 
     def _walked(self) -> dict[int, _Tables]:
         return self._live.walked()
@@ -738,6 +756,7 @@ class LiveStage2(Stage2):
     def _adopt(self, tables: dict[int, _Tables]) -> None:
         with self._lock:
             self._live.tables = tables
+            self.contiguous = self._has_runs()
 
     def level(self, level: int) -> Array:
         """Return a copy of the entries of `level`, as a flat array of the slot's would have them; not to be written.
@@ -763,7 +782,7 @@ class LiveStage2(Stage2):
 
     def copy(self) -> Stage2:  # type: ignore[override]
         """Return a Stage2 in memory of its own with the leaves as they are now, saved pages and host flags."""
-        twin = Stage2(self.npages, self.base_gfn, self.granule)
+        twin = Stage2(self.npages, self.base_gfn, self.granule, contiguous=self.contiguous)
         for level in LEAF_LEVELS:
             twin.level(level)[:] = self.level(level)
         twin.saved.span = self.saved.span

@@ -142,15 +142,18 @@ class Image:
         ImageError
             If there is no such slot, or the tables are corrupt.
         """
-        stage2 = self.empty_stage2(self.slot(slot))
-        self.read(Filler(stage2, self.vtcr))
-        return stage2
+        return self._filled([self.slot(slot)])[slot]
 
     def stage2s(self) -> dict[int, Stage2]:
         """Return the leaves of each slot by its id, from one walk; see `stage2`."""
-        stage2s = {slot.id: self.empty_stage2(slot) for slot in self.slots}
-        self.read(*(Filler(stage2, self.vtcr) for stage2 in stage2s.values()))
-        return stage2s
+        return self._filled(self.slots)
+
+    def _filled(self, slots: Iterable[Slot]) -> dict[int, Stage2]:
+        fillers = {slot.id: Filler(self.empty_stage2(slot), self.vtcr) for slot in slots}
+        self.read(*fillers.values())
+        for filler in fillers.values():
+            filler.stage2.contiguous = filler.contiguous
+        return {number: filler.stage2 for number, filler in fillers.items()}
 
     def dirty(
         self,

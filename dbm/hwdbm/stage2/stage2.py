@@ -173,7 +173,8 @@ class Stage2:
     def copy(self) -> Self:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags, in memory of its own."""
         twin = type(self)(self.npages, self.base_gfn, self.granule)
-        twin.shared, twin.contiguous, twin.saved = self.shared, self.contiguous, Saved(self.npages, self._leaves.kernels)
+        twin.shared, twin.contiguous = self.shared, self.contiguous
+        twin.saved = Saved(self.npages, self._leaves.kernels)
         twin._leaves = self._leaves.copy()
         twin.saved.span = self.saved.span
         twin.saved.bitmap.words[:] = self.saved.bitmap.words
@@ -580,21 +581,16 @@ class Stage2:
             around.append((level, found[(pages[:, 1] <= lo) | (pages[:, 0] >= hi)]))
         return around
 
-    def _report(self, found: DirtyBitmap, lo: int, hi: int, out: DirtyBitmap) -> None:
-        """Give what was found, whole runs of it, to the host; its pages in [lo, hi) to `out`, and others to `saved`."""
-        self._widen(found)
-        merge, rest = self._leaves.kernels.merge, found.copy()
-        rest.set_range(lo, hi - lo, False)
-        if rest.any():
+    def _keep(self, found: DirtyBitmap) -> None:
+        """Save what was found, for both consumers."""
+        if found.any():
             self.saved.widen(0, self.npages)
-            merge(self.saved.bitmap.words, rest.words)
-        words = slice(lo >> 6, hi + 63 >> 6)
-        merge(out.words[words], found.words[words] & ~rest.words[words])
-        merge(self._host_dirty.words, found.words)
+            self._leaves.kernels.merge(self.saved.bitmap.words, found.words)
+            self._leaves.kernels.merge(self._host_dirty.words, found.words)
 
     def _harvest_runs(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
         found = DirtyBitmap(self.npages)
-        record = Record(found, self._host_dirty, found)
+        record = Record(found, found, found)
         try:
             tally = self._leaves.update_pages(pte.clean(3), lo, hi, record)
             tally += self._leaves.update_blocks(pte.clean, lo, hi, record)
@@ -602,7 +598,14 @@ class Stage2:
                 changed = self._leaves.update_at(level, index, pte.clean(level), record, 0, self.npages)
                 tally += Tally(index.size, changed)
         finally:  # an exception in between loses nothing of what was cleaned
-            self._report(found, lo, hi, out)
+            self._widen(found)
+            rest, words = found.copy(), slice(lo >> 6, hi + 63 >> 6)
+            rest.set_range(lo, hi - lo, False)
+            if rest.any():  # a later harvest takes it to both consumers
+                self.saved.widen(0, self.npages)
+                self._leaves.kernels.merge(self.saved.bitmap.words, rest.words)
+            for bitmap in (out, self._host_dirty):
+                self._leaves.kernels.merge(bitmap.words[words], found.words[words] & ~rest.words[words])
         return tally + Tally(words=self.saved.take(lo, hi, out, self._host_dirty))
 
     def _peek_runs(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
@@ -626,7 +629,8 @@ class Stage2:
             changed = self._leaves.update_blocks(pte.clean, 0, self.npages, record, wide).changed
             changed += self._leaves.update_within(pte.clean(3), wide, 0, record).changed
         finally:
-            self._report(found, 0, 0, found)
+            self._widen(found)
+            self._keep(found)
         self.saved.drop(mask, 0, self._host_dirty)
         return changed
 
@@ -641,20 +645,16 @@ class Stage2:
                 continue
             groups = self._groups(level, np.array([lo, hi - 1]))
             start, stop = int(groups[0, 0]), int(groups[-1, 1])
-            bits = {"ones": pte.CONTIGUOUS}
-            index = self._leaves.find(level, pte.leaf(level).also(**bits), start, stop)
+            index = self._leaves.find(level, pte.leaf(level).also(ones=pte.CONTIGUOUS), start, stop)
             if not index.size:
                 continue
             found = DirtyBitmap(self.npages)
             record = Record(found, self._host_dirty, found, pte.dirty, pte.dirty)
-            tracked = pte.Update(pte.tracked(level).also(**bits), clears=pte.CONTIGUOUS | pte.S2AP_W)
-            others = pte.Update(pte.leaf(level).also(**bits), clears=pte.CONTIGUOUS)
             try:
-                self._leaves.update_at(level, index, tracked, record, 0, self.npages)
+                self._leaves.take_apart(level, index, record)
             finally:
                 self._leaves.kernels.fill(found.words, self._groups(level, found.pages()))
-                self._report(found, 0, 0, found)
-            self._leaves.update_at(level, index, others, self._silent, 0, self.npages)
+                self._keep(found)
 
     # --- tracking and protection ---------------------------------------------------------------------------
 
