@@ -132,6 +132,7 @@ STAGE2 = {
     "first": 64,
     "match": pte.dirty,
     "shared": False,
+    "contiguous": True,
     "kernels": None,
     "page": 700,
     "pages": np.array([3, 700, 1100]),
