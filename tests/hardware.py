@@ -272,7 +272,9 @@ class Stress:
             raise StressError(f"round {self.rounds}: {text}")
 
     def over(self) -> bool:
-        return time.monotonic() > self.ends
+        """Whether time is up; a machine that is busy with other things has a minute more for three rounds."""
+        late = time.monotonic() - self.ends
+        return late > (0 if min(self.rounds) > 2 else 60)
 
     def turns(self) -> Iterator[int]:
         turn = 0
