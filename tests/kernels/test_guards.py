@@ -64,7 +64,7 @@ def test_runs_that_are_none(implementation: Callable[[], kernels.Kernels], runs:
         lambda: chosen.rewrite_within(entries, rows, pte.clean(3), ~words, words, words),
         lambda: chosen.scan(entries, rows, pte.dirty(3), words),
     ):
-        with pytest.raises(ValueError, match="runs aren't sorted, disjoint, and inside of 256 descriptors and 4 words"):
+        with pytest.raises(ValueError, match="runs aren't sorted by bit, disjoint, and inside of 256"):
             call()
     assert np.array_equal(entries, before)
     assert not words.any()

@@ -234,10 +234,19 @@ def _rewrite_few(pte, mask, value, keep, sets, mask1, value1, mask2, value2, ask
 
 @njit(nogil=True)
 def _scan_groups(pte, mask, value, out):
-    for w in range(pte.size // 64):
-        word = _word64(pte, w * 64, mask, value)
-        if word:
-            out[w] |= word
+    for four in range(pte.size // 256):  # as in `_rewrite_groups`
+        w = four * 4
+        a = _word64(pte, w * 64, mask, value)
+        b = _word64(pte, w * 64 + 64, mask, value)
+        c = _word64(pte, w * 64 + 128, mask, value)
+        d = _word64(pte, w * 64 + 192, mask, value)
+        if a | b | c | d:
+            out[w] |= a
+            out[w + 1] |= b
+            out[w + 2] |= c
+            out[w + 3] |= d
+    for w in range(pte.size // 256 * 4, pte.size // 64):
+        out[w] |= _word64(pte, w * 64, mask, value)
 
 
 @njit(nogil=True)
