@@ -31,6 +31,7 @@ from hwdbm import DirtyBitmap
 _SECONDS = 30.0  # that a call may take, which does next to nothing, on a machine that does other things too
 _ROOM = 200 << 20  # bytes of addresses that it may take
 _NO_STATE = {"fd", "_scratch"}  # a number that the system chose, and room to work in
+_LARGE = 1 << 16  # bytes
 _OPERATORS = ("__call__", "__contains__", "__getitem__", "__matmul__")
 
 
@@ -114,6 +115,25 @@ _INTEGERS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint
 _NUMBERS = (-1, -64, -(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 64, (1 << 64) - 1, 1 << 64, 10**23, 1 << 600)
 
 
+class Index:
+    """An object that is an integer to Python."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+
+class Sub(int):
+    """An integer that says something else when it is compared."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+
 def wrong(value: Any, optional: bool, several: bool) -> Iterator[Wrong]:
     """Yield what is to be given in place of a good argument, which may be None, or many of its kind."""
     for each in _wrong(value, optional):
@@ -176,6 +196,9 @@ def _wrong_integers(value: int) -> Iterator[Wrong]:
     for kind in _INTEGERS:
         if np.iinfo(kind).min <= value <= np.iinfo(kind).max:
             yield _same(f"{kind.__name__} {value:#x}", kind(value), value)
+    yield _same("what has an index", Index(value), value)
+    yield _same("a class of integers of its own", Sub(value), value)
+    yield _same("an array of no dimension", np.array(value, dtype=object if value >> 64 else None), value)
     yield from (Wrong(f"number {number:#x}"[:40], number) for number in _NUMBERS)
     for kind in _INTEGERS:
         for number in {np.iinfo(kind).min, np.iinfo(kind).max} - {0}:
@@ -235,6 +258,7 @@ def _wrong_arrays(value: np.ndarray) -> Iterator[Wrong]:
     for kind in ("i8", "i4", "u1", "f8", "f4", "?", "O", "U5", "c16", "M8[s]"):
         if np.dtype(kind) != value.dtype:
             yield Wrong(f"of {kind}", np.ones(value.shape, dtype=kind))
+    yield Wrong("masked", np.ma.array(value, mask=np.ones(value.shape, dtype=np.bool_)))
     yield Wrong("empty", value[:0])
     yield Wrong("shorter", value[:-1].copy())
     yield Wrong("longer", np.concatenate([value, value]))
@@ -270,6 +294,11 @@ def _state(item: Any, seen: dict[int | str, int]) -> object:
         return "again", seen[id(item)]
     seen[id(item)] = len(seen)
     if isinstance(item, np.ndarray):
+        place = f"{item.ctypes.data} {item.nbytes}"  # two views of guest memory say the same
+        if item.nbytes > _LARGE:
+            if place in seen:
+                return "again", item.dtype.str, item.shape
+            seen[place] = 0
         return item.dtype.str, item.shape, item.tobytes() if item.dtype != object else repr(item)
     if isinstance(item, bitarray):
         return item.tobytes()
@@ -395,9 +424,11 @@ class Scene:
 
     def run(self, name: str | None = None, value: Any = None) -> "Outcome":
         """Make the call with one argument replaced."""
-        arguments = dict(self.arguments)
-        if name is not None:
-            arguments[name] = value
+        return self.run_with({} if name is None else {name: value})
+
+    def run_with(self, replaced: Mapping[str, Any]) -> "Outcome":
+        """Make the call with some arguments replaced."""
+        arguments, name = {**self.arguments, **replaced}, ", ".join(replaced)
         try:
             bound = inspect.signature(self.call).bind_partial()
             bound.arguments.update(self._grouped(arguments))

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from errno import EBADF
 from functools import cache, partial
 from typing import Any
 
@@ -13,10 +14,12 @@ import doors
 import numpy as np
 import pytest
 from doors import Recipe, Scene, Wrong
+from effort import EFFORT
 
 from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, kernels, pte
 from hwdbm.bench import Setup
 from hwdbm.dirtylog import Stats
+from hwdbm.errors import ClosedError
 from hwdbm.image import Registers, Slot, open_image
 from hwdbm.kvm import Kvm, KvmVm, VcpuFd, VmFd
 from hwdbm.machine import (
@@ -73,7 +76,7 @@ def three_slots() -> Memslots:
 
 
 def memory_map() -> MemoryMap:
-    return MemoryMap(4096, (Memslot(0, 0, GPA >> 12, NPAGES, 0), Memslot(1, 0, 1 << 20, 65, 0)))
+    return MemoryMap(4096, (Memslot(0, 0, GPA >> 12, 200, 0), Memslot(1, 0, 1 << 20, 65, 0)))
 
 
 def plain_guest() -> PlainGuest:
@@ -113,7 +116,7 @@ class Behind:
 def machine() -> Machine:
     """Return a machine that logs, whose memory was written to by its vCPUs and by the VMM."""
     made = Machine(vcpus=2, tlb_entries=64)
-    made.add_memslot(4 << 20, GPA)
+    made.add_memslot(0x24_0000, GPA)
     made.start_log()
     made.vcpus[0].store(GPA + np.arange(0, 1 << 20, 8192), np.arange(128, dtype=np.uint64))
     made.write(GPA + 3000, bytes(3000))
@@ -738,6 +741,8 @@ def among(name: str, listed: Iterable[str]) -> bool:
 
 DOORS = {name: (item, verb) for name, item, verb in all_doors() if not among(name, NOT_WALKED)}
 
+NAMES = [pytest.param(name, marks=NEEDS_KVM) if name.startswith("kvm.") else name for name in DOORS]
+
 
 def walked(name: str) -> Iterator[str]:
     """Walk over a door's parameters with every wrong argument, and yield what is wrong with what came of it."""
@@ -840,10 +845,67 @@ def large(value: object) -> bool:
 
 # What a call lends or opens is let go of here.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=NEEDS_KVM) if name.startswith("kvm.") else name for name in DOORS],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_refused_means_unchanged(name: str) -> None:
     complaints = list(walked(name))
     assert not complaints, f"{name}:\n  " + "\n  ".join(complaints)
+
+
+@pytest.mark.skipif(EFFORT == 1, reason="make thorough: several wrong arguments at once")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_several_wrong_arguments_at_once(name: str) -> None:
+    item, verb = DOORS[name]
+    recipe = recipe_of(name.rpartition(".")[0] if verb else name)
+    own = verb or name.rpartition(".")[2]
+    if own in recipe.skip or own in recipe.dry or (verb is None and "new" in recipe.skip):
+        return
+    rng, scene = np.random.default_rng(len(name)), doors.scene(recipe, item, verb)
+    before, names = scene.state(), [each for each in scene.arguments if f"{verb or 'new'}.{each}" not in recipe.skip]
+    for _ in range(5 * EFFORT if len(names) > 1 else 0):
+        chosen = {}
+        for each in rng.permutation(names)[: rng.integers(2, len(names) + 1)].tolist():
+            several = [
+                one
+                for one in doors.wrong(scene.arguments[each], each in scene.optional, each in scene.several)
+                if not (each in recipe.amounts and large(one.value))
+            ]
+            if several:
+                chosen[each] = several[int(rng.integers(len(several)))]
+        outcome = scene.run_with({each: one.value for each, one in chosen.items()})
+        labels = {each: one.label for each, one in chosen.items()}
+        if outcome.error is None:
+            assert not any(one.refused for one in chosen.values()), labels
+        else:
+            assert doors.documented(outcome.error), (labels, outcome.error)
+            assert isinstance(outcome.error, OSError) or doors.on_purpose(outcome.error), (labels, outcome.error)
+            assert outcome.after == before, (labels, outcome.error)
+        if outcome.error is None or outcome.after != before:
+            scene = doors.scene(recipe, item, verb)
+            before = scene.state()
+
+
+# Verbs of a closed object: its end again, and what vCPUs that come to theirs may still call.
+AFTER_CLOSE = {"close", "flush"}
+CLOSED = ("machine.Machine", "machine.GuestMemory", "vm.PlainGuest", "kvm.KvmVm", "kvm.Kvm", "kvm.VmFd", "kvm.VcpuFd")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=NEEDS_KVM) if name.startswith("kvm.") else name
+        for name, (_, verb) in DOORS.items()
+        if verb and name.rpartition(".")[0] in CLOSED and verb not in AFTER_CLOSE
+    ],
+)
+def test_a_closed_object_says_so(name: str) -> None:
+    item, verb = DOORS[name]
+    recipe = recipe_of(name.rpartition(".")[0])
+    if isinstance(inspect.getattr_static(item, verb), classmethod) or verb in recipe.skip:
+        return
+    scene = doors.scene(recipe, item, verb)
+    scene.subject.close()
+    scene.subject.close()
+    error = scene.run().error
+    assert isinstance(error, ClosedError) or (isinstance(error, OSError) and error.errno == EBADF), repr(error)

@@ -124,7 +124,7 @@ def _descriptors(value: Any, name: str) -> Any:
         if value.dtype not in (np.uint64, object) or isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} is an array of uint64, not of {value.dtype.str}")
         return value
-    if isinstance(value, int | np.generic | np.ndarray) or not hasattr(value, "__index__"):
+    if isinstance(value, int | np.generic | np.ndarray) or not hasattr(value, "__and__"):
         return integer(value, name, 0, _WORD)
     return value
 

@@ -607,6 +607,7 @@ class Machine(BaseVm):
 
     def verify(self) -> None:
         """Raise `InvariantError` if leaves, bitmaps and shared frames contradict each other."""
+        self._check_open()
         self.log.verify()
 
     def close(self) -> None:

@@ -115,13 +115,14 @@ class Layout:
     def first_child(self, level: int, index: NDArray[np.intp]) -> NDArray[np.intp]: ...
     def first_child(self, level: int, index: int | NDArray[np.intp]) -> int | NDArray[np.intp]:
         """Return the first entry of ``level + 1`` under an entry; negative if it lies before the slot."""
-        size, child, index = self._size(level, below=1), self.sizes[level + 1], _pages(index, "index")
+        level, index = integer(level, "level", 0, 2), _pages(index, "index")
+        size, child = self.sizes[level], self.sizes[level + 1]
         return (self.base_gfn // size + index) * self.granule.entries - self.base_gfn // child
 
-    def _size(self, level: int, below: int = 0) -> int:
-        """Return the pages of an entry of a level that has so many below it."""
-        if type(level) is not int or not 0 <= level <= 3 - below:
-            level = integer(level, "level", 0, 3 - below)
+    def _size(self, level: int) -> int:
+        """Return the pages of an entry of a level."""
+        if type(level) is not int or not 0 <= level <= 3:
+            level = integer(level, "level", 0, 3)
         return self.sizes[level]
 
 

@@ -221,7 +221,7 @@ class Stage2:
         The dirty state of the leaves that were there is saved first. No TLB is invalidated.
         """
         lo, hi = self._range(gfn, npages)
-        size = self._leaf_size(level)
+        level, size = self._leaf(level)
         if (self.base_gfn + lo) % size or (hi - lo) % size:
             raise GfnError(
                 f"gfn {self.base_gfn + lo:#x} and {hi - lo} pages aren't multiples of a level-{level} leaf's {size:#x}"
@@ -234,12 +234,12 @@ class Stage2:
                 self._isolate(lo, hi)
                 self._leaves.put(level, lo, hi, leaves, record)
 
-    def _leaf_size(self, level: int) -> int:
-        """Return the pages of a leaf of `level`, if there are such."""
+    def _leaf(self, level: int) -> tuple[int, int]:
+        """Return a level as an `int`, and the pages of a leaf of it, if there are such."""
         level = integer(level, "level", None)
         if level != 3 and level not in self._block_levels:
             raise GfnError(f"level {level} of a {self.granule} granule has no leaves")
-        return self.layout.sizes[level]
+        return level, self.layout.sizes[level]
 
     @property
     def _block_levels(self) -> tuple[int, ...]:
@@ -908,7 +908,7 @@ class Stage2:
         GfnError
             If a page or frame is outside of its space, misaligned, or named twice. Nothing is changed then.
         """
-        found, size = self._at(pages), self._leaf_size(level)
+        found, (level, size) = self._at(pages), self._leaf(level)
         if ((found + self.base_gfn) % size).any() or (found.size and int(found.max()) + size > self.npages):
             raise GfnError(f"pages {found[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
         if np.unique(found).size != found.size:
@@ -1074,7 +1074,8 @@ class Stage2:
         """
         if self.shared:
             raise ValueError("a Stage2 whose arrays others write too is not loaded")
-        entries, limit = self.level(level), 1 << 52
+        level, limit = integer(level, "level"), 1 << 52
+        entries = self.level(level)
         starts = integers(first, "first entries", -limit, limit)
         array(rows, np.uint64, "rows")
         if rows.ndim != 2 or len(rows) != starts.size or not rows.shape[1]:
