@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from hwdbm.cli import races
+from hwdbm import races
 
 OWN = """
 from hwdbm.races import Actor, Protocol, Scene, copy, exchange, fetch_clear, flush, kept, load

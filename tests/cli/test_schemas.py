@@ -13,7 +13,7 @@ import pytest
 import typer
 from synthetic import DBM, S2AP_W, Geometry, Tables
 
-from hwdbm.cli import races
+from hwdbm import races
 from hwdbm.cli.app import app
 from hwdbm.machine import Machine
 from hwdbm.migration.report import Pass, Report

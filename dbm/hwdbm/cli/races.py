@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -16,9 +16,10 @@ from hwdbm import files
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns
 from hwdbm.cli.streams import note, result, width
-from hwdbm.races import MISTAKES, PRODUCTION, Finding, Protocol, check, diagram, timeline
-from hwdbm.races.litmus import Agreement, compare, read_folder, read_kinds
-from hwdbm.races.twenty import TWENTY
+
+if TYPE_CHECKING:
+    from hwdbm.races import Finding, Protocol
+    from hwdbm.races.litmus import Agreement
 
 _MISMATCH = 3  # the exit status
 
@@ -110,10 +111,13 @@ def races(
 
 
 def _all(*, as_json: bool) -> None:
+    from hwdbm import races as room  # noqa: PLC0415 - no other command waits for it
+    from hwdbm.races.twenty import TWENTY  # noqa: PLC0415
+
     began = time.monotonic()
-    protocols = [_timed(make()) for make in PRODUCTION.values()]
-    protocols += [_timed(mistake.make(False)) for mistake in MISTAKES.values()]
-    mistakes = [_timed(mistake.make(True)) for mistake in MISTAKES.values()]
+    protocols = [_timed(make()) for make in room.PRODUCTION.values()]
+    protocols += [_timed(mistake.make(False)) for mistake in room.MISTAKES.values()]
+    mistakes = [_timed(mistake.make(True)) for mistake in room.MISTAKES.values()]
     agree = sum(test.agrees() for test in TWENTY)
     if as_json:
         report: dict[str, Any] = {
@@ -142,29 +146,40 @@ def _all(*, as_json: bool) -> None:
         raise typer.Exit(_MISMATCH)
 
 
-def _timed(protocol: Protocol) -> tuple[Finding, float]:
+def _timed(protocol: "Protocol") -> tuple["Finding", float]:
+    from hwdbm.races import check  # noqa: PLC0415
+
     began = time.monotonic()
     return check(protocol), 1e3 * (time.monotonic() - began)
 
 
 def _named(name: str, svg: Path | None, *, as_json: bool) -> None:
-    if name in MISTAKES:
-        mistake = MISTAKES[name]
-        _one(check(mistake.make(True)), svg, as_json=as_json, about=f"{mistake.summary} [{', '.join(mistake.cites)}]")
-    elif name in PRODUCTION:
-        protocol = PRODUCTION[name]()
-        report = check(protocol)
+    from hwdbm import races as room  # noqa: PLC0415
+
+    if name in room.MISTAKES:
+        mistake = room.MISTAKES[name]
+        _one(
+            room.check(mistake.make(True)),
+            svg,
+            as_json=as_json,
+            about=f"{mistake.summary} [{', '.join(mistake.cites)}]",
+        )
+    elif name in room.PRODUCTION:
+        protocol = room.PRODUCTION[name]()
+        report = room.check(protocol)
         _one(report, svg, as_json=as_json, about=protocol.summary)
         if not report.proved:
             raise typer.Exit(_MISMATCH)
     else:
-        near = difflib.get_close_matches(name, [*MISTAKES, *PRODUCTION], 3)
+        near = difflib.get_close_matches(name, [*room.MISTAKES, *room.PRODUCTION], 3)
         raise typer.BadParameter(
             f"there is no protocol or mistake {name!r}" + (f"; there is {', '.join(near)}" if near else "")
         )
 
 
-def _one(report: Finding, svg: Path | None, *, as_json: bool, about: str = "") -> None:
+def _one(report: "Finding", svg: Path | None, *, as_json: bool, about: str = "") -> None:
+    from hwdbm.races import diagram, timeline  # noqa: PLC0415
+
     drawn = ""
     if svg is not None:
         if report.proved:
@@ -189,8 +204,10 @@ def _one(report: Finding, svg: Path | None, *, as_json: bool, about: str = "") -
         result(f"{wrapped}\n\n{timeline(report, wide)}", drawn)
 
 
-def _checked(where: str) -> Finding:
+def _checked(where: str) -> "Finding":
     """Explore a user's protocol; what its own code raises is its own error."""
+    from hwdbm.races import check  # noqa: PLC0415
+
     protocol = _own(where)
     try:
         return check(protocol)
@@ -198,8 +215,10 @@ def _checked(where: str) -> Finding:
         _refuse(f"{where}: {type(error).__name__}: {error}")
 
 
-def _own(where: str) -> Protocol:
+def _own(where: str) -> "Protocol":
     """Return a user's protocol, by MODULE:PROTOCOL."""
+    from hwdbm.races import Protocol  # noqa: PLC0415
+
     module_name, colon, attribute = where.rpartition(":")
     if not colon or not module_name or not attribute.isidentifier():
         raise typer.BadParameter(f"--check takes MODULE:PROTOCOL, not {where!r}")
@@ -234,6 +253,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _litmus(folder: Path, kinds: Path | None, *, as_json: bool) -> None:
+    from hwdbm.races.litmus import compare, read_folder, read_kinds  # noqa: PLC0415
+
     verdicts = read_kinds((kinds or folder / "kinds.txt").read_text(encoding="utf-8"))
     if not verdicts:
         raise typer.BadParameter(f"{kinds or folder / 'kinds.txt'} has no verdict")
@@ -251,7 +272,7 @@ def _litmus(folder: Path, kinds: Path | None, *, as_json: bool) -> None:
         raise typer.Exit(_MISMATCH)
 
 
-def _agreement(found: Agreement, of: int) -> str:
+def _agreement(found: "Agreement", of: int) -> str:
     lines = [f"the machine agrees with {len(found.agree)} of {of} verdicts ({found.states} states)"]
     lines += [f"differs: {name}" for name in found.differ]
     if found.unread:
