@@ -104,6 +104,7 @@ VERBS = (
     lambda s2, mask, lo, n: s2.leaf_at(mask.pages()).level.tolist(),
     lambda s2, mask, lo, n: s2.block_spans().tolist(),
     lambda s2, mask, lo, n: s2.take_host_dirty().ranges().tolist(),
+    lambda s2, mask, lo, n: [s2.copy().leaf_at(range(s2.npages)).desc.tolist(), s2.copy().dirty().ranges().tolist()],
 )
 
 

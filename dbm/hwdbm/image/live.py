@@ -784,7 +784,7 @@ class LiveStage2(Stage2):
         """Return a Stage2 in memory of its own with the leaves as they are now, saved pages and host flags."""
         twin = Stage2(self.npages, self.base_gfn, self.granule, contiguous=self.contiguous)
         for level in LEAF_LEVELS:
-            twin.level(level)[:] = self.level(level)
+            twin.load(level, [0], self.level(level)[None])
         twin.saved.span = self.saved.span
         twin.saved.bitmap.words[:] = self.saved.bitmap.words
         twin.host_dirty.words[:] = self.host_dirty.words
