@@ -27,7 +27,7 @@ class Judge:
     def __init__(self, board, guests, memory, collect):
         self.board, self.guests, self.collect = board, guests, collect
         self.pages = memory.reshape(guests.npages, -1)
-        self.copy = self.pages.copy()
+        self.copy, self.copying = self.pages.copy(), True
         self.counts = guests.counts()
         self.stores = self.harvests = 0
 
@@ -36,10 +36,13 @@ class Judge:
 
         *missed* were written or have other bytes, and no harvest since the last round has them. *spurious* are in a
         harvest, and weren't written. *stale* differ from the copy that was made page by page after each harvest.
-        Without `content` no bytes are looked at, and a round takes some milliseconds.
+        Without `content` no bytes are looked at, nor copied, and a round takes some milliseconds.
         """
         found = DirtyBitmap(self.guests.npages)
-        before, start = self.guests.stores, self.pages.copy() if content else None
+        before, self.copying = self.guests.stores, content
+        if content:  # the guests stand still, and all that they wrote is in a harvest: this is the copy so far
+            start = self.pages.copy()
+            self.copy[:] = start
         self.board.run()
         for number in range(harvests):
             until = time.monotonic() + seconds
@@ -64,5 +67,5 @@ class Judge:
 
     def transfer(self, dirty):
         """Copy the pages that are dirty."""
-        for first, count in dirty.ranges().tolist():
+        for first, count in dirty.ranges().tolist() if self.copying else ():
             self.copy[first : first + count] = self.pages[first : first + count]

@@ -104,7 +104,6 @@ def rounds(variant, guest, seconds, until_lost):
             number += 1
             if missed or stale:
                 lost += max(missed, stale)
-                judge.copy[:] = judge.pages  # each is counted once
         return judge.stores, judge.harvests, lost
 
 
