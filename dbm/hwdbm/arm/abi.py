@@ -74,6 +74,7 @@ class Mailbox(ctypes.Structure):
     _fields_ = (
         *_words("magic"),
         ("sizes", _U64 * 2),
+        *_words("mmfr1"),
         *_words("doorbell", "answered", "command", "failed", "guest", "vectors", "vcpus", "vtcr", "vttbr"),
         *_words("root", "page_shift", "start_level", "root_tables", "mappings", "mappings_pa", "tables", "tables_pa"),
         *_words("used", "junk", "table_bits", "flush_ipa", "flush_size"),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from errno import EIO, ENOMEM, ETIMEDOUT
+from errno import EIO, ENODEV, ENOMEM, ETIMEDOUT
 from threading import RLock
 from types import TracebackType
 from typing import Self, TypeVar
@@ -30,11 +30,11 @@ from hwdbm.arm.abi import (
     Vcpu,
     VcpuState,
 )
-from hwdbm.arm.build import firmware, tool
+from hwdbm.arm.build import ArmUnavailableError, firmware, tool
 from hwdbm.errors import HwdbmError
 from hwdbm.process import child
 from hwdbm.vm.memory import GuestMemory
-from hwdbm.vtcr import Vtcr
+from hwdbm.vtcr import Vtcr, hafdbs
 
 POOL, POOL_END = 0x4080_0000, 0x4480_0000
 """Where tables may lie."""
@@ -179,6 +179,8 @@ class Board:
         sizes = ctypes.sizeof(Mailbox), ctypes.sizeof(GuestTask)
         if tuple(self.mailbox.sizes) != sizes:
             raise OSError(EIO, f"the firmware's structures have {tuple(self.mailbox.sizes)} bytes, not {sizes}")
+        if hafdbs(self.mailbox.mmfr1) < 2:
+            raise ArmUnavailableError(ENODEV, "QEMU's CPU has no hardware DBM: QEMU 7.2 or newer has it")
         self._ring(Command.BUILD)
         if self.mailbox.failed:
             raise OSError(

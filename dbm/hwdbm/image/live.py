@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from hwdbm import kernels as kernels_
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.check import instance, integer
+from hwdbm.check import flag, instance, integer, uint64s
 from hwdbm.check import path as check_path
 from hwdbm.errors import GfnError, ImageError
+from hwdbm.files import open_regular
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.image.memory import Array
 from hwdbm.image.raw import check_raw
@@ -110,6 +111,7 @@ class Live:
 
     def __init__(self, words: Array, ram_base: int, registers: Registers) -> None:
         instance(registers, Registers, "registers")
+        uint64s(words, "words")
         if sys.byteorder != "little":
             raise ImageError("descriptors are little-endian, and this machine isn't: it can't change them in place")
         self.words, self.registers = words, registers
@@ -211,9 +213,10 @@ def open_live(path: str | PathLike[str], *, ram_base: int, vttbr: int, vtcr: int
         dirty = s2.harvest()
         ...  # flush the guest's TLB; only then copy the pages that are dirty
     """
-    path = check_path(path, "path")
-    with Path(path).open("rb" if readonly else "r+b", buffering=0) as file:
+    path, readonly = check_path(path, "path"), flag(readonly, "readonly")
+    with open_regular(path) as file:
         check_raw(path, file.read(512))
+    with Path(path).open("rb" if readonly else "r+b", buffering=0) as file:
         access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
         try:
             mapping = mmap.mmap(file.fileno(), 0, access=access)
@@ -734,6 +737,9 @@ class LiveStage2(Stage2):
             raise GfnError(
                 f"gfn {base_gfn:#x} and {npages} pages reach beyond the {live.vtcr.ipa_bits} bits of the IPA space"
             )
+        for name, given in (("tables", tables), ("free", free), ("flush", flush)):
+            if given is not None:
+                instance(given, Callable, name)
         self.shared = kernels is None
         implementation = kernels_.shared() if kernels is None else kernels_.named(kernels)
         self._live = _LiveLeaves(live, self.layout, implementation, _Room(tables, free, flush))

@@ -37,7 +37,7 @@ struct mapping {
 
 struct mailbox {
 	u64 magic;              /* written by EL2 when it listens, after the sizes of this and of a task */
-	u64 sizes[2];
+	u64 sizes[2], mmfr1;    /* ID_AA64MMFR1_EL1 */
 	u64 doorbell, answered; /* the host counts up one, EL2 the other when it is done */
 	u64 command;            /* enum command */
 	u64 failed;             /* what BUILD had no table for: an IPA + 1 */

@@ -176,6 +176,7 @@ void service_main(void)
 	init_cpu();
 	/* TLBIs of EL1 act on the VMID in VTTBR_EL2 whatever VM says; without VM, EL2's own accesses aren't touched. */
 	write(hcr_el2, 1UL << 31);
+	box->mmfr1 = read(id_aa64mmfr1_el1);
 	box->sizes[0] = sizeof(struct mailbox);
 	box->sizes[1] = sizeof(struct task);
 	box->guest = (u64)guest_main;
