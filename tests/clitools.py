@@ -3,11 +3,12 @@
 import signal
 import sys
 from collections.abc import Callable
+from math import inf
 from typing import NamedTuple
 
 import pytest
 
-from hwdbm.cli import interrupt, main
+from hwdbm.cli import interrupt, main, migrate, output
 
 
 class Result(NamedTuple):
@@ -25,6 +26,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     # The command leaves its own handlers behind, and a thread, as its process is about to end.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(interrupt, "nudge", lambda: None)
+    # What a log is told now and then would be told here where a machine is slow.
+    monkeypatch.setattr(output, "_EVERY", inf)
+    monkeypatch.setattr(migrate, "_NOW_AND_THEN", inf)
 
     def run_(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["hwdbm", *map(str, args)])

@@ -259,7 +259,8 @@ class TestOnlyTheInstalledPackage:
     def test_commands(self, traps: Path, args) -> None:
         command = [Path(sys.executable).with_name("hwdbm"), *args]
         done = subprocess.run(command, check=False, cwd=traps, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "")
+        said = [line for line in done.stderr.splitlines() if not line.startswith("hwdbm: measured ")]  # now and then
+        assert (done.returncode, said) == (0, [])
         assert not (traps / "sprung").exists()
 
     def test_as_a_module(self, traps: Path) -> None:

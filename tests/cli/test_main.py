@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hwdbm
-from hwdbm.cli import parse
+from hwdbm.cli import output, parse
 from hwdbm.cli.output import columns
 
 ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
@@ -219,3 +219,11 @@ def test_columns_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "28")
     first, second = ["slot  0", f"of    {a}", f"at    {b}", f"by    {c}"], ["slot  1", "at    d", "by    2"]
     assert columns(table).splitlines() == [*first, "", *second]
+
+
+def test_a_log_is_told_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for every, said in ((1e9, ""), (0, "hwdbm: half of it\n")):
+        monkeypatch.setattr(output, "_EVERY", every)
+        with output.busy("all of it") as tell:
+            tell("half of it")
+        assert capsys.readouterr() == ("", said)
