@@ -9,6 +9,7 @@ that it fails. ``HWDBM_PAGES=write`` puts what is printed now into the pages.
 """
 
 import doctest
+import json
 import os
 import platform
 import re
@@ -193,6 +194,20 @@ def test_the_picture_of_the_readme_is_what_the_verbs_do() -> None:
     if WRITE:
         picture.write_text(drawn, encoding="utf-8")
     assert picture.read_text(encoding="utf-8") == drawn, "HWDBM_PAGES=write draws it anew"
+
+
+def test_a_history_is_drawn_with_its_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(DOCS / "_ext"))
+    import pictures
+
+    rows = [
+        {"commit": "1234567", "what": "the first", "ratios": {"harvest": 1.25}},
+        {"commit": "89abcde", "what": "the second", "ratios": {"harvest": 1.5, "a pass": 2.75}},
+    ]
+    monkeypatch.setattr(pictures, "HISTORY", tmp_path / "history.json")
+    pictures.HISTORY.write_text(json.dumps(rows), encoding="utf-8")
+    drawn = pictures.history()
+    assert all(text in drawn for text in (">1.25<", ">1.50<", ">2.75<", ">-<", "89abcde the second"))
 
 
 def test_examples_are_short_and_shown() -> None:

@@ -437,9 +437,12 @@ def passes() -> str:
 # --- numbers over commits ----------------------------------------------------------------------------------
 
 
+HISTORY = ROOT / "docs" / "pictures" / "history.json"
+
+
 def history() -> str:
     """Draw the main ratios at the landmarks, from what `make asv-history` wrote."""
-    rows = json.loads((ROOT / "docs" / "pictures" / "history.json").read_text(encoding="utf-8"))
+    rows = json.loads(HISTORY.read_text(encoding="utf-8"))
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     most = max(value for row in rows for value in row["ratios"].values()) * 1.1
     left, right, top, base = 60, 744, 16, 186
