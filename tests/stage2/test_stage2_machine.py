@@ -29,6 +29,20 @@ def test_machine(name, granule, monkeypatch):
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few * EFFORT))
 
 
+class Shared(Stage2):
+    """With the leaves, bitmaps and kernels of one that others write too."""
+
+    def __init__(self, npages, base_gfn=0, granule=Granule.K4):
+        super().__init__(npages, base_gfn, granule, shared=True)
+
+
+def test_machine_of_shared_leaves():
+    class Machine(Stage2Machine):
+        stage2_type = Shared
+
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=8 * EFFORT))
+
+
 # --- mutants: each breaks one invariant of the model, and the machine alone, without the walker, finds it ----------
 
 
