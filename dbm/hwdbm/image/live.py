@@ -437,8 +437,7 @@ class _LiveLeaves(Leaves):
         # Tables that lie one after the other are one run.
         joins = (runs[1:, 0] == runs[:-1, 1]) & (runs[1:, 2] - runs[:-1, 2] == runs[1:, 0] - runs[:-1, 0])
         apart = np.append(True, ~joins), np.append(~joins, True)
-        runs = np.stack([runs[apart[0], 0], runs[apart[1], 1], runs[apart[0], 2]], axis=1)
-        return runs[np.argsort(runs[:, 0])]  # in the order of RAM, as kernels want them
+        return np.stack([runs[apart[0], 0], runs[apart[1], 1], runs[apart[0], 2]], axis=1)
 
     # --- changing ------------------------------------------------------------------------------------------
 
