@@ -16,12 +16,12 @@ GUARDS = Path(__file__).parents[1] / "guards.py"
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run([sys.executable, "-P", *args], capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_nothing_is_touched_outside_of_an_array(tmp_path: Path) -> None:
     notes = tmp_path / "last"
-    done = run("-P", str(GUARDS), "1", str(6 * EFFORT), str(notes))
+    done = run(str(GUARDS), "1", str(6 * EFFORT), str(notes))
     assert done.returncode == 0, f"{notes.read_text().strip() if notes.exists() else ''}\n{done.stderr}"
     taken = {name: int(count) for name, _, count in (each.partition(":") for each in done.stdout.split())}
     assert set(taken) >= set(kernels.available())
