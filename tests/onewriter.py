@@ -6,6 +6,7 @@ Tests are handed them, since they write as the MMU does, and so are the referenc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from types import FrameType
 
 import numpy as np
@@ -70,7 +71,7 @@ def enforced() -> Iterator[Level]:
 
     def level(self: Stage2, level: int) -> NDArray[np.uint64]:
         entries = real(self, level)
-        return self._leaves.__dict__["level"][level] if may_write(sys._getframe(1)) else entries
+        return self._leaves.__dict__["level"][index(level)] if may_write(sys._getframe(1)) else entries
 
     level.__doc__, level.__wrapped__ = real.__doc__, real
     Leaves.level, Stage2.level = found, level

@@ -68,7 +68,7 @@ def smallest(
         to others isn't counted; for what works in several threads, or waits, it must be another.
     """
     instance(work, Mapping, "work")
-    for call in (*work.values(), *([] if before is None else [before])):
+    for call in (*work.values(), *([] if before is None else [before]), clock):
         instance(call, Callable, "what is timed")
     repeat = integer(repeat, "repeat", 1)
     times: dict[str, float] = {}

@@ -142,7 +142,8 @@ class Image:
         ImageError
             If there is no such slot, or the tables are corrupt.
         """
-        return self._filled([self.slot(slot)])[slot]
+        found = self.slot(slot)
+        return self._filled([found])[found.id]
 
     def stage2s(self) -> dict[int, Stage2]:
         """Return the leaves of each slot by its id, from one walk; see `stage2`."""
