@@ -35,7 +35,8 @@ from typing import Any, Self
 import numpy as np
 
 from hwdbm.cli import parse
-from hwdbm.cli.output import columns, size_name
+from hwdbm.cli.output import columns
+from hwdbm.granule import size_name
 
 LIMIT = 2 / 3
 """Of QEMU's total time, at most."""
