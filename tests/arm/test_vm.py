@@ -170,7 +170,7 @@ def test_snapshots(tmp_path):
 
 
 def test_a_guest_that_only_faults_is_said_so(monkeypatch):
-    monkeypatch.setattr("hwdbm.arm.vm._PROOF", 0.3)
+    monkeypatch.setattr("hwdbm.vm.base._PROOF", 0.3)
     with ArmVm(MEMORY, guest="sequential", vcpus=1) as vm:
         vm.stage2(0).unmap(vm.slots[0].base_gfn, 1024)
         vm.board.flush()

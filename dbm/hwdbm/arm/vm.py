@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from errno import ETIMEDOUT
 from itertools import cycle, islice
-from time import monotonic, sleep
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +24,7 @@ from hwdbm.granule import Granule
 from hwdbm.image import Live, Registers
 from hwdbm.image.live import LiveStage2
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
-from hwdbm.vm.base import LoggedVm, SlotPages, percentage
+from hwdbm.vm.base import LoggedVm, SlotPages, percentage, prove
 from hwdbm.vm.runner import uninterrupted
 from hwdbm.vtcr import Vtcr
 
@@ -34,8 +32,6 @@ DATA_SLOT, PRIVATE_SLOT = 0, 1
 _DATA_PA = 0x8000_0000  # blocks of any size are aligned there
 _IPA_BITS = 40
 _MMFR1 = 0x22  # ID_AA64MMFR1_EL1 of QEMU's cpu `max`, as far as it matters: 16-bit VMIDs, hardware DBM
-_PROOF = 10.0  # seconds that a guest has to write something
-_LOOK = 0.02
 _MAGIC = b"hwdbmarm"
 _HEAD = len(_MAGIC) + 32 + 8
 _LOWEST = 0x4A00_0000  # where guests' memory may begin: below it is what the machine has for itself
@@ -375,21 +371,13 @@ class ArmVm(LoggedVm):
         OSError
             ETIMEDOUT if they write nothing.
         """
-        before, until = self.pages, monotonic() + _PROOF
-        while self.pages == before and any(task.kind != GuestKind.IDLE for task in self.guests.tasks):
-            self.board.check()
-            if monotonic() > until:
-                raise OSError(ETIMEDOUT, f"the guests wrote no page in {_PROOF:g} s{self.board.faults()}")
-            sleep(_LOOK)
-        self.pause()
-        try:
-            self.check()
-        finally:
-            self.resume()
+        self._check_open()
+        idle = all(task.kind == GuestKind.IDLE for task in self.guests.tasks)
+        prove(self, self._look, idle=idle)
 
-    def _check_paused(self) -> None:
-        if self._running:
-            raise RuntimeError("the vCPUs are running")
+    def _look(self) -> str:
+        self.board.check()
+        return self.board.faults()
 
     # --- state ---------------------------------------------------------------------------------------------
 

@@ -393,13 +393,7 @@ class _LiveLeaves(Leaves):
     # --- reading -------------------------------------------------------------------------------------------
 
     def scan(self, match: Asks, lo: int, hi: int, out: DirtyBitmap) -> int:
-        read = 0
-        for level in (1, 2):
-            where = self.layout.entries(level, lo, hi)
-            runs = self.kernels.find(self.level[level][where], match(level))
-            if len(runs):
-                self.kernels.fill(out.words, np.clip(self.layout.bounds(level, where.start + runs), lo, hi))
-            read += where.stop - where.start
+        read = self._scan_blocks(match, lo, hi, out)
         runs = self.table_runs(lo, hi)
         for part in _apart(runs):
             self.kernels.scan(self._ram, part, match(3), out.words)

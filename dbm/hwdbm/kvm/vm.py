@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from errno import ETIMEDOUT
 from threading import RLock
-from time import monotonic, sleep
 from typing import Self
 
 import numpy as np
@@ -26,13 +24,9 @@ from hwdbm.kvm.task import CODE_GPA, CODE_SLOT, DATA_SLOT, Task, iteration_offse
 from hwdbm.kvm.thread import VcpuThread
 from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
-from hwdbm.vm.base import LoggedVm, SlotPages, percentage
+from hwdbm.vm.base import LoggedVm, SlotPages, percentage, prove
 from hwdbm.vm.memory import GuestMemory
 from hwdbm.vm.runner import uninterrupted
-
-_PROOF = 10.0  # seconds that a guest has to write a chunk of pages
-_LOOK = 0.02  # seconds between two looks at whether it has
-
 
 _PROTECT2 = {
     "off": 0,
@@ -361,21 +355,12 @@ class KvmVm(LoggedVm):
         OSError
             ETIMEDOUT if it writes nothing, or what a vCPU failed with.
         """
-        before, until = self.pages, monotonic() + _PROOF  # which checks that it is open
-        while self._guest.kind != "idle" and self.pages == before:
-            self._check_vcpus()
-            if monotonic() > until:
-                raise OSError(ETIMEDOUT, f"the guest wrote no page in {_PROOF:g} s")
-            sleep(_LOOK)
-        self.pause()
-        try:
-            self.check()
-        finally:
-            self.resume()
+        self._check_open()
+        prove(self, self._look, idle=self._guest.kind == "idle")
 
-    def _check_paused(self) -> None:
-        if self._running:
-            raise RuntimeError("the vCPUs are running")
+    def _look(self) -> str:
+        self._check_vcpus()
+        return ""
 
     # --- state ---------------------------------------------------------------------------------------------
 

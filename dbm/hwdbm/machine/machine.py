@@ -527,11 +527,6 @@ class Machine(BaseVm):
         for runner in self._runners:
             runner.percent = percent
 
-    def _check_paused(self) -> None:
-        self._check_open()
-        if self._running:
-            raise RuntimeError("the vCPUs are running")
-
     # --- state ---------------------------------------------------------------------------------------------
 
     def state(self) -> bytes:

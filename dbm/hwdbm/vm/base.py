@@ -1,11 +1,13 @@
 """The base of every VM: memory by slot and by address, one process, an end; and the log of VMs without a `DirtyLog`."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from errno import ENOENT
+from errno import ENOENT, ETIMEDOUT
 from threading import RLock, get_ident
+from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ from hwdbm.errors import BitmapError, ClosedError
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memory import digest
 from hwdbm.vm.memorymap import MemoryMap
+
+_PROOF = 10.0  # seconds that a guest has to write something
+_LOOK = 0.02  # seconds between two looks at whether it has
 
 
 class SlotPages:
@@ -116,6 +121,7 @@ class BaseVm:
 
     page_size: int
     _closed = True  # until it is made
+    _running = False  # whether vCPUs may write
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -203,6 +209,11 @@ class BaseVm:
         return digest(self._memory[slot.id] for slot in sorted(self.slots, key=lambda slot: slot.base_gfn))
 
     # --- the end -------------------------------------------------------------------------------------------
+
+    def _check_paused(self) -> None:
+        self._check_open()
+        if self._running:
+            raise RuntimeError("the vCPUs are running")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -395,3 +406,32 @@ def percentage(percent: int) -> int:
         If it isn't 0 to 99.
     """
     return check.integer(percent, "percent", 0, 99)
+
+
+class _Provable(Protocol):
+    """What `prove` asks of a VM."""
+
+    @property
+    def pages(self) -> int: ...
+
+    def pause(self) -> None: ...
+    def check(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+def prove(vm: _Provable, look: Callable[[], str], *, idle: bool) -> None:
+    """Let the guest of a VM, which runs, write some more, and check what it has written; it runs on.
+
+    `look` raises what a vCPU failed with, and returns what else is to be said if nothing is written.
+    """
+    before, until = vm.pages, monotonic() + _PROOF
+    while not idle and vm.pages == before:
+        said = look()
+        if monotonic() > until:
+            raise OSError(ETIMEDOUT, f"the guest wrote no page in {_PROOF:g} s{said}")
+        sleep(_LOOK)
+    vm.pause()
+    try:
+        vm.check()
+    finally:
+        vm.resume()
