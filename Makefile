@@ -72,7 +72,7 @@ stress: $(VENV)/.dev ## compiled vCPUs beside all that changes their tables, for
 
 .PHONY: soak
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
-	$(BIN)/python tests/kvm/soak.py --migrations 100 $(SOAK_ARGS)
+	$(BIN)/python tests/kvm/soak.py --migrations 100
 
 # Needs QEMU and an Arm cross compiler: apt-get install qemu-system-arm gcc-aarch64-linux-gnu.
 .PHONY: live

@@ -433,8 +433,8 @@ class Scene:
             bound = inspect.signature(self.call).bind_partial()
             bound.arguments.update(self._grouped(arguments))
             with _bounded(name):
-                result = state(_used(self.call(*bound.args, **bound.kwargs)), self.unlike)
-            return Outcome(None, result, self.state())
+                returned = _used(self.call(*bound.args, **bound.kwargs))
+            return Outcome(None, state(returned, self.unlike), self.state())  # copies, which aren't the call's to bound
         except Exception as error:  # noqa: BLE001 - which ones it may be is what is tested
             return Outcome(error, None, self.state())
 

@@ -10,6 +10,7 @@ The table goes to stdout, and its last line says whether all was well, as the ex
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -126,10 +127,17 @@ def serve() -> None:
 # --- the one that asks them --------------------------------------------------------------------------------
 
 
+# What the allocator keeps of freed buffers depends on which threads met: some MiB at any time, which are no growth.
+# With one arena, and large buffers in mappings of their own, what is seen is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+
+
 class Process:
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR
+        )
 
     def begin(self, what: str, *rest: object) -> None:
         assert self._process.stdin
