@@ -58,12 +58,12 @@ class TablePages(SlotPages):
 
     def __init__(self, slot: Memslot, lock: AbstractContextManager[Any], stage2: LiveStage2, board: Board) -> None:
         super().__init__(slot, lock)
-        self.stage2, self._board = stage2, board
+        self._stage2, self._board = stage2, board
 
     def _collect(self, words: NDArray[np.uint64]) -> None:
         taken = DirtyBitmap.from_words(words, self.slot.npages)
         try:
-            self.stage2.harvest_into(taken)
+            self._stage2.harvest_into(taken)
             # Always: what an earlier harvest cleaned may have failed to be flushed. Until it is, a vCPU writes without
             # a mark by what its TLB holds, so that nothing may be copied before.
             self._board.flush()
@@ -226,6 +226,7 @@ class ArmVm(LoggedVm):
         LoggedVm.__init__(self, page)
         self._closed = True  # until all of it is there
         self._blocks, self._running = blocks, False
+        self._stage2s: dict[int, LiveStage2] = {}
         block = 1 << granule.shift(2)
         pa = _DATA_PA + gpa % block
         starts = {DATA_SLOT: pa, PRIVATE_SLOT: PRIVATE_PA}
@@ -248,6 +249,7 @@ class ArmVm(LoggedVm):
                 )
                 start = starts[slot.id] - RAM
                 memory = self.board.ram.view[start : start + slot.npages * page]
+                self._stage2s[slot.id] = stage2
                 self._add_slot(TablePages(plain, self._lock, stage2, self.board), memory)
             self.guests = Guests(self.board, gpa, data.npages, granule.page_shift)
             self.board.start()
@@ -268,9 +270,7 @@ class ArmVm(LoggedVm):
         OSError
             ENOENT if there is no such slot.
         """
-        pages = self._slot(slot_id)
-        assert isinstance(pages, TablePages)  # noqa: S101  # all of them are
-        return pages.stage2
+        return self._stage2s[self._slot(slot_id).slot.id]
 
     # --- running -------------------------------------------------------------------------------------------
 
@@ -429,16 +429,16 @@ class ArmVm(LoggedVm):
         changed = [pages for pages in self._pages.values() if pages.slot.logging != on]
         try:
             for pages in changed:
-                assert isinstance(pages, TablePages)  # noqa: S101
+                slot, stage2 = pages.slot, self._stage2s[pages.slot.id]
                 if on:
                     if self._blocks:
-                        pages.stage2.split(pages.slot.base_gfn, pages.slot.npages)
-                    pages.stage2.enable_dbm()
+                        stage2.split(slot.base_gfn, slot.npages)
+                    stage2.enable_dbm()
                 else:
-                    pages.stage2.disable_dbm()
-                    pages.stage2.take_saved_into(DirtyBitmap(pages.slot.npages))
+                    stage2.disable_dbm()
+                    stage2.take_saved_into(DirtyBitmap(slot.npages))
                     if self._blocks:
-                        pages.stage2.collapse(pages.slot.base_gfn, pages.slot.npages)
+                        stage2.collapse(slot.base_gfn, slot.npages)
         finally:
             self.board.flush()
         for pages in changed:
