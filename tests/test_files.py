@@ -8,6 +8,7 @@ from errno import EINVAL, EISDIR, ENOENT, EOPNOTSUPP
 from pathlib import Path
 
 import pytest
+from leaks import descriptors
 
 from hwdbm import files
 from hwdbm.files import NewFile
@@ -31,10 +32,6 @@ pytestmark = pytest.mark.usefixtures("_kind")
 
 def held(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def descriptors() -> int:
-    return len([*Path("/proc/self/fd").iterdir()])
 
 
 @pytest.mark.parametrize("before", [None, b"what was there, and is longer"])

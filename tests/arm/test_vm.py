@@ -265,7 +265,8 @@ def test_bad_arguments_and_states():
         ArmVm(4096, granule=Granule.K64)
     with ArmVm(MEMORY, guest="idle", vcpus=1) as vm:
         state = vm.state()
-        for bad in (b"", state[:-1], b"x" + state[1:], state[:20] + b"x" + state[21:]):
+        damaged = [state[:at] + bytes([state[at] ^ 1]) + state[at + 1 :] for at in (0, 20, 39)]
+        for bad in (b"", state[:-1], *damaged):
             with pytest.raises(ValueError, match="state"):
                 vm.set_state(bad)
         hcr = bytearray(state)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from leaks import descriptors
 
 from hwdbm.kvm import Kvm, KvmUnavailableError, VcpuFd, VmFd, abi, ioctl
 from hwdbm.kvm.abi import Cap, Exit
@@ -204,10 +205,7 @@ def test_fence_is_nothing_here_and_membarrier_elsewhere(monkeypatch: pytest.Monk
 
 
 def test_no_file_is_left_open(kvm: Kvm, make: Callable[..., object]) -> None:
-    def files() -> int:
-        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-    before = files()
+    before = descriptors()
     for _ in range(3):
         vm = make(1 << 20, vcpus=2, ring=256)
         vm.resume()
@@ -216,4 +214,4 @@ def test_no_file_is_left_open(kvm: Kvm, make: Callable[..., object]) -> None:
         make(1 << 20, ring=1000)
     with pytest.raises(ValueError, match="manual_protect is off or on"):
         make(1 << 20, manual_protect="sometimes")
-    assert files() == before
+    assert descriptors() == before

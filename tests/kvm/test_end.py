@@ -7,15 +7,14 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from errno import EBUSY, ENOENT
-from pathlib import Path
 
 import numpy as np
 import pytest
 from effort import EFFORT
+from leaks import descriptors, vcpu_threads
 
 from hwdbm.errors import BitmapError, ClosedError
 from hwdbm.kvm import KvmVm
@@ -53,14 +52,6 @@ VERBS: dict[str, Callable[[KvmVm], object]] = {
 
 class InterruptError(Exception):
     pass
-
-
-def descriptors() -> int:
-    return len([*Path("/proc/self/fd").iterdir()])
-
-
-def vcpu_threads() -> int:
-    return sum(thread.name.startswith("kvm-vcpu") for thread in threading.enumerate())
 
 
 def test_every_verb_is_in_the_table() -> None:

@@ -6,10 +6,10 @@ import socket
 import struct
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
+from leaks import descriptors
 from migrationvm import FakeVm
 from streamtools import SMALL, frame, hello
 
@@ -21,10 +21,6 @@ from hwdbm.migration.wire import PASS, PAYLOAD, SHARING, Kind
 from hwdbm.vm import MemoryMap, PlainGuest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memfd")
-
-
-def descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture
