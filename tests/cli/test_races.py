@@ -143,6 +143,8 @@ def test_what_is_no_protocol_is_refused(run, own, where, status):
         ("no-flsh",),
         ("no-flush", "--check", "a:b"),
         ("--kinds", "k"),
+        ("--ets2",),
+        ("no-flush", "--no-ets2"),
         ("--diagram", "a.svg"),
         ("no-flush", "--litmus", "d"),
     ],

@@ -56,7 +56,8 @@ def test_compares_and_names_what_it_did_not_read(tmp_path):
     (tmp_path / "b.litmus").write_text(good.replace("SWPptex", "wrong"))
     (tmp_path / "c.litmus").write_text(good.replace("SWPptex", "branch").replace("MOV W1,#1", "CBZ W1,L0"))
     (tmp_path / "d.litmus").write_text(good.replace("SWPptex", "unjudged"))
-    kinds = read_kinds("STRx+SWPptex Allowed\nSTRx+wrong\tHD\tForbidden\nSTRx+branch Allowed\n")
+    kinds = read_kinds("STRx+SWPptex Allowed\nSTRx+wrong\tHD\tForbidden\nSTRx+branch   Allow \nnoise\n")
+    assert kinds == {"STRx+SWPptex": "Allowed", "STRx+wrong": "Forbidden", "STRx+branch": "Allowed"}
     found = compare(list(read_folder(tmp_path)), kinds)
     assert (found.agree, found.differ, found.unjudged) == (["STRx+SWPptex"], ["STRx+wrong"], ["STRx+unjudged"])
     assert found.unread == {"STRx+branch": "the instruction 'CBZ W1,L0'"}

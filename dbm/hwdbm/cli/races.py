@@ -84,6 +84,14 @@ def races(
             help="Their verdicts, a test and its verdict a line; DIR/kinds.txt by default.",
         ),
     ] = None,
+    ets2: Annotated[
+        bool | None,
+        typer.Option(
+            "--ets2/--no-ets2",
+            help="Whether the processors have FEAT_ETS2, for all tests; by default, where a test says so.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Explore every order in which vCPUs, harvests and failures can interleave.
@@ -93,12 +101,13 @@ def races(
     """
     if sum(each is not None for each in (name, own, litmus)) > 1:
         raise typer.BadParameter("give one of NAME, --check and --litmus")
-    if kinds is not None and litmus is None:
-        raise typer.BadParameter("--kinds is for --litmus")
+    for option, given in (("--kinds", kinds), ("--ets2", ets2)):
+        if given is not None and litmus is None:
+            raise typer.BadParameter(f"{option} is for --litmus")
     if svg is not None and name is None and own is None:
         raise typer.BadParameter("--diagram is for NAME or --check")
     if litmus is not None:
-        _litmus(litmus, kinds, as_json=as_json)
+        _litmus(litmus, kinds, ets2=ets2, as_json=as_json)
     elif own is not None:
         report = _checked(own)
         _one(report, svg, as_json=as_json)
@@ -252,13 +261,13 @@ def _refuse(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _litmus(folder: Path, kinds: Path | None, *, as_json: bool) -> None:
+def _litmus(folder: Path, kinds: Path | None, *, ets2: bool | None, as_json: bool) -> None:
     from hwdbm.races.litmus import compare, read_folder, read_kinds  # noqa: PLC0415
 
     verdicts = read_kinds((kinds or folder / "kinds.txt").read_text(encoding="utf-8"))
     if not verdicts:
         raise typer.BadParameter(f"{kinds or folder / 'kinds.txt'} has no verdict")
-    found = compare(list(read_folder(folder)), verdicts)
+    found = compare(list(read_folder(folder)), verdicts, ets2=ets2)
     of = len(found.agree) + len(found.differ)
     if as_json:
         report = {

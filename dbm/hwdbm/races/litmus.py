@@ -558,17 +558,21 @@ class _Condition:
 
 # --- verdicts -------------------------------------------------------------------------------------------------
 
+_VERDICTS = {"Allow": "Allowed", "Forbid": "Forbidden", "Require": "Required"}
+_VERDICTS |= {verdict: verdict for verdict in _VERDICTS.values()}
+
 
 def read_kinds(text: str) -> dict[str, str]:
-    """Return verdicts by the name of their test, from herd's ``kinds.txt`` or a table with a verdict in each line."""
+    """Return verdicts by the name of their test, from one of herd's ``kinds.txt`` or a table with one in each line.
+
+    A file of herd's has them short: Allow, Forbid, Require.
+    """
     kinds: dict[str, str] = {}
     for line in text.splitlines():
-        words = line.split("\t") if "\t" in line else line.split()
-        verdict = next(
-            (word.strip() for word in words[1:] if word.strip() in ("Allowed", "Forbidden", "Required")), None
-        )
+        words = [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
+        verdict = next((_VERDICTS[word] for word in words[1:] if word in _VERDICTS), None)
         if verdict is not None:
-            kinds[words[0].strip()] = verdict
+            kinds[words[0]] = verdict
     return kinds
 
 
