@@ -30,18 +30,21 @@ from hwdbm.kernels import atomic
 VCPUS = 2
 STRIPE = 512
 PAGE = 4  # words: the iteration, a number from each vCPU, and one that stays
+RUN = 16  # entries of a contiguous run
 WINDOW = 64  # pages that a vCPU works in before it goes on
 
 # What threads and vCPUs tell each other: a word each, a cache line apart.
 STOP, FLUSH, ACK, STORES, FAULTS, ITERATION = 0, 8, 16, 32, 48, 64
 CONTROL = 80
 
-DBM, WRITE, AF = np.uint64(pte.DBM), np.uint64(pte.S2AP_W), np.uint64(pte.AF)
+DBM, WRITE, AF, CONT = np.uint64(pte.DBM), np.uint64(pte.S2AP_W), np.uint64(pte.AF), np.uint64(pte.CONTIGUOUS)
+
+IN_RUN = 4  # what a walk returns for a level-3 leaf of a contiguous run
 
 
 @njit(nogil=True)
 def _walk(level1, level2, level3, first, page):
-    """Do a write's walk for `page`: return the level of the leaf that may be written now, 0 for a fault."""
+    """Do a write's walk for `page`: return the level of the leaf that may be written now, IN_RUN, or 0 for a fault."""
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     while True:
         if atomic._load(level1, (first + page) // (STRIPE * STRIPE) - first // (STRIPE * STRIPE)) & three != three:
@@ -61,13 +64,11 @@ def _walk(level1, level2, level3, first, page):
             if d & DBM == 0:
                 return 0
             new |= WRITE
-        if new == d:
-            return level
         if level == 2:
-            if atomic._cas(level2, index, d, new) == d:
+            if new == d or atomic._cas(level2, index, d, new) == d:
                 return level
-        elif atomic._cas(level3, index, d, new) == d:
-            return level
+        elif new == d or atomic._cas(level3, index, d, new) == d:
+            return IN_RUN if d & CONT else level
         # The descriptor isn't what was read: the walk begins anew.
 
 
@@ -77,6 +78,7 @@ def vcpu(number, level1, level2, level3, first, memory, control, seed, dwell):
     npages = level3.size
     tlb3 = np.full(64, -1, np.int64)  # pages, and stripes, that may be written by what is cached
     tlb2 = np.full(8, -1, np.int64)
+    runs = np.full(16, -1, np.int64)  # one entry of a run lets all of its pages be written
     x, value, seen = np.uint64(seed), np.uint64(0), np.uint64(0)
     window, left = 0, 0
     while not atomic._load(control, STOP):
@@ -84,6 +86,7 @@ def vcpu(number, level1, level2, level3, first, memory, control, seed, dwell):
         if asked != seen:
             tlb3[:] = -1
             tlb2[:] = -1
+            runs[:] = -1
             seen = asked
             atomic._swap(control, ACK + 8 * number, seen)  # all stores by what was cached are done
         x ^= x << np.uint64(13)
@@ -94,14 +97,16 @@ def vcpu(number, level1, level2, level3, first, memory, control, seed, dwell):
             left = dwell
         left -= 1
         page = (window + np.int64(x >> np.uint64(40)) % WINDOW) % npages
-        stripe = (first + page) // STRIPE
-        if tlb3[page % 64] != page and tlb2[stripe % 8] != stripe:
+        stripe, run = (first + page) // STRIPE, (first + page) // RUN
+        if tlb3[page % 64] != page and tlb2[stripe % 8] != stripe and runs[run % 16] != run:
             level = _walk(level1, level2, level3, first, page)
             if level == 0:
                 atomic._swap(control, FAULTS + 8 * number, atomic._load(control, FAULTS + 8 * number) + np.uint64(1))
                 left = 0
                 continue
-            if level == 3:
+            if level == IN_RUN:
+                runs[run % 16] = run
+            elif level == 3:
                 tlb3[page % 64] = page
             else:
                 tlb2[stripe % 8] = stripe
@@ -112,6 +117,19 @@ def vcpu(number, level1, level2, level3, first, memory, control, seed, dwell):
         memory[page * PAGE + 1 + number] = value
         atomic._swap(control, STORES + 8 * number, value)
     atomic._swap(control, ACK + 8 * number, ~np.uint64(0))
+
+
+@njit(nogil=True)
+def join(level3, start):
+    """Give a run of leaves the contiguous bit if all are mapped; each by an atomic exchange, as others write them."""
+    for index in range(start, start + RUN):
+        if atomic._load(level3, index) & np.uint64(3) != np.uint64(3):
+            return
+    for index in range(start, start + RUN):
+        while True:
+            d = atomic._load(level3, index)
+            if d & np.uint64(3) != np.uint64(3) or atomic._cas(level3, index, d, d | CONT) == d:
+                break
 
 
 class StressError(AssertionError):
@@ -211,7 +229,7 @@ class Stress:
     def structure(self) -> None:
         """Split, collapse, unmap, protect and age, all over the slot."""
         rng = np.random.default_rng(self.seed)
-        verbs = self.protect, self.split, self.unmap, self.collapse
+        verbs = self.verbs()
         for turn in self.turns():
             size = 2 * STRIPE if turn % 8 < 4 else self.npages + 1
             npages = int(rng.integers(1, size))
@@ -219,6 +237,9 @@ class Stress:
             verb = verbs[turn % len(verbs)]
             verb(self.base + first, npages)
             self.counts[verb.__name__] = self.counts.get(verb.__name__, 0) + 1
+
+    def verbs(self) -> tuple[Callable[[int, int], None], ...]:
+        return self.protect, self.split, self.unmap, self.collapse
 
     def split(self, gfn: int, npages: int) -> None:
         self.s2.split(gfn, npages)

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from hardware import CONTROL, STOP, Stress, StressError, vcpu
+from hardware import CONTROL, RUN, STOP, Stress, StressError, join, vcpu
 
 SECONDS = float(os.environ.get("HWDBM_STRESS", "3"))
 CAUGHT = 60  # seconds: in which each mistake must be found
@@ -26,6 +26,33 @@ def test_nothing_is_lost():
     stress.run(SECONDS)
     print(stress)
     assert min(stress.rounds) > 2
+
+
+class Runs(Stress):
+    """The host makes contiguous runs too: any one of a run's entries then records the writes to all."""
+
+    def __init__(self, seed=1, dwell=300, **options):
+        super().__init__(seed, dwell, shared=True, **{"contiguous": True, **options})
+        self.run_up(self.base, self.npages)
+
+    def verbs(self):
+        return self.run_up, self.protect, self.run_up, self.split, self.run_up, self.unmap, self.collapse
+
+    def run_up(self, gfn, npages):
+        level3 = self.s2.level(3)
+        for start in range(-(-gfn // RUN) * RUN, (gfn + npages) // RUN * RUN, RUN):
+            join(level3, start - self.base)
+
+
+def test_nothing_is_lost_of_contiguous_runs():
+    stress = Runs()
+    stress.run(SECONDS)
+    print(stress)
+    assert min(stress.rounds) > 2
+
+
+def test_runs_taken_for_leaves_are_found_out():
+    hunt(Runs, contiguous=False)
 
 
 class NeverFlushes(Stress):
