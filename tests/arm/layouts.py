@@ -63,7 +63,8 @@ def parts_of(g):
         if level >= g.start and level > 0 and g.shift(level) <= 30:
             yield Part(f"{(1 << g.shift(level)) >> 20}M", level, 2 if g.shift(level) < 29 else 1)
             runs = RUN[g.page].get(level, 1)
-            if runs > 1 and g.shift(level) + runs.bit_length() - 1 <= 30:
+            # A run of the largest is 16 GiB, of which the guests touch some pages.
+            if runs > 1 and g.shift(level) + runs.bit_length() - 1 <= min(34, g.ipa - 2):
                 yield Part(f"{runs}x{(1 << g.shift(level)) >> 20}M", level, runs, flags=DBM | CONT, run=runs)
 
 
