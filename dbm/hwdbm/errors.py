@@ -16,6 +16,7 @@ __all__ = [
     "LayoutError",
     "PatternError",
     "PeerError",
+    "SnapshotError",
     "StaleLeaseError",
     "StreamError",
     "UnreadError",
@@ -111,6 +112,10 @@ class PatternError(HwdbmError, AssertionError):
     Traceback (most recent call last):
     hwdbm.errors.PatternError: page 2 counts 2 after page 1's 4: going up the pages, the count falls once, by 1
     """
+
+
+class SnapshotError(HwdbmError, ValueError):
+    """A snapshot, its manifest or its chain isn't what it must be; the text names the file."""
 
 
 class StaleLeaseError(HwdbmError, OSError):

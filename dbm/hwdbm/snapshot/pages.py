@@ -1,0 +1,237 @@
+"""Pages between memory and files, in runs, with their SHA-256: bytes are hashed while the next ones are moved."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from errno import EIO
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.vm import MemoryMap
+
+Bytes = NDArray[np.uint8]
+Piece = tuple[int, Bytes]
+"""Where in the file, and the bytes."""
+
+_BATCH = 8 << 20  # bytes that are moved while as many are hashed
+_LONG = 256 << 10  # bytes of a piece on average, from which hashing it where it lies costs least
+_ZEROS = 1 << 20  # bytes that are looked at together, so that zeros become a hole
+
+
+class Hash:
+    """SHA-256 of what is added, in the order in which it is added, by a thread of its own.
+
+    What was added must stay as it is until the next `add`, or `digest`, has returned.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "hwdbm-sha256")
+        self._last: Future[None] | None = None
+
+    def add(self, parts: Sequence[Bytes]) -> None:
+        """Add some bytes. It waits for those that were added before."""
+        self._wait()
+        self._last = self._pool.submit(self._update, parts)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all that was added, in hexadecimal."""
+        self._wait()
+        return self._hash.hexdigest()
+
+    def _update(self, parts: Sequence[Bytes]) -> None:
+        for part in parts:
+            self._hash.update(part.data)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def runs_of(
+    layout: MemoryMap, offsets: Sequence[int], pages: Sequence[DirtyBitmap], layer: int = 0
+) -> NDArray[np.int64]:
+    """Return the runs of pages in a memory file, in the order in which they lie there.
+
+    Parameters
+    ----------
+    layout : MemoryMap
+        The slots.
+    offsets : sequence of int
+        Where each slot begins in the file.
+    pages : sequence of DirtyBitmap
+        The pages of each slot.
+    layer : int
+        Which file of several it is.
+
+    Returns
+    -------
+    (n, 5) int64 array
+        Of each run: where it begins in the file, its length, which slot it is in, counted from 0, and where in that, in
+        bytes but for the slot; and `layer`.
+    """
+    found = []
+    for index in np.argsort(offsets).tolist():
+        ranges = pages[index].ranges(unit=layout.page_size).view(np.int64)
+        runs = np.empty((len(ranges), 5), dtype=np.int64)
+        runs[:, 0] = ranges[:, 0] + offsets[index]
+        runs[:, 1], runs[:, 2], runs[:, 3], runs[:, 4] = ranges[:, 1], index, ranges[:, 0], layer
+        found.append(runs)
+    return np.concatenate(found) if found else np.empty((0, 5), dtype=np.int64)
+
+
+def pieces(runs: NDArray[np.int64], memory: Sequence[Bytes]) -> Iterator[Piece]:
+    """Yield the bytes of runs in memory, of which there is an array a slot."""
+    for at, length, slot, start, _ in runs.tolist():
+        yield at, memory[slot][start : start + length]
+
+
+def _batches(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces together that have some `_BATCH` bytes; a long one is cut."""
+    batch: list[Piece] = []
+    size = 0
+    for at, part in found:
+        for start in range(0, part.size, _BATCH):
+            cut = part[start : start + _BATCH]
+            batch.append((at + start, cut))
+            size += cut.size
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def put_pages(fd: int, found: Iterator[Piece], *, holes: bool) -> str:
+    """Write pieces to a file, and return the SHA-256 of them all, one after another.
+
+    Parameters
+    ----------
+    fd : int
+        The file.
+    found : iterator of (int, array)
+        Where each piece goes, and its bytes, which nobody writes meanwhile.
+    holes : bool
+        Whether a mebibyte of zeros is left out: the file has none of these bytes yet.
+    """
+    with Hash() as digest:
+        for batch in _batches(found):
+            parts = [part for _, part in batch]
+            if sum(part.size for part in parts) < _LONG * len(parts):
+                parts = [np.concatenate(parts)]  # hashing each alone would take Python's lock each time
+            digest.add(parts)
+            for at, part in batch:
+                if holes:
+                    put_sparse(fd, part, at)
+                else:
+                    put(fd, part, at)
+        return digest.digest()
+
+
+def put_sparse(fd: int, part: Bytes, at: int) -> None:
+    """Write some bytes to a place in a file that has none there yet: a mebibyte of zeros stays a hole."""
+    for start in range(0, part.size, _ZEROS):
+        some = part[start : start + _ZEROS]
+        if some.any():
+            put(fd, some, at + start)
+
+
+def put(fd: int, part: Bytes, at: int) -> None:
+    """Write all of some bytes to a place in a file."""
+    view, done = part.data, 0
+    while done < view.nbytes:
+        count = os.pwrite(fd, view[done:] if done else view, at + done)
+        if not count:
+            raise OSError(EIO, "nothing could be written")
+        done += count
+
+
+def get_pages(
+    files: Sequence[int], runs: NDArray[np.int64], use: Callable[[int, int, Bytes], object] | None = None
+) -> str:
+    """Read runs of files, and return the SHA-256 of them all, one after another.
+
+    Parameters
+    ----------
+    files : sequence of int
+        The file of each layer.
+    runs : (n, 5) int64 array
+        As `runs_of` has them.
+    use : callable, optional
+        Called with which slot, where in it, and the bytes there, which are the callee's until it returns. Runs that
+        follow each other in a slot come together.
+    """
+    # Two buffers in turn: one is hashed while the other is filled.
+    buffers = (np.empty(_BATCH, dtype=np.uint8), np.empty(_BATCH, dtype=np.uint8))
+    with Hash() as digest:
+        for number, batch in enumerate(_read_batches(runs)):
+            buffer, filled = buffers[number & 1], 0
+            joined: list[list[int]] = []  # slot, where in it, where in the buffer
+            for at, length, slot, start, layer in batch:
+                get(files[layer], buffer[filled : filled + length], at)
+                if not joined or joined[-1][0] != slot or start - joined[-1][1] != filled - joined[-1][2]:
+                    joined.append([slot, start, filled])
+                filled += length
+            if use is not None:
+                for (slot, start, first), stop in zip(joined, [*(each[2] for each in joined[1:]), filled], strict=True):
+                    use(slot, start, buffer[first:stop])
+            digest.add([buffer[:filled]])
+        return digest.digest()
+
+
+def _read_batches(runs: NDArray[np.int64]) -> Iterator[list[tuple[int, int, int, int, int]]]:
+    batch: list[tuple[int, int, int, int, int]] = []
+    room = _BATCH
+    for at, length, slot, start, layer in runs.tolist():
+        done = 0
+        while done < length:
+            count = min(length - done, room)
+            batch.append((at + done, count, slot, start + done, layer))
+            done, room = done + count, room - count
+            if not room:
+                yield batch
+                batch, room = [], _BATCH
+    if batch:
+        yield batch
+
+
+def get(fd: int, part: Bytes, at: int) -> None:
+    """Read bytes from a place in a file, all of them.
+
+    Raises
+    ------
+    OSError
+        EIO if the file ends before.
+    """
+    view, done = part.data, 0
+    while done < view.nbytes:
+        count = os.preadv(fd, [view[done:]], at + done)
+        if not count:
+            raise OSError(EIO, f"it ends at byte {at + done}")
+        done += count
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have errors of the system name the file that was meant."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
