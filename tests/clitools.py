@@ -4,9 +4,10 @@ import signal
 import sys
 from collections.abc import Callable
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from hwdbm.cli import interrupt, main, migrate, output
 
@@ -40,3 +41,20 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Result(0 if code is None else int(code), out, err)
 
     return run_
+
+
+def examples() -> dict[str, list[list[str]]]:
+    """Return the examples of each help, by the command's name: blocks of command lines that belong together."""
+    from hwdbm.cli.app import app
+
+    found: dict[str, list[list[str]]] = {}
+
+    def collect(command: Any, name: str) -> None:
+        text = (command.epilog or "").partition("Examples:")[2].replace("\n        ", " ")
+        blocks = text.split("\b\n")[1:]
+        found[name] = [[line.strip() for line in block.partition("\n\n")[0].splitlines()] for block in blocks]
+        for each in command.list_commands(None) if hasattr(command, "list_commands") else ():
+            collect(command.get_command(None, each), f"{name} {each}".removeprefix("hwdbm "))
+
+    collect(typer.main.get_command(app), "hwdbm")
+    return {name: blocks for name, blocks in found.items() if name != "snapshot"}

@@ -89,10 +89,11 @@ def write(*_: object) -> None:
 
 def leaves(group: Any, prefix: str = "hwdbm") -> Iterator[tuple[str, Any]]:
     """Yield each command with its whole name."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         if command.hidden:
             continue
-        if hasattr(command, "commands"):
+        if hasattr(command, "list_commands"):
             yield from leaves(command, f"{prefix} {name}")
         else:
             yield f"{prefix} {name}", command

@@ -337,7 +337,7 @@ class TestOneShape:
         assert three["slots"]
         assert set(two) == {"image", "error"}
         assert all(Path(slot["file"]).exists() for report in (one, three) for slot in report["slots"])
-        assert result.err == f"hwdbm: {two['error']}\n"
+        assert result.err == f"hwdbm: {two['error']} (docs: formats#memory-images)\n"
         text = run("harvest", bad, ODD)
         assert (text.status, text.err) == (1, result.err)
         assert str(ODD) in text.out

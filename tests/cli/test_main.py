@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import hwdbm
-from hwdbm.cli import output, parse
+from hwdbm import errors
+from hwdbm.cli import app, output, pages, parse
 from hwdbm.cli.output import columns
+from hwdbm.machine.workload import WORKLOADS
 
 ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
 MAIN = "from hwdbm.cli import main; main()"
@@ -43,7 +45,8 @@ def test_wrong_usage(run, args, why) -> None:
     assert why in " ".join(result.err.split())
 
 
-COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["snapshot"], ["snapshot", "rebase"]]
+COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["races"], ["doctor"], ["completion"]]
+COMMANDS += [["snapshot"], ["snapshot", "rebase"]]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["harvest", "--help"], ["inspect", "-h"]])
@@ -56,19 +59,13 @@ def test_help(run, args: list[str]) -> None:
         assert f"    hwdbm {args[0]} " in result.out.partition("Examples:")[2]
 
 
-def test_examples_of_the_help_run(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need no more than a clone, as they stand there."""
-    from hwdbm.cli import harvest, inspect
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
-    lines = (harvest.EPILOG + inspect.EPILOG).replace("\n        --", " --").splitlines()
-    commands = [line.split()[1:] for line in lines if line.strip().startswith("hwdbm") and ".npz" in line]
-    assert len(commands) == 5
-    for command in commands:
-        assert run(*command).status == 0, command
-    assert (tmp_path / "map.png").exists()
-    assert (tmp_path / "dirty" / "slot2.bitmap").exists()
+def test_the_list_says_what_each_command_says_itself() -> None:
+    """The list of commands imports none of them; what it says of one is the first sentence of that one's help."""
+    for name, entry in app._TASK.items():
+        command = entry.load(name)
+        assert command.name == name
+        assert " ".join(command.help.partition("\n\n")[0].split()) == entry.summary
+    assert set(app._TASK) == {args[0] for args in COMMANDS if args}
 
 
 @pytest.mark.parametrize("columns", [40, 59, 80, 200])
@@ -86,9 +83,44 @@ def test_help_fits(run, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_command(run) -> None:
+    """The command alone shows what one can do, by task."""
     result = run()
-    assert result.status == 2
-    assert "harvest" in result.out + result.err
+    assert (result.status, result.err) == (0, "")
+    assert result.out == run("--help").out
+    for task, entries in app.TASKS.items():
+        assert f"\n{task}:\n" in result.out
+        assert all(f"\n  {name} " in result.out for name in entries)
+
+
+def test_a_slip_of_the_pen(run) -> None:
+    assert "Did you mean 'harvest'?" in run("harves").err
+
+
+def test_errors_name_a_page_that_is_there(run, tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    for page, _, heading in (each.partition("#") for each in filter(None, pages.PAGES.values())):
+        text = (docs / f"{page}.md").read_text(encoding="utf-8")
+        slugs = re.findall(r"^\(([a-z-]+)\)=$", text, re.MULTILINE)
+        for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+            slugs.append(re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-"))
+        assert not heading or heading in slugs, f"{page}#{heading}"
+    (tmp_path / "ram").write_bytes(bytes(8192))
+    image = ["harvest", tmp_path / "ram", "--ram-base", "0", "--vttbr", "0", "--vtcr", "0x806a3558", "--slot", "0:0:2M"]
+    assert run(*image).err.endswith(" (docs: formats#memory-images)\n")
+    assert run("migrate", "--memory", "1M", "--to", f"unix:{tmp_path}/s").err.count("docs: ") == 0  # no such file
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and name != "CancelledMigrationError":  # which the user asked for
+            assert pages.see(kind("x")), name
+
+
+def test_words_of_workloads_are_those_that_there_are() -> None:
+    from hwdbm.arm.abi import GuestKind
+    from hwdbm.cli.guest import WORKLOADS as WORDS
+    from hwdbm.kvm.task import KINDS as KVM
+
+    texts = {name for name, kind in WORKLOADS.items() if kind.__module__ == "hwdbm.machine.workload"}
+    assert set(WORDS) == {*texts, *KVM, *(kind.name.lower() for kind in GuestKind), "mixed"}
 
 
 def test_process() -> None:
@@ -103,7 +135,7 @@ def test_process() -> None:
     ("missing", "extra", "args"),
     [
         ("typer", "cli", ["--help"]),
-        ("rich", "cli", ["--help"]),
+        ("rich", "cli", ["harvest", ODD]),
         ("matplotlib", "plot", ["inspect", ODD, "--plot", "x.png"]),
     ],
 )
@@ -116,22 +148,23 @@ def test_missing_extra(missing: str, extra: str, args: list[object], tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+SMALL = ["migrate", "--memory", "1M", "--workload", "idle"]
 FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter('default'); "
 
 
 @pytest.mark.parametrize(
     ("module", "code", "args", "status", "said"),
     [
-        ("numba", "raise ImportError('numba needs\\nanother numpy')", ["harvest", ODD], 0, "'vector' takes over"),
-        ("numba", "", ["harvest", ODD], 0, "'vector' takes over"),
-        ("llvmlite", "raise OSError('no libllvmlite.so')", ["harvest", ODD], 0, "no libllvmlite.so; 'vector'"),
-        ("llvmlite", "raise MemoryError", ["harvest", ODD], 0, "here: MemoryError; 'vector' takes over"),
+        ("numba", "raise ImportError('numba needs\\nanother numpy')", SMALL, 0, "'vector' takes over"),
+        ("numba", "", SMALL, 0, "'vector' takes over"),
+        ("llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'"),
+        ("llvmlite", "raise MemoryError", SMALL, 0, "here: MemoryError; 'vector' takes over"),
         ("zlib_ng", "raise ImportError('wrong ELF class')", ["migrate", "--help"], 0, ""),
         ("typer", "raise ImportError('wrong ELF class')", ["--help"], 1, "a library that this needs can't be imported"),
-        ("rich", "import no_such_library", ["--help"], 1, "this needs no_such_library, which isn't installed"),
+        ("rich", "import no_such_library", ["harvest", ODD], 1, "this needs no_such_library, which isn't installed"),
         ("typer", "raise SystemExit(7)", ["--help"], 1, "please report it: SystemExit: 7"),
         ("typer", "raise RuntimeError(\"can't start new thread\")", ["--help"], 1, "no room for another thread"),
-        ("rich", "import warnings; warnings.warn('one\\ntwo'); raise OSError('three')", ["--help"], 1, "three"),
+        ("rich", "import warnings; warnings.warn('one\\ntwo'); raise OSError('three')", ["harvest", ODD], 1, "three"),
     ],
 )  # fmt: skip
 def test_a_library_that_is_broken(module: str, code: str, args, status: int, said: str, tmp_path: Path) -> None:
@@ -150,8 +183,8 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
 @pytest.mark.parametrize(
     ("name", "value", "args", "said"),
     [
-        ("NUMBA_DISABLE_JIT", "1", ["harvest", ODD], "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
-        ("NUMBA_NUM_THREADS", "many", ["harvest", ODD], "warning: Environment variable 'NUMBA_NUM_THREADS'"),
+        ("NUMBA_DISABLE_JIT", "1", SMALL, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
+        ("NUMBA_NUM_THREADS", "many", SMALL, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
         ("MPLBACKEND", "none", ["inspect", ODD, "--plot", "a.svg"], ""),
         ("MPLCONFIGDIR", "/proc/none", ["inspect", ODD, "--plot", "a.svg"], ""),
     ],

@@ -93,6 +93,11 @@ def test_inspect(run) -> None:
     check("inspect", run("inspect", CAPTURE, "--json").out)
 
 
+def test_doctor(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    check("doctor", run("doctor", "--json").out)
+
+
 def test_bench(run) -> None:
     check("bench", run("bench", "enable", "unmapped", "--memory", "2M", "--repeat", "1", "--json").out)
 
@@ -149,8 +154,9 @@ def test_each_command_has_one() -> None:
 
     def leaves(group: Any, prefix: str = "") -> set[str]:
         found: set[str] = set()
-        for name, command in group.commands.items():
-            if hasattr(command, "commands"):
+        for name in group.list_commands(None):
+            command = group.get_command(None, name)
+            if hasattr(command, "list_commands"):
                 found |= leaves(command, f"{prefix}{name}-")
             elif any("--json" in parameter.opts for parameter in command.params):
                 found.add(f"{prefix}{name}")

@@ -14,7 +14,7 @@ from hwdbm.process import child
 
 _SOURCES = ("start.S", "firmware.c", "guest.c")
 _REST = ("abi.h", "firmware.ld")
-_COMPILERS = ("aarch64-linux-gnu-gcc", "aarch64-none-elf-gcc", "aarch64-elf-gcc")
+COMPILERS = ("aarch64-linux-gnu-gcc", "aarch64-none-elf-gcc", "aarch64-elf-gcc")
 # Neither may use floating point, whose registers aren't saved, nor accesses that memory without an MMU doesn't allow.
 _FLAGS = (
     *("-march=armv8.4-a", "-mgeneral-regs-only", "-mstrict-align", "-mno-outline-atomics", "-O2", "-Wall", "-Wextra"),
@@ -52,7 +52,7 @@ def build(target: Path) -> None:
     ArmUnavailableError
         If there is no cross compiler, or it fails.
     """
-    compiler = tool(_COMPILERS, "gcc-aarch64-linux-gnu", "compiles the firmware of the Arm machine")
+    compiler = tool(COMPILERS, "gcc-aarch64-linux-gnu", "compiles the firmware of the Arm machine")
     with files.scratch() as folder:
         for name in (*_SOURCES, *_REST):
             (folder / name).write_bytes((resources("hwdbm.arm") / "firmware" / name).read_bytes())

@@ -45,9 +45,9 @@ def _run() -> int:
         return _failed(": ".join(filter(None, ("out of memory", str(error)))))
     except OSError as error:
         what = error.strerror or (str(error) if error.errno is None and error.args else type(error).__name__)
-        return _failed(f"{error.filename}: {what}" if error.filename is not None else what)
+        return _failed(f"{error.filename}: {what}" if error.filename is not None else what, error)
     except ValueError as error:  # what the library raises for bad input
-        return _failed(str(error))
+        return _failed(str(error), error)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, it ends in one line
         if isinstance(error, RuntimeError) and "start new thread" in str(error):
             return _failed("the system has no room for another thread, or doesn't allow one")
@@ -61,13 +61,14 @@ def _not_imported(error: ImportError) -> int:
     if not isinstance(error, ModuleNotFoundError):
         return _failed(f"a library that this needs can't be imported: {error}")
     extra = f": pip install 'hwdbm[{_EXTRAS[name]}]'" if name in _EXTRAS else ""
-    return _failed(f"this needs {error.name}, which isn't installed{extra}")
+    return _failed(f"this needs {error.name}, which isn't installed{extra}", error)
 
 
-def _failed(message: str) -> int:
-    from hwdbm.cli.streams import note  # noqa: PLC0415
+def _failed(message: str, error: BaseException | None = None) -> int:
+    """Say what failed, and which page of the documentation helps with such an error."""
+    from hwdbm.cli import pages, streams  # noqa: PLC0415
 
-    note(message)
+    streams.note(message + ("" if error is None else pages.see(error)))
     return 1
 
 

@@ -1,16 +1,18 @@
-"""The typer application that the commands are put together in."""
+"""The typer application that the commands are put together in. A command's module is imported when it is called."""
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import hwdbm
-from hwdbm.cli import bench, harvest, inspect, migrate, races, receive, snapshot
+from hwdbm.cli.streams import result
 
 _USAGE = 2  # the exit status
 # typer brings a click of its own since 0.16, without public names for what it raises.
@@ -44,6 +46,10 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
+    def summary(self, ctx: Any, name: str) -> str:
+        command: Any = self.get_command(ctx, name)
+        return str(command.get_short_help_str())
+
     def get_help(self, ctx: Any) -> str:
         return _help(self, ctx)
 
@@ -51,15 +57,119 @@ class _Group(TyperGroup):
         return super().get_short_help_str(max(limit, _WIDEST))
 
 
-# No rich markup: help and errors stay plain text, in pipes as on a terminal.
-app = typer.Typer(
-    cls=_Group,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings=_HELP,
-)
+# --- the commands ------------------------------------------------------------------------------------------
+
+
+def _command(name: str) -> Any:
+    """Return the command whose module, function and examples have its name."""
+    module = import_module(f"hwdbm.cli.{name}")
+    alone = _typer()
+    alone.command(name, cls=_Command, epilog=module.EPILOG, context_settings=_HELP)(getattr(module, name))
+    return typer.main.get_command(alone)
+
+
+def _snapshot(name: str) -> Any:
+    from hwdbm.cli import snapshot  # noqa: PLC0415
+
+    group = _typer(name=name, help=_TASK[name].summary, no_args_is_help=True)
+    group.callback()(lambda: None)
+    group.command(cls=_Command, epilog=snapshot.EPILOG, context_settings=_HELP)(snapshot.rebase)
+    return typer.main.get_command(group)
+
+
+def _typer(**options: Any) -> typer.Typer:
+    # No rich markup: help and errors stay plain text, in pipes as on a terminal.
+    return typer.Typer(
+        cls=_Group,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=_HELP,
+        **options,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A command, or a group of commands, in the list of `hwdbm` alone.
+
+    Parameters
+    ----------
+    summary : str
+        What it does: the first sentence of its help.
+    load : callable
+        Called with the name, returns the click command; imports what it needs.
+    """
+
+    summary: str
+    load: Callable[[str], Any] = _command
+
+
+TASKS: dict[str, dict[str, Entry]] = {
+    "See which pages were dirtied": {
+        "harvest": Entry("Find the dirty pages of each memslot of an image."),
+        "inspect": Entry("Show an image's registers, tables, leaves and slots."),
+    },
+    "Move a VM that runs": {
+        "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
+        "receive": Entry("Wait for one migration, take the VM over, and let it run."),
+    },
+    "Keep a VM in files": {
+        "snapshot": Entry("Files of guest memory, and differences between them.", _snapshot),
+    },
+    "Be sure of it": {
+        "races": Entry("Explore every order in which vCPUs, harvests and failures can interleave."),
+        "bench": Entry("Measure the engine, and the stream of a migration, here and now."),
+    },
+    "Set it up": {
+        "doctor": Entry("Say what this machine can do, and what to install for what is missing."),
+        "completion": Entry("Print a script that completes commands, options and values in a shell."),
+    },
+}
+"""The commands by task, in the order of the help."""
+
+_TASK = {name: entry for entries in TASKS.values() for name, entry in entries.items()}
+
+_EPILOG = """The help of each command ends with examples: 'hwdbm harvest -h'.
+
+Examples:
+
+  The dirty pages of a capture that hwdbm brings, and whether they are right:
+
+\b
+    hwdbm harvest example:4k_ipa40 --check
+
+  A VM of 64 MiB that keeps writing, moved to another process:
+
+\b
+    hwdbm migrate --memory 64M
+"""
+
+
+class _Tasks(_Group):
+    """The commands by task. None is imported to list them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands: dict[str, Any] = dict.fromkeys(_TASK)  # for typer's "did you mean"
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        del ctx
+        return _TASK[cmd_name].load(cmd_name) if cmd_name in _TASK else None
+
+    def summary(self, ctx: Any, name: str) -> str:
+        del ctx
+        return _TASK[name].summary
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        del ctx
+        for task, entries in TASKS.items():
+            with formatter.section(task):
+                formatter.write_dl([(name, entry.summary) for name, entry in entries.items()])
+
+
+app = _typer(epilog=_EPILOG, invoke_without_command=True)
+app.info.cls = _Tasks
 
 
 def _version(value: bool) -> None:
@@ -70,6 +180,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     version: Annotated[  # what it does is done by its callback
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
@@ -81,19 +192,8 @@ def common(
     2 wrong usage, 3 a check found a mismatch, 130 interrupted.
     """
     del version
-
-
-# One module a command, with its function and its examples.
-app.command(cls=_Command, epilog=harvest.EPILOG, context_settings=_HELP)(harvest.harvest)
-app.command(cls=_Command, epilog=inspect.EPILOG, context_settings=_HELP)(inspect.inspect)
-app.command(cls=_Command, epilog=bench.EPILOG, context_settings=_HELP)(bench.bench)
-app.command(cls=_Command, epilog=migrate.EPILOG, context_settings=_HELP)(migrate.migrate)
-app.command(cls=_Command, epilog=receive.EPILOG, context_settings=_HELP)(receive.receive)
-app.command(cls=_Command, epilog=races.EPILOG, context_settings=_HELP)(races.races)
-
-snapshots = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, context_settings=_HELP)
-snapshots.command(cls=_Command, epilog=snapshot.EPILOG, context_settings=_HELP)(snapshot.rebase)
-app.add_typer(snapshots, name="snapshot", help="Files of guest memory, and differences between them.")
+    if context.invoked_subcommand is None:
+        result(context.get_help())
 
 
 def run() -> int:

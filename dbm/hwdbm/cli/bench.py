@@ -15,22 +15,26 @@ descriptor, as a kernel's walker does.
 
 Examples:
 
-  The whole table, for 64 GiB of guest memory, in two minutes or so:
-
-\b
-    hwdbm bench
-
   A quick look at the kernels alone:
 
 \b
     hwdbm bench harvest --memory 4G --repeat 3
+
+  The whole table, for 64 GiB of guest memory, in two minutes or so:
+
+\b
+    hwdbm bench
 """
 
 
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help=f"Which: {', '.join(BENCHMARKS)}; all by default."),
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=options.words(BENCHMARKS),
+            help=f"Which: {', '.join(BENCHMARKS)}; all by default.",
+        ),
     ] = None,
     memory: Annotated[
         int,

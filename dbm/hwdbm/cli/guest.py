@@ -17,7 +17,7 @@ from hwdbm.arm import ArmUnavailableError, ArmVm
 from hwdbm.arm.vm import memory_slots
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.cli import parse as sizes
-from hwdbm.cli.options import parser
+from hwdbm.cli.options import parser, words
 from hwdbm.errors import BitmapError
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
@@ -35,6 +35,13 @@ _GPA = 0x4000_0000
 
 PAGE = Granule.K4.page_size
 """Bytes of a page of what the commands start."""
+
+WORKLOADS = (
+    *("sequential", "uniform", "hot", "zipf", "bursty", "idle"),
+    *("counting", "random"),
+    *("window", "atomics", "pairs", "zero", "stage1", "mixed"),
+)
+"""What guests do meanwhile: those of the model, what others KVM has, and what others an Arm machine has."""
 
 _WORKLOAD, _RATE = "hot,share=0.02", 200_000
 _KVM_RATE = 50_000  # pages a second: what a guest without hardware virtualisation below it can keep up
@@ -81,6 +88,7 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         parser=parser(sizes.choice(Mode)),
+        autocompletion=words(Mode),
         metavar="hw-dbm|write-protect",
         help="How a modelled machine's log learns of writes; hw-dbm by default.",
     ),
@@ -90,6 +98,7 @@ KvmLogOption = Annotated[
     typer.Option(
         "--kvm-log",
         parser=parser(sizes.choice(KvmLog)),
+        autocompletion=words(KvmLog),
         metavar="KIND",
         help="How the log of a real VM is collected: by GET (bitmap, the default), by GET and CLEAR (clear), the same "
         "with all pages dirty at first (initially-set), or by rings (ring).",

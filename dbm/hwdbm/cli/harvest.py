@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from hwdbm import files
-from hwdbm.cli import options, parse
+from hwdbm.cli import options, pages, parse
+from hwdbm.cli.example import label
 from hwdbm.cli.output import columns, hexadecimal, progress, warn
 from hwdbm.cli.streams import note, result, wrapped
 from hwdbm.errors import HwdbmError
@@ -21,37 +22,35 @@ from hwdbm.image.slots import SLOT_UNIT
 
 _MISMATCH = 3  # the exit status
 
-EPILOG = """Below tests/data are captures that a clone has.
+EPILOG = """Examples:
 
-Examples:
-
-  A capture's slots, as KVM would return them, one file each:
+  Compare a capture's dirty pages with the truth that it carries:
 
 \b
-    hwdbm harvest tests/data/captures/4k_ipa40/round1.npz --output dirty
+    hwdbm harvest example:4k_ipa40 --check
 
-  Raw RAM of a machine whose first byte is at 1 GiB, and two slots:
+  Its slots, as KVM would return them, one file each:
 
 \b
-    hwdbm harvest ram.img --ram-base 0x40000000 --vttbr 0x41000000
-        --vtcr 0x806a3558 --slot 0:0x80000000:1G --slot 1:0:64M --json
+    hwdbm harvest example:4k_ipa40 --output dirty
 
   Tables that Linux keeps without hardware DBM; there, writable is dirty:
 
 \b
-    hwdbm harvest tests/data/captures/kvm-6.1/manual-3-ran.npz
-        --policy writable
+    hwdbm harvest example:kvm-6.1 --policy writable
 
-  The same of a machine that runs, whose pages are clean afterwards:
-
-\b
-    hwdbm harvest ram --live --clean --output dirty --ram-base 0x40000000
-        --vttbr 0x41000000 --vtcr 0x806a3558 --slot 0:0x80000000:1G
-
-  Compare with the truth that a capture carries:
+  Raw RAM whose first byte is at 0x41000000, and one slot of 192 MiB:
 
 \b
-    hwdbm harvest tests/data/captures/4k_ipa40/round1.npz --check
+    hwdbm harvest example:ram --ram-base 0x41000000 --vttbr 0x41000000
+        --vtcr 0x806a3558 --slot 0:0x80000000:192M --json
+
+  The same, as RAM of a machine that runs: read while it is written.
+  With --clean and --output its pages are clean afterwards:
+
+\b
+    hwdbm harvest example:ram --live --ram-base 0x41000000
+        --vttbr 0x41000000 --vtcr 0x806a3558 --slot 0:0x80000000:192M
 """
 
 
@@ -64,7 +63,10 @@ def harvest(
     images: Annotated[
         list[Path],
         typer.Argument(
-            parser=options.parser(parse.path), metavar="IMAGE", help="Captures (.npz) or raw images of RAM."
+            parser=options.parser(parse.image),
+            metavar="IMAGE",
+            autocompletion=options.examples,
+            help="Captures (.npz), raw images of RAM, or examples that hwdbm brings (example:4k_ipa40).",
         ),
     ],
     output: Annotated[
@@ -88,6 +90,7 @@ def harvest(
         _Policy,
         typer.Option(
             parser=options.parser(parse.choice(_Policy)),
+            autocompletion=options.words(_Policy),
             metavar="dbm|writable",
             help="Which leaves are dirty. dbm: those that hardware marked (DBM = 1 and "
             "S2AP[1] = 1). writable: all with S2AP[1] = 1, for tables kept without DBM.",
@@ -138,7 +141,7 @@ def harvest(
         try:
             image = options.open_for(path, ram_base, vttbr, vtcr, slot)
             if check and image.capture is None:
-                raise typer.BadParameter(f"--check: {path} is a raw image, which carries no truth")
+                raise typer.BadParameter(f"--check: {label(path)} is a raw image, which carries no truth")
             if live:
                 machine = options.live_of(path, image, readonly=not clean)
                 image = Image(machine.memory, machine.registers, image.slots)
@@ -148,8 +151,8 @@ def harvest(
                 reports.append(_harvested(path, image, ask, folders.get(path)))
         except (HwdbmError, OSError) as error:
             what = str(error) if isinstance(error, HwdbmError) else f"{error.filename or path}: {error.strerror}"
-            note(what if str(path) in what else f"{path}: {what}")
-            reports.append({"image": str(path), "error": what})
+            note((what if str(path) in what else f"{label(path)}: {what}") + pages.see(error))
+            reports.append({"image": label(path), "error": what})
         if not as_json and "error" not in reports[-1]:
             result(_text(reports[-1]), "" if output is None else "the bitmaps were written")
     if as_json:
@@ -174,13 +177,13 @@ def _check_live(*, live: bool, clean: bool, output: Path | None, ask: Ask) -> No
 def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: Live | None = None) -> dict[str, Any]:
     """Harvest an image, write its bitmaps, and return what is to be said of it. The tables of `clean` are cleaned."""
     if not image.slots:
-        raise typer.BadParameter(f"{path} names no slots: give --slot ID:GPA:SIZE")
+        raise typer.BadParameter(f"{label(path)} names no slots: give --slot ID:GPA:SIZE")
     if ask.policy == "dbm" and not image.vtcr.hw_dbm:
         warn(
-            f"{path}: VTCR_EL2 = {hexadecimal(image.registers.vtcr)} has hardware DBM off, so "
+            f"{label(path)}: VTCR_EL2 = {hexadecimal(image.registers.vtcr)} has hardware DBM off, so "
             "leaves with DBM record nothing; see --policy writable"
         )
-    with progress(str(path)) as visitors:
+    with progress(label(path)) as visitors:
         found = harvest_slots(image, ask, visitors)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,14 +199,14 @@ def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: L
                 back()
             raise
         if clean is not None:
-            note(f"{path}: these pages are clean now: flush the guest's TLB before one of them is copied")
+            note(f"{label(path)}: these pages are clean now: flush the guest's TLB before one of them is copied")
         # Those of an earlier run, which had other slots, would be taken for this one's.
         for old in folder.glob("slot*.bitmap"):
             if old.stem[4:].isdecimal() and old not in {one.file for one in found.slots}:
                 old.unlink()
     for one in found.slots:
         if not one.mapped:
-            warn(f"{path}: no page of slot {one.slot.id} is mapped: is it where the guest has its memory?")
+            warn(f"{label(path)}: no page of slot {one.slot.id} is mapped: is it where the guest has its memory?")
     _say_differences(path, found)
     return _report(path, image, found)
 
@@ -232,7 +235,7 @@ def _say_differences(path: Path, found: Found) -> None:
         gfn = one.slot.gpa // SLOT_UNIT + page
         now, then = ("dirty", "clean") if one.found_dirty(page) else ("clean", "dirty")
         note(
-            f"{path}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
+            f"{label(path)}: slot {one.slot.id} differs from the truth in {one.wrong.weight()} "
             f"pages of 4K, the first is gfn {gfn:#x}: found {now}, in truth {then}"
         )
 
@@ -257,7 +260,7 @@ def _report(path: Path, image: Image, found: Found) -> dict[str, Any]:
             slot["file"] = str(one.file)
         slots.append(slot)
     return {
-        "image": str(path),
+        "image": label(path),
         "granule": str(image.granule),
         "ipa-bits": image.vtcr.ipa_bits,
         "hw-dbm": image.vtcr.hw_dbm,

@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from hwdbm.cli import options, parse
+from hwdbm.cli.example import label
 from hwdbm.cli.output import columns, hexadecimal, progress
 from hwdbm.cli.streams import result, width
 from hwdbm.files import NewFile
@@ -22,24 +23,22 @@ from hwdbm.pte import State
 from hwdbm.stage2 import Stage2
 from hwdbm.vtcr import hafdbs
 
-EPILOG = """Below tests/data are captures that a clone has.
-
-Examples:
+EPILOG = """Examples:
 
   What a capture holds:
 
 \b
-    hwdbm inspect tests/data/captures/4k_ipa40/round1.npz
+    hwdbm inspect example:4k_ipa40
 
   A picture of its slots (needs the extra 'plot'):
 
 \b
-    hwdbm inspect tests/data/captures/4k_ipa40/round1.npz --plot map.png
+    hwdbm inspect example:4k_ipa40 --plot map.png
 
   A raw image, and only how its tables are:
 
 \b
-    hwdbm inspect ram.img --ram-base 0x40000000 --vttbr 0x41000000
+    hwdbm inspect example:ram --ram-base 0x41000000 --vttbr 0x41000000
         --vtcr 0x806a3558 --json
 """
 
@@ -52,7 +51,10 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            parser=options.parser(parse.path), metavar="IMAGE", help="A capture (.npz) or a raw image of RAM."
+            parser=options.parser(parse.image),
+            metavar="IMAGE",
+            autocompletion=options.examples,
+            help="A capture (.npz), a raw image of RAM, or an example that hwdbm brings (example:4k_ipa40).",
         ),
     ],
     plot: Annotated[
@@ -77,17 +79,17 @@ def inspect(
     image = options.open_for(path, ram_base, vttbr, vtcr, slot)
     census = Census()
     stage2s = [image.empty_stage2(slot) for slot in image.slots]
-    with progress(str(path)) as visitors:
+    with progress(label(path)) as visitors:
         image.read(*visitors, census, *(Filler(stage2, image.vtcr) for stage2 in stage2s))
     report = {
-        "image": str(path),
+        "image": label(path),
         "registers": _registers(image),
         "levels": _levels(image, census),
         "slots": _slots(image, stage2s),
     }
     result(json.dumps(report, indent=2) if as_json else _text(report))
     if draw is not None:
-        draw(str(path), image, stage2s)
+        draw(label(path), image, stage2s)
 
 
 def _painter(plot: Path) -> Callable[[str, Image, Sequence[Stage2]], None]:

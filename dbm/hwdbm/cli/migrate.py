@@ -25,7 +25,7 @@ from rich.table import Table
 
 from hwdbm import kernels
 from hwdbm.arm import ArmVm
-from hwdbm.cli import guest, options, parse
+from hwdbm.cli import guest, options, pages, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
@@ -69,10 +69,13 @@ Examples:
 \b
     hwdbm migrate --source arm --memory 256M
 
-  To a receiver that is elsewhere, with certificates on both sides:
+  Over TLS, to a receiver on another host; here it is in another terminal
+  of this one, in a clone (docs: howto/migrate-tls):
 
 \b
-    hwdbm migrate --to destination.example:4444 --tls-dir certificates
+    sh docs/examples/make_certificates.sh localhost
+    hwdbm receive --listen localhost:4444 --tls-dir certificates
+    hwdbm migrate --to localhost:4444 --tls-dir certificates --memory 64M
 """
 
 
@@ -96,6 +99,7 @@ def migrate(
         Vm,
         typer.Option(
             parser=options.parser(parse.choice(Vm)),
+            autocompletion=options.words(Vm),
             metavar="machine|kvm|arm",
             help="A modelled machine, a real guest on /dev/kvm, or an emulated Arm machine, tracked in its own tables.",
         ),
@@ -134,6 +138,7 @@ def migrate(
         str | None,
         typer.Option(
             metavar="NAME[,OPTION=NUMBER]...",
+            autocompletion=options.words(guest.WORKLOADS),
             help="What the guest does meanwhile: sequential, uniform, hot, zipf, bursty, idle; by default "
             "hot,share=0.02. With KVM: counting (the default), random, idle. With Arm, for each vCPU: sequential, "
             "random, window (the default), atomics, pairs, zero, stage1, idle; or mixed.",
@@ -198,6 +203,7 @@ def migrate(
         OnLimit,
         typer.Option(
             parser=options.parser(parse.choice(OnLimit)),
+            autocompletion=options.words(OnLimit),
             metavar="abort|wait|pause",
             help="If the rest doesn't fit into --max-downtime: give up, go on until it does, or pause the guest for as "
             "long as it takes.",
@@ -383,7 +389,7 @@ def _attempts(
 def _decided(vm: Machine | KvmVm | ArmVm, failure: HandoverError, cancel: threading.Event, hold: float | None) -> bool:
     """Hold a guest that may run elsewhere; return whether the user resumed it here."""
     seconds = hold if hold is not None else inf if sys.stdin is not None and sys.stdin.isatty() else _HOLD
-    note(str(failure))
+    note(f"{failure}{pages.see(failure)}")
     note(
         f"look at the destination: only if its receiver has ended and no guest runs there, 'kill -USR1 {os.getpid()}' "
         "resumes it here (two that run ruin their disks); Ctrl-C gives it up"
@@ -433,7 +439,7 @@ def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool)
         note(report.error)
         raise typer.Exit(1)
     if done.failure is not None:
-        note(" ".join((str(done.failure), *getattr(done.failure, "__notes__", ()))))
+        note(" ".join((str(done.failure), *getattr(done.failure, "__notes__", ()))) + pages.see(done.failure))
 
 
 def _text(report: Report) -> str:

@@ -1,12 +1,13 @@
 """The arguments and options that commands share, and opening the image that they name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from hwdbm.cli import parse
+from hwdbm.cli.example import EXAMPLES, label
 from hwdbm.errors import ImageError
 from hwdbm.image import Image, Live, Registers, Slot, open_image, open_live
 from hwdbm.image.capture import is_capture
@@ -27,6 +28,18 @@ def parser(read: Callable[[str], T]) -> Callable[[object], T]:
             raise typer.BadParameter(str(error)) from error
 
     return wrapped
+
+
+def words(kinds: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what completes one of some words in a shell."""
+    offered = [str(kind) for kind in kinds]
+    return lambda incomplete: [word for word in offered if word.startswith(incomplete)]
+
+
+def examples(incomplete: str) -> list[tuple[str, str]]:
+    """Return the examples that a word may become, with what they are; none before its first letter, as for files."""
+    offered = ((f"example:{name}", what) for name, (_, what) in EXAMPLES.items())
+    return [(word, what) for word, what in offered if incomplete and word.startswith(incomplete)]
 
 
 RamBase = Annotated[
@@ -84,7 +97,7 @@ def open_for(
     check_slots(slots)
     capture = is_capture(path)
     if capture and ram_base is not None:
-        raise typer.BadParameter(f"{path} is a capture: --ram-base is for raw images")
+        raise typer.BadParameter(f"{label(path)} is a capture: --ram-base is for raw images")
     if ram_base is not None and ram_base % 4096:
         raise typer.BadParameter(f"--ram-base {ram_base:#x} isn't a multiple of 4K")
     if not capture:
@@ -94,7 +107,7 @@ def open_for(
             if value is None
         ]
         if missing:
-            raise typer.BadParameter(f"{path} is no capture, and a raw image needs {', '.join(missing)}")
+            raise typer.BadParameter(f"{label(path)} is no capture, and a raw image needs {', '.join(missing)}")
     if vtcr is not None:
         try:
             VtcrFields.decode(vtcr)
@@ -111,6 +124,6 @@ def open_for(
 def live_of(path: Path, image: Image, *, readonly: bool) -> Live:
     """Map the RAM of a machine that runs, as an image that was opened says; a capture is wrong usage."""
     if not isinstance(image.memory, RawTables):
-        raise typer.BadParameter(f"--live: {path} is a capture, and no RAM")
+        raise typer.BadParameter(f"--live: {label(path)} is a capture, and no RAM")
     registers = image.registers
     return open_live(path, ram_base=image.memory.base, vttbr=registers.vttbr, vtcr=registers.vtcr, readonly=readonly)

@@ -7,6 +7,7 @@ from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
+from hwdbm.cli import example
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
 
@@ -26,6 +27,17 @@ def path(text: str) -> Path:
     if not text:
         raise ValueError("the path is empty")
     return Path(text)
+
+
+def image(text: str) -> Path:
+    """Return the path of an image: a file's, or that of an example, as in ``example:4k_ipa40``.
+
+    Raises
+    ------
+    ValueError
+        If the path is empty, or there is no such example.
+    """
+    return example.find(text) or path(text)
 
 
 def choice(kinds: type[Kind]) -> Callable[[str], Kind]:

@@ -31,20 +31,25 @@ EPILOG = """Sizes in JSON are in bytes; normal and duplicate are numbers of page
 
 Examples:
 
-  For a source on another machine, with certificates on both sides:
+  For a source on this machine, in another terminal:
 
 \b
-    hwdbm receive --listen 0.0.0.0:4444 --tls-dir certificates
-
-  For a source on this machine ('hwdbm migrate --to unix:/run/user/1000/guest'):
-
-\b
-    hwdbm receive --unix /run/user/1000/guest
+    hwdbm receive --unix guest.sock
+    hwdbm migrate --to unix:guest.sock --memory 64M
 
   Into a file, which is the memory then:
 
 \b
-    hwdbm receive --listen 127.0.0.1:4444 --insecure --file guest.ram
+    hwdbm receive --listen 127.0.0.1:4445 --insecure --file guest.ram
+    hwdbm migrate --to 127.0.0.1:4445 --insecure --memory 64M
+
+  For a source on another host, with certificates on both sides, made in
+  a clone (docs: howto/migrate-tls):
+
+\b
+    sh docs/examples/make_certificates.sh localhost
+    hwdbm receive --listen 0.0.0.0:4446 --tls-dir certificates
+    hwdbm migrate --to localhost:4446 --tls-dir certificates --memory 64M
 """
 
 
@@ -80,6 +85,7 @@ def receive(
         typer.Option(
             "--vm",
             parser=options.parser(parse.choice(Vm)),
+            autocompletion=options.words(Vm),
             metavar="machine|kvm|arm",
             help="A modelled machine (the default), a real VM, or an emulated Arm machine.",
         ),

@@ -83,13 +83,18 @@ def width() -> int:
         return 80
 
 
-def wrapped(line: str) -> list[str]:
-    """Return a line as several that fit the terminal that stdout is; a word that doesn't stays whole."""
+def wrapped(line: str, indent: int = 0) -> list[str]:
+    """Return a line as several that fit the terminal that stdout is; a word that doesn't stays whole.
+
+    All but the first are indented by `indent` spaces, where there is room for that.
+    """
     if "COLUMNS" not in os.environ and not sys.stdout.isatty():
         return [line]
     from textwrap import wrap  # noqa: PLC0415  # an interrupt is answered first
 
-    return wrap(line, width(), break_long_words=False, break_on_hyphens=False) or [line]
+    columns = width()
+    after = " " * (indent if indent < columns // 2 else 2)
+    return wrap(line, columns, subsequent_indent=after, break_long_words=False, break_on_hyphens=False) or [line]
 
 
 def result(text: str, done: str = "") -> None:

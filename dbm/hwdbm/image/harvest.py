@@ -16,9 +16,11 @@ from hwdbm.image.live import Live
 from hwdbm.image.reader import Image, Policy, Visitor
 from hwdbm.image.runs import RunMarker, widen
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_page_size, cut
+from hwdbm.kernels import Name
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.layout import runs_of
 
+_COMPILED = 1 << 36  # bytes of a slot from which compiled kernels are worth loading
 _CHUNK = 1 << 17  # leaves, or words, looked at together: 1 MiB
 
 
@@ -103,6 +105,11 @@ class Found:
     seconds: float
 
 
+def _kernels(slot: Slot) -> Name | None:
+    """Return the kernels for one harvest of a slot: what compiled ones save of a small slot is less than they load."""
+    return "vector" if slot.size < _COMPILED else None
+
+
 def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> Found:
     """Return the dirty pages of all slots of an image.
 
@@ -122,7 +129,7 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
         for, or the image doesn't carry the truth to compare with.
     """
     page_sizes = [check_page_size(slot, image.granule, ask.page_size) for slot in image.slots]
-    stage2s = [image.empty_stage2(slot) for slot in image.slots]
+    stage2s = [image.empty_stage2(slot, _kernels(slot)) for slot in image.slots]
     writable = ask.policy == "writable"
     runs = [RunMarker(slot, image.granule, writable=writable) if ask.contiguous else None for slot in image.slots]
     start = time.perf_counter()

@@ -20,6 +20,7 @@ from hwdbm.image.registers import Registers
 from hwdbm.image.runs import RunMarker
 from hwdbm.image.slots import Slot, check_page_size, check_slots, cut
 from hwdbm.image.walk import Batch, walk
+from hwdbm.kernels import Name
 from hwdbm.stage2 import Stage2
 
 Policy = Literal["dbm", "writable"]
@@ -128,11 +129,11 @@ class Image:
             f"{self.registers.vttbr:#018x} right (--vttbr), and are the slots?"
         )
 
-    def empty_stage2(self, slot: Slot) -> Stage2:
-        """Return a Stage2 for the slot, in whole granules, with nothing mapped."""
+    def empty_stage2(self, slot: Slot, kernels: Name | None = None) -> Stage2:
+        """Return a Stage2 for the slot, in whole granules, with nothing mapped; under `kernels`, if they are given."""
         instance(slot, Slot, "slot")
         first, npages = slot.frames(self.granule)
-        return Stage2(npages, base_gfn=first, granule=self.granule)
+        return Stage2(npages, base_gfn=first, granule=self.granule, kernels=kernels)
 
     def stage2(self, slot: int) -> Stage2:
         """Return the leaves of the slot with the id `slot`, in whole granules.

@@ -1,0 +1,262 @@
+"""``hwdbm doctor``: what this machine can do, and what to install for what is missing."""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import EACCES, EPERM
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import hwdbm
+from hwdbm.cli import options
+from hwdbm.cli.streams import result, wrapped
+from hwdbm.process import python
+
+_MISMATCH = 3  # the exit status
+_SECONDS = 5.0  # that a program has to say its version
+_FILES = 256  # open files that a migration with rings and an Arm machine get by with
+
+EPILOG = """Nothing is compiled, downloaded or changed. Without NAME the exit status is 0, whatever is missing.
+
+Examples:
+
+  All of it:
+
+\b
+    hwdbm doctor
+
+  Whether the compiled kernels can be had: exit status 3 if not.
+
+\b
+    hwdbm doctor kernels
+
+  For a program:
+
+\b
+    hwdbm doctor --json
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A part of the machine, and whether hwdbm can use it.
+
+    Parameters
+    ----------
+    usable : bool
+        Whether what it is for works.
+    found : str
+        What is there, or why it can't be used.
+    advice : str
+        What to do for it; empty where it is usable.
+    """
+
+    usable: bool
+    found: str
+    advice: str = ""
+
+
+def _distribution(name: str, module: str, extra: str) -> Finding:
+    """Look for a library, without importing it."""
+    advice = f"pip install 'hwdbm[{extra}]'"
+    if find_spec(module) is None:
+        return Finding(False, f"{name} isn't installed", advice)
+    try:
+        return Finding(True, f"{name} {version(name)}")
+    except PackageNotFoundError:
+        return Finding(True, f"{name}, of unknown version")
+
+
+def _kernels() -> Finding:
+    numba = _distribution("numba", "numba", "jit")
+    if not numba.usable:
+        return Finding(False, f"{numba.found}: the kernels are NumPy's, and memory in place can't be", numba.advice)
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}:
+        return Finding(False, f"{numba.found}, but NUMBA_DISABLE_JIT switches it off", "unset NUMBA_DISABLE_JIT")
+    cache = _numba_cache()
+    if cache is None:
+        return Finding(
+            True,
+            f"{numba.found}, whose code can't be kept: each start compiles for seconds",
+            "set NUMBA_CACHE_DIR to a folder that can be written",
+        )
+    compiled = sum(1 for _ in cache.rglob("*.nbi")) if cache.is_dir() else 0
+    return Finding(True, f"{numba.found}; {compiled} functions compiled, in {cache}")
+
+
+def _numba_cache() -> Path | None:
+    """Return the folder that numba keeps compiled code in; None if it has none."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    here = Path(hwdbm.__file__).parent / "kernels" / "__pycache__"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
+    for folder in (Path(named),) if named else (here, home):
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return folder
+    return None
+
+
+def _kvm() -> Finding:
+    from hwdbm.kvm import Kvm, KvmUnavailableError  # noqa: PLC0415  # what only this needs
+    from hwdbm.kvm.abi import Cap  # noqa: PLC0415
+
+    try:
+        with Kvm() as kvm:
+            caps = {cap.name: kvm.check_extension(cap) for cap in _CAPS(Cap)}
+    except KvmUnavailableError as error:
+        denied = error.errno in {EACCES, EPERM}
+        advice = (
+            "let this user open /dev/kvm: the group kvm may"
+            if denied
+            else "run it on an x86_64 host, or in a VM with nested virtualisation, with KVM loaded (modprobe kvm_intel)"
+        )
+        return Finding(False, str(error.strerror), advice)
+    has = [name for name, value in caps.items() if value]
+    lacks = [name for name, value in caps.items() if not value]
+    return Finding(True, f"has {', '.join(has) or 'none'}" + (f"; lacks {', '.join(lacks)}" if lacks else ""))
+
+
+def _CAPS(cap: Any) -> list[Any]:  # noqa: N802
+    return [cap.MANUAL_DIRTY_LOG_PROTECT2, cap.DIRTY_LOG_RING, cap.DIRTY_LOG_RING_ACQ_REL, cap.NR_MEMSLOTS]
+
+
+def _program(names: tuple[str, ...], package: str) -> Finding:
+    """Look for a program, and have it say its version."""
+    for name in names:
+        path = shutil.which(name)
+        if path is not None:
+            try:
+                said = subprocess.run(  # noqa: S603  # a program of the user's own path
+                    [path, "--version"], check=False, capture_output=True, text=True, errors="replace",
+                    stdin=subprocess.DEVNULL, timeout=_SECONDS,
+                )  # fmt: skip
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return Finding(False, f"{path} doesn't say its version: {error}", f"apt-get install {package}")
+            if said.returncode:
+                return Finding(False, f"{path} fails with status {said.returncode}", f"apt-get install {package}")
+            first = (said.stdout or said.stderr).partition("\n")[0].strip()
+            return Finding(True, f"{path}: {first}")
+    return Finding(False, f"there is no {' or '.join(names)}", f"apt-get install {package} (the name is Debian's)")
+
+
+def _qemu() -> Finding:
+    return _program(("qemu-system-aarch64",), "qemu-system-arm")
+
+
+def _compiler() -> Finding:
+    from hwdbm.arm.build import COMPILERS  # noqa: PLC0415  # what only this needs
+
+    return _program(COMPILERS, "gcc-aarch64-linux-gnu")
+
+
+def _huge_pages() -> Finding:
+    folder, says = Path("/sys/kernel/mm/transparent_hugepage"), []
+    for name in ("enabled", "shmem_enabled"):
+        try:
+            words = (folder / name).read_text(encoding="ascii").split()
+        except OSError:
+            continue
+        says += [f"{name}: {word.strip('[]')}" for word in words if word.startswith("[")]
+    usable = any(each in says for each in ("enabled: always", "enabled: madvise"))
+    advice = "" if usable else f"echo madvise > {folder}/enabled: large arrays are read faster by huge pages"
+    return Finding(usable, ", ".join(says) or "this kernel has no transparent huge pages", advice)
+
+
+def _memory() -> Finding:
+    facts = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        facts[name] = int(value.split()[0])  # KiB, or a number of pages
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    free, limit = facts["MemAvailable"] >> 10, "" if soft == resource.RLIM_INFINITY else f", {soft >> 20} MiB a process"
+    usable = free >= 1 << 10 and (soft == resource.RLIM_INFINITY or soft >= 4 << 30)
+    return Finding(
+        usable,
+        f"{free} MiB available of {facts['MemTotal'] >> 10} MiB{limit}",
+        "" if usable else "give migrations a smaller --memory: a guest of 1G is there twice; ulimit -v unlimited",
+    )
+
+
+def _limits() -> Finding:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    usable = files == resource.RLIM_INFINITY or files >= _FILES
+    amount = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
+    said = f"{files} open files, {amount} of locked memory, {len(os.sched_getaffinity(0))} processors"
+    return Finding(usable, said, "" if usable else f"ulimit -n {_FILES} or more")
+
+
+CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
+    "kernels": ("harvests at the speed of memory", _kernels),
+    "plot": ("pictures: --plot, --report FILE.png", lambda: _distribution("matplotlib", "matplotlib", "plot")),
+    "checksum": ("a fast checksum of migrations", lambda: _distribution("zlib-ng", "zlib_ng", "migrate")),
+    "testing": ("hwdbm.testing", lambda: _distribution("hypothesis", "hypothesis", "testing")),
+    "kvm": ("real guests: --source kvm", _kvm),
+    "qemu": ("emulated Arm machines: --source arm", _qemu),
+    "compiler": ("the firmware of Arm machines", _compiler),
+    "huge-pages": ("large arrays", _huge_pages),
+    "memory": ("guests", _memory),
+    "limits": ("many guests, vCPUs and rings", _limits),
+}
+"""What each check is for, and the check."""
+
+
+def doctor(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=options.words(CHECKS),
+            help=f"What is asked for: {', '.join(CHECKS)}; all by default.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what this machine can do, and what to install for what is missing.
+
+    Exit status 3 says that something that was named can't be used.
+    """
+    unknown = sorted(set(names or ()) - set(CHECKS))
+    if unknown:
+        raise typer.BadParameter(f"there is no check {', '.join(map(repr, unknown))}: there are {', '.join(CHECKS)}")
+    findings = {name: check() for name, (_, check) in CHECKS.items() if not names or name in names}
+    about = {
+        "hwdbm": hwdbm.__version__,
+        "python": platform.python_version(),
+        "executable": python()[0],
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+    }
+    result(json.dumps(about | {"checks": _records(findings)}, indent=2) if as_json else _text(about, findings))
+    if names and not all(finding.usable for finding in findings.values()):
+        raise typer.Exit(_MISMATCH)
+
+
+def _records(findings: dict[str, Finding]) -> list[dict[str, Any]]:
+    records = []
+    for name, finding in findings.items():
+        record = {"name": name, "for": CHECKS[name][0], "usable": finding.usable, "found": finding.found}
+        records.append(record | ({"advice": finding.advice} if finding.advice else {}))
+    return records
+
+
+def _text(about: dict[str, str], findings: dict[str, Finding]) -> str:
+    lines = wrapped(
+        f"hwdbm {about['hwdbm']}, Python {about['python']}, Linux {about['kernel']}, {about['architecture']}"
+    )
+    size = max(map(len, findings))
+    for name, each in findings.items():
+        head = f"{'yes' if each.usable else 'NO':<3}  {name:<{size}}  "
+        lines += wrapped(head + each.found, len(head))
+        if each.advice:
+            lines += wrapped(f"{'':<{len(head)}}for {CHECKS[name][0]}: {each.advice}", len(head))
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""Images that hwdbm brings, by name: ``example:4k_ipa40``. The files beside this one are in every install."""
+
+from pathlib import Path
+
+_PREFIX = "example:"
+_FOLDER = Path(__file__).parent / "examples"
+
+EXAMPLES = {
+    "4k_ipa40": ("4k_ipa40.npz", "three slots of pages of 4K, marked by an emulated Arm MMU, with the truth"),
+    "4k_blocks": ("4k_blocks.npz", "a slot of 2M blocks, with the truth"),
+    "16k_ipa40": ("16k_ipa40.npz", "two slots of pages of 16K, with the truth"),
+    "kvm-6.1": ("kvm-6.1.npz", "five slots of Linux KVM, which keeps its tables without DBM, with the truth"),
+    "ram": ("4k_blocks.ram", "the tables of 4k_blocks as raw RAM from 0x41000000 on, moved together"),
+}
+"""The file of each example, and what it is."""
+
+
+def find(text: str) -> Path | None:
+    """Return the file that ``example:NAME`` means; None if `text` doesn't name an example.
+
+    Raises
+    ------
+    ValueError
+        If there is no example of that name; the text names those that there are.
+
+    Examples
+    --------
+    >>> find("example:ram").name
+    '4k_blocks.ram'
+    >>> find("ram.img")
+    """
+    if not text.startswith(_PREFIX):
+        return None
+    name = text.removeprefix(_PREFIX)
+    if name not in EXAMPLES:
+        raise ValueError(f"there is no example {name!r}; there is {', '.join(EXAMPLES)}")
+    return _FOLDER / EXAMPLES[name][0]
+
+
+def label(path: Path) -> str:
+    """Return how a file is called to people: an example by its name, another by its path.
+
+    Examples
+    --------
+    >>> label(find("example:ram")), label(Path("ram.img"))
+    ('example:ram', 'ram.img')
+    """
+    if path.parent == _FOLDER:
+        for name, (file, _) in EXAMPLES.items():
+            if path.name == file:
+                return _PREFIX + name
+    return str(path)
