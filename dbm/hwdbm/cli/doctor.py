@@ -47,7 +47,7 @@ Examples:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class _Found:
     """A part of the machine, and whether hwdbm can use it.
 
     Parameters
@@ -65,32 +65,32 @@ class Finding:
     advice: str = ""
 
 
-def _distribution(name: str, module: str, extra: str) -> Finding:
+def _distribution(name: str, module: str, extra: str) -> _Found:
     """Look for a library, without importing it."""
     advice = f"pip install 'hwdbm[{extra}]'"
     if find_spec(module) is None:
-        return Finding(False, f"{name} isn't installed", advice)
+        return _Found(False, f"{name} isn't installed", advice)
     try:
-        return Finding(True, f"{name} {version(name)}")
+        return _Found(True, f"{name} {version(name)}")
     except PackageNotFoundError:
-        return Finding(True, f"{name}, of unknown version")
+        return _Found(True, f"{name}, of unknown version")
 
 
-def _kernels() -> Finding:
+def _kernels() -> _Found:
     numba = _distribution("numba", "numba", "jit")
     if not numba.usable:
-        return Finding(False, f"{numba.found}: the kernels are NumPy's, and memory in place can't be", numba.advice)
+        return _Found(False, f"{numba.found}: the kernels are NumPy's, and memory in place can't be", numba.advice)
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}:
-        return Finding(False, f"{numba.found}, but NUMBA_DISABLE_JIT switches it off", "unset NUMBA_DISABLE_JIT")
+        return _Found(False, f"{numba.found}, but NUMBA_DISABLE_JIT switches it off", "unset NUMBA_DISABLE_JIT")
     cache = _numba_cache()
     if cache is None:
-        return Finding(
+        return _Found(
             True,
             f"{numba.found}, whose code can't be kept: each start compiles for seconds",
             "set NUMBA_CACHE_DIR to a folder that can be written",
         )
     compiled = sum(1 for _ in cache.rglob("*.nbi")) if cache.is_dir() else 0
-    return Finding(True, f"{numba.found}; {compiled} functions compiled, in {cache}")
+    return _Found(True, f"{numba.found}; {compiled} functions compiled, in {cache}")
 
 
 def _numba_cache() -> Path | None:
@@ -105,7 +105,7 @@ def _numba_cache() -> Path | None:
     return None
 
 
-def _kvm() -> Finding:
+def _kvm() -> _Found:
     from hwdbm.kvm import Kvm, KvmUnavailableError  # noqa: PLC0415  # what only this needs
     from hwdbm.kvm.abi import Cap  # noqa: PLC0415
 
@@ -119,17 +119,17 @@ def _kvm() -> Finding:
             if denied
             else "run it on an x86_64 host, or in a VM with nested virtualisation, with KVM loaded (modprobe kvm_intel)"
         )
-        return Finding(False, str(error.strerror), advice)
+        return _Found(False, str(error.strerror), advice)
     has = [name for name, value in caps.items() if value]
     lacks = [name for name, value in caps.items() if not value]
-    return Finding(True, f"has {', '.join(has) or 'none'}" + (f"; lacks {', '.join(lacks)}" if lacks else ""))
+    return _Found(True, f"has {', '.join(has) or 'none'}" + (f"; lacks {', '.join(lacks)}" if lacks else ""))
 
 
 def _CAPS(cap: Any) -> list[Any]:  # noqa: N802
     return [cap.MANUAL_DIRTY_LOG_PROTECT2, cap.DIRTY_LOG_RING, cap.DIRTY_LOG_RING_ACQ_REL, cap.NR_MEMSLOTS]
 
 
-def _program(names: tuple[str, ...], package: str) -> Finding:
+def _program(names: tuple[str, ...], package: str) -> _Found:
     """Look for a program, and have it say its version."""
     for name in names:
         path = shutil.which(name)
@@ -140,25 +140,25 @@ def _program(names: tuple[str, ...], package: str) -> Finding:
                     stdin=subprocess.DEVNULL, timeout=_SECONDS,
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired) as error:
-                return Finding(False, f"{path} doesn't say its version: {error}", f"apt-get install {package}")
+                return _Found(False, f"{path} doesn't say its version: {error}", f"apt-get install {package}")
             if said.returncode:
-                return Finding(False, f"{path} fails with status {said.returncode}", f"apt-get install {package}")
+                return _Found(False, f"{path} fails with status {said.returncode}", f"apt-get install {package}")
             first = (said.stdout or said.stderr).partition("\n")[0].strip()
-            return Finding(True, f"{path}: {first}")
-    return Finding(False, f"there is no {' or '.join(names)}", f"apt-get install {package} (the name is Debian's)")
+            return _Found(True, f"{path}: {first}")
+    return _Found(False, f"there is no {' or '.join(names)}", f"apt-get install {package} (the name is Debian's)")
 
 
-def _qemu() -> Finding:
+def _qemu() -> _Found:
     return _program(("qemu-system-aarch64",), "qemu-system-arm")
 
 
-def _compiler() -> Finding:
+def _compiler() -> _Found:
     from hwdbm.arm.build import COMPILERS  # noqa: PLC0415  # what only this needs
 
     return _program(COMPILERS, "gcc-aarch64-linux-gnu")
 
 
-def _huge_pages() -> Finding:
+def _huge_pages() -> _Found:
     folder, says = Path("/sys/kernel/mm/transparent_hugepage"), []
     for name in ("enabled", "shmem_enabled"):
         try:
@@ -168,10 +168,10 @@ def _huge_pages() -> Finding:
         says += [f"{name}: {word.strip('[]')}" for word in words if word.startswith("[")]
     usable = any(each in says for each in ("enabled: always", "enabled: madvise"))
     advice = "" if usable else f"echo madvise > {folder}/enabled: large arrays are read faster by huge pages"
-    return Finding(usable, ", ".join(says) or "this kernel has no transparent huge pages", advice)
+    return _Found(usable, ", ".join(says) or "this kernel has no transparent huge pages", advice)
 
 
-def _memory() -> Finding:
+def _memory() -> _Found:
     facts = {}
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")
@@ -179,23 +179,23 @@ def _memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     free, limit = facts["MemAvailable"] >> 10, "" if soft == resource.RLIM_INFINITY else f", {soft >> 20} MiB a process"
     usable = free >= 1 << 10 and (soft == resource.RLIM_INFINITY or soft >= 4 << 30)
-    return Finding(
+    return _Found(
         usable,
         f"{free} MiB available of {facts['MemTotal'] >> 10} MiB{limit}",
         "" if usable else "give migrations a smaller --memory: a guest of 1G is there twice; ulimit -v unlimited",
     )
 
 
-def _limits() -> Finding:
+def _limits() -> _Found:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     usable = files == resource.RLIM_INFINITY or files >= _FILES
     amount = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
     said = f"{files} open files, {amount} of locked memory, {len(os.sched_getaffinity(0))} processors"
-    return Finding(usable, said, "" if usable else f"ulimit -n {_FILES} or more")
+    return _Found(usable, said, "" if usable else f"ulimit -n {_FILES} or more")
 
 
-CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
+CHECKS: dict[str, tuple[str, Callable[[], _Found]]] = {
     "kernels": ("harvests at the speed of memory", _kernels),
     "plot": ("pictures: --plot, --report FILE.png", lambda: _distribution("matplotlib", "matplotlib", "plot")),
     "checksum": ("a fast checksum of migrations", lambda: _distribution("zlib-ng", "zlib_ng", "migrate")),
@@ -241,7 +241,7 @@ def doctor(
         raise typer.Exit(_MISMATCH)
 
 
-def _records(findings: dict[str, Finding]) -> list[dict[str, Any]]:
+def _records(findings: dict[str, _Found]) -> list[dict[str, Any]]:
     records = []
     for name, finding in findings.items():
         record = {"name": name, "for": CHECKS[name][0], "usable": finding.usable, "found": finding.found}
@@ -249,7 +249,7 @@ def _records(findings: dict[str, Finding]) -> list[dict[str, Any]]:
     return records
 
 
-def _text(about: dict[str, str], findings: dict[str, Finding]) -> str:
+def _text(about: dict[str, str], findings: dict[str, _Found]) -> str:
     lines = wrapped(
         f"hwdbm {about['hwdbm']}, Python {about['python']}, Linux {about['kernel']}, {about['architecture']}"
     )
