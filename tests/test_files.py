@@ -57,6 +57,23 @@ def test_it_appears_whole(tmp_path: Path, before: bytes | None) -> None:
         file.commit()
 
 
+def test_it_is_its_owners_alone_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask lets others have, there is no moment before the mode is set."""
+    modes, real, old = [], os.fchmod, os.umask(0)
+
+    def fchmod(fd: int, mode: int) -> None:
+        modes.append(os.fstat(fd).st_mode & 0o777)
+        real(fd, mode)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    try:
+        with NewFile(tmp_path / "a"):
+            pass
+    finally:
+        os.umask(old)
+    assert modes == [0o600]
+
+
 @pytest.mark.parametrize("before", [{}, {"a": b"old"}])
 def test_or_not_at_all(tmp_path: Path, before: dict[str, bytes]) -> None:
     for name, data in before.items():

@@ -1,6 +1,7 @@
 """The house in order: which names are public, whose they are, and what the errors have in common."""
 
 import ast
+import dataclasses
 import importlib
 import pkgutil
 import re
@@ -12,6 +13,7 @@ import pytest
 
 import hwdbm
 from hwdbm.errors import HwdbmError
+from hwdbm.machine import Workload
 
 ROOT = Path(hwdbm.__file__).parent
 API = Path(__file__).parents[1] / "docs" / "api.md"
@@ -138,3 +140,19 @@ def test_errors_have_one_base_and_a_builtin_one():
         builtin = [base for base in each.__mro__ if base.__module__ == "builtins" and base not in (Exception, object)]
         assert issubclass(each, HwdbmError), each
         assert builtin[0] is not BaseException, each
+
+
+# Dataclasses that change: results as they are filled in, and things that have a state.
+FILLED_IN = {"FoundSlot", "LevelCount", "Record", "Pass", "Report", "Received", "Granted", "Agreement"}
+STATEFUL = {"LogParts", "_Due", "Litmus", "WeakMachine", "Protocol", "Graph"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__main__"])
+def test_dataclasses_are_values(name):
+    """Frozen, unless they are filled in; without room for a misspelt attribute, unless a base needs its dictionary."""
+    module = importlib.import_module(f"hwdbm.{name}" if name != "__init__" else "hwdbm")
+    for node in tree(name).body:
+        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(cls := getattr(module, node.name)):
+            assert cls.__dataclass_params__.frozen == (node.name not in FILLED_IN | STATEFUL), cls
+            if not issubclass(cls, Workload):
+                assert hasattr(cls, "__slots__"), cls

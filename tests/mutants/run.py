@@ -30,6 +30,7 @@ import threading
 import time
 import tomllib
 import venv
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,6 +50,9 @@ COPIED = ("dbm", "tests", "docs", "asv_bench", ".ci", "pyproject.toml", "Makefil
 
 MOST_SECONDS = 45.0
 """Seconds of tests for one mutant at most, as they took without one: the core's lines are covered by thousands."""
+
+NOT_ASKED = ("*/test_mutants.py", "*/test_stepmutants.py")
+"""The tests of the tests: they take minutes, and say nothing about the package that the tests which they try don't."""
 
 # Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
 ROOMS = {
@@ -70,6 +74,10 @@ class Mutant:
     after: str
 
 
+_NODES = {"ReplaceBinaryOperator": "operator", "ReplaceComparisonOperator": "comparison", "NumberReplacer": "number"}
+"""The nodes that a kind changes, where it is many operators: to show all of them to each takes a minute."""
+
+
 # --- what there is to change --------------------------------------------------------------------------------------
 
 
@@ -78,13 +86,16 @@ def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
     source = path.read_text()
     tree, dead = get_ast(source), set(_dead_places(ast.parse(source)))
     places: dict[tuple[int, int, str], list[tuple[str, int]]] = defaultdict(list)
-    nodes = list(ast_nodes(tree))
+    by_type = defaultdict(list)
+    for node in ast_nodes(tree):
+        by_type[node.type].append(node)
+        by_type[""].append(node)
     for name in sorted(cosmic_ray.plugins.operator_names()):
         if "Variable" in name:  # they need to be told a variable
             continue
         operator = cosmic_ray.plugins.get_operator(name)()
         kind, count = name.partition("/")[2].partition("_")[0], 0
-        for node in nodes:
+        for node in by_type[_NODES.get(kind, "")]:
             for start, _ in operator.mutation_positions(node):
                 if start not in dead:
                     places[*start, kind].append((name, count))
@@ -124,15 +135,44 @@ def _is_type(value: ast.expr) -> bool:
 
 
 def drawn(modules: list[str], count: int, seed: int) -> list[Mutant]:
-    """Return a sample of the mutants of some modules: a place and a kind at random, then one of its changes."""
-    places = [(module, *place) for module in modules for place in sorted(mutations(module))]
-    rng = random.Random(seed)
-    chosen = rng.sample(places, min(count, len(places)))
-    found = []
-    for module, line, column, kind in chosen:
-        operator, occurrence = rng.choice(mutations(module)[line, column, kind])
-        found.append(_mutant(module, operator, occurrence, line))
+    """Return a sample of the mutants of some modules: a place and a kind at random, then one of its changes.
+
+    What is drawn goes by a hash of the line's text: a change elsewhere in the package leaves the sample what it was.
+    """
+    sources = [(module, (ROOT / module).read_text()) for module in modules]
+    kept = BUILD / f"drawn-{hashlib.sha256(repr((sources, count, seed)).encode()).hexdigest()[:16]}.json"
+    if kept.exists():
+        return [Mutant(**each) for each in json.loads(kept.read_text())]
+    places = []
+    for module in modules:
+        lines, before = (ROOT / module).read_text().splitlines(), Counter[tuple[str, int, str]]()
+        for line, column, kind in sorted(mutations(module)):
+            text = lines[line - 1]
+            same = text.strip(), column - len(text) + len(text.lstrip()), kind
+            before[same] += 1
+            key = hashlib.sha256(repr((seed, module, *same, before[same])).encode()).digest()
+            places.append((key, module, line, column, kind))
+    found: list[Mutant] = []
+    for key, module, line, column, kind in sorted(places):
+        operator, occurrence = random.Random(key).choice(mutations(module)[line, column, kind])
+        text = mutated(module, operator, occurrence)
+        if _is_program(text):
+            found.append(_mutant(module, operator, occurrence, line, text))
+        if len(found) == count:
+            break
+    kept.write_text(json.dumps([asdict(each) for each in found]))
     return found
+
+
+def _is_program(source: str) -> bool:
+    """Return whether Python takes a source without an error or a warning: what it refuses needs no test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            compile(source, "mutant", "exec")
+        except (SyntaxError, SyntaxWarning):
+            return False
+    return True
 
 
 @cache
@@ -149,8 +189,8 @@ def mutated(module: str, operator: str, occurrence: int) -> str:
     return str(made)
 
 
-def _mutant(module: str, operator: str, occurrence: int, line: int) -> Mutant:
-    before, after = (ROOT / module).read_text().splitlines(), mutated(module, operator, occurrence).splitlines()
+def _mutant(module: str, operator: str, occurrence: int, line: int, text: str) -> Mutant:
+    before, after = (ROOT / module).read_text().splitlines(), text.splitlines()
     # A change may take lines away, a decorator's; from the first that differs on one line of each is shown.
     at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), line - 1)
     return Mutant(module, operator, occurrence, at + 1, before[at].strip(), after[at].strip())
@@ -165,6 +205,8 @@ class Workshop:
     def __init__(self, number: int) -> None:
         self.folder = BUILD / f"work{number}"
         self._known: dict[tuple[str, ...], bool] = {}
+        self._server: subprocess.Popen[str] | None = None
+        self._written = 0
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for name in COPIED:
@@ -187,7 +229,6 @@ class Workshop:
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))},
             "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
             "NUMBA_CACHE_DIR": str(self.folder / "numba"),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "HYPOTHESIS_PROFILE": "ci",
         }
         where = self.run(["-c", "import hwdbm; print(hwdbm.__file__)"], 60)[1].strip()
@@ -219,28 +260,21 @@ class Workshop:
 
     def try_mutant(self, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
         """Return what came of a mutant: caught, or not."""
-        target = self.folder / mutant.module
-        original, started, rest = target.read_text(), time.monotonic(), tests
+        started, rest = time.monotonic(), tests
         by: str | None = ""
-        try:
-            mutant_text = mutated(mutant.module, mutant.operator, mutant.occurrence)
-            target.write_text(mutant_text)
-            while rest and not by:
+        while rest and not by:
+            with self._changed(mutant):
                 status, failed = self._pytest(rest, 30 + 2 * seconds)
-                if status == 0:
-                    break
-                # A test has caught something only if it passes without the mutant, here and now.
-                suspects = [failed] if failed in rest else rest
-                target.write_text(original)
-                if self._passes(suspects, 30 + 2 * seconds):
-                    by = failed or ("it took too long" if status is None else f"pytest's status {status}")
-                target.write_text(mutant_text)
-                if not by and len(suspects) == len(rest):
-                    by = None  # they don't even pass without it: that says nothing
-                    break
-                rest = rest[rest.index(suspects[0]) + 1 :]
-        finally:
-            target.write_text(original)
+            if status == 0:
+                break
+            # A test has caught something only if it passes without the mutant, here and now.
+            suspects = [failed] if failed in rest else rest
+            if self._passes(suspects, 30 + 2 * seconds):
+                by = failed or ("it took too long" if status is None else f"pytest's status {status}")
+            elif len(suspects) == len(rest):
+                by = None  # they don't even pass without it: that says nothing
+                break
+            rest = rest[rest.index(suspects[0]) + 1 :]
         took = round(time.monotonic() - started, 1)
         return {
             **asdict(mutant),
@@ -250,6 +284,25 @@ class Workshop:
             "tests": len(tests),
             "seconds": took,
         }
+
+    @contextlib.contextmanager
+    def _changed(self, mutant: Mutant) -> Iterator[None]:
+        """Put a mutant in its module's place; bytecode and compiled kernels go by the time of a source, so each has its own."""
+        target, compiled, kept = self.folder / mutant.module, self.folder / "numba", self.folder / "numba-kept"
+        original, times = target.read_bytes(), target.stat()
+        if "/kernels/" in mutant.module and compiled.exists():
+            shutil.copytree(compiled, kept)
+        try:
+            target.write_text(mutated(mutant.module, mutant.operator, mutant.occurrence))
+            self._written += 1
+            os.utime(target, (1e9 + self._written,) * 2)
+            yield
+        finally:
+            target.write_bytes(original)
+            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if kept.exists():
+                shutil.rmtree(compiled, ignore_errors=True)
+                kept.rename(compiled)
 
     def _passes(self, tests: list[str], seconds: float) -> bool:
         """Return whether some tests pass without a mutant."""
@@ -262,10 +315,27 @@ class Workshop:
         """Return pytest's status, None where it took too long, and the first test that failed."""
         listed = self.folder / "selected"
         listed.write_text("\n".join(tests))
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"@{listed}"]
-        status, output = self.run(["-m", "pytest", *arguments], seconds)
+        arguments = ["-x", "-q", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [self.python, "-P", self.folder / "tests" / "mutants" / "forkserver.py"],
+                cwd=self.folder,
+                env={**self.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._server.stdin
+        assert self._server.stdout
+        print(json.dumps([[*arguments, f"@{listed}"], seconds]), file=self._server.stdin, flush=True)
+        status, output = json.loads(self._server.stdout.readline())
         failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         return status, failed[0].partition(" ")[2].partition(" - ")[0] if failed else ""
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self._server is not None:
+            self._server.communicate()
 
 
 # --- which tests ------------------------------------------------------------------------------------------------
@@ -280,24 +350,23 @@ class Coverage:
     def __init__(self, folder: Path, workshop: Workshop) -> None:
         measured: dict[str, float] = json.loads((folder / "times.json").read_text())
         known = json.loads((folder / "digests.json").read_text())
-        status, output = workshop.run(["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"], 600)
+        status, output = workshop.run(["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *(f"--ignore-glob={each}" for each in NOT_ASKED)], 600)
         if status != 0:
             raise RuntimeError(f"the tests can't be collected: {output[-4000:]}")
         there = [line for line in output.splitlines() if "::" in line and not line.startswith(" ")]
         failed = {test for test, seconds in measured.items() if seconds < 0}
         self.seconds = {test: measured.get(test, 0.5) for test in there if test not in failed}
+        self._fresh = {test for test in there if test not in measured}
         now = digests(workshop.folder)
         self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         with sqlite3.connect(folder / "coverage") as data:
             files = dict(data.execute("SELECT id, path FROM file"))
             names = dict(data.execute("SELECT id, context FROM context"))
-            arcs = data.execute("SELECT file_id, context_id, abs(fromno), abs(tono) FROM arc").fetchall()
             lines = [
                 (file, context, line)
                 for file, context, bits in data.execute("SELECT file_id, context_id, numbits FROM line_bits")
                 for line in numbits_to_nums(bits)
             ]
-        lines += [(file, context, line) for file, context, *both in arcs for line in both]
         for file, context, line in lines:
             test = names[context].partition("|")[0]
             module = "dbm/" + files[file].rpartition("/dbm/")[2]
@@ -310,6 +379,7 @@ class Coverage:
         own = rooms_of(mutant.module)
         if not covering or "/kernels/" in mutant.module:
             covering = covering | {test for test in self.seconds if test.startswith(own)}
+        covering = covering | {test for test in self._fresh if test.startswith(own)}
         order = sorted(covering, key=lambda test: (not test.startswith(own), self.seconds[test]))
         # The room's own come first, unless they are slow: most mutants are caught by the first tests that run.
         order.sort(key=lambda test: self.seconds[test] > 1.0)
@@ -344,7 +414,10 @@ def covered(workshop: Workshop, jobs: int, *, measure: bool, own: tuple[str, ...
         folder.mkdir(parents=True)
         print(f"{', '.join(own) or 'all tests'} once, to see what they cover", flush=True)
         arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "clock", f"--numprocesses={jobs}"]
-        arguments += ["--cov", "--cov-context=test", "--cov-report=", *own]
+        settings = workshop.folder / "coveragerc"
+        settings.write_text("[run]\nsource_pkgs = hwdbm\n")
+        arguments += ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
+        arguments += [*(f"--ignore-glob={each}" for each in NOT_ASKED), *own]
         status, output = workshop.run(
             arguments,
             7200,
@@ -375,7 +448,14 @@ def argued() -> dict[tuple[str, str, str], str]:
 
 
 def tried(
-    mutants: list[Mutant], results: Path, jobs: int, seconds: float, *, measure: bool, own: tuple[str, ...] = ()
+    mutants: list[Mutant],
+    results: Path,
+    jobs: int,
+    seconds: float,
+    *,
+    measure: bool,
+    again: bool = False,
+    own: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """Return what came of each mutant, those of runs before among them; `seconds` bounds when one may begin."""
     known = {}
@@ -383,7 +463,12 @@ def tried(
         for line in results.read_text().splitlines():
             result = json.loads(line)
             known[result["module"], result["line"], result["before"], result["after"]] = result
-    todo = [m for m in mutants if (m.module, m.line, m.before, m.after) not in known]
+    todo = [
+        mutant
+        for mutant in mutants
+        for result in [known.get((mutant.module, mutant.line, mutant.before, mutant.after))]
+        if result is None or again and not result["caught"]
+    ]
     if todo:
         workshops = [Workshop(number) for number in range(jobs)]
         coverage = covered(workshops[0], jobs, measure=measure, own=own)
@@ -410,6 +495,8 @@ def tried(
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(attempt, todo))
+        for workshop in workshops:
+            workshop.close()
     keys = [(m.module, m.line, m.before, m.after) for m in mutants]
     return [known[key] for key in dict.fromkeys(keys) if key in known]
 
@@ -446,6 +533,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at once")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no mutant after so long")
     parser.add_argument("--least", type=float, default=0.0, help="the share that must be caught or argued, 0 to 1")
+    parser.add_argument("--again", action="store_true", help="try again what survived in the run before")
     parser.add_argument("--measure", action="store_true", help="run all tests again to see what they cover")
     parser.add_argument(
         "--own", action="store_true", help="the tests of the modules' own rooms only: sooner, says less"
@@ -464,6 +552,7 @@ def main() -> None:
         options.jobs,
         options.seconds,
         measure=options.measure,
+        again=options.again,
         own=tuple(sorted(rooms)),
     )
     report(results)
