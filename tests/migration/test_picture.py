@@ -1,0 +1,61 @@
+"""The pictures of migrations show the report's numbers, where and in the units that they say."""
+
+import dataclasses
+from pathlib import Path
+
+import figures
+import numpy as np
+import pytest
+
+from hwdbm.migration import Pass, Report
+from hwdbm.migration.picture import draw
+
+SEEN = Path(__file__).parents[1] / "data" / "pictures"
+MIB = 1 << 20
+
+
+def of_passes(*passes: Pass) -> Report:
+    return Report(4096, 512 * MIB, 0.3, "completed", total_time=4.5, downtime=0.0215, passes=list(passes))
+
+
+def cells(*shares: float) -> np.ndarray:
+    return np.array(shares, dtype=np.float32)
+
+
+FIRST = Pass(
+    1, 131072, 512 * MIB, normal=100000, duplicate=31072, transferred=400 * MIB, time=2.0, zero_time=0.4,
+    cells=cells(1, 1, 1, 1),
+)  # fmt: skip
+SECOND = Pass(
+    2, 2048, 8 * MIB, dirty_rate=4.0 * MIB, expected_downtime=0.75, normal=2048, transferred=9 * MIB, time=0.05,
+    throttle=20, cells=cells(0, 0.25, 0, 0.5),
+)  # fmt: skip
+LAST = Pass(
+    3, 256, 1 * MIB, dirty_rate=2.0 * MIB, expected_downtime=0.02, normal=200, duplicate=56, transferred=MIB,
+    time=0.01, throttle=30, cells=cells(0, 0, 0.125, 0),
+)  # fmt: skip
+CASES = {
+    "one-pass": of_passes(dataclasses.replace(FIRST, duplicate=0)),
+    "throttled": of_passes(FIRST, SECOND, LAST),
+    "failed": dataclasses.replace(of_passes(FIRST, SECOND), status="failed", downtime=None, error="a <link> went"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_picture_shows_what_the_one_that_was_looked_at_shows(case, monkeypatch, tmp_path):
+    """After a change that is wanted, look at the picture, and keep what it shows."""
+    picture = figures.drawn(monkeypatch)
+    draw(tmp_path / "a.png", CASES[case])
+    assert picture == [(SEEN / f"{case}.txt").read_text()]
+
+
+def test_a_page_has_the_passes_as_a_table(monkeypatch, tmp_path):
+    figures.drawn(monkeypatch)
+    draw(tmp_path / "a.html", CASES["failed"])
+    page = (tmp_path / "a.html").read_text()
+    assert "<p>a &lt;link&gt; went</p>" in page
+    assert page.count("<tr>") == 3
+    assert "<th>pass</th><th>dirty-pages</th>" in page
+    assert f"<td>1</td><td>131072</td><td>{512 * MIB}</td>" in page
+    rows = [line for line in page.splitlines() if line.startswith("<tr>")]
+    assert [row.count("<td>") for row in rows] == [page.count("<th>")] * 2
