@@ -5,10 +5,12 @@ mutant, which here would be all the tests, five minutes each. mutmut knows which
 whatever has a decorator, and so all kernels, properties and class methods.
 
 So: the package and its tests are copied to a work folder with an environment of its own. There all tests run once,
-with coverage's contexts, which say the tests that ran each line. A mutant is a copy of one module with one change; the
-tests of its line run, those of its room first and the fastest first, until one fails. What numba compiles leaves no
-trace, nor does what runs in another process or at an import: for such lines the tests of the room run.
+with coverage's contexts, which say the tests that ran each line; Hypothesis's tests try a few examples only. A mutant
+is a copy of one module with one change; the tests of its line run, those of its room first and the fastest first, until
+one fails, in a fork of a process that has imported everything but the package. What numba compiles leaves no trace, nor
+does what runs in another process or at an import: for such lines the tests of the room run.
 
+The sample goes by a hash of each line's text, so that it stays, but for the lines that changed, as the package grows.
 Results are appended to build/mutants/results-SEED.jsonl, and a run goes on where the one before it ended. What
 survives is looked for in harmless.toml, which argues for each mutant there why no test can catch it.
 """
@@ -51,8 +53,11 @@ COPIED = ("dbm", "tests", "docs", "asv_bench", ".ci", "pyproject.toml", "Makefil
 MOST_SECONDS = 45.0
 """Seconds of tests for one mutant at most, as they took without one: the core's lines are covered by thousands."""
 
-NOT_ASKED = ("*/test_mutants.py", "*/test_stepmutants.py")
+NOT_ASKED = ("--ignore-glob=*/test_mutants.py", "--ignore-glob=*/test_stepmutants.py")
 """The tests of the tests: they take minutes, and say nothing about the package that the tests which they try don't."""
+
+FIRST = 6
+"""Tests of a mutant that run alone at first: to import the files of all of them takes longer than to run these."""
 
 # Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
 ROOMS = {
@@ -260,34 +265,34 @@ class Workshop:
 
     def try_mutant(self, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
         """Return what came of a mutant: caught, or not."""
-        started, rest = time.monotonic(), tests
-        by: str | None = ""
+        started, rest, by, judged = time.monotonic(), tests, "", True
         while rest and not by:
+            part = rest[:FIRST] if rest is tests else rest
             with self._changed(mutant):
-                status, failed = self._pytest(rest, 30 + 2 * seconds)
-            if status == 0:
-                break
+                status, failed = self._pytest(part, 30 + 2 * seconds)
             # A test has caught something only if it passes without the mutant, here and now.
-            suspects = [failed] if failed in rest else rest
-            if self._passes(suspects, 30 + 2 * seconds):
+            suspects = [failed] if failed in part else part
+            if status == 0:
+                rest = rest[len(part) :]
+            elif self._passes(suspects, 30 + 2 * seconds):
                 by = failed or ("it took too long" if status is None else f"pytest's status {status}")
-            elif len(suspects) == len(rest):
-                by = None  # they don't even pass without it: that says nothing
-                break
-            rest = rest[rest.index(suspects[0]) + 1 :]
+            elif failed in part:
+                rest = rest[rest.index(failed) + 1 :]
+            else:  # they don't even pass without it: that says nothing
+                rest, judged = rest[len(part) :], False
         took = round(time.monotonic() - started, 1)
         return {
             **asdict(mutant),
             "caught": bool(by),
-            "by": by or "",
-            "judged": by is not None,
+            "by": by,
+            "judged": judged or bool(by),
             "tests": len(tests),
             "seconds": took,
         }
 
     @contextlib.contextmanager
     def _changed(self, mutant: Mutant) -> Iterator[None]:
-        """Put a mutant in its module's place; bytecode and compiled kernels go by the time of a source, so each has its own."""
+        """Put a mutant in its module's place; each has its own time, which bytecode and compiled kernels go by."""
         target, compiled, kept = self.folder / mutant.module, self.folder / "numba", self.folder / "numba-kept"
         original, times = target.read_bytes(), target.stat()
         if "/kernels/" in mutant.module and compiled.exists():
@@ -350,7 +355,8 @@ class Coverage:
     def __init__(self, folder: Path, workshop: Workshop) -> None:
         measured: dict[str, float] = json.loads((folder / "times.json").read_text())
         known = json.loads((folder / "digests.json").read_text())
-        status, output = workshop.run(["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *(f"--ignore-glob={each}" for each in NOT_ASKED)], 600)
+        arguments = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *NOT_ASKED]
+        status, output = workshop.run(arguments, 600)
         if status != 0:
             raise RuntimeError(f"the tests can't be collected: {output[-4000:]}")
         there = [line for line in output.splitlines() if "::" in line and not line.startswith(" ")]
@@ -417,7 +423,7 @@ def covered(workshop: Workshop, jobs: int, *, measure: bool, own: tuple[str, ...
         settings = workshop.folder / "coveragerc"
         settings.write_text("[run]\nsource_pkgs = hwdbm\n")
         arguments += ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
-        arguments += [*(f"--ignore-glob={each}" for each in NOT_ASKED), *own]
+        arguments += [*NOT_ASKED, *own]
         status, output = workshop.run(
             arguments,
             7200,
@@ -467,7 +473,7 @@ def tried(
         mutant
         for mutant in mutants
         for result in [known.get((mutant.module, mutant.line, mutant.before, mutant.after))]
-        if result is None or again and not result["caught"]
+        if result is None or (again and not result["caught"])
     ]
     if todo:
         workshops = [Workshop(number) for number in range(jobs)]

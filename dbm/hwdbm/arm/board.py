@@ -195,7 +195,7 @@ class Board:
         box.vcpus, box.vtcr, box.vttbr = self.vcpus, vtcr.encode(), plan.root | plan.vmid << 48
         box.root, box.root_tables, box.page_shift = plan.root, vtcr.root_tables, vtcr.granule.page_shift
         box.start_level = vtcr.start_level & (1 << 64) - 1
-        box.junk, box.table_bits = plan.junk & ~1, plan.table_bits
+        box.junk, box.table_bits = plan.junk, plan.table_bits
         lines = (Mapping * len(plan.mappings))(*plan.mappings)
         self.write(_PLAN, bytes(lines))
         box.mappings, box.mappings_pa = len(lines), _PLAN

@@ -25,6 +25,7 @@ from hwdbm.vm.memory import populate
 
 _COMMAND = struct.Struct("<cQ")
 _LIMIT = 1 / 0.8  # times the floor, at most
+_STEP = 1 << 22  # words filled together
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,9 @@ class _Scattered(PlainGuest):
         super().__init__(MemoryMap(4096, (Memslot(0, 0, 0x40000, setup.memory // 4096, 0),)))
         rng = np.random.default_rng(1)
         words = self.memory(0).view(np.uint64)
-        for start in range(0, words.size, 1 << 22):
-            words[start : start + (1 << 22)] = rng.integers(
-                1, 1 << 64, words[start : start + (1 << 22)].size, np.uint64
-            )
+        for start in range(0, words.size, _STEP):
+            part = words[start : start + _STEP]
+            part[:] = rng.integers(1, 1 << 64, part.size, np.uint64)
         npages = setup.memory // 4096
         self.pages = DirtyBitmap.from_pages(rng.permutation(npages)[: int(npages * setup.fraction)], npages)
         self._calls = 0

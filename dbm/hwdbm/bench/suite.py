@@ -216,9 +216,10 @@ def blocks(setup: Setup) -> Iterator[Row]:
 
 def sparse(setup: Setup) -> Iterator[Row]:
     """Harvest a slot with one stripe in 64 mapped, over a full slot of as many stripes."""
-    few = max(512, setup.npages // 64 // 512 * 512)
+    stripes = range(0, setup.npages - 511, 512 * 64)
+    few = 512 * len(stripes)
     thin, full = Stage2(setup.npages), mapped(few)
-    for first in range(0, setup.npages - 511, 512 * 64):
+    for first in stripes:
         thin.map(first, 512, pfn=first, dbm=True)
     out, small = backed(setup.npages), backed(few)
     work = {"sparse": lambda: thin.harvest(out), "full": lambda: full.harvest(small)}

@@ -50,7 +50,7 @@ struct mailbox {
 	u64 mappings, mappings_pa;
 	u64 tables, tables_pa;   /* addresses of tables to use, in this order */
 	u64 used;                /* as many were */
-	u64 junk;                /* what invalid entries hold: bit 0 is clear */
+	u64 junk;                /* what invalid entries hold, without bit 0 */
 	u64 table_bits;          /* what table descriptors have beside their address */
 	u64 flush_ipa, flush_size; /* what FLUSH_PAIR is of, in whole pages */
 	struct vcpu vcpu[VCPUS];

@@ -1,0 +1,48 @@
+"""The benchmarks do the work that their rows name; how long it takes is no matter of a test."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from hwdbm import pte
+from hwdbm.bench import Setup, stream, suite
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.stage2 import Stage2
+
+
+@pytest.mark.parametrize("label", suite._DENSITIES)
+def test_as_much_is_dirty_as_the_label_says(label):
+    share, together = suite._DENSITIES[label]
+    clean = suite.mapped((1 << 20) + 512).level(3)  # more than a chunk
+    dirty = DirtyBitmap.from_pages(np.flatnonzero(suite.dirtied(clean, share, together) != clean), clean.size)
+    assert label == "clean" or float(label.split()[0]) == pytest.approx(share * 100)
+    assert dirty.weight() / clean.size == pytest.approx(share, rel=0.25, abs=1e-9)
+    assert not (dirty.ranges() % together).any()
+    assert together == (512 if "stripes" in label else 1)
+
+
+@pytest.mark.parametrize("npages", [512, 512 * 64 * 3 + 511, 512 * 64 * 3 + 512])
+def test_sparse_compares_as_many_stripes(npages, monkeypatch):
+    found = {}
+
+    def once(work, *_):
+        for name, act in work.items():
+            slots = inspect.getclosurevars(act).nonlocals
+            found[name] = next(slot for slot in slots.values() if isinstance(slot, Stage2)).scan(pte.tracked).weight()
+            act()
+        return dict.fromkeys(work, 1.0)
+
+    monkeypatch.setattr(suite, "smallest", once)
+    (row,) = suite.sparse(Setup(npages, 1))
+    assert row.ratio == 1.0
+    assert found["sparse"] == found["full"] == 512 * -(-(npages - 511) // (512 * 64))
+
+
+def test_memory_to_migrate_is_random_and_has_no_zeros(monkeypatch):
+    monkeypatch.setattr(stream, "_STEP", 1000)
+    guest = stream._Scattered(stream.StreamSetup(memory=1 << 20, fraction=0.25))
+    words = guest.memory(0).view(np.uint64)
+    assert words.all()
+    assert np.unique(words).size == words.size == 1 << 17
+    assert guest.pages.weight() == 64
