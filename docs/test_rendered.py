@@ -2,7 +2,8 @@
 
 Each page of build/docs is loaded once, and looked at with 1280 and 390 pixels, in light and in dark: nothing in the
 console, no page that scrolls sideways, no link or picture that leads nowhere, text that stands out from what is behind
-it (WCAG 2, AA). The screenshots are left in build/pages, to be looked at.
+it (WCAG 2, AA). So are the reports that commands write, on paper too. The screenshots are left in
+build/pages, to be looked at.
 """
 
 import base64
@@ -17,11 +18,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
+import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
+from hwdbm import report
+from hwdbm.cli import example
+from hwdbm.image import open_image
+from hwdbm.image.harvest import Ask, harvest_slots
+from hwdbm.migration.report import Pass, Report
+
+DOCS = Path(__file__).parent
 BUILT = Path(__file__).parents[1] / "build" / "docs"
 SHOTS = Path(__file__).parents[1] / "build" / "pages"
 WIDTHS = {1280: 900, 390: 844}
@@ -256,3 +265,83 @@ def test_this_would_notice(browser: webdriver.Chrome) -> None:
     assert browser.execute_script(FACTS)["scroll"] >= 5000
     browser.execute_script("console.error('loud')")
     assert any("loud" in each["message"] for each in browser.get_log("browser"))
+
+
+# --- reports -----------------------------------------------------------------------------------------------
+
+A4 = 718  # pixels between the margins of a printed page
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report of each kind, of real data where the project has some."""
+    folder = tmp_path_factory.mktemp("reports")
+    found = harvest_slots(open_image(example.find("example:4k_ipa40")), Ask("dbm", check=True))
+    taken = [report.SnapshotFile(f"guest.{n}", "differential", 1 << 30, 1 << 29 >> n, 1 << 17 >> n) for n in range(9)]
+    said = json.loads((DOCS / "pictures" / "migration.json").read_text(encoding="utf-8"))
+    moved = Report(4096, said["ram"]["total"], 0.3, status="failed", error="the link went away " * 9)
+    for one in said["passes"] * 3:
+        expected = one.get("expected-downtime")
+        moved.passes.append(
+            Pass(
+                len(moved.passes) + 1, one["dirty-pages"], one["remaining"], one["dirty-rate"],
+                expected_downtime=None if expected is None else expected / 1e3, normal=one["normal"],
+                duplicate=one["duplicate"], transferred=one["transferred"], time=one["time"] / 1e3,
+                cells=np.linspace(0, 1, 512, dtype=np.float32) ** len(moved.passes),
+            )
+        )  # fmt: skip
+    documents = {
+        "harvest": report.of_harvest("example:4k_ipa40", found),
+        "migration": report.of_migration(moved),
+        "snapshots": report.of_snapshots("Snapshots of guest.ram", taken),
+    }
+    for name, document in documents.items():
+        report.write(folder / f"{name}.html", document)
+    return {name: folder / f"{name}.html" for name in documents}
+
+
+@pytest.mark.parametrize("name", ["harvest", "migration", "snapshots"])
+def test_a_report(name: str, reports: dict[str, Path], browser: webdriver.Chrome) -> None:
+    """It fits a wide screen, a narrow one and paper, can be read in light and dark, and asks for nothing else."""
+    wrong: list[str] = []
+    sized(browser, 1280)
+    browser.get(reports[name].as_uri())
+    for width in WIDTHS:
+        sized(browser, width)
+        for theme in ("light", "dark"):
+            media(browser, "screen", theme)
+            facts = browser.execute_script(FACTS)
+            if facts["scroll"] > facts["inner"]:
+                wrong.append(f"{width}: scrolls sideways to {facts['scroll']} pixels: {facts['wide']}")
+            wrong += [f"{width} {theme}: too faint, {each}" for each in browser.execute_script(LOOK)]
+            shoot(browser, f"report-{name}-{width}-{theme}")
+    for theme in ("light", "dark"):  # paper is white, whatever the screen is
+        media(browser, "print", theme)
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": A4, "height": 1016, "deviceScaleFactor": 1, "mobile": False}
+        )
+        facts = browser.execute_script(FACTS)
+        if facts["scroll"] > A4:
+            wrong.append(f"print: {facts['scroll']} pixels wide: {facts['wide']}")
+        hidden = "return [...document.querySelectorAll('.table')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        if browser.execute_script(hidden):
+            wrong.append("print: a table is cut")
+        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        if paper != "rgb(255, 255, 255)":
+            wrong.append(f"print: the paper is {paper}")
+        wrong += [f"print: too faint, {each}" for each in browser.execute_script(LOOK)]
+        shoot(browser, f"report-{name}-print-{theme}")
+    printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    (SHOTS / f"report-{name}.pdf").write_bytes(printed)
+    if not printed.startswith(b"%PDF"):
+        wrong.append("it can't be printed")
+    media(browser, "", "")
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
+    wrong += [f"it asks for {each}" for each in asked]
+    wrong += [f"console: {each['message']}" for each in browser.get_log("browser") if each["level"] != "INFO"]
+    assert not wrong, "\n".join([name, *wrong])
+
+
+def media(browser: webdriver.Chrome, kind: str, theme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": kind, "features": features})

@@ -34,6 +34,11 @@ EPILOG = """Examples:
 \b
     hwdbm harvest example:4k_ipa40 --output dirty
 
+  A report with pictures, and the numbers behind them:
+
+\b
+    hwdbm harvest example:4k_blocks --check --report harvest.html
+
   Tables that Linux keeps without hardware DBM; there, writable is dirty:
 
 \b
@@ -121,6 +126,15 @@ def harvest(
             "of the guest's TLB is yours: before it, no page may be copied.",
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE.html",
+            help="Report what was found: pictures, and the numbers behind them, in one HTML file without links that "
+            "one can print. It is of one image.",
+        ),
+    ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
     vttbr: options.Vttbr = None,
@@ -135,6 +149,7 @@ def harvest(
     ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
     options.check_slots(slot)
     _check_live(live=live, clean=clean, output=output, ask=ask)
+    _check_report(report, images)
     folders = _folders(images, output)
     reports: list[dict[str, Any]] = []
     for path in images:
@@ -145,10 +160,10 @@ def harvest(
             if live:
                 machine = options.live_of(path, image, readonly=not clean)
                 image = Image(machine.memory, machine.registers, image.slots)
-                reports.append(_harvested(path, image, ask, folders.get(path), machine if clean else None))
+                reports.append(_harvested(path, image, ask, folders.get(path), machine if clean else None, report))
                 reports[-1]["cleaned"] = clean
             else:
-                reports.append(_harvested(path, image, ask, folders.get(path)))
+                reports.append(_harvested(path, image, ask, folders.get(path), report=report))
         except (HwdbmError, OSError) as error:
             what = str(error) if isinstance(error, HwdbmError) else f"{error.filename or path}: {error.strerror}"
             note((what if str(path) in what else f"{label(path)}: {what}") + pages.see(error))
@@ -174,7 +189,20 @@ def _check_live(*, live: bool, clean: bool, output: Path | None, ask: Ask) -> No
         raise typer.BadParameter("--clean is of leaves with DBM, and not of --policy writable")
 
 
-def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: Live | None = None) -> dict[str, Any]:
+def _check_report(report: Path | None, images: list[Path]) -> None:
+    """Find out that a report can't be written before an image is read."""
+    if report is None:
+        return
+    if report.suffix != ".html":
+        raise typer.BadParameter(f"--report {report}: .html")
+    if len(images) > 1:
+        raise typer.BadParameter("--report is of one image: harvest them one by one")
+    files.NewFile(report).close()
+
+
+def _harvested(
+    path: Path, image: Image, ask: Ask, folder: Path | None, clean: Live | None = None, report: Path | None = None
+) -> dict[str, Any]:
     """Harvest an image, write its bitmaps, and return what is to be said of it. The tables of `clean` are cleaned."""
     if not image.slots:
         raise typer.BadParameter(f"{label(path)} names no slots: give --slot ID:GPA:SIZE")
@@ -208,6 +236,10 @@ def _harvested(path: Path, image: Image, ask: Ask, folder: Path | None, clean: L
         if not one.mapped:
             warn(f"{label(path)}: no page of slot {one.slot.id} is mapped: is it where the guest has its memory?")
     _say_differences(path, found)
+    if report is not None:
+        from hwdbm import report as documents  # noqa: PLC0415  # no other harvest waits for it
+
+        documents.write(report, documents.of_harvest(label(path), found))
     return _report(path, image, found)
 
 

@@ -24,6 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from hwdbm import kernels
+from hwdbm import report as reports
 from hwdbm.arm import ArmVm
 from hwdbm.cli import guest, options, pages, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
@@ -54,10 +55,10 @@ Examples:
 \b
     hwdbm migrate
 
-  The same with 2M blocks, slow enough to watch, and a picture of it:
+  With 2M blocks, slow enough to watch, and a report with pictures of it:
 
 \b
-    hwdbm migrate --thp --bandwidth 200M --report migration.png
+    hwdbm migrate --thp --bandwidth 200M --report migration.html
 
   A real guest on /dev/kvm, which counts in its memory, and is checked where it arrives:
 
@@ -239,8 +240,9 @@ def migrate(
         Path | None,
         typer.Option(
             parser=options.parser(parse.path),
-            metavar="FILE.png|.html",
-            help="Draw what happened. Needs the extra 'plot'.",
+            metavar="FILE.html|.png",
+            help="Report what happened: pictures, and the numbers behind them, in one HTML file without links that one "
+            "can print; or the pictures alone as a PNG, which needs the extra 'plot'.",
         ),
     ] = None,
     as_json: options.Json = False,
@@ -415,12 +417,15 @@ def _decided(vm: Machine | KvmVm | ArmVm, failure: HandoverError, cancel: thread
 
 def _painter(picture: Path) -> Callable[[Report], None]:
     """Return what draws a report; that it can't is found out before there is one."""
-    if picture.suffix not in {".png", ".html"}:
-        raise typer.BadParameter(f"--report {picture}: .png or .html")
+    if picture.suffix == ".html":
+        NewFile(picture).close()
+        return lambda done: reports.write(picture, reports.of_migration(done))
+    if picture.suffix != ".png":
+        raise typer.BadParameter(f"--report {picture}: .html or .png")
     from hwdbm.migration.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
 
     NewFile(picture).close()
-    return lambda report: draw(picture, report)
+    return lambda done: draw(picture, done)
 
 
 def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool) -> None:

@@ -1,7 +1,5 @@
 """The picture of a migration: its passes, its bandwidth, its expected downtime, and which memory was dirty when."""
 
-import html
-from base64 import b64encode
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +27,7 @@ def draw(path: Path, report: Report) -> None:
     Parameters
     ----------
     path : Path
-        A ``.png``, or an ``.html`` with the same picture and the numbers of the passes. It is replaced.
+        A ``.png``. It is replaced.
     report : Report
         With one pass or more.
 
@@ -38,8 +36,7 @@ def draw(path: Path, report: Report) -> None:
     OSError
         If the file can't be written.
     """
-    picture = _picture(report)
-    files.write(path, picture if path.suffix == ".png" else _page(report, picture).encode())
+    files.write(path, _picture(report))
 
 
 def _picture(report: Report) -> bytes:
@@ -152,29 +149,3 @@ def _map(figure: Figure, axes: Axes, report: Report) -> None:
     axes.set_ylabel("pass")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     figure.colorbar(picture, ax=axes, label="dirty part of a cell", pad=0.01)
-
-
-def _page(report: Report, picture: bytes) -> str:
-    rows = [one.to_dict() for one in report.passes]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{html.escape(key)}</th>" for key in keys)
-    body = "\n".join("<tr>" + "".join(f"<td>{row.get(key, '')}</td>" for key in keys) + "</tr>" for row in rows)
-    digests = "".join(
-        f"<p>{side} SHA-256 <code>{digest}</code></p>"
-        for side, digest in (("source", report.source_sha256), ("destination", report.destination_sha256))
-        if digest
-    )
-    failed = f"<p>{html.escape(report.error)}</p>" if report.error else ""
-    title = html.escape(_title(report))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px sans-serif; margin: 2em; }} img {{ max-width: 100%; }} table {{ border-collapse: collapse; }}
-th, td {{ padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #ddd; }}
-</style></head><body><h1>Migration</h1>{failed}
-<img alt="{title}" src="data:image/png;base64,{b64encode(picture).decode()}">
-{digests}
-<p>Times in ms, sizes in bytes, rates in bytes a second; dirty-pages, normal and duplicate are pages.</p>
-<table><tr>{head}</tr>
-{body}
-</table></body></html>
-"""

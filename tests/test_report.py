@@ -1,0 +1,174 @@
+"""Reports: one file without links, whose pictures and tables have the same numbers, whatever the names in it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hwdbm import report
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.cli import example
+from hwdbm.image import Slot, open_image
+from hwdbm.image.harvest import Ask, harvest_slots
+from hwdbm.migration.report import Pass, Report
+
+HOSTILE = "<script>alert('x')</script> & $title \x1b[2J \u202e"
+VOID = {"meta", "!doctype"}
+
+
+class Page(HTMLParser):
+    """What is in a report: its tags, which must nest, its attributes, and its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.tables[-1][-1][-1] += data
+
+
+def alone(text: str) -> Page:
+    """Check that a report needs nothing but itself, and runs nothing."""
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "a"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in {"href", "src", "srcset"} or name.startswith("on")]
+    assert not re.search(r"@import|url\(|https?:", text)
+    assert text.count("<title>") == text.count("<h1>") == 1
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for name, value in page.attributes:
+        if name == "aria-labelledby":
+            assert set(str(value).split()) <= set(ids)
+    assert all("nan" not in str(value) and "inf" not in str(value) for _, value in page.attributes)
+    return page
+
+
+def migration(passes: int, error: str = "") -> Report:
+    done = Report(4096, 1 << 30, 0.3, status="completed", total_time=3.0, downtime=0.1, error=error)
+    for number in range(1, passes + 1):
+        cells = np.linspace(0, 1 / number, 512, dtype=np.float32)
+        expected = None if number == 1 else 3.0 / number
+        done.passes.append(
+            Pass(
+                number, 1000, (1 << 30) // number, dirty_rate=1e6 * number, expected_downtime=expected,
+                normal=900, duplicate=number, transferred=900 * 4096, time=0.5, cells=cells,
+            )
+        )  # fmt: skip
+    return done
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 40])
+def test_a_migration(passes: int) -> None:
+    done = migration(passes, "it was " + HOSTILE)
+    page = alone(report.of_migration(done).html())
+    assert len(page.tables) == (5 if passes else 0)
+    if passes:
+        sent, *_, raw = page.tables
+        assert [row[0] for row in sent[1:]] == [str(number + 1) for number in range(passes)]
+        assert raw[0] == list(dict.fromkeys(key for one in done.passes for key in one.to_dict()))
+        for row, one in zip(raw[1:], done.passes, strict=True):
+            said = {key: json.loads(cell) for key, cell in zip(raw[0], row, strict=True) if cell}
+            assert said == one.to_dict()
+
+
+def test_a_harvest() -> None:
+    for name in ("4k_ipa40", "16k_ipa40", "4k_blocks"):
+        path = example.find(f"example:{name}")
+        found = harvest_slots(open_image(path), Ask("dbm", check=True))
+        page = alone(report.of_harvest(f"{name} {HOSTILE}", found).html())
+        slots, memory, _, ranges = page.tables
+        assert [int(row[5].replace(",", "")) for row in slots[1:]] == [one.dirty for one in found.slots]
+        assert len(memory) == len(found.slots) + 1
+        number = [int(row[1].replace(",", "")) for row in ranges[1:]]
+        pages = [int(row[2].replace(",", "")) for row in ranges[1:]]
+        assert (sum(number), sum(pages)) == (sum(s.ranges for s in found.slots), sum(s.dirty for s in found.slots))
+
+
+def test_a_harvest_that_found_nothing() -> None:
+    image = open_image(example.find("example:4k_blocks"), slots=[Slot(0, 0x8C00_0000, 4096)])
+    document = report.of_harvest("nothing", harvest_slots(image, Ask("dbm")))
+    assert len(alone(document.html()).tables) == 3
+    assert not document.failure
+
+
+def test_a_harvest_that_is_wrong() -> None:
+    found = harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm", check=True))
+    found.slots[0].wrong = DirtyBitmap.from_ranges([(0, 2)], 49152)
+    document = report.of_harvest("wrong", found)
+    assert document.failure == "2 pages differ from the truth in the image"
+    assert document.facts["compared with the truth"] == "2 pages of 4K are wrong"
+
+
+def test_snapshots() -> None:
+    chain = [report.SnapshotFile(f"{HOSTILE}{n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
+    page = alone(report.of_snapshots("A chain", chain, "it failed").html())
+    assert page.tables[-1][1][2:5] == ["1,073,741,824", "4,096", "0"]
+    assert "SHA-256 of the memory" not in page.tables[-1][0]  # which nobody knows
+    with pytest.raises(ValueError, match="one file or more"):
+        report.of_snapshots("none", [])
+
+
+@pytest.mark.parametrize("values", [(0.0,), (0.0, 0.0), (1e-9, 1e12), (5.0,), (None,), (), (1e300, 1.0)])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("lines", [False, True])
+def test_any_numbers(values, log: bool, lines: bool) -> None:
+    labels = tuple(f"label {at}" for at in range(len(values)))
+    chart = report.Chart("a", "b", "c", labels, {"d": values}, ("limit", 3.0), lines=lines, log=log)
+    page = alone(report.Document("x", {}, (chart,)).html())
+    assert [len(row) for row in page.tables[0]] == [2] * (1 + len(values))
+
+
+def test_a_chart_says_in_words_what_it_shows() -> None:
+    chart = report.Chart("a", "MiB", "pass", ("1", "2"), {"sent": (3.0, None)})
+    assert "MiB over pass. sent: 1 3." in report.Document("x", {}, (chart,)).html()
+
+
+@pytest.mark.parametrize("size", [0, 1, 179, 180, 181, 512, 5000])
+def test_a_map_hides_no_dirty_cell(size: int) -> None:
+    for at in range(0, size, max(size // 50, 1)):
+        cells = np.zeros(size, dtype=np.float32)
+        cells[at] = 1e-3
+        drawn = report.Document("x", {}, (report.DirtyMap("a", "b", {"c": cells}, {"c": 1 << 30}),)).html()
+        assert drawn.partition("<figcaption>")[0].count('class="kshade1"') == 1
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 numbers for 1 labels"):
+        report.Chart("a", "b", "c", ("1",), {"d": (1.0, 2.0)})
+    with pytest.raises(ValueError, match="a row of 1 cells in a table of 2 columns"):
+        report.Table("a", ("b", "c"), (("d",),))
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    report.write(tmp_path / "a.html", report.Document("a", {}, ()))
+    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(OSError, match="No such file"):
+        report.write(tmp_path / "none" / "a.html", report.Document("a", {}, ()))
