@@ -7,7 +7,7 @@ A file links to nothing, runs nothing, and can be printed. It is made of few par
 import html
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log10
 from pathlib import Path
 from string import Template
@@ -487,14 +487,13 @@ def _table(table: Table) -> str:
     return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-@dataclass(slots=True)
 class _Drawn:
-    """Shapes of an SVG, its height, what it says to who can't see it, and its legend: names and colours."""
+    """Shapes of an SVG that grows, its height, what it says to those who can't see it, and its names and colours."""
 
-    height: float
-    says: str
-    shapes: list[str] = field(default_factory=list)
-    legend: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self, height: float, says: str) -> None:
+        self.height, self.says = height, says
+        self.shapes: list[str] = []
+        self.legend: list[tuple[str, str]] = []
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_e(text)}</text>')
