@@ -259,6 +259,7 @@ def test_what_a_forgetful_consumer_left_of_the_bitmap_counts():
     for spoil, want in (
         (lambda lease: lease.bitmap.set_range(3, 1, False), [100]),
         (lambda lease: lease.bitmap.bits.setall(True), list(range(200))),
+        (lambda lease: setattr(lease, "bitmap", DirtyBitmap.from_pages([7], 200)), [7]),
         (lambda lease: setattr(lease.bitmap, "_npages", 64), list(range(200))),  # no bitmap of them: all are dirty
     ):
         log, lease = leased()

@@ -68,3 +68,37 @@ def test_runs_that_are_none(implementation: Callable[[], kernels.Kernels], runs:
             call()
     assert np.array_equal(entries, before)
     assert not words.any()
+
+
+@pytest.mark.parametrize(
+    ("place", "fits"),
+    [
+        ((0, 1, 0, 64, 64), True), ((0, 1, 0, 0, 0), True), ((0, 1, 64, 64, 0), True), ((-3, 1, 0, 1, 64), True),
+        ((1 << 52, 1 << 40, 0, 1, 64), True), ((-(1 << 52), 1, 0, 1, 64), True),
+        ((0, 0, 0, 1, 1), False), ((0, (1 << 40) + 1, 0, 1, 1), False), (((1 << 52) + 1, 1, 0, 1, 1), False),
+        ((0, 1, -1, 1, 1), False), ((0, 1, 2, 1, 1), False), ((0, 1, 0, 65, 64), False),
+        ((0, 1, 0, 1, -1), False), ((0, 1, 0, 1, 129), False),
+    ],
+)  # fmt: skip
+def test_places(place: tuple[int, ...], fits: bool) -> None:
+    """`out` has 64 pages, `also` and `kept` have 128; the ends of a range are in it."""
+    entries, index = np.zeros(4, dtype=np.uint64), np.array([1], dtype=np.int64)
+    out, also, kept = (np.zeros(count, dtype=np.uint64) for count in (1, 2, 2))
+    for words in ((out, also, kept), (also, out, kept)):
+        if fits:
+            assert kernels.check_at(entries, index, kernels.Place(*place), *words) is index
+        else:
+            with pytest.raises(ValueError, match="isn't in a slot|aren't inside of the words"):
+                kernels.check_at(entries, index, kernels.Place(*place), *words)
+
+
+def test_without_words_to_keep_pages_in_there_is_no_end_to_them() -> None:
+    entries, index = np.zeros(4, dtype=np.uint64), np.array([1], dtype=np.int64)
+    words = np.zeros(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64), np.zeros(0, dtype=np.uint64)
+    for end, fits in ((1 << 52, True), ((1 << 52) + 1, False)):
+        place = kernels.Place(0, 1, 0, 1, end)
+        if fits:
+            kernels.check_at(entries, index, place, *words)
+        else:
+            with pytest.raises(ValueError, match="aren't inside"):
+                kernels.check_at(entries, index, place, *words)

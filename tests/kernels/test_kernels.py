@@ -271,6 +271,22 @@ def layouts_with_runs(draw: st.DrawFn) -> tuple[int, Runs]:
     return n, [(lo, hi) for lo, hi in zip(flat[::2], flat[1::2], strict=True)]
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_any_masks(kernels: Any, seed: int) -> None:
+    """Predicates of any bits, and changes of bits that these don't ask for."""
+    rng = np.random.default_rng(seed)
+    bits = [1 << int(bit) for bit in rng.permutation(64)[:4]]
+    mask, sets, clears, value = (sum(bit for bit in bits if rng.random() < 0.5) for _ in range(4))
+    pages = np.array([sum(bit for bit in bits if i >> bits.index(bit) & 1) for i in range(16)] * 13, dtype=np.uint64)
+    update = Update(Match(mask, value & mask), sets, clears & ~sets)
+    out, also = np.zeros((2, 4), dtype=np.uint64)
+    index = list(chosen(pages.tolist(), [(0, 208)], update.where))
+    expected = [update(page) for page in pages.tolist()]
+    kernels.rewrite(pages, as_runs([(0, 208)]), update, out, also)
+    assert pages.tolist() == expected
+    assert out.tolist() == also.tolist() == marked([0] * 4, index)
+
+
 @settings(max_examples=40 * EFFORT)
 @given(layouts_with_runs(), st.floats(0, 1), st.sampled_from([64, 128, 1 << 17]), st.sampled_from([0, 64, 1 << 13]))
 def test_any_layout(kernels: ModuleType, layout: tuple[int, Runs], share: float, block: int, gap: int) -> None:

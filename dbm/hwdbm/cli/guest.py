@@ -139,9 +139,9 @@ def _filled(memory: int, percent: int) -> int:
 
 def fill(memory: NDArray[np.uint8], content: int, seed: int) -> None:
     """Fill the first `content` bytes with random data."""
-    rng, words = np.random.default_rng(seed), memory.view(np.uint64)
-    for start in range(0, content // 8, _STEP // 8):
-        part = words[start : min(start + _STEP // 8, content // 8)]
+    rng, words = np.random.default_rng(seed), memory[:content].view(np.uint64)
+    for start in range(0, words.size, _STEP // 8):
+        part = words[start : start + _STEP // 8]
         part[:] = rng.integers(0, 1 << 64, part.size, dtype=np.uint64)
 
 
