@@ -56,6 +56,12 @@ MOST_SECONDS = 45.0
 NOT_ASKED = ("--ignore-glob=*/test_mutants.py", "--ignore-glob=*/test_stepmutants.py")
 """The tests of the tests: they take minutes, and say nothing about the package that the tests which they try don't."""
 
+PATIENCE = 20.0
+"""Seconds that tests may take beside four times what they took without a mutant: some mutants wait for ever."""
+
+QUICK = 0.2
+"""Seconds under which a test that failed is believed: it passed where the tests were measured."""
+
 FIRST = 6
 """Tests of a mutant that run alone at first: to import the files of all of them takes longer than to run these."""
 
@@ -263,18 +269,20 @@ class Workshop:
                     os.killpg(process.pid, signal.SIGKILL)
         return status, output
 
-    def try_mutant(self, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
-        """Return what came of a mutant: caught, or not."""
-        started, rest, by, judged = time.monotonic(), tests, "", True
+    def try_mutant(self, mutant: Mutant, tests: dict[str, float]) -> dict[str, Any]:
+        """Return what came of a mutant: caught, or not; `tests` are given with the seconds that each took."""
+        started, rest, by, judged = time.monotonic(), list(tests), "", True
         while rest and not by:
-            part = rest[:FIRST] if rest is tests else rest
+            part = rest[:FIRST] if len(rest) == len(tests) else rest
             with self._changed(mutant):
-                status, failed = self._pytest(part, 30 + 2 * seconds)
-            # A test has caught something only if it passes without the mutant, here and now.
+                status, failed = self._pytest(part, PATIENCE + 4 * sum(tests[each] for each in part))
+            # A test that takes time may fail by itself where others work too: it has to pass without the mutant now.
             suspects = [failed] if failed in part else part
+            seconds = sum(tests[each] for each in suspects)
+            quick = status is not None and seconds < QUICK
             if status == 0:
                 rest = rest[len(part) :]
-            elif self._passes(suspects, 30 + 2 * seconds):
+            elif quick or self._passes(suspects, PATIENCE + 4 * seconds):
                 by = failed or ("it took too long" if status is None else f"pytest's status {status}")
             elif failed in part:
                 rest = rest[rest.index(failed) + 1 :]
@@ -320,7 +328,7 @@ class Workshop:
         """Return pytest's status, None where it took too long, and the first test that failed."""
         listed = self.folder / "selected"
         listed.write_text("\n".join(tests))
-        arguments = ["-x", "-q", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+        arguments = ["-x", "-v", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
         if self._server is None:
             self._server = subprocess.Popen(
                 [self.python, "-P", self.folder / "tests" / "mutants" / "forkserver.py"],
@@ -335,7 +343,10 @@ class Workshop:
         print(json.dumps([[*arguments, f"@{listed}"], seconds]), file=self._server.stdin, flush=True)
         status, output = json.loads(self._server.stdout.readline())
         failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        return status, failed[0].partition(" ")[2].partition(" - ")[0] if failed else ""
+        if failed:
+            return status, failed[0].partition(" ")[2].partition(" - ")[0]
+        last = output.rpartition("\n")[2].strip()  # where it took too long, the name of the test that ran
+        return status, last if status is None and last in tests else ""
 
     def close(self) -> None:
         """End the process that forks."""
@@ -379,8 +390,8 @@ class Coverage:
             if test in self.seconds and known.get(module) == now.get(module):
                 self._tests[module][line].add(test)
 
-    def select(self, mutant: Mutant) -> tuple[list[str], float]:
-        """Return the tests for a mutant in the order to run them, and the seconds that they took."""
+    def select(self, mutant: Mutant) -> dict[str, float]:
+        """Return the tests for a mutant in the order to run them, and the seconds that each took."""
         covering = self._tests[mutant.module].get(mutant.line, set())
         own = rooms_of(mutant.module)
         if not covering or "/kernels/" in mutant.module:
@@ -389,12 +400,12 @@ class Coverage:
         order = sorted(covering, key=lambda test: (not test.startswith(own), self.seconds[test]))
         # The room's own come first, unless they are slow: most mutants are caught by the first tests that run.
         order.sort(key=lambda test: self.seconds[test] > 1.0)
-        chosen, total = [], 0.0
+        chosen, total = {}, 0.0
         for test in order:
             if total + self.seconds[test] <= MOST_SECONDS:
-                chosen.append(test)
+                chosen[test] = self.seconds[test]
                 total += self.seconds[test]
-        return chosen, total
+        return chosen
 
 
 def rooms_of(module: str) -> tuple[str, ...]:
@@ -486,8 +497,8 @@ def tried(
             with lock:
                 workshop = free.pop()
             try:
-                tests, took = coverage.select(mutant)
-                result = workshop.try_mutant(mutant, tests, took) if tests else {
+                tests = coverage.select(mutant)
+                result = workshop.try_mutant(mutant, tests) if tests else {
                     **asdict(mutant), "caught": False, "by": "", "judged": True, "tests": 0, "seconds": 0.0,
                 }  # fmt: skip
             finally:
