@@ -88,7 +88,7 @@ def test_places(place: tuple[int, ...], fits: bool) -> None:
         if fits:
             assert kernels.check_at(entries, index, kernels.Place(*place), *words) is index
         else:
-            with pytest.raises(ValueError, match="isn't in a slot|aren't inside of the words"):
+            with pytest.raises(ValueError, match=r"isn't in a slot|aren't inside of the words"):
                 kernels.check_at(entries, index, kernels.Place(*place), *words)
 
 
