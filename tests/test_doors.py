@@ -720,7 +720,7 @@ NOT_WALKED = {
     "dirtylog.Lease": "a log makes it; what consumers do to it is tests/dirtylog/test_lease.py",
     "dirtylog.Loans": "a lender's, who is called by leases",
     "dirtylog.LogClient": "a log makes it; tests/dirtylog/test_client.py",
-    "dirtylog.Turn": "a log's; tests/dirtylog/test_client.py",
+    "dirtylog.ClientLease": "a client makes it; tests/dirtylog/test_client.py",
     "machine.Reading": "a result",
     "migration.Pass": "a result",
     "migration.Report": "a result",

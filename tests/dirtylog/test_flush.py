@@ -191,7 +191,7 @@ def test_a_part_waits_for_its_own_flush(manual):
 def test_the_mutant_that_flushes_for_what_it_changed_itself(manual, monkeypatch):
     """ "Flush if anything was cleaned" is one thread's rule: with several it hands pages out too early."""
     changed = []
-    for name in ("renew", "protect"):
+    for name in ("sync", "protect"):
         mode = type(straddled(manual)._mechanism)
         verb = getattr(mode, name)
 

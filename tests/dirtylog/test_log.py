@@ -367,9 +367,9 @@ def test_clearing_a_part_of_a_block(kernels):
 def test_mutant_the_blocks_other_pages_are_forgotten(monkeypatch):
     update = Stage2._update_part
 
-    def part(self, rule, mask, first, record):
+    def part(self, rule, mask, first, record, out=None):
         kept = self.saved.bitmap.copy()
-        tally = update(self, rule, mask, first, record)
+        tally = update(self, rule, mask, first, record, out)
         self.saved.bitmap.words[:] &= kept.words
         return tally
 

@@ -42,14 +42,12 @@ class Journal:
 
     sync = peek
 
-    def renew(self, s2, live, first, npages):
-        tally = self.peek(s2, live, first, npages)
-        return tally + self.protect(s2, live.part(first, npages), first)
-
-    def protect(self, s2, mask, first):
+    def protect(self, s2, mask, first, out):
         # A page that was noted since it was published is dirty still, so its leaf is to stay as it is.
         noted = [page - first for page in self.pages.get(id(s2), ()) if first <= page < first + mask.npages]
-        return s2.wrprotect_part(mask - DirtyBitmap.from_pages(noted, mask.npages), first)
+        return s2.wrprotect_part(mask - DirtyBitmap.from_pages(noted, mask.npages), first, out)
+
+    rearm = protect
 
     def leave(self, s2, live):
         if live is None:

@@ -50,13 +50,13 @@ class Software(Blind):
 def clears_what_it_is_asked_to(patch):
     """CLEAR without ``mask &= bitmap``: pages that were never shown are cleaned (QEMU 9f4bf4ba)."""
 
-    def clear_steps(self, lease, lo, hi, mask, consumer=None):
+    def clear_steps(self, lease, lo, hi, mask):
         yield Point.CLEAN
         due = self.changing(lo, hi)
         asked = DirtyBitmap(hi - lo)
         asked.fill()
         asked.words[:] &= mask[lo - lease.first_page >> 6 : hi - lease.first_page + 63 >> 6]
-        self.mechanism.protect(self.stage2, asked, lo)
+        self.mechanism.protect(self.stage2, asked, lo, None)
         words, taken = self.live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
         np.bitwise_and(asked.words, words, out=taken)
         yield from self._take(due, words, taken)
@@ -102,12 +102,12 @@ def protects_a_range(patch):
     """Every page from the mask's first to its last is cleaned, as KVM may under write-protection (RFC patch 4)."""
     protect = Stage2.track_part
 
-    def track_part(self, mask, first=0):
+    def track_part(self, mask, first=0, out=None):
         index = mask.pages()
         if index.size:
             mask = mask.copy()
             mask.set_range(int(index[0]), int(index[-1] - index[0]) + 1)
-        return protect(self, mask, first)
+        return protect(self, mask, first, out)
 
     patch.setattr(Stage2, "track_part", track_part)
 

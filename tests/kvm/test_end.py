@@ -19,7 +19,7 @@ from leaks import descriptors, vcpu_threads
 from hwdbm.errors import BitmapError, ClosedError
 from hwdbm.kvm import KvmVm
 from hwdbm.memslot import Memslot
-from hwdbm.vm import Exclusive, client_of
+from hwdbm.vm import Shareable
 
 BASE, PAGE, SIZE = 0x4000_0000, 4096, (1 << 20) + 13 * 4096
 NPAGES = SIZE // PAGE
@@ -123,21 +123,27 @@ def test_one_that_could_not_be_made_leaves_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_client_has_the_log_to_itself(make: Make, mode: str) -> None:
+def test_clients_take_nothing_from_each_other(make: Make, mode: str) -> None:
     vm = make(SIZE, guest="idle", **MODES[mode])
-    assert isinstance(vm, Exclusive)
+    assert isinstance(vm, Shareable)
     with pytest.raises(OSError, match="start_log comes first") as raised:
         vm.client("early")
     assert raised.value.errno == ENOENT
     vm.start_log()
-    with client_of(vm, "migration") as client:
+    with vm.client("migration") as one, vm.client("snapshot") as two, vm.client("statistics") as three:
+        with pytest.raises(OSError, match="has a client 'snapshot' already") as raised:
+            vm.client("snapshot")
+        assert raised.value.errno == EBUSY
         vm.write(BASE + 64 * PAGE, b"a")
-        for refused in (lambda: vm.dirty(0), vm.start_log, vm.stop_log, lambda: vm.client("snapshot")):
-            with pytest.raises(OSError, match="belongs to its client 'migration'") as raised:
-                refused()
-            assert raised.value.errno == EBUSY
-        with client.take(0) as lease:
-            assert lease.bitmap.pages().tolist() == [64]
+        one.take(0).rollback()
+        for take in (one.take, two.take, one.take, vm.dirty, three.take):
+            with take(0) as lease:
+                again = take == one.take and one.feeds[0].epoch == 1
+                assert lease.bitmap.pages().tolist() == ([] if again else [64])
+        vm.stop_log()
+        vm.start_log()
+        with two.take(0) as lease:
+            assert (lease.broken, lease.bitmap.weight()) == ("the slot's log was switched off", SIZE // PAGE)
     vm.stop_log()
 
 

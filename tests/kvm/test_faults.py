@@ -374,9 +374,10 @@ def test_the_receiver_is_killed(
 def test_bits_that_are_not_put_back_are_found(
     running: Callable[..., Running], receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mutant: what was lent for the migration that failed is forgotten."""
+    """Mutant: a migration that is no client of its own, and forgets what it was lent when it fails."""
     source, victim = running(rate=SLOW), receiver()
     with monkeypatch.context() as patch, trapped(victim.connect(), 33 << 20, victim.command.kill) as channel:
+        patch.setattr("hwdbm.vm.source.Shareable", type("Nobody", (), {}))
         patch.setattr(Lease, "rollback", Lease.commit)
         with pytest.raises(StreamError):
             migrate(source.vm, channel, PASSES)

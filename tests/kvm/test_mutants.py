@@ -241,7 +241,7 @@ def a_log_starts_unarmed(patch):
 def nothing_is_protected_again(patch):
     """A CLEAR takes the bits, and the leaves stay writable."""
     for kind in MECHANISMS.values():
-        patch.setattr(kind, "protect", lambda self, s2, mask, first: Tally())
+        patch.setattr(kind, "protect", lambda self, s2, mask, first, out: Tally())
 
 
 def the_tlb_is_not_flushed(patch):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from errno import EBUSY, EIO, ENOSPC
 
 import pytest
@@ -264,19 +265,19 @@ def test_digests_that_differ(vm, inside):
 def test_a_source_that_fails(vm, inside):
     vm.resume()
     vm.start_log()
-    real, calls = vm.dirty, []
+    real, calls = vm._take, []
 
-    def dirty(slot_id):
+    def take(client, slot_id):
         calls.append(slot_id)
         if len(calls) == 4:
             raise OSError(5, "the log is broken")
-        return real(slot_id)
+        return real(client, slot_id)
 
-    vm.dirty = dirty
+    vm._take = take
     other = inside()
     with pytest.raises(OSError, match="the log is broken"):
         migrate(vm, other.channel, SOON)
-    del vm.dirty
+    del vm._take
     assert "the log is broken" in str(other.join().error)
     check_back(vm)
     check_again(vm, inside)
@@ -372,30 +373,69 @@ def test_another_kind_of_vm_is_refused_at_hello(inside):
     vm.close()
 
 
-def test_a_log_that_has_a_client_already(vm, inside):
-    vm.resume()
-    vm.start_log()
-    client = vm.client("backup")
-    with pytest.raises(OSError, match="backup") as raised:
-        migrate(vm, inside().channel, SOON)
-    assert raised.value.errno == EBUSY
-    client.close()
-    check_back(vm)
-    check_again(vm, inside)
-
-
-def test_nobody_else_uses_the_log_meanwhile(vm, inside):
+def test_two_migrations_at_once(vm, inside):
+    """The second one is refused, and leaves the guest to the first: it may have paused it."""
     vm.resume()
     vm.start_log()
     other, refused = inside(), []
 
-    def intrude():
-        for verb in (lambda: vm.dirty(0), vm.stop_log, vm.start_log, lambda: vm.client("backup")):
-            with pytest.raises(OSError, match="migration") as raised:
-                verb()
-            refused.append(raised.value.errno)
+    def second():
+        vm.throttle(5)  # which the first one has asked for, say
+        assert not vm.running
+        channel = inside().channel
+        precopy = Precopy(vm, channel, SOON)
+        precopy._ran = True  # it was made when the guest ran
+        with pytest.raises(OSError, match="has a client 'migration' already") as raised:
+            precopy.run()
+        refused.append(raised.value.errno)
+        assert not vm.running
+        assert vm.throttled == 5
 
-    migrate(vm, trap(other.channel, Kind.STATE, intrude), SOON)
-    assert refused == [EBUSY] * 4
-    assert other.join().received.destination.digest() == vm.digest()
+    report = migrate(vm, trap(other.channel, Kind.STATE, second), SOON)
+    assert refused == [EBUSY]
+    assert other.join().received.destination.digest() == vm.digest() == report.destination_sha256
+
+
+def test_others_use_the_log_meanwhile(vm, inside, tmp_path):
+    """A GET, a diff and a client of somebody else take nothing from the migration; and what they take is right."""
+    vm.resume()
+    vm.start_log()
+    other, took = inside(), []
+
+    def intrude():
+        for slot in vm.slots:
+            vm.dirty(slot.id).commit()
+        with vm.client("backup") as client:
+            took.append(client.take(0).epoch)
+
+    report = migrate(vm, trap(other.channel, Kind.STATE, intrude), SOON)
+    assert took == [0]
+    assert other.join().received.destination.digest() == vm.digest() == report.destination_sha256
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_log_that_is_switched_off_meanwhile(vm, inside, off):
+    """H13: off and on between two passes, without the digest at the end that would find it."""
+    vm.resume()
+    vm.start_log()
+    other = inside()
+
+    def switch():
+        vm.stop_log()
+        if not off:
+            vm.start_log()
+
+    with pytest.raises(OSError, match="the log was lost while it was used"):
+        migrate(vm, trap(other.channel, Kind.STATE, switch), replace(SOON, verify=False))
+    assert vm.running
+    vm.start_log()
+    check_again(vm, inside)
+
+
+def test_nothing_is_left_of_a_migrations_client(vm, inside):
+    vm.resume()
+    other = inside()
+    migrate(vm, other.channel, SOON)
+    other.join()
+    vm.client("migration").close()
     vm.dirty(0).commit()  # and the log is anybody's again

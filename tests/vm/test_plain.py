@@ -12,7 +12,7 @@ import pytest
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import BitmapError, ClosedError, StaleLeaseError
 from hwdbm.memslot import Memslot
-from hwdbm.vm import Durable, Exclusive, MemoryMap, PlainGuest, Source, client_of, memory_digest
+from hwdbm.vm import Durable, MemoryMap, PlainGuest, Shareable, Source, client_of, memory_digest
 
 # The order of the ids, of the slots and of the addresses are three different ones; the sizes are ragged.
 MAP = MemoryMap(4096, (Memslot(2, 0, 600, 65, 0), Memslot(0, 0, 1000, 513, 0), Memslot(7, 0, 5, 1, 0)))
@@ -67,7 +67,7 @@ def filled(guest: PlainGuest) -> PlainGuest:
 
 def test_it_is_all_that_a_vm_may_be(guest: PlainGuest) -> None:
     assert isinstance(guest, Source)
-    assert isinstance(guest, Exclusive)
+    assert isinstance(guest, Shareable)
     assert isinstance(guest, Durable)
 
 
@@ -105,28 +105,59 @@ def test_a_log_that_is_off_says_so(guest: PlainGuest) -> None:
         assert lease.bitmap.pages().tolist() == [0]
 
 
-def test_a_client_has_the_log_to_itself(guest: PlainGuest) -> None:
+def test_clients_take_nothing_from_each_other(guest: PlainGuest) -> None:
     guest.write(5 * 4096, b"a")
-    with guest.client("migration") as client:
-        for refused in (
-            lambda: guest.dirty(7),
-            guest.start_log,
-            guest.stop_log,
-            lambda: guest.client("snapshot"),
-        ):
-            with pytest.raises(OSError, match="belongs to its client 'migration'") as raised:
-                refused()
-            assert raised.value.errno == EBUSY
-        lease = client.take(7)
+    with guest.client("migration") as client, guest.client("snapshot") as other:
+        with pytest.raises(OSError, match="has a client 'migration' already") as raised:
+            guest.client("migration")
+        assert raised.value.errno == EBUSY
+        assert not client.take(7).bitmap.any()  # what was written before is the default client's
+        guest.write(600 * 4096, b"a")
+        lease = client.take(2)
         assert lease.bitmap.pages().tolist() == [0]
         lease.rollback()
-        guest.write(600 * 4096, b"a")  # whoever writes isn't refused
-        with client.take(slot=2) as lease:
-            assert lease.bitmap.pages().tolist() == [0]
+        for take in (client.take, other.take, guest.dirty):
+            with take(2) as lease:
+                assert lease.bitmap.pages().tolist() == [0]
+            with take(2) as lease:
+                assert not lease.bitmap.any()
         with pytest.raises(OSError, match="there is no slot 9"):
             client.take(9)
     with guest.dirty(7) as lease:
         assert lease.bitmap.pages().tolist() == [0]
+    guest.client("migration").close()
+
+
+def test_a_log_that_was_off_breaks_the_epochs_of_clients(guest: PlainGuest) -> None:
+    with guest.client("backup") as client:
+        client.take(7).commit()
+        old = client.take(7)
+        guest.stop_log()
+        with pytest.raises(OSError, match="doesn't log"):
+            client.take(7)
+        guest.start_log()
+        with pytest.raises(StaleLeaseError):
+            old.commit()
+        for _ in range(2):
+            lease = client.take(7)
+            assert (lease.broken, lease.bitmap.weight()) == ("the slot's log was switched off", 1)
+            lease.rollback()
+        with client.take(7) as lease:
+            assert lease.broken
+        with client.take(7) as lease:
+            assert (lease.broken, lease.bitmap.any(), lease.epoch) == ("", False, 2)
+        with client.take(0) as lease:
+            assert lease.bitmap.weight() == 513
+
+
+def test_a_client_that_closes_leaves_stale_leases_and_costs_nothing(guest: PlainGuest) -> None:
+    client = guest.client("backup")
+    lease = client.take(7)
+    client.close()
+    with pytest.raises(StaleLeaseError):
+        lease.rollback()
+    guest.dirty(7).commit()
+    assert guest._pages[7].feeds.fresh is None
 
 
 def test_client_of_takes_what_there_is(guest: PlainGuest) -> None:
@@ -136,9 +167,10 @@ def test_client_of_takes_what_there_is(guest: PlainGuest) -> None:
         dirty = guest.dirty
 
     for source in (guest, Other()):
-        guest.write(5 * 4096, b"a")
-        with client_of(source, "backup") as client, client.take(7) as lease:
-            assert lease.bitmap.pages().tolist() == [0]
+        with client_of(source, "backup") as client:
+            guest.write(5 * 4096, b"a")
+            with client.take(7) as lease:
+                assert lease.bitmap.pages().tolist() == [0]
     with pytest.raises(ZeroDivisionError), client_of(guest, "backup"):
         _ = 1 // 0
     guest.dirty(7).commit()

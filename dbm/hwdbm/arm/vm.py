@@ -68,8 +68,8 @@ class TablePages(SlotPages):
             # a mark by what its TLB holds, so that nothing may be copied before.
             self._board.flush()
         except BaseException:
-            self._any = True
-            self._known |= taken
+            sink = self._sink()
+            sink |= taken
             raise
 
 

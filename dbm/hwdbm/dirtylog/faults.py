@@ -120,7 +120,8 @@ def populate_steps(slot: SlotLog, pages: Pages, backing: Backing, *, write: bool
     # Marked first, as nothing here can be refused any more: what is writable and unmarked is a lost write.
     yield Point.PUBLISH
     if slot.live is not None and leaf.marked:
-        mark(slot.live, pages[allowed])
+        mark(slot.feeds.sink(slot.live), pages[allowed])
+        slot.spread(pages[allowed])
     for some, writable in ((pages[allowed], True), (pages[~allowed], False)):
         if some.size:
             s2.map_at(some, backing.of(some), writable=writable and leaf.writable, dbm=writable and leaf.dbm)
@@ -161,7 +162,8 @@ def write_fault_steps(
         found = s2.leaf_at(pages)
     yield Point.PUBLISH
     if live is not None:
-        mark(live, dirty)
+        mark(slot.feeds.sink(live), dirty)
+        slot.spread(dirty)
     slot.grant(found)
     slot.shared.meter.fault(mapped)
     yield Point.FLUSH

@@ -58,7 +58,7 @@ class Loans:
     def __len__(self) -> int:
         return len(self._open)
 
-    def take_back(self, put_back: PutBack) -> None:
+    def take_back(self) -> None:
         """Put the pages of forgotten leases back. To be called with no page held."""
         if not self._forgotten:
             return
@@ -66,7 +66,7 @@ class Loans:
             while self._forgotten:
                 loan = self._forgotten[0]
                 if loan.pages is not None:
-                    put_back(loan.left(), loan.first_page, loan.generation)
+                    loan.put_back(loan.left(), loan.first_page, loan.generation)
                 self._forgotten.popleft()
                 self._open.pop(loan, None)
 
@@ -74,6 +74,7 @@ class Loans:
         # The callback is a method of a deque and no Python function: a signal's handler can't raise in its place.
         loan = _Loan(lease, self._forgotten.append)
         loan.pages, loan.npages, loan.first_page, loan.generation = pages, pages.npages, lease.first_page, generation
+        loan.put_back = lease._lender.put_back
         self._open[loan] = None
         return loan
 
@@ -85,12 +86,13 @@ class Loans:
 class _Loan(ref["Lease"]):
     """The state of a lease that outlives it."""
 
-    __slots__ = ("first_page", "generation", "npages", "pages")
+    __slots__ = ("first_page", "generation", "npages", "pages", "put_back")
 
     pages: DirtyBitmap | None
     npages: int
     first_page: int
     generation: int
+    put_back: PutBack
 
     def left(self) -> DirtyBitmap:
         """Return what is to be put back: nothing once it is settled, all pages if no bitmap of them is left."""
@@ -145,6 +147,7 @@ class Lease:
     <Lease of slot 0: <DirtyBitmap: 1 of 16 pages dirty>, committed>
     """
 
+    _stale_since = "was deleted or its log switched off"
     _settled: str | None = None
     _loan: _Loan | None = None
 
@@ -274,9 +277,7 @@ class Lease:
         # It can be settled no more, and there is nothing that its pages could be put back into.
         if self._loan is not None:
             self._lender.loans._settle(self._loan)
-        return StaleLeaseError(
-            ENOENT, f"{self._lender.name} was deleted or its log switched off, and the lease's bitmap is gone"
-        )
+        return StaleLeaseError(ENOENT, f"{self._lender.name} {self._stale_since}, and the lease's bitmap is gone")
 
 
 def kept(lease: Lease) -> DirtyBitmap:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.dirtylog import faults
-from hwdbm.dirtylog.client import LogClient, Turn
+from hwdbm.dirtylog.client import ClientLease, Clients, LogClient
 from hwdbm.dirtylog.faults import Backing, Granted, Verb
 from hwdbm.dirtylog.lease import Lease, kept
 from hwdbm.dirtylog.mechanism import MECHANISMS, Mechanism, named
@@ -129,6 +129,7 @@ class DirtyLog:
         self._slots: dict[int, SlotLog] = {}
         self._slots_lock = Lock()  # KVM's: for what changes the set of slots, or what holds for all of them
         self._plan: Plan | None = None  # a change of the memslots that is under way
+        self._clients = Clients()
         self._shared = LogParts(flush, check.integer(workers, "workers", 1, 1 << 10))
         self._mechanisms = {name: make() for name, make in MECHANISMS.items()}
         usual = named(check.flag(hw_dbm, "hw_dbm"))
@@ -217,7 +218,7 @@ class DirtyLog:
 
         A log that begins finds all pages clean, whatever was written before, or with `initially_set` all dirty. One
         that ends loses its bitmap; so does a slot that is deleted. A slot that moves keeps it, and loses its leaves,
-        after what they had recorded was put there.
+        after what they had recorded was put there. In each case the epochs of the slot's clients are broken.
 
         Parameters
         ----------
@@ -238,15 +239,12 @@ class DirtyLog:
         Raises
         ------
         OSError
-            EINVAL, EEXIST or EFAULT, by the rules of `Memslots.plan`; EBUSY if the slot's log would end and a client
-            has it.
+            EINVAL, EEXIST or EFAULT, by the rules of `Memslots.plan`.
         """
         with self._slots_lock:
             self._settle()
             plan = self._table.plan(slot, flags, guest_phys_addr, memory_size, userspace_addr)
             old, new = plan.old, plan.new
-            if old is not None and old.logging and (new is None or not new.logging):
-                self._shared.turn.check(f"{slot_name(old.id)}: its log's end")
             self._plan = plan
             if old is None and new is not None:
                 made = SlotLog(new, self.granule, self._mechanism, self._shared)
@@ -359,17 +357,15 @@ class DirtyLog:
         Raises
         ------
         OSError
-            EINVAL if the id is out of range, ENOENT if there is no such slot or it doesn't log, EBUSY if a client has
-            the log.
+            EINVAL if the id is out of range, ENOENT if there is no such slot or it doesn't log.
         """
         lease, found = check.flag(lease, "lease"), self._find(slot)
-        found.check_turn("GET")
         lent = self._get(found)
         return lent if lease else kept(lent)
 
-    def _get(self, found: SlotLog, consumer: LogClient | None = None) -> Lease:
+    def _get(self, found: SlotLog) -> Lease:
         found.logging()
-        return found.get(self._parts(0, found.npages), take=not self._manual, consumer=consumer)
+        return found.get(self._parts(0, found.npages), take=not self._manual)
 
     @overload
     def clear_dirty_log(
@@ -411,7 +407,7 @@ class DirtyLog:
         OSError
             EINVAL if the id is out of range, or `first_page` no multiple of 64; ENOENT if there is no such slot or
             it doesn't log; EINVAL for a range that isn't inside of the slot, or ragged elsewhere than at its end;
-            EFAULT if the mask is shorter. They are checked in this order. EBUSY if a client has the log.
+            EFAULT if the mask is shorter. They are checked in this order.
         TypeError
             If the mask is none of these, an array of another type among them.
         """
@@ -420,7 +416,6 @@ class DirtyLog:
         found, first_page, stop = self._range(slot, first_page, num_pages)
         count = stop - first_page
         words = _words(bitmap, count) if count else np.zeros(0, dtype=np.uint64)
-        found.check_turn("CLEAR")
         lent = found.clear(self._parts(first_page, stop), first_page, count, words)
         if lease:
             return lent
@@ -431,7 +426,7 @@ class DirtyLog:
         """Bring what the leaves recorded into the log: they are clean then, and the pages dirty in the log.
 
         Calls on disjoint ranges run in parallel threads. Without hardware DBM there is nothing that leaves record.
-        Nothing is taken, so it is anyone's, also while a client has the log.
+        Nothing is taken: all clients find it in their bitmaps.
 
         Parameters
         ----------
@@ -465,71 +460,83 @@ class DirtyLog:
             As `get_dirty_log`.
         """
         found = self._find(slot)
-        found.check_turn("GET")
-        return self._lend(found)
-
-    def _lend(self, found: SlotLog, consumer: LogClient | None = None) -> Lease:
-        lent = self._get(found, consumer)
+        lent = self._get(found)
         if not self._manual:
             return lent
-        parts = self._parts(0, found.npages)
-        return found.clear(parts, 0, found.npages, lent.bitmap.words, consumer=consumer)
+        return found.clear(self._parts(0, found.npages), 0, found.npages, lent.bitmap.words)
 
     def client(self, name: str) -> LogClient:
-        """Give the log to one consumer, until it is closed or forgotten.
+        """Return a new consumer of the log, with a bitmap and an epoch a slot of its own, until it is closed.
 
-        Until then GET, CLEAR and `lend` by anyone else, another client, and the end of a slot's log (its flag, or its
-        deletion) are refused with EBUSY. Marks, faults, moves, `sync` and the logs of other slots are not.
+        GET, CLEAR and `lend` are the default client, and answer as they would without others. What was written before
+        is dirty for the clients that there were, and not for the new one.
 
         Parameters
         ----------
         name : str
-            The name that refused callers are told.
+            Its name.
 
         Returns
         -------
         LogClient
-            Its ``take(slot)`` is `lend`; ``close()`` ends it, as does the end of a ``with`` block.
+            Its ``take(slot)`` lends the pages written in its epoch, which the lease's ``commit()`` ends.
 
         Raises
         ------
         OSError
-            EBUSY if there is a client, ENOENT if no slot logs.
+            EBUSY if there is a client of this name, ENOENT if no slot logs.
+        TypeError, ValueError
+            If the name is no text, or empty.
+
+        Notes
+        -----
+        A harvest is made once for all. A page is re-protected when a harvest publishes it (hardware DBM), or when the
+        first of those that have its bit takes it (write-protection, as only a fault publishes there), and not again
+        for the others. A client re-protects what it takes also under manual protection: there, a page that GET has
+        shown stays writable until CLEAR, so that others can't leave it as it is. Where a log begins with all bits set
+        while it has clients, and where the first one comes, all leaves are seen to at once. `hwdbm.dirtylog.client` has
+        the protocol.
 
         Examples
         --------
         >>> log = DirtyLog()
         >>> log.set_memory_region(0, 1, 0, 0x10000, 0)
         <Change.CREATE: 'create'>
-        >>> log.mark_dirty(0, 3)
         >>> with log.client("backup") as backup:
+        ...     log.mark_dirty(0, 3)
         ...     with backup.take(0) as lease:
         ...         lease.bitmap.pages()
-        ...     log.get_dirty_log(0)
-        Traceback (most recent call last):
-        OSError: [Errno 16] slot 0: GET: the dirty log belongs to its client 'backup' until that closes
+        ...     log.get_dirty_log(0).pages(), backup.take(0).bitmap.any()
+        array([3])
+        (array([3]), False)
         """
         return self._client(name, lambda _: None)
 
-    @property
-    def turn(self) -> Turn:
-        """The right to take pages: every consumer's, or one client's."""
-        return self._shared.turn
-
     def _client(self, name: str, prepare: Callable[[int], object]) -> LogClient:
         """Return a client that calls `prepare` for the slot before it takes pages."""
+
+        def take(client: LogClient, slot: int) -> ClientLease:
+            prepare(slot)
+            found = self._find(slot)
+            found.logging()
+            feed = client.feeds.get(slot)
+            if feed is None or feed.slot is not found:
+                late = "began to log after the client" if feed is None else "was deleted and made again"
+                feed = client.feeds[slot] = found.join(client, f"the slot {late}")
+            return found.take(feed, self._parts(0, found.npages))
+
         if not any(slot.logging for slot in self.memslots):
             raise OSError(ENOENT, f"a client {name!r}: no slot logs")
-        turn = self._shared.turn
-
-        def take(slot: int) -> Lease:
-            prepare(slot)
-            return self._lend(self._find(slot), turn.holder)
-
-        client = turn.client(name, take)
-        for found in tuple(self._slots.values()):
-            if not found.deleted:
-                found.run(iter(()))  # what others began before is done when this has had its turn
+        client = self._clients.add(name, take)
+        try:
+            with self._slots_lock:
+                self._settle()
+                for slot, found in self._slots.items():
+                    if found.live is not None:
+                        client.feeds[slot] = found.join(client)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def _range(self, slot: int, first_page: int, num_pages: int | None) -> tuple[SlotLog, int, int]:

@@ -3,8 +3,8 @@
 A mechanism decides how a page is mapped, a write fault granted, a mask protected and a harvest made. No other module
 asks which one it is. To add one is to write its class here, and to name it in `MECHANISMS`.
 
-One thing must hold under each, so that no write is lost: a page whose bit is clear has no leaf that lets the guest
-write without the mechanism's learning of it.
+One thing must hold under each, so that no write is lost: a page whose bit is clear, in the log's bitmap or a client's,
+has no leaf that lets the guest write without the mechanism's learning of it.
 """
 
 from typing import Final, NamedTuple, Protocol
@@ -39,7 +39,10 @@ UNLOGGED: Final = NewLeaf(writable=True, dbm=False, marked=False)
 
 
 class Mechanism(Protocol):
-    """How a log learns of writes. ``live`` is the slot's bitmap; a part is of whole words, or ends with the slot."""
+    """How a log learns of writes. ``live`` is the bitmap that is published in: the slot's, or what others get it from.
+
+    A part is of whole words, or ends with the slot.
+    """
 
     name: str
     """What it is called in `MECHANISMS` and in texts."""
@@ -57,11 +60,14 @@ class Mechanism(Protocol):
     def sync(self, s2: Stage2, live: DirtyBitmap, first: int, npages: int) -> Tally:
         """Publish what was recorded in a part, and clean what recorded it."""
 
-    def renew(self, s2: Stage2, live: DirtyBitmap, first: int, npages: int) -> Tally:
-        """Publish what was recorded in a part, and re-protect all pages that are dirty in `live` then."""
+    def rearm(self, s2: Stage2, mask: DirtyBitmap, first: int, out: DirtyBitmap | None) -> Tally:
+        """Do what is left to do of `protect` after a `sync` of these pages: a GET takes those of the mask."""
 
-    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int) -> Tally:
-        """Have writes to the pages of a mask recorded anew, and touch no other leaf; their bits are set in `live`."""
+    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int, out: DirtyBitmap | None) -> Tally:
+        """Have writes to the pages of a mask recorded anew, and touch no other leaf.
+
+        Whoever asks for it has their bits; what they have recorded is published in `out`, if there is one, for others.
+        """
 
     def leave(self, s2: Stage2, live: DirtyBitmap | None) -> Tally:
         """Make the leaves safe under any mechanism: publish in `live`, if there is one, what they recorded."""
@@ -103,12 +109,13 @@ class HardwareDbm:
     def sync(self, s2: Stage2, live: DirtyBitmap, first: int, npages: int) -> Tally:
         return s2.harvest_into(live, first, npages)
 
-    # Untracked leaves stay as they are only where the log began with all bits set, and there GET takes none: CLEAR
-    # does, by `protect`.
-    renew = sync
+    def rearm(self, s2: Stage2, mask: DirtyBitmap, first: int, out: DirtyBitmap | None) -> Tally:  # noqa: ARG002
+        # Untracked leaves stay as they are only where the log began with all bits set and without clients, and there
+        # GET takes none: CLEAR does, by `protect`.
+        return Tally()
 
-    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int) -> Tally:
-        return s2.track_part(mask, first)
+    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int, out: DirtyBitmap | None) -> Tally:
+        return s2.track_part(mask, first, out)
 
     def leave(self, s2: Stage2, live: DirtyBitmap | None) -> Tally:
         if live is None:
@@ -152,13 +159,10 @@ class WriteProtect:
 
     sync = peek
 
-    def renew(self, s2: Stage2, live: DirtyBitmap, first: int, npages: int) -> Tally:
-        tally = self.peek(s2, live, first, npages)
-        dirty = live.part(first, npages)
-        return tally + self.protect(s2, dirty, first) if dirty.any() else tally
+    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int, out: DirtyBitmap | None) -> Tally:
+        return s2.wrprotect_part(mask, first, out) if mask.any() else Tally()
 
-    def protect(self, s2: Stage2, mask: DirtyBitmap, first: int) -> Tally:
-        return s2.wrprotect_part(mask, first)
+    rearm = protect
 
     def leave(self, s2: Stage2, live: DirtyBitmap | None) -> Tally:
         # The bits of untracked pages are set. With DBM alone they may be written as before, so that until another

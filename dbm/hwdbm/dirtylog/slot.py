@@ -16,19 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from errno import ENOENT
-from threading import Lock, RLock
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog.client import LogClient, Turn
+from hwdbm.dirtylog.client import ClientLease, Epoch, Feed, Feeds, LogClient
 from hwdbm.dirtylog.lease import Lease, Loans
 from hwdbm.dirtylog.mechanism import UNLOGGED, Mechanism, NewLeaf
 from hwdbm.dirtylog.rangelock import Claim, RangeLock
 from hwdbm.dirtylog.stats import Meter
-from hwdbm.errors import GfnError, InvariantError
+from hwdbm.errors import GfnError, InvariantError, StaleLeaseError
 from hwdbm.granule import Granule
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.stage2 import LeafAt, Stage2
@@ -69,14 +69,11 @@ class LogParts:
         Threads that the steps of one call run in.
     meter : Meter
         The counts.
-    turn : Turn
-        The right to take pages.
     """
 
     flush: FlushHook | None
     workers: int = 1
     meter: Meter = field(default_factory=Meter)
-    turn: Turn = field(default_factory=lambda: Turn(RLock()))
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +115,8 @@ class SlotLog:
         Counts the bitmaps that are gone.
     loans : Loans
         The leases that are open.
+    feeds : Feeds
+        The clients beside the default one, whose bitmap is `live`.
     """
 
     def __init__(self, memslot: Memslot, granule: Granule, mechanism: Mechanism, shared: LogParts) -> None:
@@ -125,7 +124,7 @@ class SlotLog:
         self.stage2 = Stage2(memslot.npages, memslot.base_gfn, granule)
         self.live: DirtyBitmap | None = None
         self.generation = 0
-        self.loans = Loans()
+        self.loans, self.feeds = Loans(), Feeds()
         self._deleted = False
         self._lock = RangeLock()
         self._due: set[_Due] = set()
@@ -156,11 +155,6 @@ class SlotLog:
         if self.live is None or generation not in (None, self.generation):
             raise OSError(ENOENT, f"{self.name} has no dirty bitmap")
         return self.live
-
-    def check_turn(self, what: str, consumer: LogClient | None = None) -> None:
-        """Raise EBUSY if another client has the log; `what` names the refused call."""
-        if self.shared.turn.holder is not None:
-            self.shared.turn.check(f"{self.name}: {what}", consumer)
 
     # --- holding pages, and running steps with them held ---------------------------------------------------
 
@@ -310,72 +304,95 @@ class SlotLog:
         live = self.logging()
         yield Point.CLEAN
         due = self.changing(lo, hi)
-        tally = self.shared.meter.add(self.mechanism.sync(self.stage2, live, lo, hi - lo))
+        cleaned = self._publish(live, lo, hi)
         yield Point.FLUSH
-        self.flush(due, needed=tally.words > 0)
+        self.flush(due, needed=cleaned)
 
-    def get(self, parts: Sequence[Span], *, take: bool, consumer: LogClient | None = None) -> Lease:
+    def _publish(self, live: DirtyBitmap, lo: int, hi: int) -> bool:
+        """Publish what was recorded in a part for all clients, and clean it; return whether there was anything."""
+        tally = self.shared.meter.add(self.mechanism.sync(self.stage2, self.feeds.sink(live), lo, hi - lo))
+        self.feeds.pour(live, lo, hi)
+        return tally.words > 0
+
+    def get(self, parts: Sequence[Span], *, take: bool) -> Lease:
         """Lend the slot's dirty pages, a part at a time; without `take` only show them (manual protection)."""
         lease = self._lease(0, self.npages, taken=take)
         steps = self.get_steps if take else self.peek_steps
-        self._fill(lease, parts, lambda lo, hi: steps(lease, lo, hi, consumer))
+        self._fill(lease, parts, lambda lo, hi: steps(lease, lo, hi))
         return lease
 
-    def get_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
+    def get_steps(self, lease: Lease, lo: int, hi: int) -> Steps:
         """Take the steps of a GET that clears."""
-        self.check_turn("GET", consumer)
         live = self.logging(lease.generation)
-        yield Point.CLEAN
-        due = self.changing(lo, hi)
-        self.shared.meter.add(self.mechanism.renew(self.stage2, live, lo, hi - lo))
-        # A step begins with a word, and the bits beyond the slot's end are zero: its words are its bitmap.
-        words, taken = live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
-        np.copyto(taken, words)
-        yield from self._take(due, words, taken)
+        yield from self._take_steps(lease, live, live, lo, hi)
 
-    def peek_steps(self, lease: Lease, lo: int, hi: int, consumer: LogClient | None = None) -> Steps:
+    def peek_steps(self, lease: Lease, lo: int, hi: int) -> Steps:
         """Take the steps of a GET that only shows: no leaf is changed."""
-        self.check_turn("GET", consumer)
         live = self.logging(lease.generation)
         yield Point.PUBLISH
-        self.shared.meter.add(self.mechanism.peek(self.stage2, live, lo, hi - lo))
+        self.shared.meter.add(self.mechanism.peek(self.stage2, self.feeds.sink(live), lo, hi - lo))
+        self.feeds.pour(live, lo, hi)
         np.copyto(lease.words(lo, hi), live.words[lo >> 6 : hi + 63 >> 6])
         yield Point.COPY
 
-    def clear(
-        self,
-        parts: Sequence[Span],
-        first: int,
-        npages: int,
-        mask: NDArray[np.uint64],
-        *,
-        consumer: LogClient | None = None,
-    ) -> Lease:
+    def clear(self, parts: Sequence[Span], first: int, npages: int, mask: NDArray[np.uint64]) -> Lease:
         """Lend those of `npages` pages that are dirty and in a mask, and re-protect them.
 
         Bit 0 of the words in `mask` is page `first`, a multiple of 64. Bits at or beyond the slot's end may be set:
         they never are in the live bitmap.
         """
         lease = self._lease(first, npages)
-        self._fill(lease, parts, lambda lo, hi: self.clear_steps(lease, lo, hi, mask, consumer))
+        self._fill(lease, parts, lambda lo, hi: self.clear_steps(lease, lo, hi, mask))
         return lease
 
-    def clear_steps(
-        self, lease: Lease, lo: int, hi: int, mask: NDArray[np.uint64], consumer: LogClient | None = None
-    ) -> Steps:
+    def clear_steps(self, lease: Lease, lo: int, hi: int, mask: NDArray[np.uint64]) -> Steps:
         """Take the steps of a CLEAR."""
-        self.check_turn("CLEAR", consumer)
         live = self.logging(lease.generation)
         yield Point.CLEAN
         due = self.changing(lo, hi)
+        self.feeds.pour(live, lo, hi)
         words, taken = live.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
         # Only what was published may go: a leaf whose bit is clear keeps its dirty state for the next GET.
         first = lease.first_page
         np.bitwise_and(mask[lo - first >> 6 : hi - first + 63 >> 6], words, out=taken)
         if np.count_nonzero(taken):  # faster than any()
             asked = DirtyBitmap.from_words(taken, hi - lo)
-            self.shared.meter.add(self.mechanism.protect(self.stage2, asked, lo))
+            self.shared.meter.add(self.mechanism.protect(self.stage2, asked, lo, self.feeds.dropped()))
+            # Its caller copies these pages afterwards: what they had recorded is news for the other clients alone.
+            self.feeds.pour(live, lo, hi, default=False)
         yield from self._take(due, words, taken)
+
+    def take(self, feed: Feed, parts: Sequence[Span]) -> ClientLease:
+        """Lend the pages that are dirty for one client, a part at a time."""
+        feed.loans.take_back()
+        lease = ClientLease(Epoch(feed), DirtyBitmap(self.npages))
+        self._fill(lease, parts, lambda lo, hi: self.feed_steps(feed, lease, lo, hi))
+        return lease
+
+    def feed_steps(self, feed: Feed, lease: Lease, lo: int, hi: int) -> Steps:
+        """Take the steps of a client's take: those of a GET, but that its own bitmap is what the bits leave."""
+        live = self.logging()
+        if feed.generation != lease.generation:
+            raise StaleLeaseError(ENOENT, f"{feed.name} was changed, or the client closed, while its pages were taken")
+        yield from self._take_steps(lease, live, feed.bitmap, lo, hi)
+        if lo == 0:
+            feed.broken = ""  # it has all pages now; a rollback restores it
+
+    def _take_steps(self, lease: Lease, live: DirtyBitmap, bitmap: DirtyBitmap, lo: int, hi: int) -> Steps:
+        """Publish what was recorded for all clients, re-protect what is dirty for one, and lend it."""
+        yield Point.CLEAN
+        due = self.changing(lo, hi)
+        self._publish(live, lo, hi)
+        # A step begins with a word, and the bits beyond the slot's end are zero: its words are its bitmap.
+        words, taken = bitmap.words[lo >> 6 : hi + 63 >> 6], lease.words(lo, hi)
+        np.copyto(taken, words)
+        self._rearm(live, DirtyBitmap.from_words(taken, hi - lo), lo, hi)
+        yield from self._take(due, words, taken)
+
+    def _rearm(self, live: DirtyBitmap, mask: DirtyBitmap, lo: int, hi: int) -> None:
+        """Re-protect the pages of a mask, after they were published; what the leaves had meanwhile is everyone's."""
+        self.shared.meter.add(self.mechanism.rearm(self.stage2, mask, lo, self.feeds.dropped()))
+        self.feeds.pour(live, lo, hi)
 
     def _take(self, due: _Due, words: NDArray[np.uint64], taken: NDArray[np.uint64]) -> Steps:
         """Flush, and let bits that are in the lease by now leave the live bitmap.
@@ -392,7 +409,7 @@ class SlotLog:
         yield Point.COPY
 
     def _lease(self, first: int, npages: int, *, taken: bool = True) -> Lease:
-        self.loans.take_back(self.put_back)
+        self.loans.take_back()
         return Lease(self, DirtyBitmap(npages), first, generation=self.generation, taken=taken)
 
     def _fill(self, lease: Lease, parts: Sequence[Span], steps: Callable[[int, int], Steps]) -> None:
@@ -414,6 +431,49 @@ class SlotLog:
             return False
         return True
 
+    # --- clients -------------------------------------------------------------------------------------------
+
+    def join(self, client: LogClient, broken: str = "") -> Feed:
+        """Feed a client from now on; with `broken`, why it has no epoch yet, all pages are dirty for it."""
+        feed = Feed(self, client.name, self.npages, broken)
+        self.run(self.join_steps(feed))
+        return feed
+
+    def join_steps(self, feed: Feed) -> Steps:
+        """Take the steps of a client that joins: what was written before is dirty for the others, and not for it."""
+        live = self.logging()
+        yield Point.CLEAN
+        due = self.changing(0, self.npages)
+        self._publish(live, 0, self.npages)
+        # Also what others have been shown and not cleared yet, or a log that began with all bits set left as it was.
+        if live.any():
+            tally = self.mechanism.protect(self.stage2, live, 0, self.feeds.dropped())
+            self.shared.meter.add(tally)
+            self.feeds.pour(live, 0, self.npages)
+        yield Point.FLUSH
+        self.flush(due, needed=live.any())
+        yield Point.TAKE
+        self.feeds.join(feed)
+
+    def give_back(self, epoch: Epoch, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
+        """Set bits in a client's bitmap again, unless it was told since that its epoch is broken; return which."""
+        done = list[bool]()
+
+        def steps() -> Steps:
+            yield Point.PUBLISH
+            done.append(epoch.feed.give_back(epoch, pages, first_page, generation))
+
+        try:
+            self.run(steps(), first_page, first_page + pages.npages)
+        except FileNotFoundError:  # ENOENT: deleted
+            return False
+        return done[-1]
+
+    def spread(self, pages: NDArray[np.int64]) -> None:
+        """Pour the bits of pages that were published just now, and are held."""
+        if self.live is not None and self.feeds.fresh is not None and pages.size:
+            self.feeds.pour(self.live, int(pages.min()), int(pages.max()) + 1)
+
     # --- other writers and the host ------------------------------------------------------------------------
 
     def leaf(self, *, write: bool) -> NewLeaf:
@@ -428,10 +488,11 @@ class SlotLog:
             self.mechanism.grant(self.stage2, leaves)
 
     def mark_steps(self, lo: int, hi: int) -> Steps:
-        """Mark pages that something other than a vCPU wrote, for both consumers."""
+        """Mark pages that something other than a vCPU wrote, for the log and the host."""
         yield Point.PUBLISH
         if self.live is not None:
-            self.live.set_range(lo, hi - lo)
+            self.feeds.sink(self.live).set_range(lo, hi - lo)
+            self.feeds.pour(self.live, lo, hi)
         self.stage2.host_dirty.set_range(lo, hi - lo)
 
     def take_host_dirty(self) -> DirtyBitmap:
@@ -458,12 +519,15 @@ class SlotLog:
     # --- the slot's life -----------------------------------------------------------------------------------
 
     def start_steps(self, memslot: Memslot, *, full: bool) -> Steps:
-        """Begin to log; with `full` all bits are set, and leaves are left to the CLEARs (INITIALLY_SET)."""
+        """Begin to log; with `full` all bits are set, and leaves are left to the CLEARs (INITIALLY_SET).
+
+        A client's takes leave no leaf to a CLEAR: where there is one, all leaves are seen to at once.
+        """
         live = DirtyBitmap(self.npages)
         yield Point.CLEAN
         if full:
             live.fill()
-        else:
+        if not full or self.feeds:
             due, mapped = self.changing(0, self.npages), self._mapped()
             if mapped:
                 self.shared.meter.add(self.mechanism.start(self.stage2))
@@ -476,6 +540,7 @@ class SlotLog:
     def stop_steps(self, memslot: Memslot) -> Steps:
         """End the log: the bitmap is freed, the leaves stay as they are."""
         yield Point.TAKE
+        self.feeds.break_off("the slot's log was switched off")
         self.generation += 1
         self.live, self.memslot = None, memslot
 
@@ -484,6 +549,8 @@ class SlotLog:
 
         `full` is that of `start_steps`, where `memslot` begins to log.
         """
+        before, after = self.memslot.base_gfn, memslot.base_gfn
+        self.feeds.break_off(f"the slot was moved from gfn {before:#x} to gfn {after:#x}")
         yield from self._unmap_steps()
         live = self.live
         if memslot.logging and live is None:
@@ -500,6 +567,7 @@ class SlotLog:
     def delete_steps(self) -> Steps:
         """End the slot. What its leaves had recorded is in the `host_dirty` of the Stage2 that it had."""
         yield from self._unmap_steps()
+        self.feeds.break_off("the slot was deleted")
         self.generation += 1
         self.live, self._deleted = None, True
 
@@ -507,7 +575,11 @@ class SlotLog:
         yield Point.CLEAN
         due, mapped = self.changing(0, self.npages), self._mapped()
         self.stage2.unmap(self.memslot.base_gfn, self.npages)
-        self.stage2.take_saved_into(DirtyBitmap(self.npages) if self.live is None else self.live)
+        if self.live is None:
+            self.stage2.take_saved_into(DirtyBitmap(self.npages))
+        else:
+            self.stage2.take_saved_into(self.feeds.sink(self.live))
+            self.feeds.pour(self.live, 0, self.npages)
         yield Point.FLUSH
         self.flush(due, needed=mapped)
 
@@ -526,10 +598,12 @@ class SlotLog:
         self.flush(self.changing(0, self.npages), needed=mapped)  # until here writes went by the old one's rules
         yield Point.CLEAN
         due = self.changing(0, self.npages)
-        self.shared.meter.add(self.mechanism.leave(self.stage2, self.live))
+        sink = None if self.live is None else self.feeds.sink(self.live)
+        self.shared.meter.add(self.mechanism.leave(self.stage2, sink))
         self.mechanism = mechanism
         if self.live is not None:
-            self.shared.meter.add(mechanism.enter(self.stage2, self.live))
+            self.shared.meter.add(mechanism.enter(self.stage2, self.feeds.sink(self.live)))
+            self.feeds.pour(self.live, 0, self.npages)
         yield Point.FLUSH
         self.flush(due, needed=mapped)
 
@@ -545,7 +619,11 @@ class SlotLog:
             self._none(s2.scan(pte.writable) | s2.scan(pte.tracked), "may be written, in a read-only slot")
         if self.live is not None:
             self.live.verify()
-            self._none(self.mechanism.unrecorded(s2) - self.live, "may be written unrecorded, and isn't dirty")
+            unrecorded, fresh = self.mechanism.unrecorded(s2), self.feeds.fresh
+            for bitmap, whom in ((self.live, ""), *((feed.bitmap, f" for {feed.client!r}") for feed in self.feeds)):
+                bitmap.verify()
+                known = bitmap if fresh is None else bitmap | fresh
+                self._none(unrecorded - known, f"may be written unrecorded, and isn't dirty{whom}")
         yield Point.COPY
 
     def _none(self, pages: DirtyBitmap, what: str) -> None:

@@ -52,8 +52,7 @@ class KernelPages(SlotPages):
     def note(self, pages: NDArray[np.uint64]) -> None:
         """Mark pages dirty, (n,) in any order, some of them twice."""
         with self._lock:
-            self._any = True
-            octets = self._known.words.view(np.uint8)
+            octets = self._sink().words.view(np.uint8)
             bits = np.left_shift(1, pages & np.uint64(7), dtype=np.uint64).astype(np.uint8)
             np.bitwise_or.at(octets, pages >> np.uint64(3), bits)
 

@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 
 from hwdbm import check
-from hwdbm.dirtylog import Lease
 from hwdbm.kvm import guest as guests
 from hwdbm.kvm.abi import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT_ENABLE, Cap
 from hwdbm.kvm.device import Kvm, VmFd
@@ -412,23 +411,6 @@ class KvmVm(LoggedVm):
 
     # --- the log -------------------------------------------------------------------------------------------
 
-    def dirty(self, slot_id: int) -> Lease:
-        """Lend a slot's dirty pages: they are clean then, and are recorded when they are written again.
-
-        Returns
-        -------
-        Lease
-            ``commit()`` when its ``bitmap`` was copied, ``rollback()`` when that failed.
-
-        Raises
-        ------
-        OSError
-            ENOENT if there is no such slot or it doesn't log, EBUSY if the log is a client's; what a vCPU failed with.
-        """
-        self._check_open()
-        self._check_vcpus()
-        return super().dirty(slot_id)
-
     def _switch(self, *, on: bool) -> None:
         changed = [pages for pages in self._pages.values() if pages.slot.logging != on]
         if on:
@@ -458,6 +440,9 @@ class KvmVm(LoggedVm):
         for thread in self._threads:
             thread.flush()
         self._rings.gather()
+
+    def _check_log(self) -> None:
+        self._check_vcpus()
 
     def _check_vcpus(self) -> None:
         for thread in self._threads:

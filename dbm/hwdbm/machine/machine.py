@@ -296,15 +296,8 @@ class Machine(BaseVm):
     # --- the log -------------------------------------------------------------------------------------------
 
     def start_log(self) -> None:
-        """Begin to log all slots; what becomes of blocks, `blocks` says. A slot that logs goes on.
-
-        Raises
-        ------
-        OSError
-            EBUSY if a client has the log.
-        """
+        """Begin to log all slots; what becomes of blocks, `blocks` says. A slot that logs goes on."""
         self._check_open()
-        self.log.turn.check("the start of the log")
         for slot in self.slots:
             if not slot.logging:
                 self._set_flags(slot, slot.flags | KVM_MEM_LOG_DIRTY_PAGES)
@@ -312,22 +305,16 @@ class Machine(BaseVm):
                     self._keeper.started(slot.id)
 
     def stop_log(self, *, collapse: bool = True) -> None:
-        """End the log of all slots.
+        """End the log of all slots. The epochs of clients are broken: the next take of each says so.
 
         Parameters
         ----------
         collapse : bool
             Whether leaves become what they would be without a log, blocks where they fit. Otherwise they stay as they
             are, as on KVM's arm64.
-
-        Raises
-        ------
-        OSError
-            EBUSY if a client has the log.
         """
         self._check_open()
         collapse = check.flag(collapse, "collapse")
-        self.log.turn.check("the end of the log")
         for slot in self.slots:
             if slot.logging:
                 self._set_flags(slot, slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES)
@@ -372,33 +359,35 @@ class Machine(BaseVm):
         Raises
         ------
         OSError
-            ENOENT if the slot doesn't log, EBUSY if a client has the log.
+            ENOENT if the slot doesn't log.
         """
-        self._check_open()
-        self.log.turn.check(f"{slot_name(self.log.slot(slot).id)}: its dirty pages")
         self._split_for(slot)
         return self.log.lend(slot)
 
     def client(self, name: str) -> LogClient:
-        """Give the log, which has been started, to one consumer, until it is closed or forgotten.
+        """Return a new consumer of the log, which has been started, with a bitmap and an epoch a slot of its own.
 
-        Until then `dirty`, `start_log`, `stop_log`, another client, and what `hwdbm.DirtyLog.client` refuses get EBUSY.
+        As `hwdbm.DirtyLog.client`; `dirty` is the default client.
 
         Returns
         -------
         LogClient
-            Its ``take(slot)`` is `dirty`.
+            Its ``take(slot)`` lends the pages written in its epoch, which the lease's ``commit()`` ends.
 
         Raises
         ------
         OSError
-            EBUSY if there is a client, ENOENT if no slot logs.
+            EBUSY if there is a client of this name, ENOENT if no slot logs.
         """
         self._check_open()
+        for slot in self.slots:
+            if slot.logging:
+                self._split_for(slot.id)
         return self.log._client(name, self._split_for)
 
     def _split_for(self, slot: int) -> None:
         """Split blocks that a CLEAR would arm whole: a log that begins with all bits set has split none yet."""
+        self._check_open()
         if self.log.initially_set and self._keeper.policy is not Blocks.TRACK:
             self.split(slot)
 

@@ -78,9 +78,9 @@ def migrate(
     ------
     OSError
         `StreamError` and its kin if it failed, `CancelledMigrationError` if it was cancelled, `ConvergenceError` if the
-        guest dirties too much, or what the source raised: EBUSY if its log has another client. The source runs on if it
-        ran before, but for `HandoverError`: then it is paused. Its log stays on, with every bit that was taken put
-        back, those of acknowledged passes too: the next attempt begins anew, and others may wait for them. To have the
+        guest dirties too much, or what the source raised: EBUSY if another migration of it goes on. The source runs on
+        if it ran before, but for `HandoverError`: then it is paused. Its log stays on. The migration is a client of it,
+        so that others miss nothing; of a source without clients, every bit that was taken is put back. To have the
         report of a failure, use `Precopy`.
     """
     return Precopy(source, channel, settings, cancel=cancel, on_progress=on_progress).run()
@@ -121,6 +121,7 @@ class Precopy:
         self._layout = MemoryMap.of(source)
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
         self._throttle, self._progress = Throttle(), Progress(settings)
+        self._client: Client | None = None  # until there is one the source is another migration's, perhaps
         self._lent: list[Pages] = []
         self._collected = self._told = 0.0
         self._paused: float | None = None  # since when the guest stands still for the last pass
@@ -162,7 +163,7 @@ class Precopy:
         self._sender = PageSender(self._source, self._channel, stage, limiter, self._check)
         if not all(slot.logging for slot in self._source.slots):
             self._source.start_log()
-        self._client: Client = stack.enter_context(client_of(self._source, "migration"))
+        self._client = stack.enter_context(client_of(self._source, "migration"))
         self._precopy()
         self._hand_over()
 
@@ -226,11 +227,19 @@ class Precopy:
         now = time.perf_counter()
         pages = {}
         for slot in self._source.slots:
-            lease = self._client.take(slot.id)
-            self._lent.append(lease)
+            lease = self._take(slot)
             pages[slot.id] = lease.bitmap.copy()
         self._collected, self._collect_time = now, time.perf_counter() - now
         return pages
+
+    def _take(self, slot: Memslot) -> Pages:
+        """Take a slot's pages; one that was changed since the first pass isn't the one that the destination has."""
+        assert self._client is not None  # noqa: S101 - passes begin when there is one
+        lease = self._client.take(slot.id)
+        self._lent.append(lease)
+        if broken := getattr(lease, "broken", ""):
+            raise StreamError(f"slot {slot.id} of the source was changed meanwhile: {broken}")
+        return lease
 
     def _begin(self, pages: dict[int, DirtyBitmap], began: float) -> Pass:
         one = Pass(len(self.report.passes) + 1, 0, 0, throttle=self._throttle.percent)
@@ -405,7 +414,7 @@ class Precopy:
             finally:
                 self._lent.pop()
         for slot in self._source.slots:
-            self._lent.append(self._client.take(slot.id))
+            self._take(slot)
 
     def _say_go(self, digest: bytes) -> None:
         try:
@@ -485,12 +494,8 @@ class Precopy:
                     lease.rollback()
         finally:
             self._lent.clear()
-            self._source.throttle(0)
-            if self._ran and not self._gone and not self._source.running:
-                try:
-                    self._source.resume()
-                except OSError as stuck:  # a vCPU that died, say: why the migration failed is the news still
-                    error.add_note(f"and the source doesn't run: {stuck}")
+            if self._client is not None:
+                self._let_go_on(error)
         cancelled = isinstance(error, CancelledMigrationError | KeyboardInterrupt)
         self.report.status = "cancelled" if cancelled else "failed"
         self.report.handover_unknown = self._gone
@@ -501,6 +506,14 @@ class Precopy:
                 error.add_note("whether the guest runs at the destination is unknown, so it is paused here")
         else:
             self._channel.fail(self.report.error)
+
+    def _let_go_on(self, error: BaseException) -> None:
+        self._source.throttle(0)
+        if self._ran and not self._gone and not self._source.running:
+            try:
+                self._source.resume()
+            except OSError as stuck:  # a vCPU that died, say: why the migration failed is the news still
+                error.add_note(f"and the source doesn't run: {stuck}")
 
 
 def kind_of(vm: Source) -> str:

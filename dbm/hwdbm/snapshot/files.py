@@ -22,7 +22,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance
 from hwdbm.errors import HwdbmError, StaleLeaseError
 from hwdbm.files import NewFile, open_regular
-from hwdbm.vm.source import Pages, Source, client_of
+from hwdbm.vm.source import Pages, Source
 
 _CHUNK = 1 << 20  # bytes, a multiple of every page
 
@@ -203,10 +203,10 @@ def _write(source: Source, path: Path, put: Put) -> Written:
     ran, lent = source.running, dict[int, Pages]()
     source.pause()
     try:
-        with client_of(source, "snapshot") as client, NewFile(path) as file:
+        with NewFile(path) as file:
             try:
                 for slot in source.slots:
-                    lent[slot.id] = client.take(slot.id)
+                    lent[slot.id] = source.dirty(slot.id)
                 pages = {slot_id: lease.bitmap for slot_id, lease in lent.items()}
                 size = sum(slot.npages for slot in source.slots) * source.page_size
                 with _naming(path):

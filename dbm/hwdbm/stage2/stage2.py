@@ -718,7 +718,7 @@ class Stage2:
         # A tracked leaf may be written until its DBM goes, an untracked one until S2AP[1] does: one change for each.
         return self._change(pte.clear_dbm, gfn, npages) + self._change(pte.wrprotect, gfn, npages)
 
-    def track_part(self, mask: DirtyBitmap, first: int = 0) -> Tally:
+    def track_part(self, mask: DirtyBitmap, first: int = 0, out: DirtyBitmap | None = None) -> Tally:
         """Have writes to the pages in a mask recorded anew: untracked and writable-dirty become writable-clean.
 
         `enable_dbm` and `clean` of the mask in one pass. What the pages in the mask recorded is dropped from the
@@ -730,6 +730,8 @@ class Stage2:
             The pages; bit 0 is page `first`.
         first : int
             A multiple of 64. The mask's size is one too, or it ends with the slot.
+        out : DirtyBitmap, optional
+            A bitmap of the slot's pages, which gets what is else dropped: for those to whom it is news.
 
         Returns
         -------
@@ -741,26 +743,35 @@ class Stage2:
         GfnError
             If the part isn't inside of the slot.
         """
+        sinks = self._sinks(out)
         lo, _ = self._part(mask, first)
         with self._lock:
             self._take_apart(lo, lo + mask.npages)
-            tally = self._update_part(pte.track, mask, lo, self._save_record(every, every))
-            self.saved.drop(mask, lo, self._host_dirty)
+            tally = self._update_part(pte.track, mask, lo, self._save_record(every, every), out)
+            self.saved.drop(mask, lo, *sinks)
         return tally
 
-    def wrprotect_part(self, mask: DirtyBitmap, first: int = 0) -> Tally:
+    def wrprotect_part(self, mask: DirtyBitmap, first: int = 0, out: DirtyBitmap | None = None) -> Tally:
         """Make the leaves of the pages in a mask read-only, and no other leaf.
 
         A block is a leaf: with any of its pages in the mask it becomes read-only as a whole, and what it recorded
         for others is kept in `saved`. Parameters, return and errors are `track_part`'s.
         """
+        sinks = self._sinks(out)
         lo, _ = self._part(mask, first)
         with self._lock:
             self._take_apart(lo, lo + mask.npages)
-            tally = self._update_part(pte.clear_dbm, mask, lo, self._save_record(pte.dirty, pte.dirty))
+            tally = self._update_part(pte.clear_dbm, mask, lo, self._save_record(pte.dirty, pte.dirty), out)
             tally += self._update_part(pte.wrprotect, mask, lo, self._save_record(every, every))
-            self.saved.drop(mask, lo, self.host_dirty)
+            self.saved.drop(mask, lo, *sinks)
         return tally
+
+    def _sinks(self, out: DirtyBitmap | None) -> tuple[DirtyBitmap, ...]:
+        """Return who gets what `saved` has of pages that are re-protected: the host, and `out`, which is checked."""
+        if out is None:
+            return (self._host_dirty,)
+        self._check(out, "out", written=True, noted=False)
+        return out, self._host_dirty
 
     def relax(self, gfn: int, *, dbm: bool = False) -> bool:
         """Let the guest write a page, as the handler of a write fault does once the host has agreed.
@@ -818,8 +829,13 @@ class Stage2:
             self._isolate(lo, hi)
             return self._leaves.update(rule, lo, hi, record).changed
 
-    def _update_part(self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record) -> Tally:
-        """Apply `rule` to the leaves of at least one page in `mask`; what blocks recorded is saved, the mask's too."""
+    def _update_part(
+        self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record, out: DirtyBitmap | None = None
+    ) -> Tally:
+        """Apply `rule` to the leaves of at least one page in `mask`; what blocks recorded is saved, the mask's too.
+
+        What pages recorded goes to `out`, if there is one.
+        """
         lo, hi = first, first + mask.npages
         read = self._leaves.tables_alone(lo, hi)
         if read is None:
@@ -829,6 +845,8 @@ class Stage2:
         else:
             tally = Tally(read=read)
         host = Record(record.also, record.also, out_of=None, also_of=record.also_of)
+        if out is not None:
+            host.out, host.out_of = out, pte.dirty
         return tally + self._leaves.update_within(rule(3), mask, lo, host)
 
     def _touched(self, lo: int, hi: int) -> tuple[int, int]:
@@ -1173,16 +1191,16 @@ class Stage2:
         self._separate(mask, "mask")
         return lo, hi
 
-    def _check(self, bitmap: DirtyBitmap, name: str, *, written: bool = False) -> None:
+    def _check(self, bitmap: DirtyBitmap, name: str, *, written: bool = False, noted: bool = True) -> None:
         """Raise if an argument isn't a bitmap of the slot's pages, or shares memory with what a verb changes."""
         if not isinstance(bitmap, DirtyBitmap):
             raise TypeError(f"{name} is a DirtyBitmap, not {type(bitmap).__name__}")
         if bitmap.npages != self.npages:
             raise BitmapError(f"the slot has {self.npages} pages, the bitmap {bitmap.npages}")
         uint64s(bitmap.words, name, word_count(self.npages), writable=written, error=BitmapError)
-        self._separate(bitmap, name)
+        self._separate(bitmap, name, noted=noted)
 
-    def _separate(self, bitmap: DirtyBitmap, name: str) -> None:
+    def _separate(self, bitmap: DirtyBitmap, name: str, *, noted: bool = True) -> None:
         if self._apart is not None and self._apart() is bitmap.words:
             return  # a log's own bitmap comes again and again
         own = self._host_dirty.words, self.saved.bitmap.words, *self._leaves.level.values()
@@ -1190,4 +1208,5 @@ class Stage2:
             if np.may_share_memory(words, bitmap.words):
                 what = ("host_dirty", "saved", *(f"level {level}" for level in self._leaves.level))[number]
                 separate(words, bitmap.words, f"{name} and the Stage2's {what}", BitmapError)
-        self._apart = ref(bitmap.words)
+        if noted:
+            self._apart = ref(bitmap.words)

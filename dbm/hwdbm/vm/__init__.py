@@ -2,16 +2,16 @@
 
 from hwdbm.vm.memorymap import MemoryMap
 from hwdbm.vm.plain import PlainGuest
-from hwdbm.vm.source import Client, Durable, Exclusive, Pages, Provable, Source, client_of, memory_digest
+from hwdbm.vm.source import Client, Durable, Pages, Provable, Shareable, Source, client_of, memory_digest
 
 __all__ = [
     "Client",
     "Durable",
-    "Exclusive",
     "MemoryMap",
     "Pages",
     "PlainGuest",
     "Provable",
+    "Shareable",
     "Source",
     "client_of",
     "memory_digest",

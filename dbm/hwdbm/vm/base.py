@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from errno import ENOENT, ETIMEDOUT
-from threading import RLock, get_ident
+from threading import RLock
 from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.dirtylog import Lease, Loans, LogClient, Turn
+from hwdbm.dirtylog import ClientLease, Lease, Loans, LogClient
+from hwdbm.dirtylog.client import Clients, Epoch, Feed, Feeds
 from hwdbm.errors import BitmapError, ClosedError
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memory import digest
@@ -27,7 +28,7 @@ _LOOK = 0.02  # seconds between two looks at whether it has
 class SlotPages:
     """A slot's dirty pages as this side of a VM knows them, and where its leases are given back.
 
-    Those that a kernel knows beside them are brought by `_collect`.
+    Those that a kernel knows beside them are brought by `_collect`: once, for all clients of the slot.
 
     Parameters
     ----------
@@ -42,21 +43,27 @@ class SlotPages:
         The slot as it is.
     generation : int
         Another one when the log was switched off since.
+    feeds : Feeds
+        The clients beside the default one.
     """
 
     def __init__(self, slot: Memslot, lock: AbstractContextManager[Any]) -> None:
         self.slot, self.name, self.generation = slot, slot_name(slot.id), 0
-        self.loans = Loans()
+        self.loans, self.feeds = Loans(), Feeds()
         self._lock = lock
-        self._known = DirtyBitmap(slot.npages)
+        self._known = DirtyBitmap(slot.npages)  # the default client's
         self._any = False  # whether any page is known: to look at them takes as long as a kernel's log does
-        self._taking = False  # whether bits may be on their way from a log into a lease
+        self._taking = False  # whether bits may be on their way from a log into a lease or the clients' bitmaps
 
     def mark(self, first_page: int, npages: int) -> None:
         """Mark pages dirty."""
         with self._lock:
-            self._any = True  # first: what is marked must be looked at, also where an interrupt comes in between
-            self._known.set_range(first_page, npages)
+            self._sink().set_range(first_page, npages)
+
+    def _sink(self) -> DirtyBitmap:
+        """Return where pages are to be marked; the lock is held."""
+        self._any = True  # first: what is marked must be looked at, also where an interrupt comes in between
+        return self.feeds.sink(self._known)
 
     def put_back(self, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
         """Mark a lease's pages dirty, unless the log was switched off since."""
@@ -68,15 +75,21 @@ class SlotPages:
                 self._known.words[first_page >> 6 :] |= pages.words
             return True
 
+    def give_back(self, epoch: Epoch, pages: DirtyBitmap, first_page: int, generation: int) -> bool:
+        """Mark a client's lease's pages dirty for it, unless its epoch was broken off since."""
+        with self._lock:
+            return epoch.feed.give_back(epoch, pages, first_page, generation)
+
     def forget(self) -> None:
         """Mark no page dirty: the log was switched off."""
         with self._lock:
+            self.feeds.break_off("the slot's log was switched off")
             self.generation += 1
             self._known.clear()
             self._any = self._taking = False
 
-    def lend(self) -> Lease:
-        """Lend the dirty pages: they are clean now, and are recorded when they are written again.
+    def join(self, client: LogClient, broken: str = "") -> Feed:
+        """Feed a client from now on: what was written before is dirty for the others, and not for it.
 
         Raises
         ------
@@ -84,25 +97,60 @@ class SlotPages:
             ENOENT if the slot doesn't log.
         """
         with self._lock:
-            if not self.slot.logging:
-                raise OSError(ENOENT, f"{self.name} doesn't log")
-            self.loans.take_back(self.put_back)
-            if self._taking:  # an interrupt came when bits were in no log: any page may be dirty
-                self.mark(0, self.slot.npages)
-            self._taking = True
-            pages = DirtyBitmap(self.slot.npages)
-            try:
-                self._collect(pages.words)
-            except OSError:
-                self._taking = False
-                raise
+            self._harvest()
+            feed = Feed(self, client.name, self.slot.npages, broken)
+            self.feeds.join(feed)
+            return feed
+
+    def lend(self, feed: Feed | None = None) -> Lease:
+        """Lend the dirty pages of a client: they are clean now, and are recorded when they are written again.
+
+        Raises
+        ------
+        OSError
+            ENOENT if the slot doesn't log.
+        """
+        with self._lock:
+            pages = self._harvest(feed is None and not self.feeds)
+            loans = self.loans if feed is None else feed.loans
+            loans.take_back()
+            if feed is not None:
+                lease: Lease = ClientLease(Epoch(feed), pages)
+                np.copyto(pages.words, feed.bitmap.words)
+                feed.bitmap.clear()
+                feed.broken = ""  # it has all pages now; a rollback restores it
+                return lease
+            lease = Lease(self, pages, generation=self.generation)
             if self._any:
                 np.bitwise_or(pages.words, self._known.words, out=pages.words)
-                self._any = False
                 self._known.clear()
-            lease = Lease(self, pages, generation=self.generation)
+                self._any = False
             self._taking = False
             return lease
+
+    def _harvest(self, alone: bool = False) -> DirtyBitmap:
+        """Collect what is dirty, and pour it into the bitmaps of all clients, unless the default one is alone.
+
+        The lock is held. Alone, it is returned what was collected, and the lease is made while `_taking` says so.
+        """
+        if not self.slot.logging:
+            raise OSError(ENOENT, f"{self.name} doesn't log")
+        if self._taking:  # an interrupt came when bits were in no log: any page may be dirty
+            self._sink().set_range(0, self.slot.npages)
+        self._taking = True
+        pages = DirtyBitmap(self.slot.npages)
+        try:
+            self._collect(pages.words)
+        except OSError:
+            self._taking = False
+            raise
+        if not alone:
+            sink = self._sink().words
+            np.bitwise_or(sink, pages.words, out=sink)
+            self._taking = False
+            pages = DirtyBitmap(self.slot.npages)
+        self.feeds.pour(self._known, 0, self.slot.npages)
+        return pages
 
     def _collect(self, words: NDArray[np.uint64]) -> None:
         """Move what a kernel's log has to `words`, which are zero. An error means that nothing was moved."""
@@ -248,8 +296,7 @@ class LoggedVm(BaseVm):
     def __init__(self, page_size: int) -> None:
         super().__init__(page_size)
         self._lock = RLock()  # of the log, and of writes with their marks
-        self._turn = Turn(self._lock)
-        self._taker = 0  # the thread that takes for the client, which has the lock
+        self._clients = Clients()
         self._pages: dict[int, SlotPages] = {}
 
     def _add_slot(self, pages: SlotPages, memory: NDArray[np.uint8]) -> None:
@@ -279,33 +326,24 @@ class LoggedVm(BaseVm):
     # --- the log -------------------------------------------------------------------------------------------
 
     def start_log(self) -> None:
-        """Have writes to all slots recorded from now on. What was marked before is dirty still.
-
-        Raises
-        ------
-        OSError
-            EBUSY if the log is a client's.
-        """
+        """Have writes to all slots recorded from now on. What was marked before is dirty still."""
         self._check_open()
         with self._lock:
-            self._turn.check("start_log")
             self._switch(on=True)
 
     def stop_log(self) -> None:
         """Stop recording; what was recorded is forgotten, and leases of it are stale.
 
-        Raises
-        ------
-        OSError
-            EBUSY if the log is a client's.
+        The epochs of clients are broken: the next take of each, when the log is on again, says so.
         """
         self._check_open()
         with self._lock:
-            self._turn.check("stop_log")
             self._switch(on=False)
 
     def dirty(self, slot_id: int) -> Lease:
         """Lend a slot's dirty pages: they are clean then, and are recorded when they are written again.
+
+        This is the default client. Others (`client`) see what it takes all the same.
 
         Returns
         -------
@@ -315,53 +353,61 @@ class LoggedVm(BaseVm):
         Raises
         ------
         OSError
-            ENOENT if there is no such slot or it doesn't log, EBUSY if the log is a client's.
+            ENOENT if there is no such slot or it doesn't log; what a vCPU failed with.
         """
         pages = self._slot(slot_id)
-        with self._lock:
-            if self._taker != get_ident():
-                self._turn.check("dirty")
-            return pages.lend()
+        self._check_log()
+        return pages.lend()
 
     def client(self, name: str) -> LogClient:
-        """Give the log, which has been started, to one consumer until that is closed.
+        """Return a new consumer of the log, which has been started, with a bitmap and an epoch a slot of its own.
 
-        As long as it is open, `dirty`, `start_log`, `stop_log` and another `client` are refused with EBUSY.
+        What was written before is dirty for the clients that there were, `dirty` among them, and not for the new one.
 
         Parameters
         ----------
         name : str
-            The name that refused callers are told.
+            Its name.
 
         Returns
         -------
         LogClient
-            Its ``take(slot)`` is `dirty`.
+            Its ``take(slot)`` lends the pages written in its epoch, which the lease's ``commit()`` ends.
 
         Raises
         ------
         OSError
-            EBUSY if there is a client, ENOENT if the log isn't on.
+            EBUSY if there is a client of this name, ENOENT if the log isn't on; what a vCPU failed with.
+        TypeError, ValueError
+            If the name is no text, or empty.
 
         Examples
         --------
         >>> from hwdbm.vm import PlainGuest
         >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
         >>> guest.start_log()
-        >>> with guest.client("backup") as client:
+        >>> with guest.client("backup") as backup, guest.client("statistics") as statistics:
         ...     guest.write(0x4000_3000, b"a")
-        ...     with client.take(0) as lease:
-        ...         print(lease.bitmap.pages())
+        ...     for client in (backup, statistics):
+        ...         with client.take(0) as lease:
+        ...             print(lease.bitmap.pages())
+        [3]
         [3]
         """
         self._check_open()
-        with self._lock:
-            client = self._turn.client(name, self._take)
-            off = [pages.name for pages in self._pages.values() if not pages.slot.logging]
-            if off:
-                client.close()
-                raise OSError(ENOENT, f"a client {name!r}: {off[0]} doesn't log; start_log comes first")
-            return client
+        self._check_log()
+        off = [pages.name for pages in self._pages.values() if not pages.slot.logging]
+        if off:
+            raise OSError(ENOENT, f"a client {name!r}: {off[0]} doesn't log; start_log comes first")
+        client = self._clients.add(name, self._take)
+        try:
+            with self._lock:
+                for slot_id, pages in self._pages.items():
+                    client.feeds[slot_id] = pages.join(client)
+        except BaseException:
+            client.close()
+            raise
+        return client
 
     def mark_imported(self, slot_id: int, first_page: int, npages: int) -> None:
         """Mark pages, counted from the slot's first, that a migration wrote: they are dirty, in a log to come too.
@@ -379,14 +425,20 @@ class LoggedVm(BaseVm):
             raise BitmapError(f"pages {first}..{first + count - 1} are not inside {pages.name}'s {pages.slot.npages}")
         pages.mark(first, count)
 
-    def _take(self, slot_id: int) -> Lease:
-        """Do what `dirty` does, also where a subclass has another one, for the client."""
+    def _take(self, client: LogClient, slot_id: int) -> ClientLease:
+        pages = self._slot(slot_id)
+        self._check_log()
         with self._lock:
-            self._taker = get_ident()
-            try:
-                return self.dirty(slot_id)
-            finally:
-                self._taker = 0
+            feed = client.feeds.get(slot_id)
+            if feed is None or feed.slot is not pages:
+                late = "was made after the client" if feed is None else "was deleted and made again"
+                feed = client.feeds[slot_id] = pages.join(client, f"the slot {late}")
+            lease = pages.lend(feed)
+            assert isinstance(lease, ClientLease)  # noqa: S101 - a feed's is
+            return lease
+
+    def _check_log(self) -> None:
+        """Raise what keeps the log from being taken."""
 
     def _switch(self, *, on: bool) -> None:
         """Switch all slots' logs."""

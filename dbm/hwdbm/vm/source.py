@@ -1,7 +1,8 @@
 """The interface that migration and snapshots need of a VM, and no more of it.
 
-Every VM is a `Source`. What it may be beyond that has a protocol of its own: `Exclusive` if its log can be given to one
-consumer, `Provable` if its guest can be asked how it does, `Durable` if its memory is a file in the end.
+Every VM is a `Source`. What it may be beyond that has a protocol of its own: `Shareable` if its log has clients that
+don't take each other's pages, `Provable` if its guest can be asked how it does, `Durable` if its memory is a file in
+the end.
 """
 
 from collections.abc import Iterator
@@ -30,21 +31,21 @@ class Pages(Protocol):
 
 
 class Client(Protocol):
-    """The only consumer of a VM's log, until it is closed."""
+    """A consumer of a VM's log, until it is closed."""
 
     def take(self, slot: int) -> Pages:
         """Collect the pages of a slot dirtied since the last time, and clean them: as `Source.dirty` does."""
 
     def close(self) -> None:
-        """Let others use the log again."""
+        """Take no more."""
 
 
 @runtime_checkable
 class Source(Protocol):
     """A VM that can be migrated, or that a migration can arrive in.
 
-    A log has one consumer at a time. A VM should be `Exclusive`, so that a migration can make sure of that; for a
-    VM that isn't, the caller must.
+    What `dirty` takes nobody else sees. A VM should be `Shareable`, so that a migration has pages of its own; for a VM
+    that isn't, the caller makes sure that nobody else calls `dirty` meanwhile.
 
     The source of a migration may be written to while its pages are read, by threads of its own. A write is in the
     memory, and dirty in the log, before the `dirty` that follows it returns.
@@ -100,19 +101,20 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Exclusive(Protocol):
-    """A VM whose log can be given to one consumer."""
+class Shareable(Protocol):
+    """A VM whose log has clients, each with a bitmap and an epoch a slot of its own."""
 
     def client(self, name: str) -> Client:
-        """Give the log, which has been started, to one consumer until that is closed.
+        """Return a new consumer of the log, which has been started: what it takes, others see all the same.
 
-        As long as it is open, `dirty`, `start_log`, `stop_log` and another `client` are refused with EBUSY and the
-        text names the client; nothing changes then.
+        Its first `take` has the pages written since it was made. A slot that was changed since, so that what was copied
+        of it says nothing any more, has all of its pages dirty then, and the lease says why in `broken`, a text that is
+        empty else.
 
         Raises
         ------
         OSError
-            EBUSY if there is a client, ENOENT if the log isn't on.
+            EBUSY if there is a client of this name, ENOENT if the log isn't on.
         """
 
 
@@ -146,7 +148,7 @@ class Provable(Protocol):
 
 @contextmanager
 def client_of(source: Source, name: str) -> Iterator[Client]:
-    """Be the consumer of a log that has been started: the only one if the VM is `Exclusive`.
+    """Be a consumer of a log that has been started: a client of it if the VM is `Shareable`, else by `dirty`.
 
     Yields
     ------
@@ -156,20 +158,20 @@ def client_of(source: Source, name: str) -> Iterator[Client]:
     Raises
     ------
     OSError
-        As `Exclusive.client` has them.
+        As `Shareable.client` has them.
     """
     instance(name, str, "name")
     if not callable(getattr(source, "dirty", None)):
         raise TypeError(f"source is a VM with a log, not {source!r:.60}")
-    client = source.client(name) if isinstance(source, Exclusive) else _Shared(source)
+    client = source.client(name) if isinstance(source, Shareable) else _Alone(source)
     try:
         yield client
     finally:
         client.close()
 
 
-class _Shared:
-    """A consumer that isn't alone: the VM can't see to it."""
+class _Alone:
+    """A consumer that must be the only one: the VM can't see to it."""
 
     def __init__(self, source: Source) -> None:
         self.take, self.close = source.dirty, lambda: None
