@@ -313,10 +313,58 @@ def test_any_range(case: tuple[Pages, Pages, int], data: st.DataObject) -> None:
     inside = set(range(first, first + count))
     bitmap = make(DirtyBitmap, pages, npages)
     assert pages_of(bitmap.part(first, count)) == {page - first for page in pages & inside}
+    assert bitmap.count(first, count) == len(pages & inside)
     bitmap.set_range(first, count)
     assert pages_of(bitmap) == pages | inside
     bitmap.set_range(first, count, False)
     assert pages_of(bitmap) == pages - inside
+
+
+@given(sets(), st.integers(12, 21), st.integers(12, 21))
+def test_a_rescaled_bitmap_has_every_dirty_byte(case: tuple[Pages, Pages, int], shift: int, to: int) -> None:
+    """And a page is dirty only if a byte of it was: but for the end of the last, which may reach beyond."""
+    pages, _, npages = case
+    size, other = 1 << shift, 1 << to
+    found = make(DirtyBitmap, pages, npages).rescale(size, other)
+    assert found.npages == -(-npages * size // other)
+    want = {at // other for page in pages for at in range(page * size, (page + 1) * size, min(size, other))}
+    assert pages_of(found) == want
+    back = found.rescale(other, size)
+    assert pages <= {page for page in pages_of(back) if page < npages}
+
+
+@pytest.mark.parametrize("sizes", [(0, 4096), (4096, 0), (4096, 12288), (-4096, 4096), (4096, 1 << 63), (1, 1 << 64)])
+def test_a_page_has_a_power_of_two(sizes: tuple[int, int]) -> None:
+    with pytest.raises(BitmapError, match="a power of two below"):
+        DirtyBitmap(8).rescale(*sizes)
+
+
+def test_so_many_pages_no_bitmap_has() -> None:
+    with pytest.raises(BitmapError, match="more than a bitmap has"):
+        DirtyBitmap(1 << 20).rescale(1 << 62, 1)
+
+
+@pytest.mark.parametrize("npages", SIZES[:-1])
+def test_a_file(npages: int, tmp_path) -> None:
+    bitmap = make(DirtyBitmap, some(npages, 0.3), npages)
+    bitmap.save(tmp_path / "words")
+    assert (tmp_path / "words").read_bytes() == bitmap.to_bytes()
+    assert DirtyBitmap.load(tmp_path / "words", npages) == bitmap
+    assert DirtyBitmap.load(tmp_path / "words").pages().tolist() == bitmap.pages().tolist()
+    (tmp_path / "words").write_bytes(bitmap.to_bytes() + b"1")
+    for wrong in (None, npages, npages + 64):
+        with pytest.raises(BitmapError, match="words has"):
+            DirtyBitmap.load(tmp_path / "words", wrong)
+    if npages % 64:
+        (tmp_path / "words").write_bytes(b"\xff" * len(bitmap.to_bytes()))
+        with pytest.raises(BitmapError, match="words: bits at or beyond"):
+            DirtyBitmap.load(tmp_path / "words", npages)
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, 101), (100, 1), (50, -1)])
+def test_a_count_is_inside(first: int, count: int) -> None:
+    with pytest.raises(BitmapError, match="are not inside of the 100"):
+        DirtyBitmap(100).count(first, count)
 
 
 # --- what others make of it ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Little-endian 64-bit words; bit 0 of word 0 is the slot's first page; ``ceil(npa
 beyond `npages` are zero (``KVM_GET_DIRTY_LOG``, Documentation/virt/kvm/api.rst 4.8).
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -13,7 +14,9 @@ from bitarray import bitarray
 from numpy.typing import ArrayLike, NDArray
 
 from hwdbm.check import flag, integer, integers, octets, zeros
+from hwdbm.check import path as checked_path
 from hwdbm.errors import BitmapError
+from hwdbm.files import open_regular, write
 
 __all__ = ["DirtyBitmap", "word_count"]
 
@@ -208,6 +211,53 @@ class DirtyBitmap:
         """Return the words in KVM's layout: ``8 * ceil(npages / 64)`` bytes."""
         return self.words.astype("<u8", copy=False).tobytes()
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], npages: int | None = None) -> Self:
+        """Return the bitmap that a file holds, in KVM's layout.
+
+        Parameters
+        ----------
+        path : path-like
+            The file.
+        npages : int, optional
+            Pages that the bitmap stands for; by default 64 for each word, since the file doesn't say it.
+
+        Raises
+        ------
+        BitmapError
+            If the size differs or a tail bit is set; the text names the file.
+        OSError
+            If it can't be read.
+        """
+        path = checked_path(path, "path")
+        if npages is not None:
+            npages = integer(npages, "npages", 0, _MOST, BitmapError)
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            wanted = size if npages is None else 8 * word_count(npages)
+            if size != wanted or size % 8:
+                raise BitmapError(
+                    f"{path} has {size} bytes, no whole words"
+                    if npages is None
+                    else f"{path} has {size} bytes, and a bitmap of {npages} pages has {wanted}"
+                )
+            file.seek(0)
+            raw = file.read(wanted)
+        try:
+            return cls.from_bytes(raw, wanted * 8 if npages is None else npages)
+        except BitmapError as error:
+            raise BitmapError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the words to a file in KVM's layout, which appears when it is whole.
+
+        Raises
+        ------
+        OSError
+            If it can't be written. What was there is there still.
+        """
+        write(checked_path(path, "path"), self.to_bytes())
+
     @property
     def bits(self) -> bitarray:
         """The words as a little-endian `bitarray.bitarray` that shares their memory; the tail is in it too."""
@@ -254,6 +304,34 @@ class DirtyBitmap:
             int(np.bitwise_count(self.words[i : i + _CHUNK]).sum(dtype=np.int64))
             for i in range(0, self.words.size, _CHUNK)
         )
+
+    def count(self, first: int, npages: int) -> int:
+        """Return how many of `npages` pages from `first` are dirty. Equal to ``part(first, npages).weight()``.
+
+        Raises
+        ------
+        BitmapError
+            If the range isn't inside of the bitmap.
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_pages([1, 63, 64, 99], 100).count(60, 30)
+        2
+        """
+        first, npages = integer(first, "first", None), integer(npages, "npages", None)
+        stop = first + npages
+        if first < 0 or npages < 0 or stop > self.npages:
+            raise BitmapError(f"pages {first}..{stop - 1} are not inside of the {self.npages}")
+        if npages == 0:
+            return 0
+        head, last = first >> 6, stop - 1 >> 6
+        below = int(self.words[head]) & ((1 << (first & 63)) - 1)
+        above = int(self.words[last]) >> ((stop - 1 & 63) + 1)
+        whole = sum(
+            int(np.bitwise_count(self.words[i : min(i + _CHUNK, last + 1)]).sum(dtype=np.int64))
+            for i in range(head, last + 1, _CHUNK)
+        )
+        return whole - below.bit_count() - above.bit_count()
 
     def pages(self) -> NDArray[np.int64]:
         """Return the dirty pages in order, as an int64 array: 8 bytes a dirty page, so ask when there are few."""
@@ -472,6 +550,37 @@ class DirtyBitmap:
             target = coarse.words[start : start + step]
             target[:] = np.packbits(octets.reshape(-1, factor).any(axis=1), bitorder="little").view(np.uint64)
         return coarse
+
+    def rescale(self, page_size: int, to: int) -> Self:
+        """Return the bitmap of pages of another size, in which every byte that was dirty is dirty still.
+
+        Parameters
+        ----------
+        page_size : int
+            Bytes of a page of this bitmap: a power of two.
+        to : int
+            Bytes of a page of the new one: a power of two. Pages that are larger are dirty if any part of them is, the
+            last one may cover less; of one that is larger than the new ones each part is dirty.
+
+        Raises
+        ------
+        BitmapError
+            If one of the sizes is no power of two, or a bitmap hasn't so many pages.
+
+        Examples
+        --------
+        >>> DirtyBitmap.from_pages([1], 2).rescale(65536, 4096).ranges().tolist()
+        [[16, 16]]
+        >>> DirtyBitmap.from_pages([17], 40).rescale(4096, 65536)
+        <DirtyBitmap: 1 of 3 pages dirty>
+        """
+        page_size, to = integer(page_size, "page_size", None), integer(to, "to", None)
+        for size in (page_size, to):
+            if size < 1 or size & size - 1 or size >> 63:
+                raise BitmapError(f"a page's size is a power of two below 2^63, not {size}")
+        if to == page_size:
+            return self.copy()
+        return self.coarsen(to // page_size) if to > page_size else self.refine(page_size // to)
 
 
 def _ends(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -36,6 +36,7 @@ VALUES = {
     "NAME[,OPTION=NUMBER]...": "[a workload](workloads.md)",
     "HOST:PORT": "as in `localhost:4444` or `[::1]:4444`",
     "HOST:PORT|unix:PATH": "as in `localhost:4444`, `[::1]:4444` or `unix:/run/guest`",
+    "ID:FILE": "a number and a file, as in `0:slot0.bitmap`",
     "KIND": "a word of the list",
     "MODULE:PROTOCOL": "a Python module, and a name in it",
     "DIR": "a folder",

@@ -46,7 +46,10 @@ def test_wrong_usage(run, args, why) -> None:
 
 
 COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["races"], ["doctor"], ["completion"]]
-COMMANDS += [["snapshot"], ["snapshot", "rebase"]]
+COMMANDS += [
+    ["snapshot"],
+    *(["snapshot", verb] for verb in ["save", "diff", "list", "check", "rebase", "restore", "prune"]),
+]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["harvest", "--help"], ["inspect", "-h"]])

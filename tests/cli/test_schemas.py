@@ -133,7 +133,22 @@ def test_rebase(run, tmp_path: Path) -> None:
         machine.vcpus[0].store(np.array([4096]), np.array([1], dtype=np.uint64))
         write_diff(machine, tmp_path / "diff")
     base, diff = tmp_path / "base", tmp_path / "diff"
-    check("snapshot-rebase", run("snapshot", "rebase", base, diff, "--json").out)
+    lone = run("snapshot", "rebase", base, diff, "--json").out
+    chain, ram = tmp_path / "chain", ["--ram-base", "0"]
+    full = run("snapshot", "save", chain, base, *ram, "--json").out
+    base.write_bytes(bytes(1 << 20))
+    check("snapshot-diff", run("snapshot", "diff", chain, base, *ram, "--json").out)
+    check("snapshot-list", run("snapshot", "list", chain, "--json").out)
+    how = ["--source", "machine", "--memory", "1M", "--every", "1", "--count", "1", "--json"]
+    moved = {"migration": {"status": "failed", "total-time": 1, "downtime": 2, "sha256": "", "error": ""}}
+    guest = json.loads(run("snapshot", "save", tmp_path / "guest", *how).out)
+    check("snapshot-save", full, json.dumps(guest | moved))
+    out = ["--output", tmp_path / "out", "--state", tmp_path / "state", "--source", "machine", "--seconds", "0"]
+    check("snapshot-restore", run("snapshot", "restore", tmp_path / "guest", *out, "--json").out)
+    next(chain.glob("000000-*.mem")).unlink()
+    check("snapshot-check", run("snapshot", "check", chain, "--json").out)
+    check("snapshot-rebase", lone, run("snapshot", "rebase", tmp_path / "guest", "--json").out)
+    check("snapshot-prune", run("snapshot", "prune", tmp_path / "guest", "--keep", "1", "--json").out)
 
 
 def test_races(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ def _snapshot(name: str) -> Any:
 
     group = _typer(name=name, help=_TASK[name].summary, no_args_is_help=True)
     group.callback()(lambda: None)
-    group.command(cls=_Command, epilog=snapshot.EPILOG, context_settings=_HELP)(snapshot.rebase)
+    for verb, (function, epilog) in snapshot.COMMANDS.items():
+        group.command(verb, cls=_Command, epilog=epilog, context_settings=_HELP)(function)
     return typer.main.get_command(group)
 
 
@@ -115,7 +116,7 @@ TASKS: dict[str, dict[str, Entry]] = {
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
     },
     "Keep a VM in files": {
-        "snapshot": Entry("Files of guest memory, and differences between them.", _snapshot),
+        "snapshot": Entry("Keep, check, merge and restore chains of snapshots of guest memory.", _snapshot),
     },
     "Be sure of it": {
         "races": Entry("Explore every order in which vCPUs, harvests and failures can interleave."),

@@ -606,6 +606,42 @@ def _connect(receiver: subprocess.Popen[bytes], path: Path, cancel: threading.Ev
 
 
 @contextmanager
+def beside(
+    vm: Machine | KvmVm | ArmVm,
+    options_: list[str],
+    cancel: threading.Event,
+    done: Callable[[dict[str, object]], None],
+) -> Iterator[None]:
+    """Migrate a VM that runs to another process, in a thread, while the block does something else with it.
+
+    `done` is told what became of it, by the thread, and the block's end waits for that.
+    """
+    with _switching_often(), _connected(None, None, options_, insecure=False, cancel=cancel) as channel:
+        precopy = Precopy(vm, channel, Settings(), cancel=cancel)
+
+        def move() -> None:
+            try:
+                _run(precopy)
+            finally:
+                report = precopy.report
+                told: dict[str, object] = {"status": report.status, "total-time": round(report.total_time * 1e3, 3)}
+                if report.downtime is not None:
+                    told["downtime"] = round(report.downtime * 1e3, 3)
+                if report.source_sha256:
+                    told["sha256"] = report.source_sha256
+                if precopy.failure is not None:
+                    told["error"] = str(precopy.failure)
+                done(told)
+
+        thread = threading.Thread(target=move, name="hwdbm-migration")
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+
+
+@contextmanager
 def _switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH)

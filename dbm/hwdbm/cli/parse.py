@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from math import inf, nan
 from pathlib import Path
@@ -38,6 +39,41 @@ def image(text: str) -> Path:
         If the path is empty, or there is no such example.
     """
     return example.find(text) or path(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """A file that belongs to a slot.
+
+    Parameters
+    ----------
+    slot : int
+        The slot's id.
+    path : Path
+        The file.
+    """
+
+    slot: int
+    path: Path
+
+
+def numbered_path(text: str) -> Numbered:
+    """Return what ``ID:FILE`` names.
+
+    Raises
+    ------
+    ValueError
+        If it isn't of that form.
+
+    Examples
+    --------
+    >>> numbered_path("0:dirty/slot0.bitmap")
+    Numbered(slot=0, path=PosixPath('dirty/slot0.bitmap'))
+    """
+    number, colon, file = text.partition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,10}", number):
+        raise ValueError(f"{text!r} is not ID:FILE, as in 0:slot0.bitmap")
+    return Numbered(int(number), path(file))
 
 
 def choice(kinds: type[Kind]) -> Callable[[str], Kind]:

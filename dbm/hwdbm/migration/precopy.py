@@ -35,6 +35,7 @@ from hwdbm.migration.sender import Limiter, PageSender
 from hwdbm.migration.staging import SocketStaging, staging
 from hwdbm.migration.wire import ACK, PASS, PROVING, READY, RUNNING, SHARING, VERIFIED, Hello, Kind
 from hwdbm.vm import Client, MemoryMap, Pages, Provable, Source, client_of
+from hwdbm.vm.still import turn_of
 
 _TELL = 0.1  # seconds between two calls of on_progress
 _POPULATE = 128 << 20  # bytes a second that a destination gets its memory ready at, or faster
@@ -192,7 +193,9 @@ class Precopy:
         while True:
             began, pages = self._collected, self._collect()
             one = self._begin(pages, began)
-            if self._source.running and not self._enough(one):
+            with turn_of(self._source):  # one who has it paused for a moment, for a snapshot, has no say
+                running = self._source.running
+            if running and not self._enough(one):
                 self._slow_down(one, self.report.passes[-2])
                 self._send(one, pages, last=False)
                 continue
@@ -207,7 +210,8 @@ class Precopy:
     def _pause(self) -> None:
         # Set first: whatever happens meanwhile, `_undo` sees that the guest has to go on.
         self._paused = time.perf_counter()
-        self._source.pause()
+        with turn_of(self._source):
+            self._source.pause()
         self.report.status = "device"
 
     def _send_all(self) -> None:
@@ -353,7 +357,8 @@ class Precopy:
         if paused > limit + self._channel.timeout + 2 * (one.expected_downtime or 0):
             raise StreamError(f"the last pass isn't over after {paused:.1f} s")
         if self._ran and self._settings.on_limit != "pause" and paused > limit + max(limit, _OVERTIME):
-            self._source.resume()
+            with turn_of(self._source):
+                self._source.resume()
             one.paused = paused
             self._paused, self.report.status, self.report.converged = None, "active", False
 

@@ -292,7 +292,7 @@ class Chain:
             return tuple(self._read(folder).values())
 
     def find(self, which: str | None = None) -> Snapshot:
-        """Return a snapshot by its name, or by the first digits of its id; by default the newest.
+        """Return a snapshot by the first digits of its name or of its id; by default the newest.
 
         Raises
         ------
@@ -379,8 +379,8 @@ class Chain:
         Returns
         -------
         Snapshot
-            The one that was restored; each of its layers was compared with its digest, and all of them with that of the
-            whole memory if there is one.
+            The one that was restored, with the digest of its memory. Each of its layers was compared with its own
+            digest, and the whole with that of the manifest if there is one.
 
         Raises
         ------
@@ -405,21 +405,21 @@ class Chain:
             layers = self._open(folder, self._path(known, snapshot), stack)
             for layer in layers:
                 layer.verify()
-            if isinstance(target, Source):
+            if not isinstance(target, Source):
+                file = stack.enter_context(NewFile(target))
+                if file.path.resolve().parent == self.folder.resolve() and _is_ours(file.path.name):
+                    raise SnapshotError(f"{file.path} would be taken for a part of the chain: choose another name")
+                digest = self._write_whole(file, layers)
+            else:
                 memory = [target.memory(slot.id) for slot in snapshot.layout.slots]
 
                 def use(slot: int, start: int, part: Bytes) -> None:
                     memory[slot][start : start + part.size] = part
 
-                self._assemble(layers, use)
+                digest = self._assemble(layers, use)
                 if state is not None:
                     target.set_state(state)
-            else:
-                file = stack.enter_context(NewFile(target))
-                self._write_whole(file, layers)
-                if file.path.resolve().parent == self.folder.resolve() and _is_ours(file.path.name):
-                    raise SnapshotError(f"{file.path} would be taken for a part of the chain: choose another name")
-            return snapshot
+            return replace(snapshot, digest=digest)
 
     # --- changing ------------------------------------------------------------------------------------------
 
@@ -627,7 +627,10 @@ class Chain:
                 raise SnapshotError(f"{self.folder}: there is no snapshot in it")
             return list(known.values())[-1]
         check.instance(which, str, "which")
-        found = [each for each in known.values() if which and (each.name == which or each.id.startswith(which))]
+        exact = [each for each in known.values() if which in (each.name, each.id)]
+        found = exact or [
+            each for each in known.values() if which and (each.name.startswith(which) or each.id.startswith(which))
+        ]
         if len(found) != 1:
             raise SnapshotError(f"{self.folder}: {len(found) or 'no'} snapshots are called {which!r:.60}")
         return found[0]

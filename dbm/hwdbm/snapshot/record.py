@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from errno import ENOENT
 from types import TracebackType
 from typing import Self
@@ -13,6 +12,7 @@ from hwdbm.errors import StaleLeaseError
 from hwdbm.snapshot.chain import Chain, Draft, all_pages
 from hwdbm.snapshot.manifest import Snapshot
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
+from hwdbm.vm.still import still
 
 
 class Recorder:
@@ -109,7 +109,7 @@ class Recorder:
             layout = MemoryMap.of(source)
             draft = Draft(self.chain, folder, parent, layout)
             try:
-                with _still(source):
+                with still(source):
                     began = time.perf_counter()
                     when = time.time_ns() // 1_000_000
                     lent.extend(client.take(slot.id) for slot in layout.slots)
@@ -174,15 +174,3 @@ def _mechanism(source: Source) -> str:
     """Return how the VM's log learns of writes, as far as it says so."""
     log = getattr(source, "log", None)
     return str(getattr(log, "mechanism", None) or "dirty log")[:200]
-
-
-@contextmanager
-def _still(source: Source) -> Iterator[None]:
-    """Have a VM stand still, and go on if it ran."""
-    ran = source.running
-    source.pause()
-    try:
-        yield
-    finally:
-        if ran:
-            source.resume()
