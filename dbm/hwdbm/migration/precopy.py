@@ -514,11 +514,12 @@ class Precopy:
 
     def _let_go_on(self, error: BaseException) -> None:
         self._source.throttle(0)
-        if self._ran and not self._gone and not self._source.running:
-            try:
-                self._source.resume()
-            except OSError as stuck:  # a vCPU that died, say: why the migration failed is the news still
-                error.add_note(f"and the source doesn't run: {stuck}")
+        with turn_of(self._source):
+            if self._ran and not self._gone and not self._source.running:
+                try:
+                    self._source.resume()
+                except OSError as stuck:  # a vCPU that died, say: why the migration failed is the news still
+                    error.add_note(f"and the source doesn't run: {stuck}")
 
 
 def kind_of(vm: Source) -> str:
