@@ -189,6 +189,35 @@ def test_structure_changes_the_same_in_place(g, seed, tmp_path):
     assert not free & used
 
 
+def test_a_block_of_the_largest_size_gives_all_tables_below_it_back(tmp_path):
+    """In a slot that begins and ends inside of other such blocks, whose tables stay."""
+    g = Geometry(12, 1, 36)
+    tables, size = Tables(g, junk=False), 1 << 18
+    around = [size - 1, 2 * size + 3]
+    for page in around:
+        tables.leaf(page << 12, 3, 1 << 51 | 1 << 7)
+    before = set(tables.data)
+    for page in (size, size + 513, 2 * size - 1):
+        tables.leaf(page << 12, 3, 1 << 51 | 1 << 7)
+    tables.leaf(size + 1024 << 12, 2, 1 << 51 | 1 << 7)
+    below = set(tables.data) - before
+    free = set()
+    both = Both(
+        tables, size - 512, size + 1024, tmp_path / "ram",
+        tables=lambda: free.pop() if free else None, free=free.add, flush=lambda: None,
+    )  # fmt: skip
+    for s2 in (both.placed, both.flat):
+        s2.map(size, size, 0, level=1, dbm=True)
+        assert s2.saved.bitmap.weight() == 3 + 512
+        assert s2.scan(pte.dirty).pages().tolist() == [page - (size - 512) for page in around]
+    assert free == below
+    assert len(below) == 4
+    for s2 in (both.placed, both.flat):
+        s2.map(size + 5, 1, 7, dbm=True)
+    both.check()
+    assert len(free) == 2
+
+
 def test_a_machine_with_holes_between_its_tables(tmp_path):
     """What lies between two tables, as far apart in RAM as in the slot, may look like descriptors, and isn't."""
     for kernels in KERNELS:

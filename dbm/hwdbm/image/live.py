@@ -625,13 +625,12 @@ class _LiveLeaves(Leaves):
         self.exchange(level, index, tables, record)
 
     def _drop_tables(self, level: int, index: Index, record: Record) -> None:
-        """Unlink the tables, which are empty, under entries that are to be blocks."""
+        """Unlink the tables, which are empty, under entries that are to be blocks: all of such an entry is the slot's."""
         if level == 3:
             return
         index = index[pte.table(level)(self.read(level, index))]
         if level + 1 < 3:
-            below = self._rows(level, index).ravel()
-            self._drop_tables(level + 1, below[(below >= 0) & (below < self.layout.count(level + 1))], record)
+            self._drop_tables(level + 1, self._rows(level, index).ravel(), record)
         self.exchange_back(level, index, np.zeros(index.size, dtype=np.uint64), record)
         self._room.give([self.tables[level + 1].drop(self.layout.first_child(level, i)) for i in index.tolist()])
 
