@@ -625,7 +625,7 @@ class _LiveLeaves(Leaves):
         self.exchange(level, index, tables, record)
 
     def _drop_tables(self, level: int, index: Index, record: Record) -> None:
-        """Unlink the tables, which are empty, under entries that are to be blocks: all of such an entry is the slot's."""
+        """Unlink the empty tables under entries that are to be blocks: all of such an entry is the slot's."""
         if level == 3:
             return
         index = index[pte.table(level)(self.read(level, index))]
