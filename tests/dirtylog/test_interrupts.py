@@ -225,7 +225,7 @@ def test_signals_at_random(kernels, hw, manual, step, workers):
     guest = Guest(hw, manual, step, workers, seed=1)
     came, verbs = 0, guest.warm()
     with interrupts() as call:
-        for turn in range(60 * EFFORT):
+        for turn in range(25 * EFFORT):
             for _ in range(4):
                 guest.writes(3)
                 verb = guest.choose.choice(verbs)
@@ -239,7 +239,7 @@ def test_signals_and_flushes_that_fail(kernels):
     guest = Guest(hw=True, manual=False, step=None, workers=1, seed=2)
     verbs = guest.warm()
     with interrupts() as call:
-        for _ in range(100 * EFFORT):
+        for _ in range(40 * EFFORT):
             guest.fails = True
             for _ in range(3):
                 try:
@@ -282,7 +282,7 @@ def test_signals_in_the_machine(hw):
         ]  # fmt: skip
         for verb in verbs * 2:
             verb()
-        for _ in range(120 * EFFORT):
+        for _ in range(60 * EFFORT):
             for _ in range(4):
                 store()
                 call(choose.choice(verbs), choose.expovariate(1 / 3e-4) + 1e-6)
@@ -296,7 +296,7 @@ def test_a_bitmap_that_arrived_is_all_there_is_of_it():
     """GET without a lease: the pages are the caller's, or the log's still."""
     log = make(200)
     with interrupts() as call:
-        for turn in range(300 * EFFORT):
+        for turn in range(150 * EFFORT):
             log.mark_dirty(0, 7)
             got = []
 

@@ -7,7 +7,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from logmachine import BlockMachine, LogMachine
 
 LONG = settings(
-    max_examples=60 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

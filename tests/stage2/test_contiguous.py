@@ -42,7 +42,7 @@ def runs(draw, granule=Granule.K4, most=1600):
 
 @pytest.mark.parametrize("verb", [*RANGE_VERBS, *WHOLE_VERBS, "clean", "enable_dbm in a mask", "parts"])
 def test_verb_equals_the_walkers(kernels, verb):
-    @settings(max_examples=25 * EFFORT)
+    @settings(max_examples=10 * EFFORT)
     @given(runs(), st.data())
     def check(s2, data):
         if verb in WHOLE_VERBS:
@@ -70,7 +70,7 @@ def test_verb_equals_the_walkers(kernels, verb):
 @pytest.mark.parametrize("granule", [Granule.K16, Granule.K64], ids=str)
 @pytest.mark.parametrize("verb", ["harvest", "dirty", "unmap"])
 def test_other_granules(granule, verb):
-    @settings(max_examples=5 * EFFORT)
+    @settings(max_examples=3 * EFFORT)
     @given(runs(granule, 9000), st.integers(0, 9000))
     def check(s2, first):
         first = min(first, s2.npages)

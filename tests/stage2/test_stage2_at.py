@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ from hwdbm import DirtyBitmap, Granule, Stage2, pte, walker
 from hwdbm.errors import BitmapError, GfnError
 from hwdbm.testing import differences, stage2s
 
-FEW = settings(max_examples=60)
+FEW = settings(max_examples=25 * EFFORT)
 PLACES = st.lists(st.integers(0, 1 << 16), max_size=30)
 
 

@@ -148,7 +148,7 @@ class Hardware:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_hardware_sets_between_two_descriptors_is_kept(name):
-    @settings(max_examples=25 * EFFORT)
+    @settings(max_examples=10 * EFFORT)
     @given(s2=stage2s(most=1300), seed=st.integers(0, 999))
     def check(s2, seed):
         check_verb(s2, name, seed)
@@ -336,7 +336,7 @@ def test_a_signal_handler_that_raises_loses_nothing(kernels, name):
         CALLS[name](s2, DirtyBitmap(s2.npages), DirtyBitmap(s2.npages))
         takes = time.perf_counter() - start
     struck = rounds = 0
-    while rounds < 40 * EFFORT or (not struck and rounds < 4000):  # a short verb is seldom struck
+    while rounds < 20 * EFFORT or (not struck and rounds < 4000):  # a short verb is seldom struck
         struck += check_a_strike(rng, name, interrupted(max(1e-6, rng.random() * takes)))
         rounds += 1
     assert struck
@@ -347,7 +347,7 @@ def test_an_exception_wherever_a_handler_may_run(kernels, name):
     rng, count = np.random.default_rng(len(name)), Strike()
     check_a_strike(rng, name, count)
     places = np.arange(1, count.seen + 1)
-    for at in rng.permutation(places)[: 20 * EFFORT].tolist():
+    for at in rng.permutation(places)[: 10 * EFFORT].tolist():
         assert check_a_strike(rng, name, Strike(at)) or at > count.seen * 0.8, "no longer the same way"
 
 
@@ -377,7 +377,7 @@ def test_saved_keeps_what_its_sinks_do_not_have(verb):
 def test_equal_to_the_walkers_in_steps():
     """The stepped kernel, where nothing steps in, does what the others do."""
 
-    @settings(max_examples=20)
+    @settings(max_examples=10 * EFFORT)
     @given(s2=stage2s(most=900), name=st.sampled_from(list(CALLS)))
     def check(s2, name):
         twin = s2.copy()

@@ -11,7 +11,7 @@ from hwdbm.errors import BitmapError
 from hwdbm.stage2.leaves import Record
 from hwdbm.testing import Stage2Machine
 
-LONG = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 HUNT = settings(LONG, print_blob=False, database=None, phases=[Phase.generate])
 
 
@@ -25,7 +25,7 @@ def test_machine(name, granule, monkeypatch):
     Machine.most = {Granule.K4: 1600, Granule.K16: 4200, Granule.K64: 9000}[granule]
     monkeypatch.setattr(kernels, "_active", [])
     kernels.use(name)
-    few = {Granule.K4: 60, Granule.K16: 15, Granule.K64: 6}[granule]
+    few = {Granule.K4: 25, Granule.K16: 8, Granule.K64: 4}[granule]
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few * EFFORT))
 
 
@@ -202,7 +202,7 @@ def test_machine_catches_a_broken_consumer(machine):
 def test_machine_spares_what_is_not_broken(machine):
     """The hunts' own counterpart: with the same rules and the true Stage2 nothing is found."""
     for rules in (WRITES | {"clear"}, WRITES | {"change", "unmap"}, WRITES | {"migrate", "host_takes"}):
-        hunt(machine, rules, examples=40)
+        hunt(machine, rules, examples=12 * EFFORT)
 
 
 def hunt(machine, rules, stage2=Stage2, examples=1000):
@@ -216,4 +216,4 @@ def test_machine_without_the_walker():
     class Machine(Stage2Machine):
         compare = False
 
-    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=60))
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=25 * EFFORT))

@@ -1,6 +1,7 @@
 """The verbs on parts of a slot, each against one descriptor at a time on random tables, with both kernels."""
 
 import pytest
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ from hwdbm.errors import BitmapError, GfnError
 from hwdbm.pte import State
 from hwdbm.testing import bitmaps, differences, stage2s
 
-FEW = settings(max_examples=60)
+FEW = settings(max_examples=25 * EFFORT)
 
 
 def shared(s2):
