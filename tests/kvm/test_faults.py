@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from effort import EFFORT
 
 from hwdbm import snapshot
 from hwdbm.cli.guest import KvmLog, build_kvm, kvm_for
@@ -335,7 +336,9 @@ def trapped(
 
 # --- the receiver is killed --------------------------------------------------------------------------------
 
-BYTES: list[int | Kind | str] = [mib << 20 for mib in (0, 1, 3, 6, 10, 14, 18, 22, 26, 31, 34, 37)]
+BYTES: list[int | Kind | str] = [
+    mib << 20 for mib in (0, 1, 3, 6, 10, 14, 18, 22, 26, 31, 34, 37)[:: 1 if EFFORT > 1 else 3]
+]
 KINDS = [Kind.PASS, Kind.STATE, Kind.VERIFY, Kind.GO]  # the source is about to say it
 ITSELF = ["READY", "ACK", "DIGEST", "RESUMED"]  # the destination is
 POINTS = [*BYTES, *KINDS, *ITSELF]
