@@ -202,3 +202,6 @@ def test_id_registers() -> None:
     assert [pa_range(code) for code in range(7)] == [32, 36, 40, 42, 44, 48, 52]
     with pytest.raises(ValueError, match="PARange = 0b0111"):
         pa_range(7)
+    assert hafdbs((1 << 64) - 1) == 15
+    with pytest.raises(ValueError, match="ID_AA64MMFR1_EL1 is 0 to 0xffffffffffffffff"):
+        hafdbs(1 << 64)

@@ -82,6 +82,8 @@ def test_a_timeline_fits(run, monkeypatch, name):
     assert found.status == 0
     assert max(map(len, found.out.splitlines())) <= 80
     assert "what changed" in found.out
+    head = " ".join(found.out.partition("\n\n")[0].split())
+    assert head == f"{name}: {races.MISTAKES[name].summary} [{', '.join(races.MISTAKES[name].cites)}]"
 
 
 def test_a_timeline_says_where_the_page_is_lost(run):

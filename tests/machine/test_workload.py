@@ -156,3 +156,13 @@ def test_a_recording_is_unpacked_no_further_than_its_pages():
         assert tracemalloc.get_traced_memory()[1] < 1 << 22
     finally:
         tracemalloc.stop()
+
+
+def test_memory_has_fewer_than_2_to_the_32_pages() -> None:
+    """The hash that chooses a page has so many values."""
+    chosen = Uniform().offsets(0, 4, (1 << 32) * 4096 - 1)
+    assert (chosen < (1 << 32) * 4096).all()
+    with pytest.raises(ValueError, match="size is 4096 to"):
+        Uniform().offsets(0, 4, (1 << 32) * 4096)
+    with pytest.raises(ValueError, match="npages is 1 to"):
+        Uniform().pages(np.arange(4, dtype=np.uint64), 1 << 32)

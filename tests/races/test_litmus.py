@@ -91,3 +91,10 @@ def test_a_folder_without_tests_is_an_error(tmp_path):
 def test_a_program_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"."):
         Scene({"x": "clean"}, [text])
+
+
+def test_each_end_is_counted_once():
+    """The ends are those of the program, whichever of them a condition asks for."""
+    counts = {condition: Litmus.read(STORE_AND_SWAP + condition).outcomes() for condition in CONDITIONS}
+    assert len({(yes + no, states) for yes, no, states in counts.values()}) == 1
+    assert len({yes for yes, _, _ in counts.values()}) > 2

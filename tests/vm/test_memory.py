@@ -67,6 +67,10 @@ def test_an_image_must_fit(memory, tmp_path):
         memory.load(image)
     with pytest.raises(OSError, match="don't fit"):
         memory.load(image, offset=1 << 21)
+    with pytest.raises(OSError, match="don't fit"):
+        memory.load(image, offset=(1 << 63) - 1)
+    with pytest.raises(ValueError, match="offset is 0 to"):
+        memory.load(image, offset=1 << 63)
     for offset in (1.0, "1", True):
         with pytest.raises(TypeError, match="offset is an integer"):
             memory.load(image, offset=offset)

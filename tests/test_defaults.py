@@ -1,0 +1,57 @@
+"""The defaults of what users call are part of the interface: what was published stays, or is changed here too."""
+
+import enum
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hwdbm
+
+INSIDE = ("__main__", "cli", "bench", "check", "files", "process")
+PUBLISHED = Path(__file__).parent / "data" / "defaults.txt"
+
+
+def defaults(call: Any) -> str:
+    """Return the parameters of a callable that have defaults."""
+    parameters = inspect.signature(call).parameters.values()
+    given = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    shown = {name: str(value) if isinstance(value, enum.Enum) else repr(value) for name, value in given.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if "0x" not in value and "object" not in value)
+
+
+def callables(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    for name in getattr(module, "__all__", ()):
+        value = getattr(module, name)
+        where = f"{module.__name__}.{name}"
+        if inspect.isclass(value) and not issubclass(value, enum.Enum | BaseException):
+            yield where, value
+            for method in vars(value):
+                if not method.startswith("_") and callable(getattr(value, method)):
+                    yield f"{where}.{method}", getattr(value, method)
+        elif inspect.isfunction(value):
+            yield where, value
+
+
+def published() -> Iterator[str]:
+    """Yield a line for each callable that has defaults: to be kept in the file, after a change that is wanted."""
+    for info in pkgutil.walk_packages(hwdbm.__path__, "hwdbm."):
+        if info.name.split(".")[1] not in INSIDE:
+            for where, call in callables(importlib.import_module(info.name)):
+                try:
+                    given = defaults(call)
+                except (ValueError, TypeError):  # a signature that Python can't tell
+                    continue
+                if given:
+                    yield f"{where}: {given}"
+
+
+def test_defaults_stay() -> None:
+    now = dict(line.split(": ", 1) for line in published())
+    kept = dict(line.split(": ", 1) for line in PUBLISHED.read_text().splitlines())
+    both = kept.keys() & now.keys()
+    assert {where: now[where] for where in both} == {where: kept[where] for where in both}
+    assert len(both) > 100
