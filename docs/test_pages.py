@@ -19,9 +19,13 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+from clitools import examples
 
 import hwdbm
+from hwdbm import snapshot
+from hwdbm.machine import Machine
 
 DOCS = Path(__file__).parent
 MADE = {"api", "commands", "json", "_build", "schemas", "_ext"}
@@ -33,6 +37,7 @@ BLOCK = re.compile(
 PROMPT = re.compile(r"^([a-z]*)\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SECONDS = 120
+EXAMPLES = examples()
 WRITE = os.environ.get("HWDBM_PAGES") == "write"
 
 
@@ -186,6 +191,43 @@ def test_the_example_of_a_guest_runs(tmp_path: Path) -> None:
     assert done.returncode == 0 or "no KVM here" in done.stdout
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_a_help_run(name: str, tmp_path: Path) -> None:
+    """Each as it stands, in a fresh folder with a clone's tests and docs; those of other shells without their words."""
+    shell = Shell(tmp_path)
+    if name == "snapshot rebase":
+        two_snapshots(tmp_path)
+    for block in EXAMPLES[name]:
+        if any("--source kvm" in line for line in block) and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            continue
+        receivers = []
+        for line in block:
+            if line.startswith("hwdbm receive"):
+                receivers.append(Waiting(line, "", shell.start(line)))
+                assert receivers[-1].first.wait(SECONDS), f"{line!r} says nothing"
+                continue
+            process = shell.start(re.sub(r'^eval "\$\((.* zsh)\)"$|^(.* fish) \| source$', r"\1\2", line))
+            try:
+                out, _ = process.communicate(timeout=2 * SECONDS)
+            finally:
+                process.kill()
+            wanted = re.search(r"# exit status (\d+)", line)
+            assert process.returncode == (int(wanted[1]) if wanted else 0), f"{line}\n{out}"
+        for receiver in receivers:
+            receiver.end(SECONDS)
+            assert receiver.process.returncode == 0, "".join(receiver.said)
+
+
+def two_snapshots(folder: Path) -> None:
+    """Write the files that the help of `hwdbm snapshot` speaks of."""
+    with Machine() as machine:
+        machine.add_memslot(1 << 20, 0)
+        machine.start_log()
+        snapshot.write_full(machine, folder / "guest.ram")
+        machine.vcpus[0].store(np.array([4096]), np.array([1], dtype=np.uint64))
+        snapshot.write_diff(machine, folder / "guest.diff")
+
+
 def test_the_picture_of_the_readme_is_what_the_verbs_do() -> None:
     sys.path.insert(0, str(DOCS / "_ext"))
     import pictures
@@ -205,6 +247,10 @@ def test_a_history_is_drawn_with_its_gaps(tmp_path: Path, monkeypatch: pytest.Mo
         {"commit": "89abcde", "what": "the second", "ratios": {"harvest": 1.5, "a pass": 2.75}},
     ]
     monkeypatch.setattr(pictures, "HISTORY", tmp_path / "history.json")
+    for nothing in (None, [], [{"commit": "1234567", "what": "the first", "ratios": {}}]):
+        if nothing is not None:
+            pictures.HISTORY.write_text(json.dumps(nothing), encoding="utf-8")
+        assert "asv-history" in pictures.history()
     pictures.HISTORY.write_text(json.dumps(rows), encoding="utf-8")
     drawn = pictures.history()
     assert all(text in drawn for text in (">1.25<", ">1.50<", ">2.75<", ">-<", "89abcde the second"))

@@ -441,8 +441,15 @@ HISTORY = ROOT / "docs" / "pictures" / "history.json"
 
 
 def history() -> str:
-    """Draw the main ratios at the landmarks, from what `make asv-history` wrote."""
-    rows = json.loads(HISTORY.read_text(encoding="utf-8"))
+    """Draw the main ratios at the landmarks, from what `make asv-history` wrote; say so where it wrote none yet."""
+    rows = json.loads(HISTORY.read_text(encoding="utf-8")) if HISTORY.exists() else []
+    rows = [row for row in rows if row["ratios"]]
+    if not rows:
+        return (
+            "<p>The landmarks were not measured yet, so there is no picture of their ratios: <code>make "
+            "asv-history</code> measures them, on a machine that does nothing else, and <code>make docs</code> draws "
+            "it here then.</p>"
+        )
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     most = max(value for row in rows for value in row["ratios"].values()) * 1.1
     left, right, top, base = 60, 744, 16, 186

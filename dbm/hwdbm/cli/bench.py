@@ -20,10 +20,11 @@ Examples:
 \b
     hwdbm bench harvest --memory 4G --repeat 3
 
-  The whole table, for 64 GiB of guest memory, in two minutes or so:
+  The whole table; without --memory and --repeat it is for 64 GiB, and takes
+  two minutes or so:
 
 \b
-    hwdbm bench
+    hwdbm bench --memory 1G --repeat 1
 """
 
 

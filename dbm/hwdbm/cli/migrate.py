@@ -58,17 +58,18 @@ Examples:
   With 2M blocks, slow enough to watch, and a report with pictures of it:
 
 \b
-    hwdbm migrate --thp --bandwidth 200M --report migration.html
+    hwdbm migrate --memory 256M --thp --bandwidth 64M
+        --report migration.html
 
   A real guest on /dev/kvm, which counts in its memory, and is checked where it arrives:
 
 \b
-    hwdbm migrate --source kvm
+    hwdbm migrate --source kvm --memory 256M
 
   An emulated Arm machine, whose stage-2 tables are tracked in its RAM while it runs:
 
 \b
-    hwdbm migrate --source arm --memory 256M
+    hwdbm migrate --source arm --memory 128M
 
   Over TLS, to a receiver on another host; here it is in another terminal
   of this one, in a clone (docs: howto/migrate-tls):
