@@ -457,7 +457,7 @@ def history() -> str:
     d = Drawing(
         "history",
         760,
-        table + 24 + 17 * len(rows),
+        table + 48 + 17 * len(rows),
         "The main ratios at the landmarks of main",
         "; ".join(f"{row['what']}: " + ", ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items()) for row in rows),
     )
@@ -477,13 +477,16 @@ def history() -> str:
                 x = middle - step * 0.4 + place * wide
                 d.box(x, base - tall, wide - 3, tall, ("clean", "dirty", "box", "line")[place % 4], 0)
                 d.text(x + wide / 2 - 1, base - tall - 4, "abcd"[place], "small")
-    columns = [left + 250 + place * 120 for place in range(len(names))]
-    d.text(left, table, "times the floor", "strong", "start")
-    for place, (x, name) in enumerate(zip(columns, names, strict=True)):
-        d.text(x, table, f"{'abcd'[place]}: {name.partition(',')[0] if len(name) > 18 else name}", "small")
+    for place, name in enumerate(names):
+        d.text(left + place * 170, table, f"{'abcd'[place]}: {name}", "small", "start")
+    columns = [left + 400 + place * 90 for place in range(len(names))]
+    d.text(left, table + 24, "times the floor", "strong", "start")
+    for x, letter in zip(columns, "abcd", strict=False):
+        d.text(x, table + 24, letter, "strong")
     for number, row in enumerate(rows):
-        y = table + 20 + 17 * number
-        d.text(left, y, f"{row['commit']} {row['what'][:34]}", "small", "start")
+        y = table + 44 + 17 * number
+        what = row["what"] if len(row["what"]) <= 44 else f"{row['what'][:43]}…"
+        d.text(left, y, f"{row['commit']} {what}", "small", "start")
         for x, name in zip(columns, names, strict=True):
             value = row["ratios"].get(name)
             d.text(x, y, "-" if value is None else f"{value:.2f}", "small")

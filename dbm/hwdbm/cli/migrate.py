@@ -55,10 +55,10 @@ Examples:
 \b
     hwdbm migrate
 
-  With 2M blocks, slow enough to watch, and a report with pictures of it:
+  Slow enough to watch, and a report with pictures of it:
 
 \b
-    hwdbm migrate --memory 256M --thp --bandwidth 64M
+    hwdbm migrate --memory 256M --rate 5000 --bandwidth 100M
         --report migration.html
 
   A real guest on /dev/kvm, which counts in its memory, and is checked where it arrives:
