@@ -510,6 +510,7 @@ RECIPES |= {
             "vttbr": None,
             "vtcr": None,
             "slots": [Slot(0, 0x8000_0000, 0xC00_0000)],
+            "block": None,
         }
     ),
     "vm.MemoryMap": Recipe(

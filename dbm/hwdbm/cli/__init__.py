@@ -8,7 +8,7 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot"}
+_EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot", "elftools": "qemu"}
 
 
 def main() -> None:

@@ -137,6 +137,7 @@ def harvest(
     ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
+    block: options.Block = None,
     vttbr: options.Vttbr = None,
     vtcr: options.Vtcr = None,
     as_json: options.Json = False,
@@ -154,7 +155,7 @@ def harvest(
     reports: list[dict[str, Any]] = []
     for path in images:
         try:
-            image = options.open_for(path, ram_base, vttbr, vtcr, slot)
+            image = options.open_for(path, ram_base, vttbr, vtcr, slot, block)
             if check and image.capture is None:
                 raise typer.BadParameter(f"--check: {label(path)} is a raw image, which carries no truth")
             if live:

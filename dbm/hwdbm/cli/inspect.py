@@ -67,6 +67,7 @@ def inspect(
     ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
+    block: options.Block = None,
     vttbr: options.Vttbr = None,
     vtcr: options.Vtcr = None,
     as_json: options.Json = False,
@@ -76,7 +77,7 @@ def inspect(
     All tables are read and checked, as harvest does it.
     """
     draw = None if plot is None else _painter(plot)
-    image = options.open_for(path, ram_base, vttbr, vtcr, slot)
+    image = options.open_for(path, ram_base, vttbr, vtcr, slot, block)
     census = Census()
     stage2s = [image.empty_stage2(slot) for slot in image.slots]
     with progress(label(path)) as visitors:

@@ -11,6 +11,7 @@ from hwdbm.cli.example import EXAMPLES, label
 from hwdbm.errors import ImageError
 from hwdbm.image import Image, Live, Registers, Slot, open_image, open_live
 from hwdbm.image.capture import is_capture
+from hwdbm.image.ram import kind_of_ram
 from hwdbm.image.raw import RawTables
 from hwdbm.image.slots import check_slots as slots_together
 from hwdbm.vtcr import Vtcr as VtcrFields
@@ -47,7 +48,7 @@ RamBase = Annotated[
     typer.Option(
         parser=parser(parse.address),
         metavar="ADDRESS",
-        help="Of a raw image: the physical address of its first byte.",
+        help="Of a raw image, or of --block: the physical address of its first byte. An ELF core says that itself.",
     ),
 ]
 Vttbr = Annotated[
@@ -75,6 +76,10 @@ Slots = Annotated[
         help="A memslot, in place of those that a capture names. Give it once for each slot.",
     ),
 ]
+Block = Annotated[
+    str | None,
+    typer.Option("--block", metavar="NAME", help="Of a migration file of QEMU: the block that is the guest's RAM."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
 
 
@@ -92,6 +97,7 @@ def open_for(
     vttbr: int | None,
     vtcr: int | None,
     slots: list[Slot] | None,
+    block: str | None = None,
 ) -> Image:
     """Open an image as the options say; a raw one without its registers is wrong usage."""
     check_slots(slots)
@@ -101,10 +107,13 @@ def open_for(
     if ram_base is not None and ram_base % 4096:
         raise typer.BadParameter(f"--ram-base {ram_base:#x} isn't a multiple of 4K")
     if not capture:
+        kind = kind_of_ram(path)
+        if kind == "elf" and ram_base is not None:
+            raise typer.BadParameter(f"{label(path)} is an ELF core, which says where its memory is: no --ram-base")
         missing = [
             option
             for option, value in (("--ram-base", ram_base), ("--vttbr", vttbr), ("--vtcr", vtcr))
-            if value is None
+            if value is None and (option, kind) != ("--ram-base", "elf")
         ]
         if missing:
             raise typer.BadParameter(f"{label(path)} is no capture, and a raw image needs {', '.join(missing)}")
@@ -118,12 +127,12 @@ def open_for(
                 Registers(vttbr, vtcr).decode()
             except ValueError as error:
                 raise typer.BadParameter(f"--vttbr {vttbr:#x}: {error}") from error
-    return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None)
+    return open_image(path, ram_base=ram_base, vttbr=vttbr, vtcr=vtcr, slots=slots or None, block=block)
 
 
 def live_of(path: Path, image: Image, *, readonly: bool) -> Live:
     """Map the RAM of a machine that runs, as an image that was opened says; a capture is wrong usage."""
     if not isinstance(image.memory, RawTables):
-        raise typer.BadParameter(f"--live: {label(path)} is a capture, and no RAM")
+        raise typer.BadParameter(f"--live: {label(path)} is a capture or a dump, and no RAM that a machine uses")
     registers = image.registers
     return open_live(path, ram_base=image.memory.base, vttbr=registers.vttbr, vtcr=registers.vtcr, readonly=readonly)

@@ -44,10 +44,6 @@ MemoryFile = Annotated[
         help="Guest memory: raw, as Firecracker writes it, an ELF core, or QEMU's migration file with mapped-ram.",
     ),
 ]
-Block = Annotated[
-    str | None,
-    typer.Option("--block", metavar="NAME", help="Of a migration file of QEMU: the block that is the guest's RAM."),
-]
 PageSize = Annotated[
     int,
     typer.Option(parser=options.parser(parse.page_size), metavar="SIZE", help="The page that a bit stands for."),
@@ -209,7 +205,7 @@ def save(
     ] = False,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
-    block: Block = None,
+    block: options.Block = None,
     page_size: PageSize = "4K",  # type: ignore[assignment]  # typer parses it
     as_json: options.Json = False,
 ) -> None:
@@ -335,7 +331,7 @@ def diff(
     ] = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
-    block: Block = None,
+    block: options.Block = None,
     page_size: PageSize = "4K",  # type: ignore[assignment]  # typer parses it
     as_json: options.Json = False,
 ) -> None:

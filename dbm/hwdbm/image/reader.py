@@ -15,6 +15,7 @@ from hwdbm.files import open_regular
 from hwdbm.image.capture import Capture, CapturedTables, is_capture
 from hwdbm.image.fill import Filler
 from hwdbm.image.memory import TableMemory
+from hwdbm.image.ram import RamTables, extents_of, kind_of_ram
 from hwdbm.image.raw import RawTables, check_raw
 from hwdbm.image.registers import Registers
 from hwdbm.image.runs import RunMarker
@@ -258,19 +259,22 @@ def open_image(
     vttbr: int | None = None,
     vtcr: int | None = None,
     slots: Iterable[Slot] | None = None,
+    block: str | None = None,
 ) -> Image:
-    """Open a capture (``.npz``) or a raw image of RAM.
+    """Open a capture (``.npz``), a raw image of RAM, an ELF core, or a migration file of QEMU with mapped-ram.
 
     Parameters
     ----------
     path : path-like
         The file.
     ram_base : int, optional
-        The physical address of a raw image's first byte.
+        The physical address of a raw image's first byte, or that of `block`. An ELF core says where its memory is.
     vttbr, vtcr : int, optional
-        The registers of a raw image, or in place of a capture's.
+        The registers of an image, or in place of a capture's.
     slots : iterable of Slot, optional
-        The memslots of a raw image, or in place of a capture's.
+        The memslots of an image, or in place of a capture's.
+    block : str, optional
+        The block of a migration file that is the RAM with the tables.
 
     Raises
     ------
@@ -288,10 +292,12 @@ def open_image(
     <DirtyBitmap: 24064 of 49152 pages dirty>
     """
     path = check_path(path, "path")
+    if block is not None:
+        instance(block, str, "block")
     if ram_base is not None:
         ram_base = integer(ram_base, "the RAM's base", high=(1 << 52) - 1, error=ImageError)
     if is_capture(path):
-        if ram_base is not None:
+        if ram_base is not None or block is not None:
             raise ImageError(f"{path} is a capture: a RAM base is for raw images only")
         capture = Capture(path)
         values = capture.registers() if vttbr is None or vtcr is None or "regs" in capture else []
@@ -299,6 +305,15 @@ def open_image(
         registers = Registers(values[0] if vttbr is None else vttbr, values[1] if vtcr is None else vtcr, *rest)
         tables = CapturedTables(capture, registers.decode()[0].granule)
         return Image(tables, registers, capture.slots() if slots is None else slots, capture)
+    if kind_of_ram(path) != "raw":
+        extents_of(path)  # what it is comes before what it needs
+        if vttbr is None or vtcr is None:
+            raise ImageError(f"{path} is no capture: VTTBR_EL2 and VTCR_EL2 must be given")
+        registers = Registers(vttbr, vtcr)
+        ram = RamTables(path, registers.decode()[0].granule, ram_base=ram_base, block=block)
+        return Image(ram, registers, slots or ())
+    if block is not None:
+        raise ImageError(f"{path} is no migration file of QEMU: only these have blocks")
     with open_regular(path) as file:
         check_raw(path, file.read(512))
     if ram_base is None or vttbr is None or vtcr is None:
