@@ -166,3 +166,11 @@ def test_memory_has_fewer_than_2_to_the_32_pages() -> None:
         Uniform().offsets(0, 4, (1 << 32) * 4096)
     with pytest.raises(ValueError, match="npages is 1 to"):
         Uniform().pages(np.arange(4, dtype=np.uint64), 1 << 32)
+
+
+@pytest.mark.parametrize("npages", [1, 63, 64, 65, 511, 512, 513])
+def test_a_recording_of_any_size_comes_back(npages: int) -> None:
+    full = DirtyBitmap(npages)
+    full.fill()
+    replay = Replay(bitmaps=[full, DirtyBitmap.from_pages([npages - 1], npages)])
+    assert from_dict(json.loads(json.dumps(replay.to_dict()))) == replay

@@ -70,6 +70,7 @@ ROOMS = {
     "kernels": ("tests/kernels", "tests/stage2/test_stage2.py", "tests/stage2/test_stage2_parts.py"),
     "bench": ("tests/test_bench.py", "tests/migration/test_bench.py", "tests/cli"),
     "errors": ("tests/test_doors.py",),
+    "__main__": ("tests/cli/test_frame.py", "tests/cli/test_main.py"),
     "walker": ("tests/stage2/",),
     "testing": ("tests/stage2/test_stage2_machine.py", "tests/test_doors.py"),
 }

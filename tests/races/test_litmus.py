@@ -98,3 +98,35 @@ def test_each_end_is_counted_once():
     counts = {condition: Litmus.read(STORE_AND_SWAP + condition).outcomes() for condition in CONDITIONS}
     assert len({(yes + no, states) for yes, no, states in counts.values()}) == 1
     assert len({yes for yes, _, _ in counts.values()}) > 2
+
+
+ARITHMETIC = r"""AArch64 ALU
+{
+ 0:X0=2; 0:X1=3; 0:X3=3;
+}
+ P0             ;
+ CMP X0,X1      ;
+ CSET X4,EQ     ;
+ CSET X5,NE     ;
+ CMP X3,X1      ;
+ CSET X6,EQ     ;
+ CSET X7,NE     ;
+ ADD X8,X0,X1   ;
+ SUB X9,X1,X0   ;
+ AND X10,X0,X1  ;
+ ORR X11,X0,#1  ;
+ EOR X12,X0,X1  ;
+ BIC X13,X1,X0  ;
+ LSL X14,X0,X1  ;
+ LSR X15,X14,X0 ;
+"""
+
+
+VALUES = {4: 0, 5: 1, 6: 1, 7: 0, 8: 5, 9: 1, 10: 2, 11: 3, 12: 1, 13: 1, 14: 16, 15: 4}
+
+
+@pytest.mark.parametrize(("register", "value"), VALUES.items())
+def test_arithmetic(register, value):
+    for other in range(17):
+        yes, no, _ = Litmus.read(f"{ARITHMETIC}exists (0:X{register}={other})").outcomes()
+        assert (yes, no) == ((1, 0) if other == value else (0, 1))

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from seen import as_seen
 
 from hwdbm import pte
+from hwdbm.races import timeline
 from hwdbm.races.mistakes import MISTAKES
 from hwdbm.races.production import VERBS
 from hwdbm.races.program import Scene
@@ -30,6 +32,8 @@ def test_a_mistake_is_found_and_without_it_there_is_none(name):
     assert wrong.wrong
     assert wrong.steps
     assert right.proved, right
+    states = f"{wrong.states} states, and {right.states} without it"
+    as_seen(f"mistakes/{name}.txt", f"{MISTAKES[name].summary}\n{states}\n\n{timeline(wrong, 100)}\n")
 
 
 def test_the_catalogue_is_covered():

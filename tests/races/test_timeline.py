@@ -1,12 +1,9 @@
 """A counterexample's two pictures: the text fits its width, and the diagram is laid out as one that was looked at."""
 
-from pathlib import Path
-
 import pytest
+from seen import as_seen
 
 from hwdbm.races import MISTAKES, check, diagram, timeline
-
-SEEN = Path(__file__).parents[1] / "data" / "device-marks-first.svg"
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +12,7 @@ def report():
 
 
 def test_the_diagram_is_the_one_that_was_looked_at(report):
-    """After a change that is wanted, look at what ``hwdbm races device-marks-first --diagram`` draws, and keep it."""
-    assert diagram(report) + "\n" == SEEN.read_text()
+    as_seen("device-marks-first.svg", diagram(report) + "\n")
 
 
 @pytest.mark.parametrize("width", [40, 60, 79, 80, 81, 120])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_each_snapshot_is_the_memory_of_its_moment(story):
     assert [each.parent for each in rest] == [each.id for each in story.chain.snapshots()[:-1]]
     assert [each.epoch for each in story.chain.snapshots()] == [0, 1, 2, 3]
     assert all(a.time <= b.time for a, b in pairwise(story.chain.snapshots()))
+    now = time.time_ns() // 1_000_000
+    assert all(now - 600_000 < each.time <= now for each in story.chain.snapshots())
 
 
 def test_the_files_are_firecrackers(story):
