@@ -83,6 +83,7 @@ def test_harvest_cleans_a_machine_that_runs_and_misses_nothing(running, run, tmp
         assert done.status == 0, done.err
         assert "flush the guest's TLB before one of them is copied" in done.err
         running.board.flush()
+        assert f"{bitmap(tmp_path).weight()} of 4K" in done.out
         found |= bitmap(tmp_path)
     written = DirtyBitmap.from_pages((running.guests.counts() != counts).nonzero()[0], 1024)
     assert not (written - found).any()

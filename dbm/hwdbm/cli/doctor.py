@@ -79,7 +79,7 @@ def _distribution(name: str, module: str, extra: str) -> _Found:
 def _kernels() -> _Found:
     numba = _distribution("numba", "numba", "jit")
     if not numba.usable:
-        return _Found(False, f"{numba.found}: the kernels are NumPy's, and memory in place can't be", numba.advice)
+        return _Found(False, f"{numba.found}: harvests use NumPy, and RAM can't be cleaned in place", numba.advice)
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}:
         return _Found(False, f"{numba.found}, but NUMBA_DISABLE_JIT switches it off", "unset NUMBA_DISABLE_JIT")
     cache = _numba_cache()
@@ -197,7 +197,7 @@ def _limits() -> _Found:
 
 CHECKS: dict[str, tuple[str, Callable[[], _Found]]] = {
     "kernels": ("harvests at the speed of memory", _kernels),
-    "plot": ("pictures: --plot, --report FILE.png", lambda: _distribution("matplotlib", "matplotlib", "plot")),
+    "plot": ("pictures: --plot FILE, --report FILE.png", lambda: _distribution("matplotlib", "matplotlib", "plot")),
     "checksum": ("a fast checksum of migrations", lambda: _distribution("zlib-ng", "zlib_ng", "migrate")),
     "testing": ("hwdbm.testing", lambda: _distribution("hypothesis", "hypothesis", "testing")),
     "kvm": ("real guests: --source kvm", _kvm),

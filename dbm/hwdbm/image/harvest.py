@@ -198,7 +198,8 @@ def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Call
         if contiguous:
             widen(report, stage2)
         found.bitmap = cut(report, found.slot, live.granule, found.page_size)
-        found.dirty, found.ranges, found.leaves = found.bitmap.weight(), _range_count(found.bitmap), {}
+        found.dirty, found.ranges = found.bitmap.weight(), _range_count(found.bitmap)
+        found.leaves = _leaves_of(stage2, dirty)
     except BaseException:
         put_back()
         raise
@@ -242,6 +243,15 @@ def _dirty_leaves(stage2: Stage2, policy: Policy) -> dict[int, int]:
             for at in range(start, stop, _CHUNK)
         )
     return leaves
+
+
+def _leaves_of(stage2: Stage2, dirty: DirtyBitmap) -> dict[int, int]:
+    """Return how many leaves map the pages that were cleaned, by size."""
+    leaves = stage2.leaf_at(dirty.pages())
+    levels = [level for level in LEAF_LEVELS if level == 3 or level in stage2.granule.block_levels(large=True)]
+    return {
+        1 << stage2.granule.shift(level): int(np.unique(leaves.index[leaves.level == level]).size) for level in levels
+    }
 
 
 def _compare(image: Image, slot: Slot, ask: Ask, page_size: int, bitmap: DirtyBitmap, *, wide: bool) -> DirtyBitmap:
