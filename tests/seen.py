@@ -12,4 +12,4 @@ def as_seen(name: str, text: str) -> None:
     if os.environ.get("HWDBM_SEEN") == "write":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    assert text == path.read_text()
+    assert text == path.read_text(), f"{name}: HWDBM_SEEN=write keeps what there is now; then look at it"

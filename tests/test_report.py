@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seen import as_seen
 
+import hwdbm
 from hwdbm import report
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import example
@@ -134,6 +136,25 @@ def test_snapshots() -> None:
     assert "SHA-256 of the memory" not in page.tables[-1][0]  # which nobody knows
     with pytest.raises(ValueError, match="one file or more"):
         report.of_snapshots("none", [])
+
+
+def documents() -> dict[str, report.Document]:
+    """Return reports with charts of all kinds; of 21 passes the labels take all the room that there is for labels."""
+    chain = [report.SnapshotFile(f"file {n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
+    return {
+        "migration-1": report.of_migration(migration(1)),
+        "migration-21": report.of_migration(migration(21, "it was lost")),
+        "harvest": report.of_harvest(
+            "blocks", harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
+        ),
+        "snapshots": report.of_snapshots("A chain", chain, "it failed"),
+    }
+
+
+@pytest.mark.parametrize("name", ["migration-1", "migration-21", "harvest", "snapshots"])
+def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
+    html = documents()[name].html().replace(hwdbm.__version__, "VERSION")
+    as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.]+ ms", "TIME", html))
 
 
 @pytest.mark.parametrize("values", [(0.0,), (0.0, 0.0), (1e-9, 1e12), (5.0,), (None,), (), (1e300, 1.0)])

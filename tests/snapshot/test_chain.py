@@ -591,6 +591,16 @@ def test_a_journal_that_is_none(story, tmp_path, raw):
             call()
 
 
+@pytest.mark.parametrize(("numbers", "says"), [((0, 2), "aren't those of"), ((0, 1, -1), "isn't there")])
+def test_a_journal_of_other_snapshots(story, numbers, says):
+    ids = [*(each.id for each in story.chain.snapshots()), "no such id"]
+    journal = {"format": "hwdbm-rebase", "version": 1, "path": [ids[at] for at in numbers], "sha256": ""}
+    (story.chain.folder / "rebase.journal").write_text(json.dumps(journal))
+    with pytest.raises(SnapshotError, match=f"rebase.journal: its snapshot.*{says}"):
+        story.chain.rebase()
+    assert kinds(story.chain) == ["unfinished"]
+
+
 def test_other_slots_need_a_full_one(story):
     story.recorder._source = PlainGuest(LAYOUT)
     with pytest.raises(SnapshotError, match="of other slots"):
