@@ -141,12 +141,11 @@ def test_snapshots() -> None:
 def documents() -> dict[str, report.Document]:
     """Return reports with charts of all kinds; of 21 passes the labels take all the room that there is for labels."""
     chain = [report.SnapshotFile(f"file {n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
+    found = harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
     return {
         "migration-1": report.of_migration(migration(1)),
         "migration-21": report.of_migration(migration(21, "it was lost")),
-        "harvest": report.of_harvest(
-            "blocks", harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
-        ),
+        "harvest": report.of_harvest("blocks", found),
         "snapshots": report.of_snapshots("A chain", chain, "it failed"),
     }
 
@@ -155,6 +154,19 @@ def documents() -> dict[str, report.Document]:
 def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
     html = documents()[name].html().replace(hwdbm.__version__, "VERSION")
     as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.]+ ms", "TIME", html))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "ticks"),
+    [
+        (1, 100, True, [1, 2, 5, 10, 20, 50, 100]), (3, 99, True, [5, 10, 20, 50]), (0.1, 1, True, [0.1, 0.2, 0.5, 1]),
+        (1, 200, True, [1, 10, 100]), (0, 4, False, [0, 1, 2, 3, 4]), (0, 3.9, False, [0, 1, 2, 3]),
+        (0, 7, False, [0, 2, 4, 6]), (0, 24, False, [0, 5, 10, 15, 20]),
+        (0, 0.6, False, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+    ],
+)  # fmt: skip
+def test_ticks_are_round(low: float, high: float, log: bool, ticks: list[float]) -> None:
+    assert report._ticks(low, high, log=log) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize("values", [(0.0,), (0.0, 0.0), (1e-9, 1e12), (5.0,), (None,), (), (1e300, 1.0)])
