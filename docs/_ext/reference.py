@@ -67,7 +67,12 @@ def forget(*_: object) -> None:
     names = offered()
     for old in (DOCS / "api").glob("*.rst"):
         module, _, name = old.stem.rpartition(".")
-        if old.stem not in names and name not in names.get(module, ()):
+        if old.stem in names:  # a module, whose list is read before it is made anew
+            listed = re.findall(r"^   (\w+)$", old.read_text(encoding="utf-8"), re.MULTILINE)
+            gone = bool(set(listed) - set(names[old.stem]))
+        else:
+            gone = name not in names.get(module, ())
+        if gone:
             old.unlink()
 
 

@@ -20,8 +20,7 @@ Examples:
 \b
     hwdbm bench harvest --memory 4G --repeat 3
 
-  The whole table; without --memory and --repeat it is for 64 GiB, and takes
-  two minutes or so:
+  The whole table; with the defaults, two minutes or so:
 
 \b
     hwdbm bench --memory 1G --repeat 1
@@ -46,7 +45,7 @@ def bench(
         typer.Option(
             parser=options.parser(parse.whole(1)),
             metavar="NUMBER",
-            help="Measure each so often; the smallest time counts.",
+            help="How many times to measure each; the smallest time counts.",
         ),
     ] = 9,
     as_json: options.Json = False,

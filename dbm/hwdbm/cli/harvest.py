@@ -50,8 +50,7 @@ EPILOG = """Examples:
     hwdbm harvest example:ram --ram-base 0x41000000 --vttbr 0x41000000
         --vtcr 0x806a3558 --slot 0:0x80000000:192M --json
 
-  The same, as RAM of a machine that runs: read while it is written.
-  With --clean and --output its pages are clean afterwards:
+  The same as RAM of a machine that runs (docs: howto/track-arm):
 
 \b
     hwdbm harvest example:ram --live --ram-base 0x41000000
@@ -114,16 +113,16 @@ def harvest(
         bool,
         typer.Option(
             "--live",
-            help="The image is the RAM of a machine that runs, as QEMU's memory-backend-file with share=on keeps "
-            "it: it is mapped, read while it is written, and not changed.",
+            help="The image is the RAM of a machine that runs, such as the file of QEMU's memory-backend-file with "
+            "share=on. It is read while it is written, and not changed.",
         ),
     ] = False,
     clean: Annotated[
         bool,
         typer.Option(
             "--clean",
-            help="With --live: re-protect the pages in the machine's tables, each by one atomic operation. The flush "
-            "of the guest's TLB is yours: before it, no page may be copied.",
+            help="With --live, re-protect the dirty pages in the machine's tables, each by one atomic operation. Flush "
+            "the guest's TLB before you copy a page.",
         ),
     ] = False,
     report: Annotated[
@@ -132,7 +131,7 @@ def harvest(
             parser=options.parser(parse.path),
             metavar="FILE.html",
             help="Report what was found: pictures, and the numbers behind them, in one HTML file without links that "
-            "one can print. It is of one image.",
+            "one can print. For one image.",
         ),
     ] = None,
     slot: options.Slots = None,

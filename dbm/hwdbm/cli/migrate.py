@@ -71,8 +71,7 @@ Examples:
 \b
     hwdbm migrate --source arm --memory 128M
 
-  Over TLS, to a receiver on another host; here it is in another terminal
-  of this one, in a clone (docs: howto/migrate-tls):
+  Over TLS; here the receiver is in another terminal (docs: howto/migrate-tls):
 
 \b
     sh docs/examples/make_certificates.sh localhost
@@ -123,7 +122,7 @@ def migrate(
         typer.Option(
             parser=options.parser(parse.path),
             metavar="FILE",
-            help="What the memory holds at first. By default it is filled.",
+            help="Load the memory from FILE. By default it is filled with random data (--filled).",
         ),
     ] = None,
     filled: Annotated[
@@ -225,7 +224,7 @@ def migrate(
         typer.Option(
             parser=options.parser(parse.whole(1)),
             metavar="NUMBER",
-            help="Try so often; a failure leaves the guest running.",
+            help="How many times to try. After a failure the guest goes on here.",
         ),
     ] = 1,
     hold: Annotated[
@@ -233,8 +232,8 @@ def migrate(
         typer.Option(
             parser=options.parser(parse.number),
             metavar="SECONDS",
-            help="How long the guest is kept, paused, where nobody knows whether it runs at the destination: until a "
-            "signal decides by default, or for 30 s where stdin is no terminal.",
+            help="How long to keep the guest paused when nobody knows whether it runs at the destination. By default "
+            "until a signal decides, or 30 s where stdin is no terminal.",
         ),
     ] = None,
     report: Annotated[

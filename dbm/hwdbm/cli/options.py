@@ -48,7 +48,7 @@ RamBase = Annotated[
     typer.Option(
         parser=parser(parse.address),
         metavar="ADDRESS",
-        help="Of a raw image, or of --block: the physical address of its first byte. An ELF core says that itself.",
+        help="The physical address of the first byte of a raw image, or of --block. An ELF core has it.",
     ),
 ]
 Vttbr = Annotated[
@@ -56,7 +56,7 @@ Vttbr = Annotated[
     typer.Option(
         parser=parser(parse.address),
         metavar="VALUE",
-        help="VTTBR_EL2: where the tables are. A capture says that itself.",
+        help="VTTBR_EL2, which says where the tables are. A capture has it.",
     ),
 ]
 Vtcr = Annotated[
@@ -64,7 +64,7 @@ Vtcr = Annotated[
     typer.Option(
         parser=parser(parse.address),
         metavar="VALUE",
-        help="VTCR_EL2: the shape of the tables. A capture says that itself.",
+        help="VTCR_EL2, which says what shape the tables have. A capture has it.",
     ),
 ]
 Slots = Annotated[
@@ -73,12 +73,12 @@ Slots = Annotated[
         "--slot",
         parser=parser(parse.slot),
         metavar="ID:GPA:SIZE",
-        help="A memslot, in place of those that a capture names. Give it once for each slot.",
+        help="A memslot, instead of those that a capture names. Give the option once for each slot.",
     ),
 ]
 Block = Annotated[
     str | None,
-    typer.Option("--block", metavar="NAME", help="Of a migration file of QEMU: the block that is the guest's RAM."),
+    typer.Option("--block", metavar="NAME", help="The block of a QEMU migration file that is the guest's RAM."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
 

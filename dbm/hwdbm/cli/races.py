@@ -53,7 +53,7 @@ def races(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]",
+            metavar="NAME",
             autocompletion=_names,
             help="Only this protocol or mistake, with its counterexample.",
             show_default=False,
@@ -78,7 +78,7 @@ def races(
         typer.Option(
             parser=options.parser(parse.path),
             metavar="DIR",
-            help="Run herd's litmus tests in a folder, and those in it, on the machine.",
+            help="Run herd's litmus tests in DIR and its subfolders on the modelled machine.",
         ),
     ] = None,
     kinds: Annotated[
@@ -86,7 +86,7 @@ def races(
         typer.Option(
             parser=options.parser(parse.path),
             metavar="FILE",
-            help="Their verdicts, a test and its verdict a line; DIR/kinds.txt by default.",
+            help="The verdicts, a test and its verdict on each line; DIR/kinds.txt by default.",
         ),
     ] = None,
     ets2: Annotated[

@@ -43,8 +43,7 @@ Examples:
     hwdbm receive --listen 127.0.0.1:4445 --insecure --file guest.ram
     hwdbm migrate --to 127.0.0.1:4445 --insecure --memory 64M
 
-  For a source on another host, with certificates on both sides, made in
-  a clone (docs: howto/migrate-tls):
+  Over TLS, with certificates on both sides (docs: howto/migrate-tls):
 
 \b
     sh docs/examples/make_certificates.sh localhost
@@ -60,7 +59,7 @@ def receive(
             "--listen",
             parser=options.parser(guest.place),
             metavar="HOST:PORT|unix:PATH",
-            help="Listen there; port 0: any that is free.",
+            help="Listen on this address. Port 0 takes any free port.",
         ),
     ] = None,
     unix: Annotated[
@@ -77,7 +76,7 @@ def receive(
         typer.Option(
             parser=options.parser(parse.path),
             metavar="FILE",
-            help="Have the memory in a file, without a machine that would run in it.",
+            help="Write the memory to FILE, instead of starting a VM.",
         ),
     ] = None,
     vm: Annotated[
@@ -98,7 +97,7 @@ def receive(
         typer.Option(
             parser=options.parser(guest.memory_size),
             metavar="SIZE",
-            help="Have so much memory ready before listening, as the source must have then. By default it is "
+            help="Allocate this much memory before listening; the source must have as much then. By default memory is "
             "allocated when the source has said how much it has.",
         ),
     ] = None,
@@ -107,7 +106,7 @@ def receive(
         typer.Option(
             parser=options.parser(parse.size),
             metavar="SIZE",
-            help="Refuse a guest with more memory. By default: than this machine has.",
+            help="Refuse a guest with more memory than SIZE. By default, with more than this machine has.",
         ),
     ] = None,
     run: Annotated[
@@ -115,7 +114,7 @@ def receive(
         typer.Option(
             parser=options.parser(parse.number),
             metavar="SECONDS",
-            help="Let the guest run here, by default for 0 s.",
+            help="Let the guest run here for so long before the command ends; 0 by default.",
         ),
     ] = None,
     tls_dir: TlsFolder = None,
@@ -125,7 +124,7 @@ def receive(
 ) -> None:
     """Wait for one migration, take the VM over, and let it run.
 
-    It says on stderr where it listens, and goes on listening until a source has come that may connect. SIGTERM and
+    The address is printed on stderr. The command listens until a source has connected that is allowed to. SIGTERM and
     SIGHUP end it as Ctrl-C does.
     """
     if (listen is None) == (unix is None):
