@@ -385,3 +385,14 @@ def test_leaf_rejects(options: dict[str, bool], text: str) -> None:
 )
 def test_describe(desc: int, level: int, text: str) -> None:
     assert pte.describe(desc, level) == text
+
+
+@pytest.mark.parametrize("bits", [(0b0001, 0), (0, 0b0010), (0b0100, 0b1000), (0b0101, 0b1010), (0, 0)])
+def test_what_is_asked_for_already_may_be_asked_for_again(bits: tuple[int, int]) -> None:
+    """Asked for bit by bit or together, once or twice."""
+    match, (ones, zeros) = pte.Match(0b0011, 0b0001), bits
+    again = match.also(ones=ones, zeros=zeros)
+    assert again == pte.Match(0b0011 | ones | zeros, 0b0001 | ones)
+    assert again.also(ones=ones, zeros=zeros) == again
+    for desc in range(16):
+        assert again(desc) == (match(desc) and desc & ones == ones and not desc & zeros)

@@ -1,6 +1,8 @@
 """The benchmarks do the work that their rows name; how long it takes is no matter of a test."""
 
 import inspect
+import socket
+import threading
 
 import numpy as np
 import pytest
@@ -46,3 +48,22 @@ def test_memory_to_migrate_is_random_and_has_no_zeros(monkeypatch):
     assert words.all()
     assert np.unique(words).size == words.size == 1 << 17
     assert guest.pages.weight() == 64
+
+
+@pytest.mark.parametrize("orders", [[b"Q"], [b"F", b"Q"], []])
+def test_the_receiver_ends_when_it_is_told_to_or_alone(orders):
+    here, there = socket.socketpair()
+    receiver = threading.Thread(target=stream.serve, args=(there.detach(), 4096), daemon=True)
+    receiver.start()
+    with here:
+        here.settimeout(10)
+        for order in orders:
+            here.sendall(stream._COMMAND.pack(order, 5 if order == b"F" else 0))
+            if order == b"F":
+                assert here.recv(1) == b"r"
+                here.sendall(b"12345")
+                assert here.recv(1) == b"k"
+        if not orders:
+            here.shutdown(socket.SHUT_WR)
+        receiver.join(10)
+        assert not receiver.is_alive()
