@@ -124,6 +124,7 @@ def test_an_interrupt_loses_nothing(idle: KvmVm, monkeypatch: pytest.MonkeyPatch
 
 
 def test_slots_and_addresses_are_checked(idle: KvmVm) -> None:
+    assert [(slot.id, slot.npages) for slot in idle.slots] == [(0, SIZE // PAGE), (1, 2)]
     with pytest.raises(OSError, match="there is no slot 9") as raised:
         idle.dirty(9)
     assert raised.value.errno == ENOENT

@@ -1,15 +1,18 @@
 """The state machine of `hwdbm.testing`, on both kernels and all granules, and the mutants that it must catch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from effort import EFFORT
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 from hwdbm import DirtyBitmap, Granule, Stage2, kernels, pte
 from hwdbm.errors import BitmapError
 from hwdbm.stage2.leaves import Record
-from hwdbm.testing import Stage2Machine
+from hwdbm.testing import Stage2Machine, stage2s
 
 LONG = settings(stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 HUNT = settings(LONG, print_blob=False, database=None, phases=[Phase.generate])
@@ -217,3 +220,13 @@ def test_machine_without_the_walker():
         compare = False
 
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=25 * EFFORT))
+
+
+@given(stage2s(), st.data())
+def test_a_part_is_of_whole_leaves_and_all_twelve_are_the_slot(s2, data):
+    machine = SimpleNamespace(s2=s2)
+    assert Stage2Machine.pages(machine, (12, 0)) == (s2.base_gfn, s2.npages)
+    part, size = data.draw(st.tuples(*[st.integers(0, 12)] * 2)), s2.granule.pages_per_entry(2)
+    start, npages = Stage2Machine.pages(machine, part, size)
+    assert start % size == npages % size == 0
+    assert not npages or s2.base_gfn <= start < start + npages <= s2.base_gfn + s2.npages

@@ -1,0 +1,48 @@
+"""The frames that pages are sent in: as few as they fit into."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hwdbm.migration.sender import PageSender
+from hwdbm.migration.wire import ZERO_RUNS, Kind
+
+PAGE = 4096
+
+
+class Frames:
+    """A sender whose channel keeps the runs of each frame, in pages."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[list[int]]] = []
+        limiter = SimpleNamespace(wait=lambda *_: None)
+        self.sender = PageSender(SimpleNamespace(page_size=PAGE), self, None, limiter, lambda: None)
+
+    def send(self, kind: Kind, table: bytes, runs: int) -> None:
+        assert kind is Kind.ZERO
+        rows = np.frombuffer(table, dtype=np.uint64).reshape(-1, 2)
+        assert len(rows) == runs <= ZERO_RUNS
+        self.sent.append((rows // PAGE).tolist())
+
+    def of(self, *batches: np.ndarray) -> list[list[list[int]]]:
+        for batch in batches:
+            self.sender._add_zeros(7 * PAGE, batch)
+        self.sender._flush_zeros()
+        assert self.sender.duplicate == sum(batch.size for batch in batches)
+        return self.sent
+
+
+@pytest.mark.parametrize(
+    ("batches", "frames"),
+    [([1024] * 4, [4096]), ([1000] * 5, [4000, 1000]), ([1024] * 5, [4096, 1024]), ([1, 4096], [1, 4096]), ([], [])],
+)
+def test_zeros_are_kept_until_a_frame_is_full(batches, frames):
+    starts = np.cumsum([0, *batches])
+    every_other = [np.arange(start, start + count) * 2 for start, count in zip(starts, batches, strict=False)]
+    assert [len(frame) for frame in Frames().of(*every_other)] == frames
+
+
+def test_a_run_goes_on_in_the_next_batch():
+    batches = np.arange(10), np.arange(10, 15), np.array([15, 17]), np.array([18])
+    assert Frames().of(*batches) == [[[7, 16], [24, 2]]]
