@@ -24,8 +24,8 @@ def test_json_is_in_ms_and_bytes(run) -> None:
 
 
 def test_the_whole_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On 80 columns with figures as of large memory; on fewer it is a line for each cell. No array fits another level."""
-    measured = list(run_all(Setup(3 * 512, 1)))
+    """On 80 columns with figures as of large memory; on fewer it is a line for each cell."""
+    measured = list(run_all(Setup(3 * 512, 1)))  # of such a size no level's array is like another's
     rows = [Row(row.what, 12.3456, row.floor, 0.6, 1.25, row.unit) if row.unit == "s" else row for row in measured]
     for columns in (80, 40):
         monkeypatch.setenv("COLUMNS", str(columns))

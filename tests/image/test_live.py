@@ -363,7 +363,7 @@ def test_bad_files_and_registers(tmp_path):
     path.write_bytes(bytes(1 << 16))
     with pytest.raises(ImageError, match="isn't a multiple of 4 KiB"):
         open_live(path, ram_base=1, vttbr=0x1000, vtcr=0x806A_3558)
-    with pytest.raises(ImageError, match="is not in the RAM's 0x0000000040000000..0x000000004000ffff"):
+    with pytest.raises(ImageError, match=r"is not in the RAM's 0x0000000040000000..0x000000004000ffff"):
         open_live(path, ram_base=0x4000_0000, vttbr=0x1000_0000, vtcr=0x806A_3558).stage2(0, 1)
     with pytest.raises(hwdbm.errors.GfnError, match="40 bits"):
         Live(np.zeros(1 << 13, dtype=np.uint64), 0, Registers(0x2000, 0x806A_3558)).stage2(1 << 28, 1)
