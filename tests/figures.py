@@ -34,8 +34,9 @@ def _axes(axes: Axes) -> Iterator[str]:
     yield f"  {axes.get_yscale()}{linear}, {_numbers(axes.get_xlim())} by {_numbers(axes.get_ylim())}"
     for label, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         ticks, texts = axis.get_majorticklocs(), axis.get_major_formatter()
+        length = axis.get_tick_params().get("length", "")
         if isinstance(texts, FuncFormatter):  # others are matplotlib's choice
-            yield f"  {label} at {[texts(tick, 0) for tick in ticks]}, which are {_numbers(ticks)}"
+            yield f"  {label} at {[texts(tick, 0) for tick in ticks]}, which are {_numbers(ticks)} {length}".rstrip()
     for bar in axes.patches:
         box: Any = bar
         yield f"  bar {_numbers([*box.get_xy(), box.get_width(), box.get_height()])} {to_hex(bar.get_facecolor())}"

@@ -127,3 +127,10 @@ def test_octets(value: object) -> None:
 def test_what_has_no_octets(value: object) -> None:
     with pytest.raises(TypeError, match="data is bytes-like, not"):
         check.octets(value, "data")
+
+
+@pytest.mark.parametrize(("size", "said"), [(58, "'" + "x" * 58 + "'"), (59, "'" + "x" * 56 + "...")])
+def test_a_long_argument_is_cut(size: int, said: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        check.integer("x" * size, "size")
+    assert str(raised.value) == f"size is an integer, not {said}"

@@ -480,6 +480,8 @@ def test_a_context_ends_the_machine():
         machine.run(Sequential())
         machine.resume()
         assert repr(machine).startswith("<Machine: 1 vCPUs, 0 MiB in 1 slots")
+        machine.add_memslot(5 << 20)
+        assert repr(machine).startswith("<Machine: 1 vCPUs, 5 MiB in 2 slots")
     assert not machine.running
     assert machine.space.regions == ()
 
