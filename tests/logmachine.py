@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from logtools import live
@@ -432,3 +433,167 @@ class BlockMachine(LogMachine):
 
     blocks = True
     sizes, between = (1024, 1025, 1088, 1535), (1024, 1700)
+
+
+class ClientMachine(LogMachine):
+    """And clients beside KVM's own verbs, each with a copy of the guest's pages and a set of those it lacks.
+
+    The model of GET and CLEAR is what it was: for it, a client's harvest is a `sync`.
+    """
+
+    names = ("A", "B", "C")
+
+    def __init__(self):
+        super().__init__()
+        self.clients, self.sets, self.broken, self.copies, self.lent = {}, {}, {}, {}, {}
+
+    def teardown(self):
+        for lease, *_ in self.lent.values():
+            with suppress(StaleLeaseError):
+                lease.commit()
+        for client in self.clients.values():
+            client.close()
+        super().teardown()
+
+    # --- what the model of the clients learns of ----------------------------------------------------------
+
+    def news(self, pages):
+        if self.model.logs:
+            for missing in self.sets.values():
+                missing |= set(pages)
+
+    def break_off(self):
+        for name in self.sets:
+            self.sets[name], self.broken[name] = set(range(self.npages)), True
+        self.lent.clear()  # they are stale
+
+    def store(self, page):
+        before = self.memory[page]
+        super().store(page)
+        assert self.memory[page] != before
+        self.news([page])
+
+    def break_cow(self, place):
+        super().break_cow(place)
+        self.news([place % self.npages])
+
+    def device_writes(self, part):
+        super().device_writes(part)
+        first, count = self.part(part)
+        self.news(range(first, first + count))
+
+    def region(self, flags=None, base=None):
+        logs, moves = self.model.logs, base not in (None, self.base)
+        super().region(flags, base)
+        if moves or (logs and not self.model.logs):
+            self.break_off()
+
+    # --- their verbs ---------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.model.logs and len(self.clients) < 3)
+    @rule(written=PAGES, during=PAGES)
+    def join(self, written, during):
+        self.write(written)
+        name = next(each for each in self.names if each not in self.clients)
+        self.during = during
+        self.clients[name] = self.log.client(name)
+        self.during = []
+        self.model.sync(range(self.npages))
+        self.sets[name], self.broken[name], self.copies[name] = set(), False, self.memory.copy()
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 2), forget=st.booleans())
+    def leave(self, number, forget):
+        name = sorted(self.clients)[number % len(self.clients)]
+        client = self.clients.pop(name)
+        lent = self.lent.pop(name, None)
+        if forget:
+            with pytest.warns(ResourceWarning, match="was never closed"):
+                del client
+        else:
+            client.close()
+        del self.sets[name], self.broken[name], self.copies[name]
+        if lent is not None:
+            with pytest.raises(StaleLeaseError):
+                lent[0].rollback()
+
+    @precondition(lambda self: self.model.logs and self.clients)
+    @rule(
+        number=st.integers(0, 2),
+        written=PAGES,
+        during=PAGES,
+        then=st.sampled_from(["commit", "commit", "fail", "forget", "keep"]),
+    )
+    def take(self, number, written, during, then):
+        self.write(written)
+        name = sorted(self.clients)[number % len(self.clients)]
+        epoch = self.clients[name].feeds[0].epoch
+        self.during = during
+        lease = self.clients[name].take(0)
+        self.during = []
+        self.model.sync(range(self.npages))
+        got = self.same(lease.bitmap, self.sets[name], f"the take of {name}: GET")
+        broken = self.broken[name]
+        assert (bool(lease.broken), lease.epoch) == (broken, epoch), "what a take knows of its epoch"
+        assert not broken or got == set(range(self.npages))
+        self.sets[name], self.broken[name] = set(), False
+        if then == "keep" and name not in self.lent:
+            self.lent[name] = lease, got, broken
+        elif then == "forget" and got:
+            with pytest.warns(ResourceWarning, match="was neither committed nor rolled back"):
+                del lease
+            self.clients[name].feeds[0].loans.take_back()  # as its next take does
+            self.back(name, got, broken)
+        else:
+            self.end(name, lease, got, broken, commit=then == "commit")
+
+    @precondition(lambda self: self.lent)
+    @rule(number=st.integers(0, 2), commit=st.booleans())
+    def end_later(self, number, commit):
+        name = sorted(self.lent)[number % len(self.lent)]
+        self.end(name, *self.lent.pop(name), commit=commit)
+
+    def end(self, name, lease, got, broken, *, commit):
+        epoch = self.clients[name].feeds[0].epoch
+        if commit:
+            index = sorted(got)
+            self.copies[name][index] = self.memory[index]
+            lease.commit()
+        else:
+            lease.rollback()
+            self.back(name, got, broken)
+        assert self.clients[name].feeds[0].epoch == epoch + commit
+
+    def back(self, name, got, broken):
+        self.sets[name] |= got
+        self.broken[name] |= broken
+
+    @precondition(lambda self: self.model.logs and self.clients)
+    @rule(number=st.integers(0, 2), written=PAGES, during=PAGES, step=st.integers(0, 2))
+    def take_fails(self, number, written, during, step):
+        self.write(written)
+        name = sorted(self.clients)[number % len(self.clients)]
+        epoch, generation = self.clients[name].feeds[0].epoch, self.clients[name].feeds[0].generation
+        self.fails, self.during = step, during
+        with suppress(ConnectionError):
+            self.clients[name].take(0).rollback()
+        self.fails, self.during = None, []
+        feed = self.clients[name].feeds[0]
+        assert (feed.epoch, feed.generation) == (epoch, generation), "what a failed take knows of its epoch"
+        now = set(live(self.log).pages().tolist())
+        self.model.recorded -= now
+        self.model.published |= now
+
+    @precondition(lambda self: hasattr(self, "lease"))
+    @invariant()
+    def no_client_loses_a_write(self):
+        if not self.model.logs:
+            return
+        fresh = self.log.slot_log(0).feeds.fresh
+        for name, client in self.clients.items():
+            feed = client.feeds[0]
+            known = feed.bitmap | self.s2.dirty() | (DirtyBitmap(self.npages) if fresh is None else fresh)
+            pages = set(known.pages().tolist()) | (self.lent[name][1] if name in self.lent else set())
+            lacking = np.flatnonzero(self.memory != self.copies[name]).tolist()
+            lost = set(lacking) - pages
+            assert not lost, f"lost writes to pages {sorted(lost)[:9]} for client {name}"

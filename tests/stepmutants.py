@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from hwdbm.dirtylog import faults
+from hwdbm.dirtylog.client import Feed, Feeds
 from hwdbm.dirtylog.slot import SlotLog
 from hwdbm.races.protocol import check
 from hwdbm.races.protocols import PRODUCTION
@@ -19,20 +20,35 @@ from hwdbm.races.protocols import PRODUCTION
 # The protocols that each is tried with, the quickest first.
 WHERE = {
     (SlotLog, "sync_steps"): ("sync-get", "device"),
-    (SlotLog, "get_steps"): ("get-twice", "get-failing", "write-protect"),
-    (SlotLog, "peek_steps"): ("write-protect-clear", "clear"),
-    (SlotLog, "clear_steps"): ("write-protect-clear", "clear"),
+    (SlotLog, "_publish"): ("sync-get", "clients-get", "clients"),
+    (SlotLog, "_take_steps"): ("get-twice", "get-failing", "clients-write-protect", "write-protect"),
+    (SlotLog, "_rearm"): ("clients-write-protect", "write-protect"),
+    (SlotLog, "peek_steps"): ("write-protect-clear", "clear", "clients-clear"),
+    (SlotLog, "clear_steps"): ("write-protect-clear", "clear", "clients-clear"),
+    (SlotLog, "feed_steps"): ("clients-off-on", "clients-rollback"),
+    (SlotLog, "join_steps"): ("clients-join",),
+    (SlotLog, "give_back"): ("clients-rollback", "clients-failing"),
+    (Feed, "give_back"): ("clients-rollback", "clients-failing"),
+    (Feed, "break_off"): ("clients-off-on",),
+    (Feeds, "pour"): ("clients-get", "clients-clear", "clients-off-on"),
     (SlotLog, "_take"): ("get-twice", "get-failing", "write-protect", "split"),
     (SlotLog, "put_back"): ("get-failing", "rollback"),
-    (SlotLog, "mark_steps"): ("device", "device-host"),
+    (SlotLog, "mark_steps"): ("device", "device-host", "clients-device"),
     (SlotLog, "take_host_dirty"): ("write-back", "write-back-unmap", "write-back-failing"),
-    (SlotLog, "start_steps"): ("start", "stop-start", "start-full"),
-    (SlotLog, "stop_steps"): ("stop-start",),
-    (SlotLog, "switch_steps"): ("switch-off", "switch-on"),
+    (SlotLog, "start_steps"): ("start", "stop-start", "start-full", "clients-off-on"),
+    (SlotLog, "stop_steps"): ("stop-start", "clients-off-on"),
+    (SlotLog, "switch_steps"): ("switch-off", "switch-on", "clients-switch"),
     (faults, "map_steps"): ("replace-give", "unmap", "write-back-unmap"),
     (faults, "unmap_steps"): ("unmap-give", "write-back-unmap", "unmap"),
     (faults, "populate_steps"): ("populate",),
-    (faults, "write_fault_steps"): ("write-protect-clear", "split-fault", "copy-on-write", "copy-on-write-read"),
+    (SlotLog, "spread"): ("clients-write-protect",),
+    (faults, "write_fault_steps"): (
+        "clients-write-protect",
+        "write-protect-clear",
+        "split-fault",
+        "copy-on-write",
+        "copy-on-write-read",
+    ),
     (faults, "change_steps"): ("protect-share", "age", "split", "collapse"),
 }
 

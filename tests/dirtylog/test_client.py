@@ -3,15 +3,17 @@
 import gc
 import os
 from errno import EBUSY, ENOENT
+from functools import partial
 
 import numpy as np
 import pytest
 from logtools import live, make, pages_of, states, write
 
 from hwdbm import DirtyBitmap, DirtyLog, pte
-from hwdbm.dirtylog import LogClient
-from hwdbm.dirtylog.client import Clients
-from hwdbm.errors import StaleLeaseError
+from hwdbm.dirtylog import ClientLease, LogClient
+from hwdbm.dirtylog.client import Clients, Feeds
+from hwdbm.dirtylog.slot import Point, SlotLog
+from hwdbm.errors import InvariantError, StaleLeaseError
 
 MODES = {
     "hardware": {},
@@ -23,12 +25,16 @@ MODES = {
 }
 
 
-@pytest.fixture(params=MODES)
-def log(request) -> DirtyLog:
-    made = make(200, flags=0, **MODES[request.param])
+def mapped(mode: str) -> DirtyLog:
+    made = make(200, flags=0, **MODES[mode])
     made.map(0, 0x40, 200, 0)
     made.set_memory_region(0, 1, 0x40000, 200 << 12, 0)
     return made
+
+
+@pytest.fixture(params=MODES)
+def log(request) -> DirtyLog:
+    return mapped(request.param)
 
 
 def taken(client: LogClient, slot: int = 0) -> list[int]:
@@ -88,8 +94,10 @@ def test_get_and_clear_answer_as_without_clients() -> None:
         (changed,) = (log.stage2(0).level(3) != before).nonzero()
         assert changed.tolist() == [1]
         assert pages_of(log.get_dirty_log(0)) == [2, 3, 130]
-        # What CLEAR dropped is news for the client.
         assert taken(backup) == [1, 2, 3, 130]
+        write(log, 2)
+        log.clear_dirty_log(0, 0, 64, DirtyBitmap.from_pages([2], 64))  # dirty in the log still, since it was shown
+        assert taken(backup) == [2], "what CLEAR drops of the leaf is news for the client"
 
 
 def test_what_was_shown_and_not_cleared_is_harvested_again(log: DirtyLog) -> None:
@@ -356,3 +364,114 @@ def test_it_is_shown(log: DirtyLog, recwarn: pytest.WarningsRecorder) -> None:
     client.close()
     assert repr(client) == "<LogClient 'a', closed>"
     assert not recwarn
+
+
+# --- do these tests bite? ----------------------------------------------------------------------------------
+
+
+def steals_from_another(patch):
+    """All clients take from the first one's bitmap, as two users of KVM's log do."""
+    take = SlotLog.feed_steps
+
+    def feed_steps(self, feed, lease, lo, hi):
+        first = next(iter(self.feeds))
+        words = feed.bitmap
+        feed.bitmap = first.bitmap
+        try:
+            yield from take(self, feed, lease, lo, hi)
+        finally:
+            feed.bitmap = words
+
+    patch.setattr(SlotLog, "feed_steps", feed_steps)
+
+
+def publishes_to_the_first_alone(patch):
+    """A harvest is poured into the bitmap of one client, and the log's."""
+    patch.setattr(Feeds, "__iter__", lambda self: (feed for each in self._refs[:1] if (feed := each()) is not None))
+
+
+def publishes_to_the_log_alone(patch):
+    """What is marked without a harvest goes to the default client."""
+    patch.setattr(Feeds, "sink", lambda self, live: live)
+
+
+def drops_what_a_clear_cleans(patch):
+    """CLEAR drops what the leaf has recorded: the default client copies the page, and no other hears of it."""
+    patch.setattr(Feeds, "dropped", lambda self: None)
+
+
+def ends_the_epochs_of_all(patch):
+    """A commit of one client's empties the bitmaps of all."""
+    commit = ClientLease.commit
+
+    def committed(self):
+        commit(self)
+        for feed in self._epoch.feed.slot.feeds:
+            feed.bitmap.clear()
+
+    patch.setattr(ClientLease, "commit", committed)
+
+
+def sees_no_change_of_its_slot(patch):
+    """The log is switched off and on, and the client takes what came after, as if nothing had been."""
+    patch.setattr(Feeds, "break_off", lambda self, why: None)
+
+
+def advances_when_it_fails(patch):
+    """A take of which the second step fails keeps what the first had taken."""
+    patch.setattr(ClientLease, "abandon", ClientLease.commit)
+
+
+def gives_back_to_the_log(patch):
+    """A rollback gives the pages to the default client."""
+    patch.setattr(
+        SlotLog,
+        "give_back",
+        lambda self, epoch, pages, first, generation: self.put_back(pages, first, self.generation),
+    )
+
+
+def joins_as_it_is(patch):
+    """A client comes, and what others were shown and have not cleared stays writable."""
+
+    def join_steps(self, feed):
+        yield Point.TAKE
+        self.feeds.join(feed)
+
+    patch.setattr(SlotLog, "join_steps", join_steps)
+
+
+def takes_without_protecting(patch):
+    """A client's take leaves what it took writable: that is the default client's business."""
+    patch.setattr(SlotLog, "_rearm", lambda self, *_: None)
+
+
+MUTANTS = {
+    steals_from_another: ("hardware", test_each_sees_every_write_since_its_own_last_epoch),
+    publishes_to_the_first_alone: ("hardware", test_each_sees_every_write_since_its_own_last_epoch),
+    publishes_to_the_log_alone: ("hardware", test_each_sees_every_write_since_its_own_last_epoch),
+    drops_what_a_clear_cleans: (None, test_get_and_clear_answer_as_without_clients),
+    ends_the_epochs_of_all: ("software", test_a_commit_ends_the_epoch_and_a_rollback_does_not),
+    sees_no_change_of_its_slot: (
+        "hardware",
+        partial(test_a_change_of_the_slot_breaks_the_epoch_and_says_so, change=off_and_on, first=True),
+    ),
+    advances_when_it_fails: (None, test_a_take_that_fails_ends_nothing),
+    gives_back_to_the_log: ("hardware", test_a_commit_ends_the_epoch_and_a_rollback_does_not),
+    joins_as_it_is: ("software, manual", test_each_sees_every_write_since_its_own_last_epoch),
+    takes_without_protecting: ("software, manual", test_what_was_shown_and_not_cleared_is_harvested_again),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("mutate", MUTANTS)
+def test_a_mutant_is_caught(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mutate.__doc__
+    mode, check = MUTANTS[mutate]
+    check(*(() if mode is None else (mapped(mode),)))
+    arguments = () if mode is None else (mapped(mode),)
+    with monkeypatch.context() as patch:
+        mutate(patch)
+        with pytest.raises((AssertionError, InvariantError, pytest.fail.Exception)):
+            check(*arguments)
+    gc.collect()

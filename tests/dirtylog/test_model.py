@@ -4,7 +4,7 @@ import pytest
 from effort import EFFORT
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from logmachine import BlockMachine, LogMachine
+from logmachine import BlockMachine, ClientMachine, LogMachine
 
 LONG = settings(
     max_examples=25 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
@@ -14,3 +14,8 @@ LONG = settings(
 @pytest.mark.parametrize("machine", [LogMachine, BlockMachine])
 def test_machine(machine, kernels):
     run_state_machine_as_test(machine, settings=LONG)
+
+
+@pytest.mark.filterwarnings("default::ResourceWarning")
+def test_clients(kernels):
+    run_state_machine_as_test(ClientMachine, settings=settings(LONG, max_examples=15 * EFFORT))

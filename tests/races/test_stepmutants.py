@@ -14,11 +14,13 @@ CHOSEN = (
     MUTANTS
     if ALL
     else [
-        "mark_steps: self.live.set_range: left out",
-        "get_steps: np.copyto: left out",
+        "mark_steps: self.feeds.sink(self.live).set_range: left out",
+        "_take_steps: np.copyto: left out",
+        "give_back: np.bitwise_or: left out",
+        "pour: fresh.fill: doubled",
         "put_back: np.bitwise_or: left out",
         "unmap_steps: slot.flush: left out",
-        "mark_steps: self.live.set_range: doubled",
+        "mark_steps: self.feeds.sink(self.live).set_range: doubled",
     ]
 )
 

@@ -1027,6 +1027,156 @@ def _(wrong: bool) -> Made:
     return _scene([], pages, cells=cells), [Actor("S", chain), Actor("guest", write)], end
 
 
+# --- several clients of one log ------------------------------------------------------------------------------------
+
+
+def _each_kept(view: View) -> str | None:
+    """Say which client's copy is old, with nothing that says so: not its own bits, nor the descriptor."""
+    if view["pte:x"] & W:
+        return None
+    for client in "AB":
+        if view[f"of{client}"] != view["frame:x"] and not view[f"log{client}"] and not view["fresh"]:
+            return f"a write to page x is lost for client {client}: its copy is old, and nothing says that it is dirty"
+    return None
+
+
+def _pour(*clients: str) -> Acts:
+    """Set the bit for each client in turn, and take it out of what was published last."""
+    for client in clients:
+        yield fetch_set(f"log{client}", 1, f"sets the page's bit for {client}")
+    yield store("fresh", 0, "takes it out of what was published")
+
+
+def _taker(client: str, bitmap: str, harvest: Callable[[], Acts]) -> Actor:
+    def take() -> Acts:
+        yield Act("holds the page", lambda view: view.__setitem__("held", 1), when=lambda view: view["held"] == 0)
+        yield from harvest()
+        bits = yield exchange(bitmap, 0, f"takes the bits of {bitmap}")
+        yield store("held", 0, "lets go of it")
+        if bits:
+            yield copy("x", f"of{client}")
+
+    return Actor(client, take)
+
+
+_CLIENTS: Final = {f"{what}{client}": 0 for what in ("of", "log") for client in "AB"} | {"fresh": 0, "held": 0}
+
+
+@_mistake("client-steals", "two clients take from one bitmap, and each misses what the other has taken", "5.16")
+def _(wrong: bool) -> Made:
+    def harvest() -> Acts:
+        old = yield fetch_clear("pte:x", W)
+        yield from flush("x")
+        if old & W:
+            yield from _pour("A") if wrong else _pour("A", "B")
+
+    actors = [_taker("A", "logA", harvest), _taker("B", "logA" if wrong else "logB", harvest)]
+    return _scene(["store x 1"], cells=_CLIENTS), actors, _each_kept
+
+
+@_mistake("published-to-one", "a client's harvest cleans the page, and publishes it to that client alone", "5.16")
+def _(wrong: bool) -> Made:
+    def harvest(*clients: str) -> Callable[[], Acts]:
+        def acts() -> Acts:
+            old = yield fetch_clear("pte:x", W)
+            yield from flush("x")
+            if old & W:
+                yield from _pour(*clients)
+
+        return acts
+
+    actors = [_taker(name, f"log{name}", harvest(*(name if wrong else "AB"))) for name in "AB"]
+    return _scene(["store x 1"], cells=_CLIENTS), actors, _each_kept
+
+
+@_mistake("published-half-way", "an interrupt comes when a harvest has told one client, and nothing says that "
+          "another is to hear of it", "5.16")  # fmt: skip
+def _(wrong: bool) -> Made:
+    def clean(view: View) -> int:
+        old = view["pte:x"]
+        view["pte:x"] = old & ~W
+        if old & W and not wrong:
+            view["fresh"] = 1  # in the pass that cleans
+        return old & W
+
+    def harvest() -> Acts:
+        found = yield Act("cleans x, and notes what it had", clean)
+        yield from flush("x")
+        if found or (yield load("fresh")):
+            yield fetch_set("logA", 1, "sets the page's bit for A")
+            if (yield load("interrupt")):
+                return
+            yield fetch_set("logB", 1, "sets the page's bit for B")
+            yield store("fresh", 0, "takes it out of what was published")
+
+    def signal() -> Acts:
+        yield store("interrupt", 1, "a signal comes")
+        yield store("interrupt", 0, "and was seen")
+
+    actors = [_taker("A", "logA", harvest), _taker("B", "logB", harvest), Actor("signal", signal)]
+    return _scene(["store x 1"], cells=_CLIENTS | {"interrupt": 0}), actors, _each_kept
+
+
+@_mistake("clear-drops-for-others", "a CLEAR re-protects a page, and drops what the leaf has recorded: its caller "
+          "copies the page, another client never hears of it", "5.16")  # fmt: skip
+def _(wrong: bool) -> Made:
+    def clear() -> Acts:
+        old = yield fetch_clear("pte:x", W)
+        yield from flush("x")
+        if old & W and not wrong:
+            yield fetch_set("logB", 1, "sets the page's bit for B")
+        yield exchange("logA", 0, "takes the bits of logA")
+
+    def first() -> Acts:
+        yield Act("holds the page", lambda view: view.__setitem__("held", 1), when=lambda view: view["held"] == 0)
+        yield from clear()
+        yield store("held", 0, "lets go of it")
+        yield copy("x", "ofA")
+
+    def harvest() -> Acts:
+        old = yield fetch_clear("pte:x", W)
+        yield from flush("x")
+        if old & W:
+            yield from _pour("A", "B")
+
+    actors = [Actor("A", first), _taker("B", "logB", harvest)]
+    return _scene(["store x 1"], "dirty", cells=_CLIENTS | {"logA": 1, "logB": 1}), actors, _each_kept
+
+
+@_mistake("epoch-without-parent", "the epoch ends when the bits are taken, and not when the snapshot is whole: one "
+          "that fails is no parent, and its pages are in no other", "5.16", "R33")  # fmt: skip
+def _(wrong: bool) -> Made:
+    def commit(bits: int) -> Act:
+        return Act("commits: the snapshot is the next one's parent",
+                   lambda view: view.__setitem__("chain", view["chain"] | bits))  # fmt: skip
+
+    def snapshot() -> Acts:
+        bits = yield _take()
+        if not (yield load("full")):
+            yield commit(bits)
+        elif bits and not wrong:
+            yield fetch_set("log", bits, "rolls back: the pages are in the next one")
+
+    def last() -> Acts:
+        yield commit((yield _take()))
+
+    def write() -> Acts:
+        for bit in range(2):
+            yield fetch_set("written", 1 << bit, f"the guest writes page {'xy'[bit]}")
+            yield fetch_set("log", 1 << bit, f"marks page {'xy'[bit]}")
+
+    def disk() -> Acts:
+        yield store("full", 1, "the disk is full")
+
+    def end(view: View) -> str | None:
+        lost = view["written"] & ~view["chain"]
+        return f"page {'xy'[lost >> 1]} is in no snapshot of the chain" if lost else None
+
+    scene = _scene([], {"x": "clean", "y": "clean"}, cells={"chain": 0, "written": 0, "full": 0})
+    actors = [Actor("S", snapshot), Actor("guest", write), Actor("disk", disk), Actor("next", last, last=True)]
+    return scene, actors, end
+
+
 # --- rings, and logs that the hardware keeps -----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ here, as there are no threads; and a flush takes its time, TLBI and DSB by thems
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.dirtylog import faults
+from hwdbm.dirtylog.client import Epoch, Feed
 from hwdbm.dirtylog.lease import Lease
 from hwdbm.dirtylog.mechanism import MECHANISMS
 from hwdbm.dirtylog.slot import LogParts, Point, SlotLog, Steps
@@ -57,6 +59,10 @@ class World(NamedTuple):
         Counts the bitmaps that are gone.
     taken : int
         The host's flags that write-back took last.
+    fresh : int
+        What was published, and isn't in the clients' bitmaps yet.
+    feeds : tuple
+        The bits of each client that has joined, and why its epoch is broken.
     """
 
     live: int | None
@@ -70,6 +76,8 @@ class World(NamedTuple):
     mechanism: str
     generation: int
     taken: int = 0
+    fresh: int = 0
+    feeds: tuple[tuple[int, str], ...] = ()
 
 
 class Outer(NamedTuple):
@@ -176,6 +184,12 @@ def _change(verb: Callable[..., Any]) -> Callable[["RealSlot", int, int], Steps]
     return steps
 
 
+def _of_client(
+    verb: Callable[["RealSlot", Feed, int, int], Steps], number: int
+) -> Callable[["RealSlot", int, int], Steps]:
+    return lambda slot, lo, hi: verb(slot, slot.feeds[number], lo, hi)
+
+
 VERBS: Final[Mapping[str, Callable[["RealSlot", int, int], Steps]]] = {
     "sync": lambda slot, lo, hi: slot.log.sync_steps(lo, hi),
     "get": lambda slot, lo, hi: slot.log.get_steps(slot.lease, lo, hi),
@@ -184,6 +198,17 @@ VERBS: Final[Mapping[str, Callable[["RealSlot", int, int], Steps]]] = {
     "rollback": lambda slot, _lo, _hi: _caught(
         lambda: slot.log.put_back(slot.lease.bitmap.copy(), 0, slot.log.generation)
     ),
+    **{
+        f"{verb} {'AB'[number]}": _of_client(steps, number)
+        for number in range(2)
+        for verb, steps in {
+            "join": lambda slot, feed, _lo, _hi: slot.log.join_steps(feed),
+            "take": lambda slot, feed, lo, hi: slot.log.feed_steps(feed, slot.lease, lo, hi),
+            "rollback": lambda slot, feed, _lo, _hi: _caught(
+                lambda: slot.log.give_back(Epoch(feed), slot.lease.bitmap.copy(), 0, feed.generation)
+            ),
+        }.items()
+    },
     "mark": lambda slot, lo, hi: slot.log.mark_steps(lo, hi),
     "take host flags": lambda slot, _lo, _hi: _caught(slot.log.take_host_dirty),
     "switch": lambda slot, _lo, _hi: slot.log.switch_steps(slot.other()),
@@ -231,6 +256,8 @@ class RealSlot:
         The pages that the host lets nobody write.
     shared : bool
         Whether others may write its descriptors too, so that verbs change them by the atomic kernel.
+    clients : int
+        How many clients have joined from the start, of the two that there are.
     verbs : mapping
         The steps, by name.
     """
@@ -251,6 +278,7 @@ class RealSlot:
         logs: bool = True,
         readonly: Sequence[str] = (),
         shared: bool = False,
+        clients: int = 0,
         verbs: Mapping[str, Callable[["RealSlot", int, int], Steps]] = VERBS,
     ) -> None:
         self.scene, self.pages, self.npages, self.verbs = scene, dict(pages), npages, verbs
@@ -270,6 +298,11 @@ class RealSlot:
         if logs:
             for _ in self.log.start_steps(self.memslot(logs=True), full=False):
                 pass
+        self.feeds = [Feed(self.log, name, npages) for name in "AB"]
+        for feed in self.feeds[:clients]:
+            for _ in self.log.join_steps(feed):
+                pass
+        self._fresh = DirtyBitmap(npages) if self.log.feeds.fresh is None else self.log.feeds.fresh
         self._note = type(self.log.changing(0, npages))
         self.log._due.clear()
         self.lease, self.mask = self._lease(), np.zeros(self._words(), dtype=np.uint64)
@@ -313,8 +346,11 @@ class RealSlot:
         live = None if log.live is None else _number(log.live)
         lease, shown = _number(self.lease.bitmap), int.from_bytes(self.mask.tobytes(), "little")
         host, saved = _number(s2.host_dirty), _number(s2.saved.bitmap)
+        fresh = 0 if log.feeds.fresh is None else _number(log.feeds.fresh)
+        feeds = tuple((_number(feed.bitmap), feed.broken) for feed in log.feeds)
         return World(
             live, lease, shown, host, saved, s2.saved.span, due, tuple(rest), log.mechanism.name, log.generation,
+            fresh=fresh, feeds=feeds,
         )  # fmt: skip
 
     def _put(self, descs: tuple[int, ...], world: World, running: Any = None) -> None:
@@ -331,6 +367,7 @@ class RealSlot:
         self.mask[:] = np.frombuffer(world.shown.to_bytes(8 * self._words(), "little"), dtype=np.uint64)
         s2.saved.span = world.span
         log.mechanism, log.generation = self.mechanisms[world.mechanism], world.generation
+        self._put_feeds(world)
         log.memslot = self.memslot(logs=world.live is not None)
         if world.live is None:
             log.live = None
@@ -340,9 +377,23 @@ class RealSlot:
                 log.live = self._bitmap
             self._bitmap = log.live
             _fill(log.live, world.live)
-        mine = None if running is None or running.gi_frame is None else running.gi_frame.f_locals.get("due")
+        mine = None
+        while running is not None and running.gi_frame is not None:  # steps may be those of others, in part
+            mine, running = running.gi_frame.f_locals.get("due", mine), running.gi_yieldfrom
         notes = [mine if mine is not None and _due_key(mine) == key else self._due(key) for key in world.due]
         log._due = set(notes)
+
+    def _put_feeds(self, world: World) -> None:
+        feeds = self.log.feeds
+        feeds.fresh, feeds._refs = None, ()
+        for feed, (bits, broken) in zip(self.feeds, world.feeds, strict=False):
+            _fill(feed.bitmap, bits)
+            feed.broken = broken
+            feeds.fresh = self._fresh  # the same object, which the generator may have as a local
+            feeds.join(feed)
+        for feed in self.feeds:
+            feed.generation = world.generation  # both count the ends of a log, as nothing moves here
+        _fill(self._fresh, world.fresh)
 
     def _due(self, key: Due) -> Any:
         lo, hi, missed, wider = key
@@ -481,7 +532,7 @@ class RealSlot:
             error = happened if happened.startswith("production") else ""
             outer = outer._replace(held=held, error=error or self._verified(descs, world, held))
             result: Any = "failed" if happened == "failed" else world.lease
-            if running.verb == "rollback":
+            if running.verb.startswith("rollback"):
                 world = world._replace(lease=0)
             elif running.verb == "peek":
                 world = world._replace(lease=0, shown=world.lease)
@@ -515,7 +566,7 @@ class RealSlot:
         """Return which bitmaps are others, and which pages are in them."""
         if not isinstance(before, Outer) or not isinstance(after, Outer):
             return []
-        names = {"live": "log", "host": "host flags", "saved": "saved"}
+        names = {"live": "log", "fresh": "fresh", "host": "host flags", "saved": "saved"}
         found = [
             f"{name} {self._listed(new)}"
             for was, now in zip(before.leases, after.leases, strict=True)
@@ -526,6 +577,9 @@ class RealSlot:
             old, new = getattr(before.inner, field), getattr(after.inner, field)
             if old != new:
                 found.append(f"{name} {self._listed(new)}")
+        for name, was, now in zip_longest("AB", before.inner.feeds, after.inner.feeds):
+            if was != now and now is not None:
+                found.append(f"{name} {self._listed(now[0])}{', broken' if now[1] else ''}")
         if before.inner.mechanism != after.inner.mechanism:
             found.append(f"mechanism {after.inner.mechanism}")
         return found

@@ -14,13 +14,20 @@ Steps = Generator[Act | Run, Any, None]
 
 
 def _scene(
-    programs: Sequence[str], pages: Mapping[str, int], *, block: bool = False, disk: bool = False, **options: Any
+    programs: Sequence[str],
+    pages: Mapping[str, int],
+    *,
+    block: bool = False,
+    disk: bool = False,
+    clients: str = "",
+    **options: Any,
 ) -> Scene:
     """Return a machine whose pages are those of a real slot: frames at 512, those for copy-on-write at 1024."""
     others = [f"new:{name}" for name in pages]
     numbers = {name: 512 + number for name, number in pages.items()}
     numbers |= {f"new:{name}": 1024 + number for name, number in pages.items()}
     cells = {f"{what}:{name}": 0 for name in pages for what in (("copy", "disk") if disk else ("copy",))}
+    cells |= {f"{client}:{name}": 0 for client in clients for name in pages}
     cells |= {"given": 0, "content": 0}
     return Scene(
         dict.fromkeys(pages, "clean"), programs, cells, others,
@@ -50,10 +57,10 @@ def _commit() -> Act:
     return Act("commits the lease", do, quiet=True)
 
 
-def _consume(bits: int, pages: Mapping[str, int]) -> Steps:
+def _consume(bits: int, pages: Mapping[str, int], to: str = "copy") -> Steps:
     for name, number in pages.items():
         if bits >> number & 1:
-            yield _copy(name)
+            yield _copy(name, to)
     yield _commit()
 
 
@@ -66,11 +73,19 @@ def _same(view: View) -> str | None:
         frame = view[_frame(view, name)]
         if view[f"copy:{name}"] != frame:
             return f"a write to page {name} is lost: the last copy is old"
+        for client in "AB":
+            if f"{client}:{name}" in cells and view[f"{client}:{name}"] != frame:
+                return f"a write to page {name} is lost for client {client}: its last copy is old"
         if f"disk:{name}" in cells and view[f"disk:{name}"] != frame:
             return f"the host drops page {name}, which the guest has written: the disk is old, and its flag clear"
     if view["given"] and view["frame:x"] != view["content"]:
         return "the guest wrote a frame that isn't its own any more"
-    if world.inner.live or any(lease for lease, _ in world.leases):
+    if (
+        world.inner.live
+        or world.inner.fresh
+        or any(bits for bits, _ in world.inner.feeds)
+        or any(lease for lease, _ in world.leases)
+    ):
         return "a page is still dirty, after a pass with nobody left who writes"
     return None
 
@@ -91,17 +106,25 @@ def production(
     symmetric: tuple[int, ...] = (),
     readonly: Sequence[str] = (),
     shared: bool = False,
+    clients: str = "",
+    joined: int | None = None,
     end: Callable[[View], str | None] = lambda _: None,
     verbs: Mapping[str, Any] = VERBS,
     options: Mapping[str, Any] = {},
 ) -> Protocol:
-    """Return a protocol of a real slot, with a last pass when all is over; with `host` one of the host's flags too."""
-    scene = _scene(programs, pages, block=block, disk=host, hd=hd, **options)
+    """Return a protocol of a real slot, with a last pass when all is over: of each client, and of the host's flags.
+
+    Of the `clients`, by name, the first `joined` are there from the start: all of them by default.
+    """
+    scene = _scene(programs, pages, block=block, disk=host, clients=clients, hd=hd, **options)
     slot = RealSlot(
-        scene, pages, npages, mechanism, block=block, logs=logs, readonly=readonly, shared=shared, verbs=verbs
-    )
+        scene, pages, npages, mechanism, block=block, logs=logs, readonly=readonly, shared=shared,
+        clients=len(clients) if joined is None else joined, verbs=verbs,
+    )  # fmt: skip
 
     def last() -> Steps:
+        for client in clients:
+            yield from _consume((yield Run(f"take {client}", (0, npages))), pages, client)
         yield from _consume((yield Run("get", (0, npages))), pages)
         if host:
             yield from _write_back()
@@ -266,6 +289,59 @@ def _cow_get() -> Steps:
     yield from _consume((yield Run("get", (0, _NPAGES))), _PAGES)
 
 
+def _take(client: str, *, times: int = 1) -> Callable[[], Steps]:
+    def consumer() -> Steps:
+        for _ in range(times):
+            yield from _consume((yield Run(f"take {client}", (0, 64))), _ONE, client)
+
+    return consumer
+
+
+def _take_failing() -> Steps:
+    bits = yield Run("take A", (0, 64), fails=1)
+    if bits == "failed":
+        yield Run("rollback A", (0, 64))
+        bits = yield Run("take A", (0, 64))
+    yield from _consume(bits, _ONE, "A")
+
+
+def _take_rolled_back() -> Steps:
+    if (yield Run("take A", (0, 64))):
+        yield Run("rollback A", (0, 64))  # the consumer fails before it has copied any
+
+
+def _join() -> Steps:
+    yield Run("join A", (0, 64))
+    yield _copy("x", "A")
+    yield from _take("A")()
+
+
+def _default(*verbs: str) -> Callable[[], Steps]:
+    def consumer() -> Steps:
+        for verb in verbs[:-1]:
+            yield Run(verb, (0, 64))
+        yield from _consume((yield Run(verbs[-1], (0, 64))), _ONE)
+
+    return consumer
+
+
+def _off_on() -> Steps:
+    yield Run("stop", (0, 64))
+    yield Run("start", (0, 64))
+    yield _copy("x")
+
+
+def _clients(name: str, summary: str, actors: Sequence[Actor], **options: Any) -> Callable[..., Protocol]:
+    """Return a protocol of one page that a vCPU writes twice, and of clients that take it."""
+
+    def make(**how: Any) -> Protocol:
+        given: dict[str, Any] = {"clients": "AB", "pages": _ONE, "npages": 64} | options | how
+        return production(name, summary, ["store x 1; store x 2"], actors, **given)
+
+    return make
+
+
+_ONE: Final = {"x": 0}
 S, H = "S", "H"
 _WP: Final[dict[str, Any]] = {"mechanism": "write-protection", "hd": False}
 
@@ -402,6 +478,53 @@ PRODUCTION: Final[dict[str, Callable[..., Protocol]]] = {
     "copy-on-write": lambda **how: production(
         "copy-on-write", "a shared page is written: its copy takes its place, and a GET follows",
         ["store x 1"], [Actor(S, _cow_get), Actor(H, _cow, 0)], **how,
+    ),
+    "clients": _clients(
+        "clients", "two clients take, each for itself", [Actor("A", _take("A", times=2)), Actor("B", _take("B"))],
+    ),
+    "clients-failing": _clients(
+        "clients-failing", "two clients take, and the flush of one fails",
+        [Actor("A", _take_failing), Actor("B", _take("B"))],
+    ),
+    "clients-rollback": _clients(
+        "clients-rollback", "two clients take, and one gives its pages back",
+        [Actor("A", _take_rolled_back), Actor("B", _take("B"))],
+    ),
+    "clients-get": _clients(
+        "clients-get", "a client takes beside KVM's GET", [Actor("A", _take("A")), Actor(S, _default("get"))],
+        clients="A",
+    ),
+    "clients-clear": _clients(
+        "clients-clear", "a client takes beside KVM's GET and CLEAR, under manual protection",
+        [Actor("A", _take("A")), Actor(S, _default("peek", "clear"))], clients="A",
+    ),
+    "clients-write-protect": _clients(
+        "clients-write-protect", "two clients take, one of which fails, without hardware DBM",
+        [Actor("A", _take_rolled_back), Actor("B", _take("B")), Actor(H, _handler(), 0)], **_WP,
+    ),
+    "clients-write-protect-clear": _clients(
+        "clients-write-protect-clear", "a client takes beside KVM's GET and CLEAR, without hardware DBM",
+        [Actor("A", _take("A")), Actor(S, _default("peek", "clear")), Actor(H, _handler(), 0)], clients="A", **_WP,
+    ),
+    "clients-unmap": _clients(
+        "clients-unmap", "two clients take while the host unmaps the page, and it is mapped again",
+        [Actor("A", _take("A")), Actor("B", _take("B")), Actor("host", run("unmap", 0)), Actor(H, _mapper, 0)],
+    ),
+    "clients-switch": _clients(
+        "clients-switch", "a client takes while the mechanism changes",
+        [Actor("A", _take("A")), Actor("S2", run("switch", 0)), Actor(H, _handler(), 0)], clients="A",
+    ),
+    "clients-join": _clients(
+        "clients-join", "a client joins, copies all and takes, beside another's take",
+        [Actor("B", _join), Actor("S", _default("get"))], clients="A", joined=0,
+    ),
+    "clients-off-on": _clients(
+        "clients-off-on", "the log ends and begins anew: the client's next take has all", [Actor(S, _off_on)],
+        clients="A",
+    ),
+    "clients-device": _clients(
+        "clients-device", "a device writes and marks, beside two clients' takes",
+        [Actor("A", _take("A")), Actor("B", _take("B")), Actor("device", _device)],
     ),
 }  # fmt: skip
 """Production's protocols, by name: each a function of what is to be another way."""
