@@ -16,6 +16,7 @@ from numpydoc.docscrape import ClassDoc
 
 import hwdbm.cli
 from hwdbm.cli.app import app
+from hwdbm.cli.example import EXAMPLES
 from hwdbm.machine import workload
 from hwdbm.machine.workload import WORKLOADS
 
@@ -136,6 +137,14 @@ def _commands() -> Iterator[tuple[str, str]]:
         _table([("exit status", "meaning"), *((f"`{status}`", meaning) for status, meaning in statuses().items())]),
         "A failure is one line on standard error, never a traceback: [errors, with what to do](../errors.md).",
         "",
+        "## Images by name",
+        "",
+        (
+            "Where a command takes an image, `example:NAME` is one that hwdbm brings. What the guests wrote was "
+            "recorded while they ran, so `hwdbm harvest --check` says whether the answer is right."
+        ),
+        "",
+        _table([("name", "what it is"), *((f"`example:{n}`", _escaped(what)) for n, (_, what) in EXAMPLES.items())]),
         *_toctree([slug(name) for name, _ in commands] + ["workloads"]),
     ]
     yield "commands/index.md", "\n".join(lines)

@@ -303,3 +303,25 @@ def test_names_are_imported_at_their_first_use() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "AttributeError: module 'hwdbm' has no attribute 'nothing'"
+
+
+@pytest.mark.parametrize(
+    ("args", "not_needed"),
+    [
+        ([], ["numpy", "rich", "hwdbm.cli.harvest"]),
+        (["--version"], ["numpy", "rich"]),
+        (["harvest", "example:4k_blocks"], ["numba", "llvmlite", "matplotlib", "ssl", "hypothesis", "hwdbm.migration"]),
+        (["doctor", "kernels"], ["numba", "llvmlite", "matplotlib", "hwdbm.kvm"]),
+        (["completion", "bash"], ["numba", "matplotlib"]),
+    ],
+)
+def test_a_command_imports_what_it_needs(args: list[str], not_needed: list[str]) -> None:
+    """What takes a while to import is left out where nothing uses it."""
+    code = (
+        f"import sys; sys.argv = ['hwdbm', *{args!r}]\n"
+        "from hwdbm.__main__ import main\n"
+        "try: main()\n"
+        f"finally: print([name for name in {not_needed!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
