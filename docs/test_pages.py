@@ -24,8 +24,6 @@ import pytest
 from clitools import examples
 
 import hwdbm
-from hwdbm import snapshot
-from hwdbm.machine import Machine
 
 DOCS = Path(__file__).parent
 MADE = {"api", "commands", "json", "_build", "schemas", "_ext"}
@@ -38,6 +36,7 @@ PROMPT = re.compile(r"^([a-z]*)\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SECONDS = 120
 EXAMPLES = examples()
+KVM = platform.machine() == "x86_64" and os.access("/dev/kvm", os.R_OK | os.W_OK)
 WRITE = os.environ.get("HWDBM_PAGES") == "write"
 
 
@@ -150,12 +149,11 @@ class Shell:
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shell, kernel = Shell(tmp_path), hwdbm.kernels.active().__name__.rpartition(".")[2]
-    kvm = platform.machine() == "x86_64" and os.access("/dev/kvm", os.R_OK | os.W_OK)
-    names: dict[str, object] = {"hwdbm": hwdbm, "Path": Path, "kvm": kvm, "__name__": "__main__"}
+    names: dict[str, object] = {"hwdbm": hwdbm, "Path": Path, "kvm": KVM, "__name__": "__main__"}
     runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
     try:
         for kind, options, body, line in blocks(page.read_text(encoding="utf-8")):
-            if "skipif" in options and not kvm:
+            if "skipif" in options and not KVM:
                 continue
             if kind == "console":
                 parts = PROMPT.split(body)
@@ -195,10 +193,9 @@ def test_the_example_of_a_guest_runs(tmp_path: Path) -> None:
 def test_the_examples_of_a_help_run(name: str, tmp_path: Path) -> None:
     """Each as it stands, in a fresh folder with a clone's tests and docs; those of other shells without their words."""
     shell = Shell(tmp_path)
-    if name == "snapshot rebase":
-        two_snapshots(tmp_path)
+    prepare(name, shell)
     for block in EXAMPLES[name]:
-        if any("--source kvm" in line for line in block) and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        if any("--source kvm" in line for line in block) and not KVM:
             continue
         receivers = []
         for line in block:
@@ -218,14 +215,29 @@ def test_the_examples_of_a_help_run(name: str, tmp_path: Path) -> None:
             assert receiver.process.returncode == 0, "".join(receiver.said)
 
 
-def two_snapshots(folder: Path) -> None:
-    """Write the files that the help of `hwdbm snapshot` speaks of."""
-    with Machine() as machine:
-        machine.add_memslot(1 << 20, 0)
-        machine.start_log()
-        snapshot.write_full(machine, folder / "guest.ram")
-        machine.vcpus[0].store(np.array([4096]), np.array([1], dtype=np.uint64))
-        snapshot.write_diff(machine, folder / "guest.diff")
+def prepare(name: str, shell: Shell) -> None:
+    """Write the files that the help of `hwdbm snapshot` and its commands speaks of."""
+    if not name.startswith("snapshot "):
+        return
+    memory = np.random.default_rng(1).bytes(1 << 20)
+    (shell.folder / "guest.ram").write_bytes(memory)
+    if name == "snapshot rebase":
+        with (shell.folder / "guest.diff").open("wb") as file:
+            file.truncate(1 << 20)
+            os.pwrite(file.fileno(), bytes(4096), 8192)
+    (shell.folder / "dirty").mkdir()
+    (shell.folder / "dirty" / "slot0.bitmap").write_bytes(hwdbm.DirtyBitmap.from_pages([3], 256).to_bytes())
+    if name == "snapshot diff":
+        begin = "hwdbm snapshot save chain guest.ram --ram-base 0x40000000"
+    elif name != "snapshot save":
+        begin = "hwdbm snapshot save chain --source {} --memory 1M --every 1 --count 12".format(
+            "kvm" if KVM else "machine"
+        )
+    else:
+        return
+    process = shell.start(begin)
+    said, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
 
 
 def test_the_picture_of_the_readme_is_what_the_verbs_do() -> None:

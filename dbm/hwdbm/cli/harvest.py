@@ -125,15 +125,7 @@ def harvest(
             "the guest's TLB before you copy a page.",
         ),
     ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            parser=options.parser(parse.path),
-            metavar="FILE.html",
-            help="Report what was found: pictures, and the numbers behind them, in one HTML file without links that "
-            "one can print. For one image.",
-        ),
-    ] = None,
+    report: options.Report = None,
     slot: options.Slots = None,
     ram_base: options.RamBase = None,
     block: options.Block = None,
@@ -149,7 +141,9 @@ def harvest(
     ask = Ask(policy.value, page_size, contiguous=contiguous, check=check)
     options.check_slots(slot)
     _check_live(live=live, clean=clean, output=output, ask=ask)
-    _check_report(report, images)
+    if report is not None and len(images) > 1:
+        raise typer.BadParameter("--report is of one image: harvest them one by one")
+    options.check_report(report)
     folders = _folders(images, output)
     reports: list[dict[str, Any]] = []
     for path in images:
@@ -187,17 +181,6 @@ def _check_live(*, live: bool, clean: bool, output: Path | None, ask: Ask) -> No
         raise typer.BadParameter("--clean without --output DIR would forget which pages were dirty")
     if clean and ask.policy != "dbm":
         raise typer.BadParameter("--clean is of leaves with DBM, and not of --policy writable")
-
-
-def _check_report(report: Path | None, images: list[Path]) -> None:
-    """Find out that a report can't be written before an image is read."""
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise typer.BadParameter(f"--report {report}: .html")
-    if len(images) > 1:
-        raise typer.BadParameter("--report is of one image: harvest them one by one")
-    files.NewFile(report).close()
 
 
 def _harvested(

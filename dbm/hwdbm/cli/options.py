@@ -9,6 +9,7 @@ import typer
 from hwdbm.cli import parse
 from hwdbm.cli.example import EXAMPLES, label
 from hwdbm.errors import ImageError
+from hwdbm.files import NewFile
 from hwdbm.image import Image, Live, Registers, Slot, open_image, open_live
 from hwdbm.image.capture import is_capture
 from hwdbm.image.ram import kind_of_ram
@@ -80,7 +81,26 @@ Block = Annotated[
     str | None,
     typer.Option("--block", metavar="NAME", help="The block of a QEMU migration file that is the guest's RAM."),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        parser=parser(parse.path),
+        metavar="FILE.html",
+        help="Report what was found: pictures, and the numbers behind them, in one HTML file without links that one "
+        "can print.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
+
+
+def check_report(path: Path | None) -> None:
+    """Find out that a report can't be written before there is one."""
+    if path is None:
+        return
+    if path.suffix != ".html":
+        raise typer.BadParameter(f"--report {path}: .html")
+    NewFile(path).close()
 
 
 def check_slots(slots: list[Slot] | None) -> None:

@@ -92,6 +92,7 @@ _LIST = """Examples:
 \b
     hwdbm snapshot list chain
     hwdbm snapshot list chain --plot chain.png
+    hwdbm snapshot list chain --report chain.html
 """
 _CHECK = """Examples:
 
@@ -409,10 +410,12 @@ def _list(
             "'plot'.",
         ),
     ] = None,
+    report: options.Report = None,
     as_json: options.Json = False,
 ) -> None:
     """List the snapshots of a chain, the oldest first, with the pages that the next one has anew."""
     draw = None if plot is None else _painter(plot)
+    options.check_report(report)
     chain = Chain(folder)
     snapshots = chain.snapshots()
     pages = [chain.pages(each) for each in snapshots]
@@ -423,6 +426,21 @@ def _list(
     result(json.dumps({"folder": str(folder), "snapshots": entries}, indent=2) if as_json else text)
     if draw is not None:
         draw(snapshots, pages, [entry["disk"] for entry in entries])
+    if report is not None:
+        _write_report(report, folder, entries)
+
+
+def _write_report(path: Path, folder: Path, entries: list[dict[str, Any]]) -> None:
+    from hwdbm import report  # noqa: PLC0415  # nothing else waits for it
+
+    chain = [
+        report.SnapshotFile(
+            entry["name"], "full" if entry["full"] else "differential", sum(slot["size"] for slot in entry["slots"]),
+            entry["disk"], entry["pages"], sha256=entry.get("sha256", ""),
+        )
+        for entry in entries
+    ]  # fmt: skip
+    report.write(path, report.of_snapshots(f"Snapshots in {folder}", chain))
 
 
 def _painter(plot: Path) -> Callable[..., None]:
