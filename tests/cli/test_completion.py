@@ -1,12 +1,17 @@
 """What a shell is offered for the last word of a line, and that the scripts are ones that their shells take."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from hwdbm.cli.app import app
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,25 @@ def test_a_script(run, shell: str, tmp_path: Path) -> None:
         script.write_text(result.out)
         done = subprocess.run([program, "-n", script], check=False, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_value_that_is_a_word_is_completed(run) -> None:
+    """Of each option and argument whose help says which words it takes, all of these."""
+    found = 0
+
+    def look(command: Any, name: str) -> None:
+        nonlocal found
+        for each in command.list_commands(None) if hasattr(command, "list_commands") else ():
+            look(command.get_command(None, each), f"{name} {each}")
+        for parameter in command.params:
+            words = (parameter.metavar or "").strip("[]").split("|")
+            if len(words) > 1 and all(re.fullmatch("[a-z0-9-]+", word) for word in words):
+                before = f"{parameter.opts[0]} " if parameter.param_type_name == "option" else ""
+                assert run("completion", "--line", f"{name} {before}").out.split() == words, name
+                found += 1
+
+    look(typer.main.get_command(app), "hwdbm")
+    assert found > 8
 
 
 def test_no_shell(run) -> None:

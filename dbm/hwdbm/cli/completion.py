@@ -4,6 +4,7 @@ The scripts call ``hwdbm completion --line LINE``, with what stands before the c
 line, with a tab and its meaning where there is one. Where it prints nothing, the shell completes files.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,6 @@ def completion(
         typer.Argument(
             parser=options.parser(parse.choice(_Shell)),
             metavar="bash|zsh|fish",
-            autocompletion=options.words(_Shell),
             help="The shell.",
             show_default=False,
         ),
@@ -163,6 +163,9 @@ def _wanted(command: Any, words: list[str], word: str) -> tuple[Any, str, str]:
 
 
 def _values(context: Any, parameter: Any, word: str) -> Iterator[tuple[str, str]]:
+    """Yield what a parameter's value may become: what completes it, or the words that stand for it in the help."""
+    if re.fullmatch(r"[a-z0-9-]+(\|[a-z0-9-]+)+", parameter.metavar or ""):
+        yield from ((each, "") for each in parameter.metavar.split("|") if each.startswith(word))
     for item in parameter.shell_complete(context, word):
         if getattr(item, "type", "plain") == "plain":
             yield item.value, item.help or ""

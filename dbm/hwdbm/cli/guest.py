@@ -88,7 +88,6 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         parser=parser(sizes.choice(Mode)),
-        autocompletion=words(Mode),
         metavar="hw-dbm|write-protect",
         help="How a modelled machine's log learns of writes; hw-dbm by default.",
     ),

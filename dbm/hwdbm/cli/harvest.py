@@ -94,7 +94,6 @@ def harvest(
         _Policy,
         typer.Option(
             parser=options.parser(parse.choice(_Policy)),
-            autocompletion=options.words(_Policy),
             metavar="dbm|writable",
             help="Which leaves are dirty. dbm: those that hardware marked (DBM = 1 and "
             "S2AP[1] = 1). writable: all with S2AP[1] = 1, for tables kept without DBM.",

@@ -100,7 +100,6 @@ def migrate(
         Vm,
         typer.Option(
             parser=options.parser(parse.choice(Vm)),
-            autocompletion=options.words(Vm),
             metavar="machine|kvm|arm",
             help="A modelled machine, a real guest on /dev/kvm, or an emulated Arm machine, tracked in its own tables.",
         ),
@@ -204,7 +203,6 @@ def migrate(
         OnLimit,
         typer.Option(
             parser=options.parser(parse.choice(OnLimit)),
-            autocompletion=options.words(OnLimit),
             metavar="abort|wait|pause",
             help="If the rest doesn't fit into --max-downtime: give up, go on until it does, or pause the guest for as "
             "long as it takes.",

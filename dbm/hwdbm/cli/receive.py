@@ -84,7 +84,6 @@ def receive(
         typer.Option(
             "--vm",
             parser=options.parser(parse.choice(Vm)),
-            autocompletion=options.words(Vm),
             metavar="machine|kvm|arm",
             help="A modelled machine (the default), a real VM, or an emulated Arm machine.",
         ),
