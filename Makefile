@@ -74,6 +74,11 @@ stress: $(VENV)/.dev ## compiled vCPUs beside all that changes their tables, for
 soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; needs /dev/kvm
 	$(BIN)/python tests/kvm/soak.py --migrations 100
 
+# 100 kills and a minute of a real guest: SNAPSHOTS_ARGS="--kills 20 --seconds 60". The full disk needs leave to mount.
+.PHONY: snapshots
+snapshots: $(VENV)/.user ## kill, fill the disk of, and merge chains of snapshots, and take them of a guest that migrates
+	$(BIN)/python -P tests/snapshot/stress.py $(SNAPSHOTS_ARGS)
+
 # Needs QEMU and an Arm cross compiler: apt-get install qemu-system-arm gcc-aarch64-linux-gnu.
 .PHONY: live
 live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose pages by each known mistake

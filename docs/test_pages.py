@@ -9,6 +9,7 @@ that it fails. ``HWDBM_PAGES=write`` puts what is printed now into the pages.
 """
 
 import doctest
+import gzip
 import json
 import os
 import platform
@@ -216,7 +217,9 @@ def test_the_examples_of_a_help_run(name: str, tmp_path: Path) -> None:
 
 
 def prepare(name: str, shell: Shell) -> None:
-    """Write the files that the help of `hwdbm snapshot` and its commands speaks of."""
+    """Write the files that the help of `hwdbm snapshot`, of `hwdbm bitmap` and of their commands speaks of."""
+    if name.startswith("bitmap "):
+        some_bitmaps(shell.folder)
     if not name.startswith("snapshot "):
         return
     memory = np.random.default_rng(1).bytes(1 << 20)
@@ -238,6 +241,18 @@ def prepare(name: str, shell: Shell) -> None:
     process = shell.start(begin)
     said, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
+
+
+def some_bitmaps(folder: Path) -> None:
+    """Write the files that the help of `hwdbm bitmap` speaks of."""
+    (folder / "dirty").mkdir()
+    for number, name in enumerate(("dirty/slot0.bitmap", "slot0.bitmap", "one.bitmap", "two.bitmap")):
+        hwdbm.DirtyBitmap.from_pages([number, 5], 262144).save(folder / name)
+    for name in ("before.ram", "after.ram"):
+        (folder / name).write_bytes(name.encode().ljust(8192))
+    migrated = gzip.decompress((DOCS.parent / "tests" / "data" / "mapped-ram.bin.gz").read_bytes())
+    for name in ("one.mig", "two.mig"):
+        (folder / name).write_bytes(migrated)
 
 
 def test_the_picture_of_the_readme_is_what_the_verbs_do() -> None:

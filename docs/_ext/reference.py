@@ -43,7 +43,9 @@ VALUES = {
     "DIR": "a folder",
     "PATH": "a path",
     "IMAGE": "a file",
-    "BASE": "a file",
+    "BASE": "a file or a folder",
+    "A": "a file",
+    "B": "a file",
     "DIFF": "a file",
 }
 

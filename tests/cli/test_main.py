@@ -47,6 +47,8 @@ def test_wrong_usage(run, args, why) -> None:
 
 COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["races"], ["doctor"], ["completion"]]
 COMMANDS += [
+    ["bitmap"],
+    *(["bitmap", verb] for verb in ["show", "diff", "or", "and", "minus", "rescale", "convert"]),
     ["snapshot"],
     *(["snapshot", verb] for verb in ["save", "diff", "list", "check", "rebase", "restore", "prune"]),
 ]

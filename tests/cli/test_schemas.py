@@ -154,6 +154,17 @@ def test_rebase(run, tmp_path: Path) -> None:
     check("snapshot-prune", run("snapshot", "prune", tmp_path / "guest", "--keep", "1", "--json").out)
 
 
+def test_bitmaps(run, tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one", tmp_path / "two", ["--output", tmp_path / "out", "--json"]
+    one.write_bytes(bytes([7] * 8))
+    two.write_bytes(bytes([9] * 8))
+    check("bitmap-show", run("bitmap", "show", one, "--json").out)
+    for verb in ("diff", "or", "and", "minus"):
+        check(f"bitmap-{verb}", run("bitmap", verb, one, two, *out).out)
+    check("bitmap-rescale", run("bitmap", "rescale", one, "--from", "4K", "--to", "64K", *out).out)
+    check("bitmap-convert", run("bitmap", "convert", one, "--to", "criu", *out).out)
+
+
 def test_races(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(races, "MISTAKES", {"no-flush": races.MISTAKES["no-flush"]})
     monkeypatch.setattr(races, "PRODUCTION", {"device": races.PRODUCTION["device"]})

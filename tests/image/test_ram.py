@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from synthetic import Geometry, Tables
 
+from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot, open_image
 from hwdbm.image.ram import kind_of_ram, open_ram
@@ -157,6 +158,32 @@ def test_which_block(tmp_path):
                      ({"block": "a"}, "doesn't say where its memory is")):  # fmt: skip
         with pytest.raises(ImageError, match=why):
             open_ram(tmp_path / "vm", **how)
+
+
+def test_two_of_one_vm_give_what_differs(tmp_path, run):
+    memory = bytearray(guest_of(200))
+    (tmp_path / "one").write_bytes(mapped_ram([(b"rom", noise(4096)), (b"pc.ram", bytes(memory))]))
+    was = [bytes(memory[page * 4096 : (page + 1) * 4096]) for page in range(200)]
+    memory[3 * 4096 : 4 * 4096] = noise(4096)
+    memory[64 * 4096 : 65 * 4096] = bytes(4096)
+    memory[199 * 4096] ^= 1
+    want = [page for page in range(200) if was[page] != bytes(memory[page * 4096 : (page + 1) * 4096])]
+    # What a migration left in the place of a page that is zero now doesn't count.
+    (tmp_path / "two").write_bytes(mapped_ram([(b"rom", noise(4096)), (b"pc.ram", bytes(memory))], dirt=b"old"))
+    done = run(
+        "bitmap",
+        "diff",
+        "--memory",
+        tmp_path / "one",
+        tmp_path / "two",
+        "--block",
+        "pc.ram",
+        "--output",
+        tmp_path / "o",
+    )
+    assert done.status == 0, done.err
+    assert DirtyBitmap.load(tmp_path / "o", 200).pages().tolist() == want
+    assert len(want) in (2, 3)
 
 
 # --- ELF ---------------------------------------------------------------------------------------------------

@@ -68,12 +68,11 @@ def _command(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
-def _snapshot(name: str) -> Any:
-    from hwdbm.cli import snapshot  # noqa: PLC0415
-
+def _group(name: str) -> Any:
+    """Return the group of commands whose module has its name."""
     group = _typer(name=name, help=_TASK[name].summary, no_args_is_help=True)
     group.callback()(lambda: None)
-    for verb, (function, epilog) in snapshot.COMMANDS.items():
+    for verb, (function, epilog) in import_module(f"hwdbm.cli.{name}").COMMANDS.items():
         group.command(verb, cls=_Command, epilog=epilog, context_settings=_HELP)(function)
     return typer.main.get_command(group)
 
@@ -110,13 +109,14 @@ TASKS: dict[str, dict[str, Entry]] = {
     "See which pages were dirtied": {
         "harvest": Entry("Find the dirty pages of each memslot of an image."),
         "inspect": Entry("Show an image's registers, tables, leaves and slots."),
+        "bitmap": Entry("Show, compare, combine, rescale and convert dirty bitmaps.", _group),
     },
     "Move a VM that runs": {
         "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
     },
     "Keep a VM in files": {
-        "snapshot": Entry("Keep, check, merge and restore chains of snapshots of guest memory.", _snapshot),
+        "snapshot": Entry("Keep, check, merge and restore chains of snapshots of guest memory.", _group),
     },
     "Be sure of it": {
         "races": Entry("Explore every order in which vCPUs, harvests and failures can interleave."),
