@@ -15,6 +15,7 @@ PAGES = {
     "ModuleNotFoundError": "start#install",
     "NoTablesError": "live",
     "PeerError": "howto/migrate-tls#when-it-fails",
+    "SnapshotError": "howto/snapshots#when-it-fails",
     "StaleLeaseError": "errors#what-the-library-raises",
     "StreamError": "howto/migrate-tls#when-it-fails",
     "UnreadError": "races",
