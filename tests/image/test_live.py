@@ -234,6 +234,53 @@ def test_a_machine_with_holes_between_its_tables(tmp_path):
         assert (words == 0x0008_0000_0000_04C3).all()
 
 
+def test_pages_without_a_table_are_passed_over(tmp_path):
+    """Before the first table, between two, and after the last."""
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    for page in (512 + 7, 3 * 512):
+        tables.leaf(page << 12, 3, 1 << 51 | 1 << 7)
+    for kernels in KERNELS:
+        both = Both(tables, 0, 5 * 512, tmp_path / "ram", kernels)
+        pages = np.array([0, 511, 512, 519, 1024, 1535, 1536, 2047, 2048, 2559])
+        for verb in ("mkyoung_at", "allow_at", "relax_at"):
+            assert getattr(both.placed, verb)(pages) == getattr(both.flat, verb)(pages), verb
+            both.check()
+        mask = DirtyBitmap.from_pages(pages, 5 * 512)
+        assert both.placed.clean(mask) == both.flat.clean(mask)
+        both.check()
+
+
+def test_a_level_0_block_beside_a_table_of_its_level(tmp_path):
+    """Of the entries of level 1, as which such a block counts, some are in a table and some aren't."""
+    g = Geometry(12, 0, 52, 52, True)
+    tables = Tables(g, junk=False)
+    boundary = 1 << 27
+    assert tables.leaf(boundary << 12, 0, 1 << 51 | 1 << 7, pa=1 << 39)
+    for page in (boundary - 1, 2 * boundary):
+        tables.leaf(page << 12, 3, 1 << 51 | 1 << 7)
+    both = Both(tables, boundary - 512, 1024, tmp_path / "ram")
+    for s2 in (both.placed, both.flat):
+        assert s2.mkyoung_at([510, 511, 512, 1023]) == 2
+        assert s2.scan(pte.young).weight() == 513
+    assert both.changed().size == 2
+
+
+def test_a_table_that_others_share_beside_the_slot_is_none_of_its(tmp_path):
+    """One that ends where the slot begins, and one that begins where it ends."""
+    g = Geometry(12, 1, 36)
+    tables = Tables(g, junk=False)
+    for stripe in (1, 2, 3):
+        tables.leaf(stripe << 21, 3, 1 << 51 | 1 << 7)
+    for stripe, other in ((6, 1), (7, 3)):
+        tables.leaf(stripe << 21, 3, 1 << 51)
+        tables.put(tables.entry(stripe << 21, 2), tables.get(tables.entry(other << 21, 2)))
+    both = Both(tables, 2 * 512, 512, tmp_path / "ram")
+    assert both.placed.harvest().pages().tolist() == [0]
+    with pytest.raises(ImageError, match="used in two places"):
+        both.live.stage2(512, 512)
+
+
 def test_tables_that_came_are_missed_by_no_verb_until_they_are_known(tmp_path):
     g = Geometry(12, 1, 36)
     tables = Tables(g, junk=False)

@@ -65,6 +65,9 @@ QUICK = 0.2
 FIRST = 6
 """Tests of a mutant that run alone at first: to import the files of all of them takes longer than to run these."""
 
+IMPORTED = ("tests/test_house.py::test_dataclasses_are_values", "tests/test_defaults.py", "tests/test_numbers.py")
+"""The tests of what an import makes: constants, defaults, classes."""
+
 # Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
 ROOMS = {
     "kernels": ("tests/kernels", "tests/stage2/test_stage2.py", "tests/stage2/test_stage2_parts.py"),
@@ -348,8 +351,8 @@ class Workshop:
         failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         if failed:
             return status, failed[0].partition(" ")[2].partition(" - ")[0]
-        last = output.rpartition("\n")[2].strip()  # where it took too long, the name of the test that ran
-        return status, last if status is None and last in tests else ""
+        names = [test for test in output.replace(" ", "\n").splitlines() if test in tests]
+        return status, names[-1] if names and (status is None or status < 0) else ""  # it hung, or the process died
 
     def close(self) -> None:
         """End the process that forks."""
@@ -398,7 +401,7 @@ class Coverage:
         covering = self._tests[mutant.module].get(mutant.line, set())
         own = rooms_of(mutant.module)
         if not covering or "/kernels/" in mutant.module:
-            covering = covering | {test for test in self.seconds if test.startswith(own)}
+            covering = covering | {test for test in self.seconds if test.startswith((*own, *IMPORTED))}
         covering = covering | {test for test in self._fresh if test.startswith(own)}
         order = sorted(covering, key=lambda test: (not test.startswith(own), self.seconds[test]))
         # The room's own come first, unless they are slow: most mutants are caught by the first tests that run.

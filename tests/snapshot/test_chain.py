@@ -109,6 +109,19 @@ def test_each_snapshot_is_the_memory_of_its_moment(story):
     assert all(now - 600_000 < each.time <= now for each in story.chain.snapshots())
 
 
+@pytest.mark.parametrize("batch", [4096, 3 * 4096, 5 * 4096 + 512])
+def test_memory_larger_than_what_is_moved_together(story, batch, monkeypatch):
+    """Restored, checked, and laid together in each of the two ways; pages of zeros among it."""
+    monkeypatch.setattr(moving, "_BATCH", batch)
+    assert story.right() == 4
+    assert story.chain.check(whole=True) == []
+    story.chain.rebase(story.chain.snapshots()[1].id)
+    assert story.right() == 3
+    story.chain.rebase(in_place=True)
+    assert story.right() == 1
+    assert story.chain.check(whole=True) == []
+
+
 def test_the_files_are_firecrackers(story):
     """A full one is all memory by address; a diff has the dirty pages at their places, and holes elsewhere."""
     first, second, *_ = story.chain.snapshots()
