@@ -351,8 +351,11 @@ class Workshop:
         failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         if failed:
             return status, failed[0].partition(" ")[2].partition(" - ")[0]
-        names = [test for test in output.replace(" ", "\n").splitlines() if test in tests]
-        return status, names[-1] if names and (status is None or status < 0) else ""  # it hung, or the process died
+        if status is not None and status >= 0:
+            return status, ""
+        # It hung, or the process died: the last name that pytest wrote is the test's that ran.
+        last = [line for line in output.splitlines() if "::" in line and not line.startswith(" ")][-1:]
+        return status, max((test for test in tests if last and last[0].startswith(test)), key=len, default="")
 
     def close(self) -> None:
         """End the process that forks."""
