@@ -37,6 +37,29 @@ class Get:
         return self.log.stats.flushes - before
 
 
+class Clients:
+    """A harvest that feeds so many clients, and the take of one."""
+
+    params = (1, 4, 16)
+    param_names = ("clients",)
+    number, repeat, warmup_time = 1, 7, 0
+
+    def setup(self, clients):
+        if not hasattr(self, "log"):
+            self.log = DirtyLog()
+            size = NPAGES << 12
+            self.log.set_memory_region(slot=0, flags=1, guest_phys_addr=0, memory_size=size, userspace_addr=1 << 40)
+            self.log.map(0, gfn=0, npages=NPAGES, pfn=0)
+            self.clients = [self.log.client(str(number)) for number in range(clients)]
+            self.start = suite.dirtied(self.log.stage2(0).level(3), 0.01)
+        np.copyto(self.log.stage2(0).level(3), self.start)
+        for client in self.clients:
+            client.feeds[0].bitmap.clear()
+
+    def time_take(self, clients):
+        self.clients[0].take(0).commit()
+
+
 class Clear:
     """KVM_CLEAR_DIRTY_LOG of 64 pages, and of the slot."""
 

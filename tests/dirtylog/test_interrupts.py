@@ -88,6 +88,7 @@ class Guest:
         self.log.map(0, BASE, 512, 0, level=2)
         self.log.map(0, BASE + 512, NPAGES - 512, 512)
         self.region(1)
+        self.backup, self.backed = self.log.client("backup"), self.memory.copy()
 
     def region(self, flags, base=BASE):
         self.log.set_memory_region(0, flags, base << 12, NPAGES << 12, 0)
@@ -153,6 +154,18 @@ class Guest:
         with self.log.client("test") as client, client.take(0) as lease:
             self.copy(lease.bitmap.pages())
 
+    def take(self):
+        with self.backup.take(0) as lease:
+            pages = lease.bitmap.pages()
+            self.backed[pages] = self.memory[pages]
+
+    def take_and_forget(self):
+        self.backup.take(0)
+
+    def take_and_fail(self):
+        with suppress(ZeroDivisionError), self.backup.take(0):
+            1 / 0  # noqa: B018 - the copy fails
+
     def unmap(self):
         slot = self.log.slot(0)
         self.log.unmap(0, slot.base_gfn + self.choose.randrange(NPAGES - 40), 40)
@@ -180,7 +193,8 @@ class Guest:
     def verbs(self):
         return [
             self.get, self.lease, self.forget, self.fail, self.client, self.unmap, self.move, self.switch, self.fault,
-            self.mark, self.sync, self.host, self.writes, self.log.verify,
+            self.mark, self.sync, self.host, self.writes, self.log.verify, self.take, self.take_and_forget,
+            self.take_and_fail,
         ]  # fmt: skip
 
     def warm(self):
@@ -209,6 +223,13 @@ class Guest:
                 break
             time.sleep(0.001)  # a worker's last reference to a lease goes a moment after its last step
         assert not left.size, f"lost writes to pages {left[:9].tolist()}"
+        for _ in range(200):
+            self.take()
+            left = np.flatnonzero(self.backed != self.memory)
+            if not left.size:
+                break
+            time.sleep(0.001)
+        assert not left.size, f"the client lost writes to pages {left[:9].tolist()}"
         assert not self.tlb[self.clean()].any(), "a TLB lets the guest write clean pages: a flush was forgotten"
         assert not found.flush_is_due
 

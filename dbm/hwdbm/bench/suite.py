@@ -187,6 +187,27 @@ def workers(setup: Setup) -> Iterator[Row]:
         yield Row(f"{name} with two workers", times["two"], "one worker", times["one"], 0.7)
 
 
+def clients(setup: Setup) -> Iterator[Row]:
+    """Harvest for several clients of a log, 1 % dirty, each with the take of one, over the same for one client."""
+    logs = {count: _log(setup.npages, 1, manual=False) for count in (1, 4, 16)}
+    there = {count: [log.client(f"client {number}") for number in range(count)] for count, log in logs.items()}
+    start = dirtied(logs[1].stage2(0).level(3), 0.01)
+
+    def before() -> None:
+        for count, log in logs.items():
+            np.copyto(log.stage2(0).level(3), start)
+            for client in there[count]:
+                client.feeds[0].bitmap.clear()
+
+    work: Work = {str(count): lambda some=some: some[0].take(0).commit() for count, some in there.items()}  # type: ignore[misc]
+    times = smallest(work, before, setup.repeat)
+    for count, limit in ((4, 1.3), (16, None)):
+        yield Row(f"harvest for {count} clients", times[str(count)], "one client", times["1"], limit)
+    for some in there.values():
+        for client in some:
+            client.close()
+
+
 def _log(npages: int, threads: int, *, manual: bool) -> DirtyLog:
     """Return a log of a slot mapped whole, its memory backed."""
     log = DirtyLog(workers=threads, manual_protect=manual)
@@ -259,6 +280,7 @@ BENCHMARKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "map": replace,
     "lists": listing,
     "workers": workers,
+    "clients": clients,
     "blocks": blocks,
     "sparse": sparse,
     "tables": tables,
