@@ -10,7 +10,7 @@ from hwdbm.races import timeline
 from hwdbm.races.mistakes import MISTAKES
 from hwdbm.races.production import VERBS
 from hwdbm.races.program import Scene
-from hwdbm.races.protocol import Act, Actor, Protocol, again, check, copy, fetch_clear, flush, kept, load, store
+from hwdbm.races.protocol import Act, Actor, Protocol, Run, again, check, copy, fetch_clear, flush, kept, load, store
 from hwdbm.races.protocols import PRODUCTION
 
 # The others take longer than a second: `make races` has them all.
@@ -23,6 +23,32 @@ def test_production_is_proved(name):
     report = check(PRODUCTION[name]())
     assert report.proved, report
     assert report.states > 100
+
+
+def steps(actor, answer):
+    """Yield what an actor does first, where all that it asks is answered in one way."""
+    proc = actor.proc() if actor.handles is None else actor.proc("x")
+    try:
+        act = next(proc)
+        for _ in range(8):
+            yield str(act) if isinstance(act, Run) else act.text
+            act = proc.send(answer)
+        yield "..."
+    except (StopIteration, KeyError) as end:  # a protocol may have no page x
+        yield type(end).__name__
+
+
+def test_protocols_are_the_ones_that_were_looked_at():
+    """Those that are explored by `make races` alone among them."""
+    lines = []
+    for name, make in PRODUCTION.items():
+        protocol = make()
+        lines += [f"{name}: {protocol.summary}", "  memory " + " ".join(map(hex, protocol.scene.mem))]
+        for actor in protocol.actors:
+            what = [word for word in ("bounded", "last") if getattr(actor, word)]
+            lines.append(f"  {actor.name} {'' if actor.handles is None else actor.handles} {' '.join(what)}".rstrip())
+            lines += [f"    {answer}: {'; '.join(steps(actor, answer))}" for answer in (0, 1)]
+    as_seen("protocols.txt", "\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("name", MISTAKES)
