@@ -186,6 +186,16 @@ def test_a_machine_that_runs(said, tmp_path):
     assert found["sha256"] == taken[-1]["sha256"]
 
 
+@pytest.mark.parametrize("source", ["machine", pytest.param("kvm", marks=KVM)])
+def test_beside_a_migration(said, tmp_path, source):
+    """Both use the guest's log, and both are right."""
+    chain = tmp_path / "chain"
+    done = said("save", chain, "--source", source, "--memory", "4M", "--every", "20", "--migrate", "--digest")
+    assert done["migration"]["status"] == "completed"
+    assert len(done["snapshots"]) >= 2
+    assert said("check", chain, "--whole")["sound"]
+
+
 @KVM
 def test_a_real_guest(said, run, tmp_path):
     chain = tmp_path / "chain"

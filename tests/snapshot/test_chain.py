@@ -659,27 +659,30 @@ def test_whatever_the_order(tmp_path_factory, steps, seed):
 @given(st.data())
 def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
     """Batches, their hash, and holes, against all in one piece."""
-    sizes = data.draw(st.lists(st.integers(1, 5000), max_size=30))
-    batch = data.draw(st.sampled_from([1, 7, 4096, 10_000]))
+    counts = data.draw(st.lists(st.integers(1, 70), max_size=30))
+    batch = data.draw(st.sampled_from([64, 64 * 7, 10_000 * 64]))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     parts, at = [], 0
-    for size in sizes:
-        at += int(rng.integers(0, 3)) * 512
-        parts.append((at, rng.integers(0, 2, size, dtype=np.uint8) * (rng.random() < 0.7)))
-        at += size
+    for count in counts:
+        at += int(rng.integers(0, 3)) * 64
+        parts.append((at, rng.integers(0, 2, count * 64, dtype=np.uint8) * (rng.random() < 0.7)))
+        at += count * 64
     path = tmp_path_factory.mktemp("runs") / "file"
-    before = moving._BATCH, moving._ZEROS
-    moving._BATCH, moving._ZEROS = batch, 64
+    before = moving._BATCH, moving._ZEROS, moving._LONG
+    moving._BATCH, moving._ZEROS, moving._LONG = batch, 64, data.draw(st.sampled_from([1, 64 * 9, 1 << 20]))
     try:
         with path.open("w+b") as file:
             os.truncate(file.fileno(), at)
-            digest = moving.put_pages(file.fileno(), iter(parts), holes=data.draw(st.booleans()))
             want = bytearray(at)
             for start, part in parts:
                 want[start : start + part.size] = part.tobytes()
+            half = at // 128 * 64  # in two slots, of which the second one's runs begin within it
+            memory = [np.frombuffer(bytes(want), dtype=np.uint8), np.frombuffer(bytes(want), dtype=np.uint8)]
+            rows = [[start, part.size, int(start >= half), start, 0] for start, part in parts]
+            runs = np.array(rows, dtype=np.int64).reshape(-1, 5)
+            digest = moving.put_pages(file.fileno(), runs, memory, 64, holes=data.draw(st.booleans()))
             assert path.read_bytes() == bytes(want)
             assert digest == sha(b"".join(part.tobytes() for _, part in parts))
-            runs = np.array([[start, part.size, 0, start, 0] for start, part in parts], dtype=np.int64).reshape(-1, 5)
             read = bytearray(at)
 
             def use(slot, start, part):
@@ -688,7 +691,7 @@ def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
             assert moving.get_pages([file.fileno()], runs, use) == digest
             assert read == want
     finally:
-        moving._BATCH, moving._ZEROS = before
+        moving._BATCH, moving._ZEROS, moving._LONG = before
 
 
 def test_memory_from_elsewhere(story, tmp_path):

@@ -27,7 +27,7 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, SnapshotError
 from hwdbm.files import NewFile, write
 from hwdbm.snapshot.manifest import Snapshot, bitmap_size, open_beside, read_manifest
-from hwdbm.snapshot.pages import Bytes, get_pages, naming, pieces, put, put_pages, put_sparse, runs_of
+from hwdbm.snapshot.pages import Bytes, get_pages, naming, put, put_pages, put_sparse, runs_of
 from hwdbm.vm import MemoryMap, Source
 from hwdbm.vm.memory import digest as digest_of
 
@@ -168,8 +168,8 @@ class Draft:
         offsets, self.pages = _offsets_of(self._layout), list(pages)
         with naming(self._file.path):
             os.truncate(self._file.fd, self._layout.total)
-            found = pieces(runs_of(self._layout, offsets, pages), memory)
-            self._digest = put_pages(self._file.fd, found, holes=self._parent is None)
+            runs, page = runs_of(self._layout, offsets, pages), self._layout.page_size
+            self._digest = put_pages(self._file.fd, runs, memory, page, holes=self._parent is None)
 
     def finish(
         self, *, when: int, epoch: int, state: bytes | None, digest: str | None, source: str, mechanism: str
@@ -272,6 +272,7 @@ class Chain:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = check.path(folder, "folder")
+        self._cache: dict[str, tuple[tuple[int, ...], Snapshot]] = {}  # manifests that were read, and of which files
 
     def __repr__(self) -> str:
         return f"<Chain: {str(self.folder)!r}>"
@@ -615,11 +616,20 @@ class Chain:
         """Return the snapshots by their ids, the oldest first."""
         found: dict[str, Snapshot] = {}
         for name in self._manifests(folder):
-            each = read_manifest(folder, self.folder, name)
+            each = self._manifest(folder, name)
             if each.id in found:
                 raise SnapshotError(f"{self.folder / name}.json has the id of {found[each.id].name}.json")
             found[each.id] = each
         return {each.id: each for each in sorted(found.values(), key=lambda each: (each.time, each.epoch, each.name))}
+
+    def _manifest(self, folder: int, name: str) -> Snapshot:
+        """Return a manifest, which is read if it isn't the file that it was: one that changes is a new file here."""
+        stat = os.stat(f"{name}.json", dir_fd=folder, follow_symlinks=False)
+        key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        found = self._cache.get(name)
+        if found is None or found[0] != key:
+            found = self._cache[name] = key, read_manifest(folder, self.folder, name)
+        return found[1]
 
     def _find(self, known: dict[str, Snapshot], which: str | None) -> Snapshot:
         if which is None:

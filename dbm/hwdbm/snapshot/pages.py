@@ -16,11 +16,9 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.vm import MemoryMap
 
 Bytes = NDArray[np.uint8]
-Piece = tuple[int, Bytes]
-"""Where in the file, and the bytes."""
 
-_BATCH = 8 << 20  # bytes that are moved while as many are hashed
-_LONG = 256 << 10  # bytes of a piece on average, from which hashing it where it lies costs least
+_BATCH = 8 << 20  # bytes that are hashed together
+_LONG = 256 << 10  # bytes of a run on average, from which hashing it where it lies costs least
 _ZEROS = 1 << 20  # bytes that are looked at together, so that zeros become a hole
 
 
@@ -95,52 +93,63 @@ def runs_of(
     return np.concatenate(found) if found else np.empty((0, 5), dtype=np.int64)
 
 
-def pieces(runs: NDArray[np.int64], memory: Sequence[Bytes]) -> Iterator[Piece]:
-    """Yield the bytes of runs in memory, of which there is an array a slot."""
-    for at, length, slot, start, _ in runs.tolist():
-        yield at, memory[slot][start : start + length]
-
-
-def _batches(found: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces together that have some `_BATCH` bytes; a long one is cut."""
-    batch: list[Piece] = []
-    size = 0
-    for at, part in found:
-        for start in range(0, part.size, _BATCH):
-            cut = part[start : start + _BATCH]
-            batch.append((at + start, cut))
-            size += cut.size
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def put_pages(fd: int, found: Iterator[Piece], *, holes: bool) -> str:
-    """Write pieces to a file, and return the SHA-256 of them all, one after another.
+def put_pages(fd: int, runs: NDArray[np.int64], memory: Sequence[Bytes], page_size: int, *, holes: bool) -> str:
+    """Write runs of memory to a file, and return the SHA-256 of them all, one after another.
 
     Parameters
     ----------
     fd : int
         The file.
-    found : iterator of (int, array)
-        Where each piece goes, and its bytes, which nobody writes meanwhile.
+    runs : (n, 5) int64 array
+        As `runs_of` has them: whole pages.
+    memory : sequence of (size,) uint8 arrays
+        The bytes of each slot, which nobody writes meanwhile.
+    page_size : int
+        Bytes of a page.
     holes : bool
         Whether a mebibyte of zeros is left out: the file has none of these bytes yet.
     """
-    with Hash() as digest:
-        for batch in _batches(found):
-            parts = [part for _, part in batch]
-            if sum(part.size for part in parts) < _LONG * len(parts):
-                parts = [np.concatenate(parts)]  # hashing each alone would take Python's lock each time
-            digest.add(parts)
-            for at, part in batch:
+    stop: list[bool] = []
+    with ThreadPoolExecutor(1, "hwdbm-sha256") as pool:
+        # It reads the memory itself: this thread does no more than to write, and Python's lock is hardly asked for.
+        hashed = pool.submit(_hashed, runs, memory, page_size, stop)
+        try:
+            views = [part.data for part in memory]
+            for at, length, slot, start, _ in runs.tolist():
                 if holes:
-                    put_sparse(fd, part, at)
-                else:
-                    put(fd, part, at)
-        return digest.digest()
+                    put_sparse(fd, memory[slot][start : start + length], at)
+                elif os.pwrite(fd, views[slot][start : start + length], at) != length:  # a long one, or a signal
+                    put(fd, memory[slot][start : start + length], at)
+        except BaseException:
+            stop.append(True)
+            raise
+        return hashed.result()
+
+
+def _hashed(runs: NDArray[np.int64], memory: Sequence[Bytes], page_size: int, stop: list[bool]) -> str:
+    """Return the SHA-256 of runs of memory; of few bytes each are gathered, since a call for each would cost more."""
+    digest, lengths = hashlib.sha256(), runs[:, 1]
+    if lengths.sum() >= _LONG * len(runs):
+        for _, length, slot, start, _ in runs.tolist():
+            for at in range(start, start + length, _BATCH):
+                if stop:
+                    return ""
+                digest.update(memory[slot][at : min(at + _BATCH, start + length)].data)
+        return digest.hexdigest()
+    step = max(_BATCH // page_size, 1)
+    buffer = np.empty((step, page_size), dtype=np.uint8)
+    for part in np.split(runs, np.flatnonzero(np.diff(runs[:, 2])) + 1):
+        counts = part[:, 1] // page_size
+        before = np.cumsum(counts) - counts
+        pages = np.repeat(part[:, 3] // page_size - before, counts) + np.arange(counts.sum())
+        rows = memory[int(part[0, 2])].reshape(-1, page_size)
+        for first in range(0, pages.size, step):
+            if stop:
+                return ""
+            chosen = pages[first : first + step]
+            # Without mode="clip" numpy would gather into a temporary of its own first.
+            digest.update(np.take(rows, chosen, axis=0, out=buffer[: chosen.size], mode="clip").data)
+    return digest.hexdigest()
 
 
 def put_sparse(fd: int, part: Bytes, at: int) -> None:
