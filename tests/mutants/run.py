@@ -278,17 +278,19 @@ class Workshop:
     def try_mutant(self, mutant: Mutant, tests: dict[str, float]) -> dict[str, Any]:
         """Return what came of a mutant: caught, or not; `tests` are given with the seconds that each took."""
         started, rest, by, judged = time.monotonic(), list(tests), "", True
+        compiled = "/kernels/" in mutant.module  # each time, which takes longer than to import any file
+        patience = PATIENCE * 6 if compiled else PATIENCE
         while rest and not by:
-            part = rest[:FIRST] if len(rest) == len(tests) else rest
+            part = rest[:FIRST] if len(rest) == len(tests) and not compiled else rest
             with self._changed(mutant):
-                status, failed = self._pytest(part, PATIENCE + 4 * sum(tests[each] for each in part))
+                status, failed = self._pytest(part, patience + 4 * sum(tests[each] for each in part))
             # A test that takes time may fail by itself where others work too: it has to pass without the mutant now.
             suspects = [failed] if failed in part else part
             seconds = sum(tests[each] for each in suspects)
             quick = status is not None and seconds < QUICK
             if status == 0:
                 rest = rest[len(part) :]
-            elif quick or self._passes(suspects, PATIENCE + 4 * seconds):
+            elif quick or self._passes(suspects, patience + 4 * seconds):
                 by = failed or ("it took too long" if status is None else f"pytest's status {status}")
             elif failed in part:
                 rest = rest[rest.index(failed) + 1 :]
