@@ -222,6 +222,12 @@ def test_machine_without_the_walker():
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=25 * EFFORT))
 
 
+def test_a_short_story():
+    """A few steps reach every line of the shipped machine's rules, and nothing is wrong."""
+    few = settings(LONG, max_examples=4, stateful_step_count=12, phases=[Phase.generate], database=None)
+    run_state_machine_as_test(Stage2Machine, settings=few)
+
+
 @given(stage2s(), st.data())
 def test_a_part_is_of_whole_leaves_and_all_twelve_are_the_slot(s2, data):
     machine = SimpleNamespace(s2=s2)
