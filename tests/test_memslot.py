@@ -278,3 +278,11 @@ def test_the_table_says_what_a_list_of_pages_says(regions):
     for page in range(40):
         owner = [slot for slot, (_, base, n, _) in naive.items() if base <= page < base + n]
         assert [slots.at(page).id] == owner if owner else slots.at(page) is None
+
+
+@pytest.mark.parametrize("slot", [11, 12, 0xFFFF])
+def test_a_slot_beyond_the_limit_is_named(slot: int) -> None:
+    slots = Memslots(slot_limit=11)
+    with pytest.raises(OSError, match=f"number {slot} is not below 11"):
+        slots.check_id(slot)
+    slots.check_id(10)
