@@ -734,3 +734,30 @@ def test_memory_from_elsewhere(story, tmp_path):
         with pytest.raises(ValueError):  # noqa: PT011  # SnapshotError is one
             wrong()
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_log_that_was_off_loses_nothing(story):
+    """The epoch is broken: the next difference has all pages of the slots, whatever was written meanwhile."""
+    story.guest.write(0x10_000, b"before")
+    story.guest.stop_log()
+    story.guest.write(0x11_000, b"while nobody looked")
+    story.guest.start_log()
+    story.guest.write(0x12_000, b"after")
+    snapshot = story.step(0)
+    assert sum(pages.weight() for pages in story.chain.pages(snapshot).values()) == 200
+    assert story.right() == 5
+    assert story.chain.check(whole=True) == []
+
+
+def test_other_clients_take_nothing_from_it(story):
+    with story.guest.client("statistics") as other:
+        story.guest.write(0x10_000, b"one")
+        other.take(0).commit()
+        story.step(2)
+        story.guest.write(0x11_000, b"two")
+        with other.take(0) as lease:
+            assert 1 in lease.bitmap
+        story.guest.dirty(0).commit()
+        story.step(2)
+    assert story.right() == 6
+    assert story.chain.check(whole=True) == []
