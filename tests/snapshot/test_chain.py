@@ -148,13 +148,10 @@ def test_the_files_are_firecrackers(story):
         "mkdir {1}; for f in {0}/*; do dd if=$f of={1}/${{f##*/}} bs=4K conv=sparse status=none; done",
         "mkdir {1}; tar -C {0} -c . | tar -C {1} -x",
         "mkdir {1}; tar -C {0} -c --sparse . | tar -C {1} -x",
-        "rsync -r {0}/ {1}",
-        "rsync -r --sparse {0}/ {1}",
+        *(["rsync -r {0}/ {1}", "rsync -r --sparse {0}/ {1}"] if shutil.which("rsync") else []),
     ],
 )
 def test_a_copy_is_as_good(story, copy, tmp_path):
-    if copy.startswith("rsync") and shutil.which("rsync") is None:
-        pytest.skip("there is no rsync here: cp, dd and tar fill and make holes, too")
     subprocess.run(["bash", "-euc", copy.format(story.chain.folder, tmp_path / "copy")], check=True)
     copied = Chain(tmp_path / "copy")
     assert copied.check(whole=True) == []
