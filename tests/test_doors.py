@@ -19,7 +19,7 @@ from effort import EFFORT
 
 from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, kernels, pte
 from hwdbm.bench import Setup
-from hwdbm.dirtylog import Stats
+from hwdbm.dirtylog import LogClient, Stats
 from hwdbm.errors import ClosedError
 from hwdbm.image import Registers, Slot, open_image
 from hwdbm.kvm import Kvm, KvmVm, VcpuFd, VmFd
@@ -100,6 +100,15 @@ def logging() -> DirtyLog:
     log.sync(0, 0, 640)
     log.set_memory_region(1, 0, 1 << 32, 1 << 20, 2 << 30)
     return log
+
+
+def client() -> LogClient:
+    """Return a client of a log in which there is something for it; who forgets it isn't told."""
+    log = logging()
+    made = log.client("backup")
+    made._owner = 0
+    log.mark_dirty(0, 70, 9)
+    return made
 
 
 class Behind:
@@ -350,6 +359,9 @@ RECIPES |= {
             "whole": False,
         },
         fields=frozenset({"slot"}),
+    ),
+    "dirtylog.LogClient": Recipe(
+        client, lambda _: {"slot": 0}, skip={"new": "a log makes it"}, fields=frozenset({"slot"})
     ),
     "machine.Machine": Recipe(
         machine,
@@ -724,7 +736,6 @@ NOT_WALKED = {
     "dirtylog.Stats": "a result",
     "dirtylog.Lease": "a log makes it; what consumers do to it is tests/dirtylog/test_lease.py",
     "dirtylog.Loans": "a lender's, who is called by leases",
-    "dirtylog.LogClient": "a log makes it; tests/dirtylog/test_client.py",
     "dirtylog.ClientLease": "a client makes it; tests/dirtylog/test_client.py",
     "machine.Reading": "a result",
     "migration.Pass": "a result",
