@@ -449,7 +449,7 @@ def test_rebase(run, tmp_path: Path) -> None:
 def test_rebase_of_another_size(run, tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"1")
     (tmp_path / "diff").write_bytes(b"12")
-    result = run("snapshot", "rebase", tmp_path / "base", tmp_path / "diff")
+    result = run("snapshot", "rebase", "--holes", tmp_path / "base", tmp_path / "diff")
     assert (result.status, result.err) == (1, f"hwdbm: {tmp_path}/diff: a diff of 2 bytes is not of a base of 1\n")
 
 
