@@ -153,6 +153,7 @@ def test_dataclasses_are_values(name):
     module = importlib.import_module(f"hwdbm.{name}" if name != "__init__" else "hwdbm")
     for node in tree(name).body:
         if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(cls := getattr(module, node.name)):
+            assert "__dataclass_params__" in vars(cls), f"{cls} is only derived from one: what isn't a field can be set"
             assert cls.__dataclass_params__.frozen == (node.name not in FILLED_IN | STATEFUL), cls
             if not issubclass(cls, Workload):
                 assert hasattr(cls, "__slots__"), cls

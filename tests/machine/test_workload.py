@@ -164,6 +164,7 @@ def test_memory_has_fewer_than_2_to_the_32_pages() -> None:
     assert (chosen < (1 << 32) * 4096).all()
     with pytest.raises(ValueError, match="size is 4096 to"):
         Uniform().offsets(0, 4, (1 << 32) * 4096)
+    assert (Uniform().pages(np.arange(4, dtype=np.uint64), (1 << 32) - 1) < (1 << 32) - 1).all()
     with pytest.raises(ValueError, match="npages is 1 to"):
         Uniform().pages(np.arange(4, dtype=np.uint64), 1 << 32)
 

@@ -305,3 +305,10 @@ def test_another_user(monkeypatch):
         with here, pytest.raises(TimeoutError):
             listener.accept(0.5, on_refused=refused.append)
     assert refused == [f"the other side is user {real}, and not this one, {real + 1}"] * 2
+
+
+def test_a_socket_that_is_not_there_is_named(tmp_path):
+    """In the system's words, with the path beside them."""
+    with pytest.raises(FileNotFoundError) as raised:
+        transport.connect_unix(tmp_path / "none")
+    assert (raised.value.strerror, raised.value.filename) == ("No such file or directory", str(tmp_path / "none"))
