@@ -758,3 +758,17 @@ def test_other_clients_take_nothing_from_it(story):
         story.step(2)
     assert story.right() == 6
     assert story.chain.check(whole=True) == []
+
+
+def test_a_clock_that_is_set_back_makes_nothing_older(story, monkeypatch):
+    import time
+
+    last = story.chain.find()
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    newest = story.keep(story.recorder.save())
+    assert (newest.time, story.chain.find().id) == (last.time, newest.id)
+    part = story.step(3)
+    assert story.chain.find().id == part.id
+    story.chain.prune(2)
+    assert [each.id for each in story.chain.snapshots()] == [newest.id, part.id]
+    assert story.right() == 2

@@ -157,6 +157,8 @@ class Draft:
                 f"{chain.folder / parent.name}.json is of other slots or pages than there are now: take a full snapshot"
             )
         self._chain, self._parent, self._layout = chain, parent, layout
+        # A clock that was set back makes no snapshot older than those that were there: `prune` keeps the newest.
+        self._latest = max((each.time for each in chain._read(folder).values()), default=0)
         self.id = secrets.token_hex(16)
         self.name = f"{_next_number(folder):06d}-{self.id[:8]}"
         self.pages: list[DirtyBitmap] = []
@@ -180,7 +182,7 @@ class Draft:
         snapshot = Snapshot(
             id=self.id,
             parent=None if parent is None else parent.id,
-            time=when if parent is None else max(when, parent.time),
+            time=max(when, self._latest),
             epoch=epoch,
             layout=self._layout,
             offsets=_offsets_of(self._layout),
@@ -620,7 +622,7 @@ class Chain:
             if each.id in found:
                 raise SnapshotError(f"{self.folder / name}.json has the id of {found[each.id].name}.json")
             found[each.id] = each
-        return {each.id: each for each in sorted(found.values(), key=lambda each: (each.time, each.epoch, each.name))}
+        return {each.id: each for each in sorted(found.values(), key=lambda each: (each.time, each.name))}
 
     def _manifest(self, folder: int, name: str) -> Snapshot:
         """Return a manifest, which is read if it isn't the file that it was: one that changes is a new file here."""
