@@ -131,3 +131,18 @@ def test_a_replacement_takes_the_run_apart():
     assert s2.harvest().ranges().tolist() == [[16, 16]]
     s2.level(3)[20] |= DIRTY
     assert s2.harvest().ranges().tolist() == [[20, 1]]
+
+
+@pytest.mark.parametrize("verb", ["track_part", "wrprotect_part"])
+def test_a_part_takes_apart_the_runs_that_it_touches_and_no_others(verb):
+    """A part that doesn't begin with the slot: what a run recorded by one leaf is saved for all of its pages."""
+    s2 = Stage2(192, contiguous=True)
+    s2.map(0, 192, pfn=0, dbm=True)
+    for start in (16, 80, 144):
+        s2.level(3)[start : start + 16] |= np.uint64(pte.CONTIGUOUS)
+    s2.level(3)[84] |= np.uint64(pte.S2AP_W)
+    out = DirtyBitmap(192)
+    getattr(s2, verb)(DirtyBitmap.from_pages([21], 64), first=64, out=out)
+    kept = np.flatnonzero(s2.level(3) & np.uint64(pte.CONTIGUOUS))
+    assert kept.tolist() == [*range(16, 32), *range(144, 160)]
+    assert (s2.dirty() | s2.host_dirty | out).pages().tolist() == list(range(80, 96))
