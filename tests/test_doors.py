@@ -1,6 +1,7 @@
 """Every public verb of the library, with every wrong kind of argument: refused means unchanged."""
 
 import dataclasses
+import gc
 import inspect
 import os
 import socket
@@ -505,6 +506,7 @@ RECIPES |= {
             "number": 0,
             "stage2.slot": 0,
             "dirty.slot": 0,
+            "empty_stage2.kernels": "vector",
             "slot": image and image.slots[0],
             "bitmap.stage2": image and image.stage2(0),
             "policy": "dbm",
@@ -724,6 +726,7 @@ NOT_WALKED = {
     "check": "the checks themselves; tests/test_check.py",
     "files": "below the doors; tests/test_files.py",
     "process": "below the doors: the command and the benchmarks call it",
+    "report": "pages that the command makes of results; tests/test_report.py",
     "errors": "errors are made where they are raised",
     "testing": "strategies and a state machine of Hypothesis, which calls them",
     "memslot.Plan": "a result",
@@ -864,12 +867,17 @@ def large(value: object) -> bool:
     return is_number(value) and value > 1 << 20
 
 
+LENDERS = {"get_dirty_log", "clear_dirty_log", "dirty", "take", "client"}
+
+
 # What a call lends or opens is let go of here.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_refused_means_unchanged(name: str) -> None:
     complaints = list(walked(name))
     assert not complaints, f"{name}:\n  " + "\n  ".join(complaints)
+    if name.rpartition(".")[2] in LENDERS:  # a lease that is garbage warns: here, and not in another test
+        gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -24,8 +24,12 @@ def copied(vm: KvmVm, **options: object) -> KvmVm:
 
 
 def ran(vm: KvmVm, seconds: float = 0.03) -> None:
+    """Let a guest run so long, and on a busy machine until it has written something."""
+    before, until = vm.pages, time.monotonic() + 10
     vm.resume()
     time.sleep(seconds)
+    while vm.pages == before and time.monotonic() < until:
+        time.sleep(0.001)
     vm.pause()
 
 

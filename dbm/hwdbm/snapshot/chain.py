@@ -260,7 +260,7 @@ class Chain:
     >>> from hwdbm.vm import MemoryMap, PlainGuest
     >>> folder = tempfile.TemporaryDirectory()
     >>> guest = PlainGuest(MemoryMap(4096, (Memslot(0, 0, 0x40000, 16, 0),)))
-    >>> with Recorder(guest, folder.name) as recorder:
+    >>> with Recorder(guest, folder.name, digest=True) as recorder:
     ...     full = recorder.save()
     ...     guest.write(0x4000_3000, b"a")
     ...     part = recorder.diff()
