@@ -246,7 +246,7 @@ def test_signals_at_random(kernels, hw, manual, step, workers):
     guest = Guest(hw, manual, step, workers, seed=1)
     came, verbs = 0, guest.warm()
     with interrupts() as call:
-        for turn in range(25 * EFFORT):
+        for turn in range(12 * EFFORT):
             for _ in range(4):
                 guest.writes(3)
                 verb = guest.choose.choice(verbs)

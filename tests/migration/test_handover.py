@@ -119,8 +119,12 @@ POINTS = [(kind, 1, "lost") for kind in LOST] + [(kind, 1, "unanswered") for kin
 POINTS += [(Kind.PASS, 2, "lost"), (Kind.PASS, 2, "unanswered")]  # the last pass, with the guest paused
 HOWS = ["fin", "rst", "silence"]
 CASES = [(name, how, point) for name in TRANSPORTS for how in HOWS for point in POINTS]
-if not ALL:  # all that decides, and for the rest that the tools work
-    CASES = [(*each, point) for *each, point in CASES if point[0] is Kind.GO or each == ["tcp", "rst"]]
+if not ALL:  # all that decides, and for the rest that the tools work; where no HELLO comes the receiver waits on
+    CASES = [
+        (*each, point)
+        for *each, point in CASES
+        if point[0] is Kind.GO or (each == ["tcp", "rst"] and point != (Kind.HELLO, 1, "lost"))
+    ]
 
 
 def case(value) -> str:
