@@ -16,7 +16,7 @@ from hwdbm.bench.measure import Row, smallest
 from hwdbm.bench.stream import StreamSetup, rows
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance, instances, integer, one_of
-from hwdbm.dirtylog import DirtyLog
+from hwdbm.dirtylog import DirtyLog, LogClient
 from hwdbm.image import Slot, open_image
 from hwdbm.process import child, python
 from hwdbm.stage2 import Stage2
@@ -199,7 +199,10 @@ def clients(setup: Setup) -> Iterator[Row]:
             for client in there[count]:
                 client.feeds[0].bitmap.clear()
 
-    work: Work = {str(count): lambda some=some: some[0].take(0).commit() for count, some in there.items()}  # type: ignore[misc]
+    def take(client: LogClient) -> None:
+        client.take(0).commit()
+
+    work: Work = {str(count): partial(take, some[0]) for count, some in there.items()}
     times = smallest(work, before, setup.repeat)
     for count, limit in ((4, 1.3), (16, None)):
         yield Row(f"harvest for {count} clients", times[str(count)], "one client", times["1"], limit)

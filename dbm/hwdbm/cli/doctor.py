@@ -23,6 +23,12 @@ from hwdbm.process import python
 
 _MISMATCH = 3  # the exit status
 _SECONDS = 5.0  # that a program has to say its version
+_CAPS = (
+    "MANUAL_DIRTY_LOG_PROTECT2",
+    "DIRTY_LOG_RING",
+    "DIRTY_LOG_RING_ACQ_REL",
+    "NR_MEMSLOTS",
+)  # what is used if there
 _FILES = 256  # open files that a migration with rings and an Arm machine get by with
 
 EPILOG = """Nothing is compiled, downloaded or changed. Without NAME the exit status is 0, whatever is missing.
@@ -111,7 +117,7 @@ def _kvm() -> _Found:
 
     try:
         with Kvm() as kvm:
-            caps = {cap.name: kvm.check_extension(cap) for cap in _CAPS(Cap)}
+            caps = {name: kvm.check_extension(Cap[name]) for name in _CAPS}
     except KvmUnavailableError as error:
         denied = error.errno in {EACCES, EPERM}
         advice = (
@@ -123,10 +129,6 @@ def _kvm() -> _Found:
     has = [name for name, value in caps.items() if value]
     lacks = [name for name, value in caps.items() if not value]
     return _Found(True, f"has {', '.join(has) or 'none'}" + (f"; lacks {', '.join(lacks)}" if lacks else ""))
-
-
-def _CAPS(cap: Any) -> list[Any]:  # noqa: N802
-    return [cap.MANUAL_DIRTY_LOG_PROTECT2, cap.DIRTY_LOG_RING, cap.DIRTY_LOG_RING_ACQ_REL, cap.NR_MEMSLOTS]
 
 
 def _program(names: tuple[str, ...], package: str) -> _Found:

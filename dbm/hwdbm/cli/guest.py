@@ -103,6 +103,15 @@ KvmLogOption = Annotated[
         "with all pages dirty at first (initially-set), or by rings (ring).",
     ),
 ]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        parser=parser(sizes.whole(0, (1 << 64) - 1)),
+        metavar="NUMBER",
+        help="Seed of the memory and the workload.",
+    ),
+]
 TlsFolder = Annotated[
     Path | None,
     typer.Option(

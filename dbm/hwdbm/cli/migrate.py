@@ -27,7 +27,7 @@ from hwdbm import kernels
 from hwdbm import report as reports
 from hwdbm.arm import ArmVm
 from hwdbm.cli import guest, options, pages, parse
-from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
+from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, SeedOption, Thp, TlsFolder, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
 from hwdbm.cli.streams import note, result, width
@@ -171,14 +171,7 @@ def migrate(
         ),
     ] = None,
     kvm_log: KvmLogOption = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            parser=options.parser(parse.whole(0, (1 << 64) - 1)),
-            metavar="NUMBER",
-            help="Seed of the memory and the workload.",
-        ),
-    ] = 0,
+    seed: SeedOption = 0,
     bandwidth: Annotated[
         int | None,
         typer.Option(

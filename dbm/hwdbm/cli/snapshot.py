@@ -16,7 +16,7 @@ from hwdbm import snapshot as files
 from hwdbm.arm import ArmVm
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import guest, options, parse
-from hwdbm.cli.guest import KvmLog, KvmLogOption, Mode, Vm
+from hwdbm.cli.guest import KvmLog, KvmLogOption, Mode, SeedOption, Vm
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy, columns, hexadecimal, warn
 from hwdbm.cli.streams import note, result
@@ -169,14 +169,7 @@ def save(
         ),
     ] = None,
     kvm_log: KvmLogOption = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            parser=options.parser(parse.whole(0, (1 << 64) - 1)),
-            metavar="NUMBER",
-            help="Seed of the memory and the workload.",
-        ),
-    ] = 0,
+    seed: SeedOption = 0,
     every: Annotated[
         float | None,
         typer.Option(
@@ -493,7 +486,8 @@ def check(
         result(json.dumps({"folder": str(folder), "sound": not wrong, "flaws": found}, indent=2))
     else:
         lines = [f"{flaw.kind}: {flaw.text}" for flaw in flaws]
-        result("\n".join([*lines, f"{folder}: {f'{len(wrong)} flaws' if wrong else 'sound'}"]))
+        many = f"{len(wrong)} flaw{'s' if len(wrong) > 1 else ''}"
+        result("\n".join([*lines, f"{folder}: {many if wrong else 'sound'}"]))
     if wrong:
         raise typer.Exit(_MISMATCH)
 
