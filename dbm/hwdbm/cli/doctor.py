@@ -28,7 +28,7 @@ _CAPS = (
     "DIRTY_LOG_RING",
     "DIRTY_LOG_RING_ACQ_REL",
     "NR_MEMSLOTS",
-)  # what is used if there
+)
 _FILES = 256  # open files that a migration with rings and an Arm machine get by with
 
 EPILOG = """Nothing is compiled, downloaded or changed. Without NAME the exit status is 0, whatever is missing.
