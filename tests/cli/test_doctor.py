@@ -85,10 +85,14 @@ def test_no_kvm(run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kvm, "Kvm", opened)
 
     kernel(13, "/dev/kvm: not allowed")
-    assert "/dev/kvm: not allowed\n" in (denied := run("doctor", "kvm").out)
-    assert "the group kvm may" in denied
+    denied = run("doctor", "kvm")
+    assert denied.status == 3
+    assert "NO   kvm  /dev/kvm: not allowed\n" in denied.out
+    assert "the group kvm may" in denied.out
     kernel(2, "/dev/kvm: none")
-    assert "nested virtualisation" in run("doctor", "kvm").out
+    lacking = run("doctor", "kvm")
+    assert lacking.status == 3
+    assert "nested virtualisation" in lacking.out
 
 
 def test_there_is_no_such_check(run) -> None:

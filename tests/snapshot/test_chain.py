@@ -138,6 +138,17 @@ def test_the_files_are_firecrackers(story):
     assert (folder / second.bitmap).read_bytes() == held
 
 
+def test_zeros_of_a_full_one_take_no_room(tmp_path):
+    layout = MemoryMap(4096, (Memslot(0, 0, 0, 2048, 0),))
+    guest = PlainGuest(layout)
+    guest.write(5 << 20, b"a")  # one mebibyte of eight isn't zeros
+    with Recorder(guest, tmp_path) as recorder:
+        taken = recorder.save()
+    file = tmp_path / taken.memory
+    assert file.read_bytes() == memory_of(guest)
+    assert file.stat().st_blocks * 512 <= 2 << 20
+
+
 @pytest.mark.parametrize(
     "copy",
     [
