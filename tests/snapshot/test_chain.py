@@ -138,6 +138,29 @@ def test_the_files_are_firecrackers(story):
     assert (folder / second.bitmap).read_bytes() == held
 
 
+def test_what_cannot_be_discarded_is_whole(story, monkeypatch):
+    """The manifest is there, the answer isn't, and the folder lets nobody remove it."""
+    real = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if path.suffix == ".json":
+            raise PermissionError(errno.EPERM, "no", str(path))
+        real(path, missing_ok)
+
+    def late(*_arguments, **_options):
+        finish(*_arguments, **_options)
+        raise KeyboardInterrupt
+
+    finish = chains.Draft.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(chains.Draft, "finish", late)
+        patch.setattr(Path, "unlink", unlink)
+        story.guest.write(story.guest.slots[0].base_gfn * 4096, b"late")
+        with pytest.raises(KeyboardInterrupt):
+            story.recorder.diff()
+    assert story.chain.check() == []
+
+
 def test_zeros_of_a_full_one_take_no_room(tmp_path):
     layout = MemoryMap(4096, (Memslot(0, 0, 0, 2048, 0),))
     guest = PlainGuest(layout)

@@ -208,11 +208,11 @@ class Draft:
         return snapshot
 
     def discard(self) -> None:
-        """Remove what there is of it."""
+        """Remove what there is of it, the manifest first: while that can't be removed, nothing else is."""
         self._file.close()
-        for suffix in ("json", "state", "bitmap", "mem"):
-            with suppress(OSError):
-                (self._chain.folder / f"{self.name}.{suffix}").unlink()
+        with suppress(OSError):
+            for suffix in ("json", "state", "bitmap", "mem"):
+                (self._chain.folder / f"{self.name}.{suffix}").unlink(missing_ok=True)
 
 
 def _of_slot(memory: Mapping[int, Bytes], slot: int, size: int) -> Bytes:
