@@ -244,14 +244,18 @@ def test_links(site: str) -> None:
 @pytest.mark.parametrize(("word", "page"), [("harvest", "howto/harvest"), ("downtime", "migration"), ("lease", "api/")])
 def test_search(word: str, page: str, site: str, browser: webdriver.Chrome) -> None:
     browser.get(f"{site}search.html?q={word}")
-    found = browser.execute_async_script(
+    said, found = browser.execute_async_script(
         """const done = arguments[0], until = Date.now() + 20000;
         const look = () => {
+          // Results come one by one, and not the best first: the page says when it has all of them.
+          const said = document.querySelector('#search-results .search-summary')?.innerText ?? '';
           const links = [...document.querySelectorAll('#search-results a')].map(a => a.href);
-          if (links.length > 4 || Date.now() > until) done(links); else setTimeout(look, 100);
+          const over = /finished|did not match/.test(said) || Date.now() > until;
+          if (over) done([said, links]); else setTimeout(look, 100);
         };
         look();"""
     )
+    assert "finished" in said, said
     assert any(page in link for link in found), found
 
 
