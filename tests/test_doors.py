@@ -754,6 +754,9 @@ NOT_WALKED = {
     "snapshot.write_diff": "it writes a file; tests/snapshot",
     "snapshot.rebase": "it writes a file; tests/snapshot",
     "snapshot.rebase_all": "it writes a file; tests/snapshot",
+    "trace.Trace": "it reads files; tests/trace/test_format.py reads hostile ones",
+    "trace.Writer": "it writes files; tests/trace/test_format.py",
+    "trace.open_trace": "it reads files; tests/trace/test_format.py",
     "migration.Channel": "the two sides of a migration call it; a peer's frames are tests/migration's",
     "migration.Precopy": "`migrate` makes and runs it",
 }

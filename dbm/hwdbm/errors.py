@@ -19,6 +19,7 @@ __all__ = [
     "SnapshotError",
     "StaleLeaseError",
     "StreamError",
+    "TraceError",
     "UnreadError",
     "printable",
 ]
@@ -164,6 +165,10 @@ def printable(text: str) -> str:
     'no\\x1b[2J room'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class TraceError(HwdbmError, ValueError):
+    """A write trace isn't what it must be: it is cut short, damaged, out of order, no trace, or of another version."""
 
 
 class UnreadError(HwdbmError, ValueError):

@@ -8,7 +8,7 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot", "elftools": "qemu"}
+_EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot", "elftools": "qemu", "zarr": "trace"}
 
 
 def main() -> None:
