@@ -29,8 +29,13 @@ migrate: $(VENV)/.user ## move a machine that keeps writing to another process, 
 	$(BIN)/hwdbm migrate --memory 256M --thp
 
 .PHONY: test
-test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -P -m pytest --numprocesses auto $(PYTEST_ARGS)
+test: $(VENV)/.dev ## run the tests, but for those that take long
+	$(BIN)/python -P -m pytest --numprocesses auto -m "not slow" $(PYTEST_ARGS)
+
+# Tests of the tests, tests that emulate an Arm machine, and some that only differ from others in what is drawn.
+.PHONY: slow
+slow: $(VENV)/.dev ## run the tests that take long
+	$(BIN)/python -P -m pytest --numprocesses auto -m slow $(PYTEST_ARGS)
 
 .PHONY: cover
 cover: $(VENV)/.dev ## run the tests, and report what they cover: it takes longer

@@ -13,7 +13,7 @@ from hwdbm import DirtyBitmap
 from hwdbm.arm import ArmVm
 
 
-@pytest.mark.parametrize("options", [(), ("--thp", "--workload", "mixed")])
+@pytest.mark.parametrize("options", [(), pytest.param(("--thp", "--workload", "mixed"), marks=pytest.mark.slow)])
 def test_migrate(options, run):
     done = run("migrate", "--source", "arm", "--memory", "8M", "--json", *options)
     assert done.status == 0, done.err
@@ -54,6 +54,7 @@ def bitmap(folder):
     return DirtyBitmap.from_bytes((folder / "slot0.bitmap").read_bytes(), 1024)
 
 
+@pytest.mark.slow
 def test_harvest_reads_a_machine_that_runs_and_changes_nothing(running, run, tmp_path):
     running.resume()
     while running.guests.stores < 3000:

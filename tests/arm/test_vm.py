@@ -26,7 +26,9 @@ def collector(vm, slot=0):
     return collect
 
 
-@pytest.mark.parametrize("kind", [*CERTAIN, "atomics", "stage1"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in (*CERTAIN, "atomics")] + ["stage1"]
+)
 def test_each_kind_of_guest_is_tracked_while_it_writes(kind):
     with ArmVm(MEMORY, vcpus=2, guest=kind, window=64) as vm:
         vm.start_log()
@@ -119,6 +121,7 @@ def test_splits_collapses_and_unmaps_while_it_writes():
         s2.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("granule", "blocks"), [(Granule.K4, False), (Granule.K16, False), (Granule.K4, True)])
 def test_it_goes_on_where_it_arrives(granule, blocks):
     """What a migration does, by hand: the memory by the log, then the registers."""

@@ -464,6 +464,7 @@ MUTANTS = {
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", MUTANTS)
 def test_a_mutant_is_caught(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mutate.__doc__

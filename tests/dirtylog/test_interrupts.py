@@ -238,7 +238,7 @@ class Guest:
         return (~(s2.scan(pte.writable))).pages()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [None, 64])
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("hw", [True, False])

@@ -394,6 +394,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_caught(mutate, monkeypatch):
     mutate(monkeypatch)

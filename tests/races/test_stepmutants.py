@@ -35,6 +35,7 @@ def test_only_mutants_are_called_harmless_and_each_for_a_reason():
     assert all(len(reason) > 5 for reason in harmless().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_mutant_is_found_or_harmless(name):
     found = found_by(MUTANTS[name])
