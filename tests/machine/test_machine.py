@@ -489,3 +489,12 @@ def test_a_context_ends_the_machine():
 def test_frames_run_out():
     with pytest.raises(MemoryError, match="5 frames from 0x1 on"):
         FramePool(1, 5).take(5)
+
+
+def test_which_entries_a_tlb_evicts_goes_by_the_seed_the_vcpu_and_the_slot(make):
+    machine = make(vcpus=2, seed=3, tlb_entries=4)
+    machine.add_memslot(4 << 20, GPA + (1 << 30), slot=5)
+    for number, vcpu in enumerate(machine.vcpus):
+        for slot, tlb in vcpu.tlb.items():
+            expected = np.random.default_rng(3 + (number << 16) + slot).bit_generator.state
+            assert tlb._rng.bit_generator.state == expected, (number, slot)
