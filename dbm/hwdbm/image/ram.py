@@ -323,7 +323,7 @@ def _placed(path: Path, extents: Sequence[Extent], ram_base: int | None, block: 
 
 def _one_after_another(path: Path, data: Bytes, slots: Sequence[Slot]) -> dict[Slot, Bytes]:
     if not slots:
-        raise ImageError(f"{path} doesn't say where its memory is: say where (--ram-base), or which slots it holds (--slot)")
+        raise ImageError(f"{path} doesn't say where its memory is: give --ram-base, or --slot")
     total = sum(slot.size for slot in slots)
     if total != data.size:
         raise ImageError(f"{path} has {data.size} bytes, and its slots {total}: they lie in it one after another")
@@ -375,7 +375,7 @@ class RamTables:
     def __init__(self, path: Path, granule: Granule, *, ram_base: int | None = None, block: str | None = None) -> None:
         extents = _placed(path, extents_of(path), ram_base, block)
         if extents[0].gpa is None:
-            raise ImageError(f"{path} doesn't say where its memory is: say where (--ram-base)")
+            raise ImageError(f"{path} doesn't say where its memory is: give --ram-base")
         self._granule = granule
         self._rows: list[Array] = []
         self._firsts: list[int] = []
