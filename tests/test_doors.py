@@ -757,6 +757,9 @@ NOT_WALKED = {
     "trace.Trace": "it reads files; tests/trace/test_format.py reads hostile ones",
     "trace.Writer": "it writes files; tests/trace/test_format.py",
     "trace.open_trace": "it reads files; tests/trace/test_format.py",
+    "trace.record": "it writes files; tests/trace/test_recorder.py",
+    "trace.record_file": "it writes files; tests/trace/test_recorder.py",
+    "trace.from_bitmaps": "it writes files; tests/trace/test_recorder.py",
     "migration.Channel": "the two sides of a migration call it; a peer's frames are tests/migration's",
     "migration.Precopy": "`migrate` makes and runs it",
 }

@@ -12,6 +12,7 @@ from hwdbm.errors import StaleLeaseError
 from hwdbm.snapshot.chain import Chain, Draft, all_pages
 from hwdbm.snapshot.manifest import Snapshot
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
+from hwdbm.vm.source import mechanism_of
 from hwdbm.vm.still import still
 
 
@@ -124,7 +125,7 @@ class Recorder:
                     state=state,
                     digest=digest,
                     source=str(getattr(source, "kind", "memory")),
-                    mechanism="all pages" if parent is None else _mechanism(source),
+                    mechanism="all pages" if parent is None else mechanism_of(source),
                 )
                 # The parent goes first: as long as the leases are open, their pages are in the next difference, too.
                 self.tip, self._epoch, self.paused = snapshot, snapshot.epoch, paused
@@ -168,9 +169,3 @@ def _roll_back(lent: list[Pages]) -> None:
     for lease in lent:
         with suppress(StaleLeaseError, ValueError):  # the latter: it was settled
             lease.rollback()
-
-
-def _mechanism(source: Source) -> str:
-    """Return how the VM's log learns of writes, as far as it says so."""
-    log = getattr(source, "log", None)
-    return str(getattr(log, "mechanism", None) or "dirty log")[:200]

@@ -1,5 +1,6 @@
 """Write traces: which pages a VM wrote in each interval, in a Zarr group. The extra ``trace`` brings zarr."""
 
 from hwdbm.trace.group import Trace, Writer, open_trace
+from hwdbm.trace.recorder import from_bitmaps, record, record_file
 
-__all__ = ["Trace", "Writer", "open_trace"]
+__all__ = ["Trace", "Writer", "from_bitmaps", "open_trace", "record", "record_file"]

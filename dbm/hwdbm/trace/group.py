@@ -132,10 +132,11 @@ class Writer:
         self.nwords, self.intervals, self._last = header.nwords, 0, 0
         if initial_zeros is not None:
             initial_zeros = self._checked(initial_zeros, "initial_zeros")
-        self._begin(header, initial_zeros)
+        self._make(header)
         self._owner, self._open = os.getpid(), True
+        self.begin(initial_zeros)
 
-    def _begin(self, header: Header, initial_zeros: Words | None) -> None:
+    def _make(self, header: Header) -> None:
         zarr = _zarr()
         try:
             self.path.mkdir(mode=0o700)
@@ -145,13 +146,10 @@ class Writer:
         with _failures(self.path):
             self._group = zarr.create_group(zarr.storage.LocalStore(self.path), attributes=header.to_json(),
                                             zarr_format=3)  # fmt: skip
-            wide = min(self.nwords, _CHUNK)
-            self._band = _CHUNK // wide
-            self._words = self._create("words", (0, self.nwords), (self._band, wide), "uint64")
+            self._wide = min(self.nwords, _CHUNK)
+            self._band = _CHUNK // self._wide
+            self._words = self._create("words", (0, self.nwords), (self._band, self._wide), "uint64")
             self._zeros: Any = None
-            if initial_zeros is not None:
-                made = self._create("initial-zeros", (self.nwords,), (wide,), "uint64")
-                made[:] = initial_zeros
             self._times = self._create("times", (1,), (_TIMES,), "int64", fill=NOT_YET)
             self._times[0] = 0
 
@@ -172,6 +170,36 @@ class Writer:
 
     def __repr__(self) -> str:
         return f"<Writer of {self.intervals} intervals to {str(self.path)!r}, {'open' if self._open else 'closed'}>"
+
+    def begin(self, initial_zeros: Words | None = None, started: datetime | None = None) -> None:
+        """Say what the memory was at the start, and when that was, where it isn't known before. It comes first.
+
+        Parameters
+        ----------
+        initial_zeros : (nwords,) uint64 array, optional
+            The pages that hold nothing but zeros.
+        started : datetime, optional
+            When it is.
+
+        Raises
+        ------
+        ClosedError, OSError
+            As for `append`.
+        ValueError
+            If there is an interval already, or the words aren't such.
+        """
+        self._check_open()
+        if self.intervals:
+            raise ValueError(f"{self!r} has begun")
+        if started is not None:
+            check.instance(started, datetime, "started")
+        if initial_zeros is not None:
+            initial_zeros = self._checked(initial_zeros, "initial_zeros")
+        with _failures(self.path):
+            if started is not None:
+                self._group.attrs["started"] = started.isoformat(timespec="milliseconds")
+            if initial_zeros is not None:
+                self._create("initial-zeros", (self.nwords,), (self._wide,), "uint64")[:] = initial_zeros
 
     def append(self, time_ns: int, words: Words, zeros: Words | None = None) -> None:
         """Write an interval.
@@ -257,7 +285,11 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else that says more
+                raise
 
 
 # --- reading -----------------------------------------------------------------------------------------------

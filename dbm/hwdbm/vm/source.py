@@ -181,3 +181,9 @@ def memory_digest(source: Source) -> str:
     """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
     instance(source, Source, "source")
     return digest(source.memory(slot.id) for slot in sorted(source.slots, key=lambda slot: slot.base_gfn))
+
+
+def mechanism_of(source: Source) -> str:
+    """Return how a VM's log learns of writes, as far as the VM says so: a text of 200 letters at most."""
+    log = getattr(source, "log", None)
+    return str(getattr(log, "mechanism", None) or "dirty log")[:200]
