@@ -18,10 +18,11 @@ import pytest
 from doors import Recipe, Scene, Wrong
 from effort import EFFORT
 
-from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, kernels, pte
+from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, forecast, kernels, pte
 from hwdbm.bench import Setup
 from hwdbm.dirtylog import LogClient, Stats
 from hwdbm.errors import ClosedError
+from hwdbm.forecast import MemoryWrites
 from hwdbm.image import Registers, Slot, open_image
 from hwdbm.kvm import Kvm, KvmVm, VcpuFd, VmFd
 from hwdbm.machine import (
@@ -252,6 +253,75 @@ RECIPES: dict[str, Recipe] = {
 
 
 RECIPES |= {
+    "forecast.MemoryWrites": Recipe(
+        lambda: MemoryWrites(np.ones((4, 2), dtype=np.uint64), 0.5),
+        lambda _: {
+            "new.words": np.ones((4, 2), dtype=np.uint64),
+            "interval": 0.5,
+            "npages": 100,
+            "page_size": 4096,
+            "new.zeros": np.ones((4, 2), dtype=np.uint64),
+            "initial_zeros": np.zeros(2, dtype=np.uint64),
+            "lo": 1,
+            "hi": 3,
+        },
+    ),
+    "forecast.Sample": Recipe(
+        given=lambda _: {
+            **dict.fromkeys(("time", "remaining", "total", "transferred", "bandwidth", "dirty_rate"), 1.5),
+            **dict.fromkeys(("iteration", "zero_pages", "throttle"), 3),
+            "downtime_limit": 0.5,
+            "page_size": 4096,
+            "status": "active",
+            "source": "qemu",
+        },
+    ),
+    "forecast.Terms": Recipe(
+        lambda: forecast.OWN,
+        lambda _: {
+            **{each.name: 0.5 for each in dataclasses.fields(forecast.Terms)},
+            "structure": "qemu",
+            "last_bandwidth": 1e6,
+            "size": 1e9,
+        },
+    ),
+    "forecast.Estimate": Recipe(
+        lambda: forecast.Estimate(2, 1, 3),
+        lambda _: {"value": 2.0, "low": 1.0, "high": 3.0, "scale": 10.0, "digits": 3},
+    ),
+    "forecast.Needs": Recipe(given=lambda _: {"bandwidth": 1e6, "max_downtime": 0.5, "throttle": 20}),
+    "forecast.Forecast": Recipe(
+        lambda: forecast.geometric(1000, 50, 100, 2),
+        lambda _: {
+            "converges": True,
+            "flat_from": 3,
+            **dict.fromkeys(("passes", "total_time", "downtime", "transferred"), forecast.Estimate(2, 1, 3)),
+            "needs": forecast.Needs(),
+            "why": "so",
+        },
+    ),
+    "forecast": Recipe(
+        given=lambda _: {
+            "writes": MemoryWrites(np.ones((4, 2), dtype=np.uint64), 0.5),
+            "samples": [
+                forecast.Sample(0, 1, 1e6, 1e6, bandwidth=1e6),
+                forecast.Sample(1, 2, 1e5, 1e6, bandwidth=1e6),
+            ],
+            "lines": ['{"memory_total": 1024, "memory_remaining": 12, "time_elapsed": 10}'],
+            **dict.fromkeys(("bandwidth", "dirty_rate", "total", "remaining"), 1e6),
+            "max_downtime": 0.5,
+            "terms": forecast.OWN,
+            "start_ns": 10,
+            "starts": 2,
+            "timeout": 60.0,
+            "max_iterations": 3,
+            "on_limit": "abort",
+            "auto_converge": False,
+            "throttle": 10.0,
+            "needs": True,
+        },
+        amounts=frozenset({"max_iterations", "starts"}),
+    ),
     "bitmap.word_count": Recipe(given=lambda _: {"npages": 640}),
     "pte.Match": Recipe(
         lambda: pte.dirty(3), lambda _: {"mask": 0xFF, "value": 0x81, "desc": 0x6C3, "ones": 1 << 55, "zeros": 1 << 56}

@@ -16,6 +16,7 @@ __all__ = [
     "LayoutError",
     "PatternError",
     "PeerError",
+    "SampleError",
     "SnapshotError",
     "StaleLeaseError",
     "StreamError",
@@ -112,6 +113,18 @@ class PatternError(HwdbmError, AssertionError):
     >>> check_counting(np.array([4, 4, 2, 3], dtype=np.uint8), page_size=1)
     Traceback (most recent call last):
     hwdbm.errors.PatternError: page 2 counts 2 after page 1's 4: going up the pages, the count falls once, by 1
+    """
+
+
+class SampleError(HwdbmError, ValueError):
+    """Samples of a migration can't be what they must be: cut short, going backwards, not numbers; it names the line.
+
+    Examples
+    --------
+    >>> from hwdbm.forecast import read_samples
+    >>> read_samples(['{"memory_total": 1024, "memory_remaining": -1, "time_elapsed": 10}'])
+    Traceback (most recent call last):
+    hwdbm.errors.SampleError: line 1: memory_remaining is a number of 0 or more, not -1
     """
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from migrationvm import LAYOUT, FakeVm
 
+from hwdbm.forecast.rules import Throttle
 from hwdbm.memslot import Memslot
 from hwdbm.migration import LayoutError, Settings, migrate
-from hwdbm.migration.converge import Throttle
 from hwdbm.migration.report import folded
 from hwdbm.vm import MemoryMap, PlainGuest, memory_digest
 

@@ -99,39 +99,3 @@ class Progress:
         if limit:
             text += f", or a bandwidth of {ceil(self._least / limit / _MIB):,} MiB/s"
         return text
-
-
-class Throttle:
-    """QEMU's auto-converge: its parameters are those of ``migrate-set-parameters``, with their defaults.
-
-    Parameters
-    ----------
-    initial, increment, most : int
-        Percent: ``cpu-throttle-initial``, ``cpu-throttle-increment``, ``max-cpu-throttle``.
-    threshold : int
-        ``throttle-trigger-threshold``: percent of the bytes sent in a period which, dirtied in it twice, raise the
-        throttle.
-
-    Examples
-    --------
-    >>> throttle = Throttle()
-    >>> [throttle.next(dirtied=60, sent=100) for _ in range(6)]
-    [0, 20, 20, 30, 30, 40]
-    >>> throttle.next(dirtied=10, sent=100)
-    40
-    """
-
-    def __init__(self, initial: int = 20, increment: int = 10, most: int = 99, threshold: int = 50) -> None:
-        self._initial, self._increment, self._most, self._threshold = initial, increment, most, threshold
-        self._high = 0
-        self.percent = 0
-
-    def next(self, dirtied: int, sent: int) -> int:
-        """Return the percent for the period that begins, after one in which so many bytes were dirtied and sent."""
-        if dirtied * 100 <= sent * self._threshold:
-            return self.percent
-        self._high += 1
-        if self._high >= 2:
-            self._high = 0
-            self.percent = min(self.percent + self._increment if self.percent else self._initial, self._most)
-        return self.percent

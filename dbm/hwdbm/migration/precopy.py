@@ -27,9 +27,10 @@ from hwdbm.errors import (
     StreamError,
     printable,
 )
+from hwdbm.forecast.rules import Throttle
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
-from hwdbm.migration.converge import Progress, Settings, Throttle
+from hwdbm.migration.converge import Progress, Settings
 from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.migration.sender import Limiter, PageSender
 from hwdbm.migration.staging import SocketStaging, staging

@@ -1,0 +1,30 @@
+"""Will it converge? Forecasts of live migrations, from traces of writes or from samples, and stop rules.
+
+`replay` simulates a migration's passes on a trace, `from_samples` on a model that is fitted to samples of a running
+migration. Both return a `Forecast`.
+"""
+
+from hwdbm.errors import SampleError
+from hwdbm.forecast.outcome import Estimate, Forecast, Needs, geometric, remaining_over_bandwidth
+from hwdbm.forecast.predict import from_samples, replay
+from hwdbm.forecast.samples import Sample, read_samples
+from hwdbm.forecast.terms import OWN, QEMU, Terms
+from hwdbm.forecast.writes import MemoryWrites, Writes
+
+__all__ = [
+    "OWN",
+    "QEMU",
+    "Estimate",
+    "Forecast",
+    "MemoryWrites",
+    "Needs",
+    "Sample",
+    "SampleError",
+    "Terms",
+    "Writes",
+    "from_samples",
+    "geometric",
+    "read_samples",
+    "remaining_over_bandwidth",
+    "replay",
+]

@@ -1,0 +1,344 @@
+"""A migration's passes, simulated on what a guest writes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, inf
+
+from hwdbm.forecast.rules import Throttle, Verdict
+from hwdbm.forecast.samples import Sample
+from hwdbm.forecast.terms import Terms
+from hwdbm.forecast.writes import Dirty, GuestWrites
+
+_PROGRESS = 0.95  # of what remained: less is progress
+_MOST = 20_000  # passes that are followed
+_OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
+_SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
+_QUEUE = 1e-9
+
+Decide = Callable[[list[Sample]], Verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a migration is to go; times in seconds, sizes in bytes."""
+
+    terms: Terms
+    bandwidth: float
+    max_downtime: float
+    start: float = 0.0  # of the guest's time
+    timeout: float = inf
+    max_iterations: int = 30
+    on_limit: str = "abort"
+    throttle: float = 0.0  # percent, all the time
+    auto_converge: bool = False
+    horizon: float = 0.0  # seconds of the guest that are followed before it is called flat, where nothing gives up
+    decide: Decide | None = None  # in place of the rule of the terms' structure
+    begun: "Begun | None" = None  # where it is by now
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A migration that goes on: how far it is. Times are in seconds, sizes in bytes.
+
+    `since` is how long ago the log was harvested; a pass that is about to begin was harvested just now. `history` has
+    the pass and what it left of each harvest, the last one among them.
+    """
+
+    time: float
+    number: int
+    remaining: float
+    since: float
+    transferred: float
+    history: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a simulated migration went; times in seconds, sizes in bytes."""
+
+    converges: bool
+    flat_from: int | None
+    passes: int
+    total_time: float
+    downtime: float
+    transferred: float
+    guest: float  # where the guest's time ended
+    least: float  # bytes: the least that a pass left
+    verdict: Verdict | None
+    samples: tuple[Sample, ...]
+
+
+def run(guest: GuestWrites, plan: Course) -> Outcome:
+    """Simulate a migration."""
+    return _Migration(guest, plan).run()
+
+
+class _Migration:
+    """The state of a simulated migration: two clocks, what is dirty, and what was measured."""
+
+    def __init__(self, guest: GuestWrites, plan: Course) -> None:
+        self._guest, self._plan, self._terms = guest, plan, plan.terms
+        self._size = float(guest.npages * guest.page_size)
+        self._wall, self._now = 0.0, plan.start
+        self._throttle, self._auto = plan.throttle, Throttle()
+        self._limit = plan.max_downtime
+        self._sent = self._busy = 0.0
+        self._measured: float | None = None
+        self._looked = 0.0  # bytes of all pages over the seconds of all passes
+        self._resumed = 0.0  # when the guest went on after a pause that took too long
+        self._ended = -inf  # when the pages of the last pass had gone
+        self._least, self._best, self._flat = inf, 0, 0
+        self._samples: list[Sample] = []
+        self._verdict: Verdict | None = None
+
+    def run(self) -> Outcome:
+        if self._plan.begun is None:
+            self._advance(self._terms.prepare(self._size))
+        else:
+            self._go_on(self._plan.begun)
+        return self._qemu() if self._terms.structure == "qemu" else self._own()
+
+    def _go_on(self, begun: Begun) -> None:
+        self._wall, self._sent = begun.time, begun.transferred
+        for number, remaining in begun.history:
+            self._note(number, remaining)
+
+    # --- clocks and costs -----------------------------------------------------------------------------------------
+
+    def _advance(self, seconds: float, running: bool = True) -> None:
+        self._wall += seconds
+        if running:
+            self._now += seconds * (1 - self._throttle / 100)
+
+    def _bytes(self, dirty: Dirty) -> float:
+        normal = max(dirty.pages - dirty.zeros, 0.0)
+        return normal * (self._guest.page_size + self._terms.page_overhead) + dirty.zeros * self._terms.zero_bytes
+
+    def _seconds(self, dirty: Dirty, bandwidth: float) -> float:
+        return self._bytes(dirty) / bandwidth + dirty.zeros * self._terms.zero_page
+
+    @property
+    def _last_bandwidth(self) -> float:
+        return self._terms.last_bandwidth or self._plan.bandwidth
+
+    def _remaining(self, dirty: Dirty) -> float:
+        return dirty.pages * self._guest.page_size
+
+    def _note(self, number: int, remaining: float) -> None:
+        """Take note of what a pass leaves."""
+        if remaining < self._least * _PROGRESS:
+            self._least, self._best, self._flat = remaining, number, 0
+        else:
+            self._flat += 1
+
+    def _hopeless(self) -> bool:
+        if self._flat < self._plan.max_iterations:
+            return False
+        return self._plan.on_limit != "wait" or self._now - self._plan.start >= self._plan.horizon
+
+    def _sample(self, number: int, remaining: float, rate: float, bandwidth: float | None, zeros: float) -> None:
+        self._samples.append(
+            Sample(
+                self._wall,
+                number,
+                remaining,
+                self._size,
+                self._sent,
+                bandwidth,
+                rate,
+                int(zeros),
+                self._guest.page_size,
+                self._limit,
+                min(int(self._throttle), 100),
+            )
+        )
+
+    def _ask(self) -> str:
+        """Return what the rule that was given says, and do the rest of it."""
+        assert self._plan.decide is not None  # noqa: S101 - it was looked at
+        self._verdict = verdict = self._plan.decide(self._samples)
+        if verdict.limit is not None:
+            self._limit = verdict.limit
+        if verdict.throttle is not None:
+            self._throttle = max(float(verdict.throttle), self._plan.throttle)
+        return verdict.action
+
+    def _slow_down(self, dirtied: float, sent: float) -> None:
+        if self._plan.auto_converge:
+            self._throttle = max(float(self._auto.next(dirtied, sent)), self._plan.throttle)
+
+    def _done(self, number: int, downtime: float, *, converges: bool) -> Outcome:
+        flat = self._best if self._flat > 1 or not converges else None
+        return Outcome(
+            converges and self._wall <= self._plan.timeout, flat or None, number, self._wall, downtime, self._sent,
+            self._now, self._least, self._verdict, tuple(self._samples),
+        )  # fmt: skip
+
+    # --- our own ----------------------------------------------------------------------------------------------------
+
+    def _own(self) -> Outcome:
+        terms, plan = self._terms, self._plan
+        begun, sent = plan.begun, 0.0
+        left: Dirty | None = None  # what is dirty though the log doesn't say so any more
+        if begun is None:
+            cut, number = self._now, 1
+            self._advance(terms.sync(self._size))
+            first = self._guest.everything(self._now, self._now)
+            dirty = self._guest.everything(self._now, self._now + self._seconds(first, plan.bandwidth))
+            sent = self._pass(dirty)
+        else:
+            number, cut = begun.number, self._now - begun.since
+            dirty = Dirty(begun.remaining / self._guest.page_size, 0.0)
+            if number == 1 or begun.since:  # a pass that goes on; else the rule comes first
+                sent = self._pass(dirty)
+            else:
+                number, left = number - 1, dirty
+        while True:
+            begin, cut = cut, self._now
+            elapsed = cut - begin
+            dirty = self._guest.written(begin, cut, left)
+            number += 1
+            remaining = self._remaining(dirty)
+            if left is None:
+                self._advance(terms.sync(self._size))
+                self._note(number, remaining)
+            expected = remaining / self._known()
+            self._sample(number, remaining, remaining / elapsed if elapsed else 0.0, self._known(), dirty.zeros)
+            fits = expected <= self._limit
+            if plan.decide is not None:
+                action = self._ask()
+                go, lost = action == "switch", action == "abort"
+            else:
+                go = fits or (self._hopeless() and plan.on_limit == "pause")
+                lost = not go and self._hopeless()
+            if not go and (lost or self._wall > plan.timeout or number >= _MOST):
+                return self._given_up(number, dirty)
+            if go:
+                done = self._last(number, begin, left, fits=fits)
+                if done is not None:
+                    return done
+                cut, left = self._resumed, None
+                continue
+            left = None
+            self._slow_down(remaining, sent)
+            sent = self._pass(dirty)
+
+    def _known(self) -> float:
+        """Return the bandwidth as our own migration measures it."""
+        if self._measured is not None:
+            return self._measured
+        if self._sent >= _SURE[1] and self._busy:
+            return self._sent / self._busy
+        return min(self._looked / max(self._wall, 1e-9), self._plan.bandwidth) or self._plan.bandwidth
+
+    def _gap_made_up(self) -> float:
+        return min(self._wall - self._ended, self._terms.burst)
+
+    def _pass(self, dirty: Dirty) -> float:
+        """Send all of a pass while the guest runs; return the bytes."""
+        size, zero = self._bytes(dirty), dirty.zeros * self._terms.zero_page
+        seconds = max(size / self._plan.bandwidth - self._gap_made_up(), 0.0) + zero
+        self._advance(seconds)
+        self._ended = self._wall
+        self._advance(self._terms.pass_time)
+        self._count(size, seconds + self._terms.pass_time - zero, dirty)
+        return size
+
+    def _count(self, size: float, busy: float, dirty: Dirty) -> None:
+        self._sent += size
+        self._busy += busy
+        self._looked += self._remaining(dirty)
+        if busy >= _SURE[0] and size >= _SURE[1]:
+            self._measured = size / busy
+
+    def _last(self, number: int, begin: float, left: Dirty | None, *, fits: bool) -> Outcome | None:
+        """Pause the guest and send the rest; None if that takes too long, and the guest goes on."""
+        terms, plan = self._terms, self._plan
+        self._advance(terms.pause)
+        dirty = self._guest.written(begin, self._now, left)
+        late = terms.sync(self._size)
+        self._advance(late, running=False)
+        size, zero = self._bytes(dirty), dirty.zeros * terms.zero_page
+        seconds = max(size / self._last_bandwidth - self._gap_made_up(), 0.0) + zero
+        patience = self._limit + max(self._limit, _OVERTIME)
+        paused = terms.pause + late + seconds + terms.pass_time
+        if paused > patience and plan.on_limit != "pause" and plan.decide is None:
+            self._advance(max(patience - terms.pause - late, 0.0), running=False)
+            self._resumed = self._now
+            self._advance(max(paused - patience, 0.0))
+            self._ended = self._wall
+            self._count(size, seconds + terms.pass_time - zero, dirty)
+            return None
+        self._advance(seconds + terms.pass_time + terms.handover, running=False)
+        self._sent += size
+        self._wall += terms.verify(self._size)
+        return self._done(number, paused + terms.handover, converges=fits or plan.decide is not None)
+
+    def _given_up(self, number: int, dirty: Dirty) -> Outcome:
+        """Return how it ended, with the downtime that there would have been."""
+        terms = self._terms
+        seconds = max(self._seconds(dirty, self._last_bandwidth) - self._gap_made_up(), 0.0)
+        would = terms.pause + terms.sync(self._size) + seconds + terms.pass_time + terms.handover
+        return self._done(number, would, converges=False)
+
+    # --- QEMU's -----------------------------------------------------------------------------------------------------
+
+    def _qemu(self) -> Outcome:
+        terms, plan, page = self._terms, self._plan, self._guest.page_size
+        begun, synced, number, at = plan.begun, self._now, 1, 0
+        if begun is None:
+            self._advance(terms.sync(self._size))
+            first = self._guest.everything(self._now, self._now)
+            dirty = self._guest.everything(self._now, self._now + self._seconds(first, plan.bandwidth))
+        else:
+            number, synced = begun.number, synced - begun.since
+            dirty = Dirty(begun.remaining / page, 0.0)
+        while True:
+            dirty, at, sent = self._until_few(dirty, at)
+            if self._wall > plan.timeout or number >= _MOST:
+                return self._given_up(number, dirty)
+            before, synced = synced, self._now
+            left = dirty
+            dirty = self._guest.written(before, synced, left)
+            self._advance(terms.sync(self._size))
+            number += 1
+            remaining, elapsed = self._remaining(dirty), synced - before
+            fresh = max(dirty.pages - left.pages, 0.0) * page
+            self._note(number, remaining)
+            self._sample(number, remaining, fresh / elapsed if elapsed else 0.0, plan.bandwidth, dirty.zeros)
+            action = "continue" if plan.decide is None else self._ask()
+            if action == "abort":
+                return self._given_up(number, dirty)
+            if action == "switch" or remaining < self._threshold():
+                return self._complete(number, dirty, synced)
+            if self._hopeless() and plan.decide is None:
+                return self._given_up(number, dirty)
+            self._slow_down(fresh, sent)
+
+    def _threshold(self) -> float:
+        """Return the bytes of which QEMU thinks that they fit into the downtime."""
+        return self._plan.bandwidth * self._limit
+
+    def _until_few(self, dirty: Dirty, at: int) -> tuple[Dirty, int, float]:
+        """Send until less than the threshold is left, at one of the looks; return what is left, and the bytes sent."""
+        if not dirty.pages:
+            self._advance(max(self._terms.tick, 0.01))
+            return dirty, at, 0.0
+        each = self._seconds(dirty, self._plan.bandwidth) / dirty.pages
+        goal = dirty.pages - self._threshold() / self._guest.page_size
+        share = self._terms.tick / each if self._terms.tick else goal
+        send = min(max(ceil(goal / share + _QUEUE), 1) * share, dirty.pages) if share else dirty.pages
+        size = self._bytes(dirty) * send / dirty.pages
+        self._advance(send * each)
+        self._sent += size
+        left, at = dirty.without(send, at)
+        return left, at, size
+
+    def _complete(self, number: int, left: Dirty, synced: float) -> Outcome:
+        terms = self._terms
+        self._advance(terms.pause)
+        dirty = self._guest.written(synced, self._now, left)
+        stopped = terms.sync(self._size) + self._seconds(dirty, self._last_bandwidth) + terms.handover
+        self._advance(stopped, running=False)
+        self._sent += self._bytes(dirty)
+        return self._done(number + 1, terms.pause + stopped, converges=True)

@@ -1,0 +1,401 @@
+"""What a guest writes, as a replay asks for it: from a trace, interval by interval, without a loop over pages."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwdbm import check
+
+Words = NDArray[np.uint64]
+
+_CACHE = 256 << 20  # bytes of a trace that are kept in memory; a larger one is read again
+_BATCH = 32 << 20  # bytes of a trace that are read together
+_STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
+_OFTEN = 0.05  # part of an interval's pages that count as written once, at least
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A record of which pages a guest wrote, interval by interval; `hwdbm.trace.open_trace` returns one.
+
+    Attributes
+    ----------
+    page_size : int
+        Bytes.
+    npages : int
+        Pages of the guest, in all slots.
+    times : (n + 1,) int64 array
+        Nanoseconds: where each of the n intervals begins, and where the last one ends. The first is 0.
+    initial_zeros : (nwords,) uint64 array or None
+        The pages that were zero at the start.
+    """
+
+    @property
+    def page_size(self) -> int: ...  # noqa: D102
+    @property
+    def npages(self) -> int: ...  # noqa: D102
+    @property
+    def times(self) -> NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def initial_zeros(self) -> Words | None: ...  # noqa: D102
+
+    def words(self, lo: int, hi: int) -> Words:
+        """Return the pages written in the intervals from `lo` to before `hi`: a row of words for each."""
+        ...
+
+    def zeros(self, lo: int, hi: int) -> Words | None:
+        """Return which of the pages of `words` were zero when they were looked at; None where that is unknown."""
+        ...
+
+
+class MemoryWrites:
+    """Writes that are held in arrays.
+
+    Parameters
+    ----------
+    words : (n, nwords) uint64 array
+        The pages written in each of n intervals, 64 to a word.
+    interval : float
+        Seconds of an interval.
+    npages : int, optional
+        Pages of the guest; by default as many as the words have bits.
+    page_size : int
+        Bytes.
+    zeros : (n, nwords) uint64 array, optional
+        Which of them were zero when they were looked at.
+    initial_zeros : (nwords,) uint64 array, optional
+        The pages that were zero at the start.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> MemoryWrites(np.zeros((3, 2), dtype=np.uint64), interval=0.5).times.tolist()
+    [0, 500000000, 1000000000, 1500000000]
+    """
+
+    def __init__(
+        self,
+        words: Words,
+        interval: float,
+        npages: int | None = None,
+        page_size: int = 4096,
+        zeros: Words | None = None,
+        initial_zeros: Words | None = None,
+    ) -> None:
+        self._words = _rows(words, "words", None)
+        n, nwords = self._words.shape
+        step = check.real(interval, "interval", 1e-9, 1e9)
+        self.npages = nwords * 64 if npages is None else check.integer(npages, "npages", 1, nwords * 64)
+        self.page_size = check.integer(page_size, "page_size", 1)
+        self.times = np.round(np.arange(n + 1) * (step * 1e9)).astype(np.int64)
+        self._zeros = None if zeros is None else _rows(zeros, "zeros", self._words.shape)
+        self.initial_zeros = None if initial_zeros is None else _rows(initial_zeros, "initial_zeros", (nwords,))
+
+    def words(self, lo: int, hi: int) -> Words:
+        """Return the pages written in the intervals from `lo` to before `hi`."""
+        lo, hi = self._span(lo, hi)
+        return self._words[lo:hi]
+
+    def zeros(self, lo: int, hi: int) -> Words | None:
+        """Return which of them were zero."""
+        lo, hi = self._span(lo, hi)
+        return None if self._zeros is None else self._zeros[lo:hi]
+
+    def _span(self, lo: int, hi: int) -> tuple[int, int]:
+        lo = check.integer(lo, "lo", 0, len(self._words))
+        return lo, check.integer(hi, "hi", lo, len(self._words))
+
+
+def _rows(value: Any, name: str, shape: tuple[int, ...] | None) -> Words:
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint64:
+        raise TypeError(f"{name} is an array of uint64, not {str(value)[:40]!r}")
+    if not value.size or (value.ndim != 2 if shape is None else value.shape != shape):
+        raise ValueError(f"{name} has the shape {shape or '(intervals, words)'}, not {value.shape}")
+    return value.copy()
+
+
+@dataclass(frozen=True, slots=True)
+class Dirty:
+    """Pages to be sent.
+
+    `pages` and `zeros` are how many they are expected to be: of an interval that was cut in two, a part is. `words`
+    has each page that may be one of them, if it is known which they are.
+    """
+
+    pages: float
+    zeros: float
+    words: Words | None = None
+
+    def without(self, sent: float, first: int) -> tuple["Dirty", int]:
+        """Return what is left when so many pages were sent, in their order from a word on; and the next word."""
+        left = max(self.pages - sent, 0.0)
+        share = left / self.pages if self.pages else 0.0
+        if self.words is None:
+            return Dirty(left, self.zeros * share), first
+        if not left:
+            return Dirty(0.0, 0.0, np.zeros_like(self.words)), first
+        order = np.concatenate((self.words[first:], self.words[:first]))
+        counts = np.bitwise_count(order).cumsum(dtype=np.int64)
+        at = int(np.searchsorted(counts, counts[-1] * (1 - share)))
+        words = self.words.copy()
+        end = first + at
+        words[first:end] = 0
+        if end > words.size:
+            words[: end - words.size] = 0
+        return Dirty(left, self.zeros * share, words), end % words.size
+
+
+class GuestWrites(Protocol):
+    """What a simulated migration asks of the guest; times are in seconds of the guest's own running."""
+
+    @property
+    def page_size(self) -> int: ...  # noqa: D102
+    @property
+    def npages(self) -> int: ...  # noqa: D102
+    @property
+    def period(self) -> float:
+        """Seconds after which what it writes is known to come again."""
+        ...
+
+    def everything(self, begin: float, end: float) -> Dirty:
+        """Return all of its pages, as they are when they are sent between two times."""
+        ...
+
+    def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
+        """Return the pages written between two times, and what was left over."""
+        ...
+
+
+class TraceWrites:
+    """A guest that writes what a trace says, and its steady part again and again.
+
+    A window of time begins and ends within intervals. Of an interval of which a part ``f`` lies in it, a page of the
+    interval counts with the chance that it was written in that part: ``f``, if the page isn't written in the whole
+    intervals that lie in the window too, where it counts once in any case. In a window without a whole interval, pages
+    that the next interval has again come oftener: of the pages of an interval of which a share ``q`` isn't in the next
+    one, ``(1 - q**f) / (1 - q)`` are written in a part ``f``, which is right for pages that are each written at random
+    times.
+
+    Parameters
+    ----------
+    writes : Writes
+        The trace.
+
+    Attributes
+    ----------
+    again : int
+        The interval that follows the last one: from there on the trace is steady.
+    """
+
+    def __init__(self, writes: Writes) -> None:
+        self.page_size = check.integer(writes.page_size, "page_size", 1)
+        self.npages = check.integer(writes.npages, "npages", 1)
+        edges = np.asarray(writes.times, dtype=np.int64)
+        if edges.ndim != 1 or edges.size < 2:
+            raise ValueError("a trace has an interval or more, and this one has none")
+        (wrong,) = (np.diff(edges) <= 0).nonzero()
+        if edges[0] != 0 or wrong.size:
+            at = int(wrong[0]) if wrong.size else -1
+            raise ValueError(
+                f"interval {at} of the trace ends at {edges[at + 1]} ns, and begins at {edges[at]} ns"
+                if wrong.size
+                else f"the trace begins at {edges[0]} ns, and not at 0"
+            )
+        self._writes, self._edges = writes, edges / 1e9
+        self._n = edges.size - 1
+        row = writes.words(0, 1)
+        self._nwords = int(row.shape[1])
+        self.in_memory = self._n * self._nwords * 8 <= _CACHE
+        self._kept: Words | None = None
+        if self.in_memory:
+            self._kept = np.concatenate(list(self._read(0, self._n)))
+        counts = [np.bitwise_count(part).sum(axis=1, dtype=np.int64) for part in self._read(0, self._n)]
+        self._counts = np.concatenate(counts)
+        self.again = self._steady()
+        self.period = float(self._edges[-1] - self._edges[self.again])
+        self._whole: Words | None = None
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def _read(self, lo: int, hi: int) -> Iterator[Words]:
+        """Yield the rows of some intervals, as many together as fit into little memory."""
+        if self._kept is not None:
+            yield self._kept[lo:hi]
+            return
+        step = max(_BATCH // max(self._nwords * 8, 1), 1)
+        for at in range(lo, hi, step):
+            yield self._writes.words(at, min(at + step, hi))
+
+    def _steady(self) -> int:
+        """Return the first of the quarters from which on all of them write alike; the third one at the latest."""
+        rates = self._counts / np.diff(self._edges)
+        quarter = self._n // 4
+        if not quarter:
+            return 0
+        means = [float(rates[i * quarter : (i + 1) * quarter].mean()) for i in range(4)]
+        for first in range(2):
+            if all(max(each, means[3]) <= _STEADY * min(each, means[3]) for each in means[first:]):
+                return first * quarter
+        return 2 * quarter
+
+    def _or(self, lo: int, hi: int) -> Words:
+        """Return the union of some intervals."""
+        union = np.zeros(self._nwords, dtype=np.uint64)
+        for part in self._read(lo, hi):
+            union |= np.bitwise_or.reduce(part, axis=0)
+        return union
+
+    def _row(self, interval: int) -> Words:
+        (part,) = self._read(interval, interval + 1)
+        row: Words = part[0]
+        return row
+
+    # --- time ---------------------------------------------------------------------------------------------------
+
+    @property
+    def ends(self) -> float:
+        """Seconds of the trace."""
+        return float(self._edges[-1])
+
+    def repeats(self, until: float) -> bool:
+        """Return whether the trace ends before a time."""
+        return until > self.ends
+
+    def _locate(self, time: float) -> tuple[int, float]:
+        """Return the interval of a time, counted on past the trace's end, and the part of it that is over."""
+        laps = 0
+        if time >= self._edges[-1]:
+            over = time - self._edges[-1]
+            laps = int(over // self.period) + 1
+            time = self._edges[self.again] + over - (laps - 1) * self.period
+        interval = int(np.searchsorted(self._edges, time, side="right")) - 1
+        interval = min(interval, self._n - 1)
+        part = (time - self._edges[interval]) / (self._edges[interval + 1] - self._edges[interval])
+        return interval + laps * (self._n - self.again), min(max(float(part), 0.0), 1.0)
+
+    def _real(self, interval: int) -> int:
+        if interval < self._n:
+            return interval
+        return self.again + (interval - self.again) % (self._n - self.again)
+
+    def _union(self, lo: int, hi: int) -> Words:
+        """Return the union of intervals that are counted on past the end."""
+        if hi - lo >= self._n - self.again and lo >= self.again:
+            return self._all()
+        union = np.zeros(self._nwords, dtype=np.uint64)
+        if lo < self._n:
+            union |= self._or(lo, min(hi, self._n))
+            lo = min(hi, self._n)
+        if lo < hi:
+            if hi - lo >= self._n - self.again:
+                return union | self._all()
+            first, last = self._real(lo), self._real(hi - 1)
+            if first <= last:
+                union |= self._or(first, last + 1)
+            else:
+                union |= self._or(first, self._n)
+                union |= self._or(self.again, last + 1)
+        return union
+
+    def _all(self) -> Words:
+        if self._whole is None:
+            self._whole = self._or(self.again, self._n)
+        return self._whole
+
+    # --- what is asked for ----------------------------------------------------------------------------------------
+
+    def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
+        """Return the pages written between two times, and what was left over."""
+        words, pages = self._window(begin, end)
+        if left is not None and left.words is not None and left.pages:
+            weight = left.pages / max(count(left.words), 1)
+            pages += weight * count(left.words & ~words)
+            words = words | left.words
+        zeros = 0.0
+        if pages:
+            zero = self._zeros(begin, end, left)
+            zeros = 0.0 if zero is None else pages * count(zero & words) / max(count(words), 1)
+        return Dirty(pages, zeros, words)
+
+    def _window(self, begin: float, end: float) -> tuple[Words, float]:
+        if end <= begin:
+            return np.zeros(self._nwords, dtype=np.uint64), 0.0
+        (first, over), (last, part) = self._locate(begin), self._locate(end)
+        if first == last:
+            row = self._row(self._real(first))
+            return row.copy(), self._of_part(first, part - over) * count(row)
+        head, tail = self._row(self._real(first)), self._row(self._real(last))
+        if last - first == 1:
+            a, b = self._of_part(first, 1 - over), self._of_part(last, part)
+            whole = np.zeros(self._nwords, dtype=np.uint64)
+        else:
+            a, b = 1 - over, part
+            whole = self._union(first + 1, last)
+        only_head, only_tail = head & ~whole, tail & ~whole
+        both = count(only_head & only_tail)
+        pages = count(whole) + a * count(only_head) + b * count(only_tail) - a * b * both
+        words = whole | (head if a else np.uint64(0)) | (tail if b else np.uint64(0))
+        return words, float(pages)
+
+    def _of_part(self, interval: int, part: float) -> float:
+        """Return the share of an interval's pages that a part of it writes."""
+        real = self._real(interval)
+        pages = int(self._counts[real])
+        if part >= 1 or not pages:
+            return min(max(part, 0.0), 1.0)
+        other = self._real(interval + 1)
+        common = count(self._row(real) & self._row(other)) if other != real else pages
+        once = max(1 - common / pages, _OFTEN)
+        return part if once > 0.999 else float((1 - once**part) / (1 - once))
+
+    def _zeros(self, begin: float, end: float, left: Dirty | None) -> Words | None:
+        """Return the pages that were zero when they were last written between two times."""
+        del left  # what was left over is what it was: taken for not zero
+        (first, _), (last, _) = self._locate(begin), self._locate(end)
+        last = min(last, first + self._n - self.again)
+        spans, lo = [], first
+        while lo <= last:
+            real = self._real(lo)
+            hi = min(self._n, real + last - lo + 1)
+            spans.append((real, hi))
+            lo += hi - real
+        zero = np.zeros(self._nwords, dtype=np.uint64)
+        for lo, hi in spans:
+            if self._fold_zeros(lo, hi, zero) is None:
+                return None
+        return zero
+
+    def _fold_zeros(self, lo: int, hi: int, zero: Words) -> Words | None:
+        step = max(_BATCH // max(self._nwords * 16, 1), 1)
+        for at in range(lo, hi, step):
+            zeros = self._writes.zeros(at, min(at + step, hi))
+            if zeros is None:
+                return None
+            for row, its_zeros in zip(self._writes.words(at, min(at + step, hi)), zeros, strict=True):
+                np.bitwise_and(zero, ~row, out=zero)
+                zero |= its_zeros
+        return zero
+
+    def everything(self, begin: float, end: float) -> Dirty:
+        """Return all pages. A page of zeros that is written meanwhile is sent before that or after: half of each."""
+        initial = self._writes.initial_zeros
+        # Slots begin at words of their own, so which bits are pages isn't known: any that is set is one.
+        every = np.full(self._nwords, ~np.uint64(0))
+        at = [0.0] if initial is None else [self._zeros_at(initial, time) for time in (begin, end)]
+        return Dirty(float(self.npages), sum(at) / len(at), every)
+
+    def _zeros_at(self, initial: Words, time: float) -> float:
+        interval, _ = self._locate(time)
+        interval = min(interval, self._n)
+        zero = np.array(initial, dtype=np.uint64)
+        if interval and self._fold_zeros(0, interval, zero) is None:
+            zero &= ~self._or(0, interval)
+        return float(count(zero))
+
+
+def count(words: Words) -> int:
+    """Return how many bits are set."""
+    return int(np.bitwise_count(words).sum(dtype=np.int64))

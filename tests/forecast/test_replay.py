@@ -1,0 +1,293 @@
+"""Replays against a migration that is simulated page by page, and against what can be reckoned by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwdbm.forecast import OWN, QEMU, MemoryWrites, Terms, geometric, remaining_over_bandwidth, replay
+from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.writes import Dirty, TraceWrites, count
+
+PAGE = 4096
+FREE = Terms("own")  # nothing costs anything, but the bytes
+
+
+def bits(pages, npages: int) -> np.ndarray:
+    """Return words with the bits of some pages."""
+    flags = np.zeros(-(-npages // 64) * 64, dtype=np.uint8)
+    flags[list(pages)] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint64)
+
+
+def trace(intervals, npages: int, interval: float = 1.0, **more) -> MemoryWrites:
+    return MemoryWrites(np.stack([bits(each, npages) for each in intervals]), interval, npages, PAGE, **more)
+
+
+def expected(intervals, npages: int, begin: float, end: float) -> float:
+    """Return how many pages are written in a window of whole intervals of 1 s, page by page."""
+    assert begin == int(begin)
+    assert end == int(end)
+    return len({page for i in range(int(begin), int(end)) for page in intervals[i % len(intervals)]})
+
+
+PAGES = st.integers(1, 200)
+
+
+@st.composite
+def traces(draw):
+    npages = draw(st.sampled_from([1, 63, 64, 65, 130, 200]))
+    some = st.sets(st.integers(0, npages - 1), max_size=20)
+    return draw(st.lists(some, min_size=1, max_size=9)), npages
+
+
+@given(traces(), st.data())
+def test_a_window_of_whole_intervals_is_their_union(made, data) -> None:
+    intervals, npages = made
+    guest = TraceWrites(trace(intervals, npages))
+    begin = data.draw(st.integers(0, len(intervals)))
+    end = data.draw(st.integers(begin, len(intervals)))
+    assert guest.written(begin, end).pages == pytest.approx(expected(intervals, npages, begin, end))
+
+
+@given(traces(), st.floats(0, 40), st.floats(0, 40))
+def test_a_window_has_no_more_than_the_intervals_it_touches_and_grows(made, begin, length) -> None:
+    intervals, npages = made
+    guest = TraceWrites(trace(intervals, npages))
+    part = guest.written(begin, begin + length)
+    assert -1e-9 <= part.pages <= count(part.words) + 1e-9
+    assert part.pages <= npages
+    more = guest.written(begin, begin + length + 3)
+    assert more.pages >= part.pages - 1e-6
+    assert not (part.words & ~more.words).any()
+
+
+@given(traces(), st.integers(0, 60), st.integers(0, 30))
+def test_after_its_end_the_steady_part_comes_again(made, begin, length) -> None:
+    intervals, npages = made
+    guest = TraceWrites(trace(intervals, npages))
+    period = len(intervals) - guest.again
+
+    def real(i: int) -> int:
+        return i if i < len(intervals) else guest.again + (i - guest.again) % period
+
+    union = {page for i in range(begin, begin + length) for page in intervals[real(i)]}
+    assert guest.written(begin, begin + length).pages == pytest.approx(len(union))
+
+
+@given(traces(), st.floats(0, 1), st.integers(0, 3))
+def test_what_is_left_after_sending_is_the_rest_in_order(made, share, first) -> None:
+    intervals, npages = made
+    words = bits(set().union(*intervals), npages)
+    first %= words.size
+    dirty = Dirty(float(count(words)), 0.0, words)
+    left, after = dirty.without(dirty.pages * share, first)
+    assert left.pages == pytest.approx(dirty.pages * (1 - share))
+    assert not (left.words & ~words).any()
+    gone = words & ~left.words
+    order = [(first + i) % words.size for i in range(words.size)]
+    sent = [i for i in order if gone[i]]
+    kept = [i for i in order if left.words[i]]
+    assert not sent or not kept or order.index(sent[-1]) < order.index(kept[0])  # whole words, the first ones
+    assert 0 <= after < words.size
+    assert abs(count(left.words) - left.pages) <= 64
+
+
+def test_a_page_counts_once() -> None:
+    guest = TraceWrites(trace([{1, 2}, {2, 3}, {9}], 64))
+    assert guest.written(0, 2).pages == 3
+    # A quarter of the first interval: of its pages, one isn't in the next one.
+    assert guest.written(0, 0.25).pages == pytest.approx(2 * (1 - 0.5**0.25) / 0.5)
+    # Half of the last: none of it comes again, and the pages lie anywhere in it.
+    assert guest.written(1, 2.5).pages == pytest.approx(2.5)
+
+
+def test_what_is_written_at_random_times_is_interpolated_rightly() -> None:
+    """Pages written at random, at a rate of one an interval: a tenth of an interval has 1 - exp(-0.1) of them."""
+    rng = np.random.default_rng(1)
+    npages = 64_000
+    guest = TraceWrites(trace([np.flatnonzero(rng.random(npages) < 1 - np.exp(-1)) for _ in range(4)], npages))
+    for part in (0.1, 0.5, 0.9):
+        assert guest.written(0, part).pages == pytest.approx(npages * (1 - np.exp(-part)), rel=0.01)
+
+
+@settings(max_examples=30)
+@given(traces(), st.floats(0.5, 100), st.sampled_from(["own", "qemu"]))
+def test_a_replay_ends_and_its_numbers_go_together(made, speed, structure) -> None:
+    intervals, npages = made
+    terms = Terms(structure, pass_time=0.001, tick=0.1 if structure == "qemu" else 0.0, handover=0.01)
+    forecast = replay(trace(intervals, npages), bandwidth=speed * PAGE, max_downtime=0.5, terms=terms, needs=False)
+    # A page that was left may be one that is written anew, and is sent once, then.
+    assert forecast.transferred.value >= (npages - len(set().union(*intervals))) * PAGE * 0.999
+    assert forecast.total_time.value >= npages / speed * 0.999
+    assert forecast.passes.value >= 2
+    assert forecast.downtime.low <= forecast.downtime.value <= forecast.downtime.high
+    assert forecast.why
+
+
+def test_passes_by_hand() -> None:
+    """100 pages at 10 a second; in each second the guest writes 2 new pages, in turn."""
+    intervals = [{(2 * i) % 100, (2 * i + 1) % 100} for i in range(50)]
+    forecast = replay(
+        trace(intervals, 128, initial_zeros=bits(range(100, 128), 128)),
+        bandwidth=10 * PAGE, max_downtime=0.1, terms=FREE, starts=1,
+    )  # fmt: skip
+    # 10 s, 20 pages; 2 s, 4; 0.4 s, 0.8; 0.08 s in the pause: 0.16 pages.
+    assert forecast.converges
+    assert forecast.flat_from is None
+    assert forecast.passes.value == 4
+    assert forecast.total_time.value == pytest.approx(10 + 2 + 0.4 + 0.08)
+    assert forecast.downtime.value == pytest.approx(0.08)
+    assert forecast.transferred.value == pytest.approx(PAGE * (100 + 20 + 4 + 0.8))
+
+
+def test_a_hot_set_that_does_not_fit() -> None:
+    """20 pages a second are sent, and 30 are hot: each pass leaves them all."""
+    forecast = replay(trace([set(range(30))] * 20, 1000, 0.1), bandwidth=20 * PAGE, max_downtime=0.3, terms=FREE)
+    assert not forecast.converges
+    assert forecast.flat_from == 2
+    assert forecast.passes.value == 32
+    assert forecast.downtime.value == pytest.approx(1.5)
+    assert forecast.needs.max_downtime == pytest.approx(1.5, rel=0.03)
+    assert forecast.needs.bandwidth == pytest.approx(100 * PAGE, rel=0.03)
+    assert "from pass 2 on" in forecast.why
+    assert "It would converge with" in forecast.why
+    needs = forecast.needs
+    for better in ({"bandwidth": needs.bandwidth}, {"max_downtime": needs.max_downtime}):
+        settings_ = {"bandwidth": 20 * PAGE, "max_downtime": 0.3} | better
+        assert replay(trace([set(range(30))] * 20, 1000, 0.1), terms=FREE, needs=False, **settings_).converges
+
+
+def test_what_is_needed_is_the_least() -> None:
+    writes = trace([set(range(30))] * 20, 1000, 0.1)
+    needs = replay(writes, bandwidth=20 * PAGE, terms=FREE).needs
+    for worse in (
+        {"bandwidth": needs.bandwidth * 0.95},
+        {"bandwidth": 20 * PAGE, "max_downtime": needs.max_downtime * 0.95},
+    ):
+        assert not replay(writes, terms=FREE, needs=False, **({"max_downtime": 0.3} | worse)).converges
+
+
+def test_a_throttle_helps_one_that_writes_new_pages() -> None:
+    intervals = [set(range(i * 80 % 4000, i * 80 % 4000 + 80)) for i in range(50)]
+    forecast = replay(trace(intervals, 4000), bandwidth=40 * PAGE, max_downtime=0.2, terms=FREE)
+    assert not forecast.converges
+    throttle = forecast.needs.throttle
+    assert 0 < throttle < 99
+    again = {"bandwidth": 40 * PAGE, "max_downtime": 0.2, "terms": FREE, "needs": False}
+    assert replay(trace(intervals, 4000), throttle=throttle, **again).converges
+    assert not replay(trace(intervals, 4000), throttle=throttle - 5, **again).converges
+
+
+def test_qemu_goes_on_with_what_is_left_over() -> None:
+    """QEMU looks each 100 ms, and harvests when less than the bandwidth times the limit is left."""
+    guest = TraceWrites(trace([set(range(10))] * 10, 100, 0.1))
+    done = run(guest, Course(Terms("qemu", tick=0.1), 100 * PAGE, 0.35))
+    # 100 pages, 10 in each 0.1 s: after 0.7 s 30 are left, fewer than 35. They and the hot ten, sent long ago, are 40.
+    assert done.samples[0].time == pytest.approx(0.7)
+    assert done.samples[0].remaining == pytest.approx(40 * PAGE)
+
+
+def test_qemu_lifts_its_limit_for_the_last_pass() -> None:
+    guest = TraceWrites(trace([{1}] * 10, 100))
+    slow = run(guest, Course(Terms("qemu", tick=0.1), 100 * PAGE, 0.35))
+    fast = run(guest, Course(Terms("qemu", tick=0.1, last_bandwidth=1000 * PAGE), 100 * PAGE, 0.35))
+    assert slow.converges
+    assert fast.downtime == pytest.approx(slow.downtime / 10)
+
+
+def test_zero_pages_cost_little() -> None:
+    zero = bits(range(64), 128)
+    writes = trace([set()] * 4, 128, initial_zeros=zero)
+    forecast = replay(writes, bandwidth=10 * PAGE, terms=Terms("own", zero_bytes=9, zero_page=0.01), starts=1)
+    assert forecast.transferred.value == pytest.approx(64 * PAGE + 64 * 9)
+    assert forecast.total_time.value == pytest.approx(6.4 + 64 * 9 / PAGE / 10 + 0.64)
+
+
+def test_a_page_that_becomes_zero_is_one() -> None:
+    pages = [bits(range(10), 64)] * 4
+    zeros = np.stack([bits(range(5), 64)] * 4)
+    guest = TraceWrites(MemoryWrites(np.stack(pages), 1.0, zeros=zeros))
+    assert guest.written(0, 2).zeros == pytest.approx(5)
+
+
+def test_a_pause_that_takes_too_long_is_given_up() -> None:
+    """Ours lets the guest go on when its last pass takes more than the limit and half a second."""
+    late = Terms("own", pause=0.5)  # in which the guest writes a lot
+    guest = TraceWrites(trace([set()] * 2 + [set(range(100))] * 18, 100))
+    done = run(guest, Course(late, 50 * PAGE, 0.1))
+    assert not done.converges
+
+
+def test_a_timeout_is_no_convergence() -> None:
+    forecast = replay(trace([{1}] * 4, 100), bandwidth=10 * PAGE, terms=FREE, timeout=5)
+    assert not forecast.converges
+    assert "in 5 s" in forecast.why
+
+
+@pytest.mark.parametrize("terms", [OWN, QEMU])
+def test_more_bandwidth_is_no_slower(terms: Terms) -> None:
+    rng = np.random.default_rng(0)
+    writes = trace([set(rng.integers(0, 5000, 100).tolist()) for _ in range(40)], 5000, 0.1)
+    times = [replay(writes, bandwidth=b * 1e6, terms=terms, needs=False).total_time.value for b in (8, 20, 80, 200)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_the_trace_s_end_is_said() -> None:
+    said = replay(trace([{1}] * 4, 1000), bandwidth=100 * PAGE, terms=FREE, starts=1).why
+    assert "The trace is 4 s long: after that its last 4 s are taken to come again and again." in said
+
+
+def test_the_steady_part_leaves_out_a_beginning() -> None:
+    guest = TraceWrites(trace([set(range(500))] * 5 + [{1, 2}] * 15, 1000))
+    assert (guest.again, guest.period) == (5, 15)
+    assert TraceWrites(trace([{1}] * 20, 64)).again == 0
+
+
+class Broken(MemoryWrites):
+    def __init__(self, times) -> None:
+        super().__init__(np.ones((3, 2), dtype=np.uint64), 1.0)
+        self.times = np.array(times)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([0, 5, 4, 9], "interval 1 of the trace ends at 4 ns, and begins at 5 ns"),
+        ([0, 5, 5, 9], "interval 1 of the trace ends at 5 ns, and begins at 5 ns"),
+        ([1, 5, 6, 9], "the trace begins at 1 ns, and not at 0"),
+        ([0], "a trace has an interval or more, and this one has none"),
+    ],
+)
+def test_times_that_cannot_be(times, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replay(Broken(times), bandwidth=1e6)
+
+
+@pytest.mark.parametrize("bandwidth", [0, -1, float("nan"), float("inf")])
+def test_a_bandwidth_that_cannot_be(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match="bandwidth is a number of 1 or more, not"):
+        replay(trace([{1}], 64), bandwidth=bandwidth)
+
+
+def test_a_trace_that_does_not_fit_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    writes = trace([set(rng.integers(0, 900, 30).tolist()) for _ in range(40)], 900, 0.25)
+    whole = replay(writes, bandwidth=100 * PAGE, terms=OWN, starts=2)
+    monkeypatch.setattr("hwdbm.forecast.writes._CACHE", 0)
+    monkeypatch.setattr("hwdbm.forecast.writes._BATCH", 1000)
+    assert replay(writes, bandwidth=100 * PAGE, terms=OWN, starts=2) == whole
+
+
+def test_the_json_is_what_the_issue_says() -> None:
+    found = replay(trace([{1}], 64), bandwidth=100 * PAGE).to_dict()
+    assert list(found) == ["converges", "flat-from", "passes", "total-time", "downtime", "transferred", "needs"]
+    for key in ("passes", "total-time", "downtime", "transferred"):
+        assert list(found[key]) == ["value", "low", "high"]
+    assert list(found["needs"]) == ["bandwidth", "max-downtime"]
+
+
+def test_baselines() -> None:
+    assert remaining_over_bandwidth(100, 50) == 2
+    assert not geometric(1000, dirty_rate=100, bandwidth=100, max_downtime=2).converges
+    assert geometric(1000, dirty_rate=0, bandwidth=100, max_downtime=0).downtime.value == 0
