@@ -22,6 +22,7 @@ from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, forecast, ker
 from hwdbm.bench import Setup
 from hwdbm.dirtylog import LogClient, Stats
 from hwdbm.errors import ClosedError
+from hwdbm.fleet import Fleet, FleetVm, Host, Link, Taken, tabulate
 from hwdbm.forecast import MemoryWrites
 from hwdbm.image import Registers, Slot, open_image
 from hwdbm.kvm import Kvm, KvmVm, VcpuFd, VmFd
@@ -87,6 +88,15 @@ def plain_guest() -> PlainGuest:
     guest.start_log()
     guest.write(GPA + 5000, bytes(range(200)))
     return guest
+
+
+def small_fleet() -> Fleet:
+    hosts = Host("a", 1 << 40, "lan"), Host("b", 1 << 40, "lan", "r")
+    return Fleet((Link("lan", 1e9),), hosts, (FleetVm("db", "a", 1 << 30, 0.3),), (("r", "lan"),))
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
 
 
 def nothing(*_: object) -> None:
@@ -632,6 +642,30 @@ RECIPES |= {
         fields=frozenset({"slot", "slot_id"}),
     ),
     "vm": Recipe(given=lambda _: {"source": plain_guest(), "name": "backup"}),
+    "fleet.Link": Recipe(given=lambda _: {"name": "lan", "bandwidth": 1e9}),
+    "fleet.Host": Recipe(given=lambda _: {"name": "a", "memory": 1 << 30, "link": "lan", "rack": "r"}),
+    "fleet.FleetVm": Recipe(
+        given=lambda _: {
+            "name": "db",
+            "host": "a",
+            "memory": 1 << 30,
+            "max_downtime": 0.25,
+            "trace": "a.zarr",
+            "samples": "a.jsonl",
+            "start": 1.0,
+            "rate": 2.0,
+            "pinned": "has a GPU",
+        }
+    ),
+    "fleet.Fleet": Recipe(given=lambda _: {**vars_of(small_fleet()), "engine": "hwdbm"}),
+    "fleet.drain": Recipe(
+        given=lambda _: {
+            "fleet": small_fleet(),
+            "hosts": ["a"],
+            "seed": 3,
+            "curves": tabulate(small_fleet(), ["a"], lambda _: lambda width: Taken(1e9 / width, 0.1, converges=True)),
+        }
+    ),
     "migration.Settings": Recipe(
         given=lambda _: {
             "max_downtime": 0.25,
@@ -832,6 +866,15 @@ NOT_WALKED = {
     "trace.from_bitmaps": "it writes files; tests/trace/test_recorder.py",
     "migration.Channel": "the two sides of a migration call it; a peer's frames are tests/migration's",
     "migration.Precopy": "`migrate` makes and runs it",
+    "fleet.Curves": "a result",
+    "fleet.Drained": "a result",
+    "fleet.Ending": "a result",
+    "fleet.Left": "a result",
+    "fleet.Move": "a result",
+    "fleet.Shift": "a result",
+    "fleet.Taken": "a forecast's result",
+    "fleet.read_plan": "it reads a file; tests/fleet/test_plan.py",
+    "fleet.tabulate": "it starts processes; tests/fleet/test_cluster.py",
 }
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "LayoutError",
     "PatternError",
     "PeerError",
+    "PlanError",
     "SampleError",
     "SnapshotError",
     "StaleLeaseError",
@@ -178,6 +179,10 @@ def printable(text: str) -> str:
     'no\\x1b[2J room'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class PlanError(HwdbmError, ValueError):
+    """A plan of a fleet is wrong, or doesn't fit together; the text has the place in the file, and the value there."""
 
 
 class TraceError(HwdbmError, ValueError):

@@ -8,7 +8,15 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "plot", "elftools": "qemu", "zarr": "trace"}
+_EXTRAS = {
+    "typer": "cli",
+    "rich": "cli",
+    "click": "cli",
+    "matplotlib": "plot",
+    "elftools": "qemu",
+    "distributed": "fleet",
+    "zarr": "trace",
+}
 
 
 def main() -> None:
