@@ -310,6 +310,19 @@ RECIPES |= {
             "why": "so",
         },
     ),
+    "forecast.Verdict": Recipe(
+        given=lambda _: {"action": "switch", "why": "so", "limit": 0.5, "throttle": 20},
+    ),
+    "forecast.RuleOutcome": Recipe(
+        lambda: forecast.RuleOutcome("ours", "switch", 1, 2, 3, 4),
+        lambda _: {
+            **dict.fromkeys(("time", "downtime", "transferred"), 1.5),
+            "rule": "ours",
+            "action": "abort",
+            "passes": 3,
+            "why": "so",
+        },
+    ),
     "forecast": Recipe(
         given=lambda _: {
             "writes": MemoryWrites(np.ones((4, 2), dtype=np.uint64), 0.5),
@@ -329,6 +342,14 @@ RECIPES |= {
             "auto_converge": False,
             "throttle": 10.0,
             "needs": True,
+            "progress_timeout": 10.0,
+            "timeout_per_gib": 10.0,
+            "ewma_alpha": 0.5,
+            "stall_margin": 0.5,
+            "decay": 0.5,
+            "possible_factor": 1.5,
+            "search_local_minima": True,
+            "on_timeout": "ignore",
         },
         amounts=frozenset({"max_iterations", "starts"}),
     ),

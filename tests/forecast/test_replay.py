@@ -93,6 +93,15 @@ def test_what_is_left_after_sending_is_the_rest_in_order(made, share, first) -> 
     assert abs(count(left.words) - left.pages) <= 64
 
 
+@given(traces(), st.floats(0, 20), st.floats(0, 0.01), st.floats(0, 1))
+def test_what_was_left_over_is_not_lost(made, begin, length, share) -> None:
+    intervals, npages = made
+    guest = TraceWrites(trace(intervals, npages))
+    left, _ = guest.written(begin, begin + 2).without(share * 3, 0)
+    both, alone = guest.written(begin, begin + length, left), guest.written(begin, begin + length)
+    assert max(left.pages, alone.pages) - 1e-9 <= both.pages <= left.pages + alone.pages + 1e-9
+
+
 def test_a_page_counts_once() -> None:
     guest = TraceWrites(trace([{1, 2}, {2, 3}, {9}], 64))
     assert guest.written(0, 2).pages == 3

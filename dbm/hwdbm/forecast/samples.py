@@ -260,6 +260,8 @@ class _Numbers:
 
     def whole(self, key: str) -> int | None:
         value = self.get(key)
+        if value is not None and value != int(value):
+            raise SampleError(f"line {self.line}: {key} is a whole number, not {value}")
         return None if value is None else int(value)
 
     def inner(self, key: str) -> "_Numbers":

@@ -325,7 +325,7 @@ class _Migration:
             self._advance(max(self._terms.tick, 0.01))
             return dirty, at, 0.0
         each = self._seconds(dirty, self._plan.bandwidth) / dirty.pages
-        goal = dirty.pages - self._threshold() / self._guest.page_size
+        goal = max(dirty.pages - self._threshold() / self._guest.page_size, 0.0)
         share = self._terms.tick / each if self._terms.tick else goal
         send = min(max(ceil(goal / share + _QUEUE), 1) * share, dirty.pages) if share else dirty.pages
         size = self._bytes(dirty) * send / dirty.pages

@@ -311,8 +311,10 @@ class TraceWrites:
         """Return the pages written between two times, and what was left over."""
         words, pages = self._window(begin, end)
         if left is not None and left.words is not None and left.pages:
-            weight = left.pages / max(count(left.words), 1)
-            pages += weight * count(left.words & ~words)
+            # A page of both is one: it is there unless neither of its chances came true.
+            weight, chance = left.pages / max(count(left.words), 1), pages / max(count(words), 1)
+            common = count(left.words & words)
+            pages += weight * (count(left.words) - common + (1 - chance) * common)
             words = words | left.words
         zeros = 0.0
         if pages:

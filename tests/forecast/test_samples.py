@@ -1,0 +1,327 @@
+"""Reading samples, and forecasts from them."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwdbm.errors import SampleError
+from hwdbm.forecast import OWN, QEMU, MemoryWrites, Sample, Terms, from_samples, read_samples, replay
+from hwdbm.forecast.model import Model, ModelWrites, fit, measured
+from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.writes import Dirty, TraceWrites
+from hwdbm.migration.report import Pass, Report
+
+MIB = 1 << 20
+
+
+def qmp(time: float, sync: int, remaining: float, **more) -> str:
+    ram = {"total": 1 << 30, "remaining": remaining, "transferred": 5, "mbps": 800.0, "duplicate": 7}
+    ram |= {"dirty-sync-count": sync, "dirty-pages-rate": 100, "page-size": 4096, "normal": 1}
+    return json.dumps({"status": "active", "total-time": time, "expected-downtime": 300, "ram": ram | more})
+
+
+VIRSH = """Job type:         Unbounded
+Operation:        Outgoing migration
+Time elapsed:     1520         ms
+Data processed:   412.500 MiB
+Data remaining:   100.000 MiB
+Data total:       1.016 GiB
+Memory processed: 412.500 MiB
+Memory remaining: 100.000 MiB
+Memory total:     1.016 GiB
+Memory bandwidth: 108.250 MiB/s
+Dirty rate:       2560         pages/s
+Page size:        4096         bytes
+Iteration:        3
+Postcopy requests: 0
+Constant pages:   130000
+Normal pages:     105000
+Normal data:      410.156 MiB
+Expected downtime: 300         ms
+Setup time:       5            ms
+"""
+
+CLOUD = {
+    "transportation_mode": "Local",
+    "timestamp_begin_ms": 1_700_000_000_000,
+    "timestamp_snapshot_ms": 1_700_000_002_500,
+    "downtime_configured_ms": 300,
+    "downtime_estimated_ms": 700,
+    "vcpu_throttle_percent": 20,
+    "memory_transmission_info": {
+        "memory_iteration": 2,
+        "memory_transmission_bps": 100_000_000,
+        "memory_bytes_total": 1 << 30,
+        "memory_bytes_transmitted": 1 << 31,
+        "memory_bytes_remaining_iteration": 70_000_000,
+        "memory_pages_4k_transmitted": 1 << 19,
+        "memory_pages_4k_remaining_iteration": 17090,
+        "memory_pages_constant_count": 5,
+        "memory_dirty_rate_pps": 1000,
+    },
+}
+LOG = (
+    "cloud-hypervisor: 12.5s: <vmm> INFO: iter=0 curr=1024MiB total=1024MiB bw=100.00MiB/s transfer=10.24s "
+    "overhead=1ms est_downtime=0ms elapsed=10.25s avg_bw=99.90MiB/s\n"
+    "cloud-hypervisor: 14s: <vmm> INFO: iter=1 curr=128MiB total=1152MiB bw=64.00MiB/s transfer=2.00s "
+    "overhead=1ms est_downtime=1280ms elapsed=12.25s avg_bw=94.00MiB/s"
+).splitlines()
+
+
+def test_query_migrate() -> None:
+    (sample,) = read_samples([qmp(2500, 3, 4096 * 50)])
+    assert sample == Sample(
+        2.5, 3, 204800, 1 << 30, 5, 1e8, 409600, 7, 4096, source="qemu"
+    )  # fmt: skip
+    assert read_samples(['{"return": ' + qmp(2500, 3, 204800) + "}"]) == [sample]
+    assert read_samples(['{"status": "setup"}', "", '{"status": "none"}', qmp(2500, 3, 204800)]) == [sample]
+
+
+def test_a_bandwidth_of_0_is_none_yet() -> None:
+    (sample,) = read_samples([qmp(5, 1, 1 << 30, mbps=0)])
+    assert sample.bandwidth is None
+
+
+def test_libvirt_s_job_stats() -> None:
+    stats = {"time_elapsed": 1520, "memory_total": 1 << 30, "memory_remaining": 1 << 20, "memory_bps": 1 << 26}
+    stats |= {"memory_iteration": 3, "memory_dirty_rate": 2560, "memory_page_size": 4096, "memory_constant": 13}
+    (sample,) = read_samples([json.dumps(stats)])
+    assert sample == Sample(
+        1.52, 3, 1 << 20, 1 << 30, None, 1 << 26, 2560 * 4096, 13, source="libvirt"
+    )  # fmt: skip
+
+
+def test_domjobinfo() -> None:
+    later = VIRSH.replace("1520 ", "1920 ").replace("remaining: 100", "remaining: 50")
+    first, second = read_samples((VIRSH + "\n" + later).splitlines(keepends=True))
+    assert (first.time, first.iteration, first.remaining) == (1.52, 3, 100 * MIB)
+    assert first.bandwidth == 108.25 * MIB
+    assert first.dirty_rate == 2560 * 4096
+    assert first.total == pytest.approx(1.016 * 1024 * MIB)
+    assert (second.time, second.remaining) == (1.92, 50 * MIB)
+    assert read_samples(("Job type: None\n\n" + VIRSH).splitlines()) == [first]
+
+
+def test_cloud_hypervisor_s_progress_and_log() -> None:
+    (sample,) = read_samples([json.dumps(CLOUD)])
+    assert (sample.time, sample.iteration, sample.remaining, sample.bandwidth) == (2.5, 3, 7e7, 1e8)
+    assert (sample.throttle, sample.downtime_limit, sample.dirty_rate) == (20, 0.3, 4096000)
+    first, second = read_samples(LOG)
+    assert (first.iteration, first.remaining, first.total) == (1, 1024 * MIB, 1024 * MIB)
+    assert (second.iteration, second.remaining, second.time) == (2, 128 * MIB, pytest.approx(10.25))
+    assert second.bandwidth == 100 * MIB  # that of the pass before, which is what was known
+
+
+def test_our_own_report_and_its_passes() -> None:
+    report = Report(4096, 1 << 20, 0.3, setup_time=0.5)
+    report.passes = [
+        Pass(1, 256, 1 << 20, normal=256, transferred=1 << 20, time=1.0),
+        Pass(2, 64, 1 << 18, dirty_rate=1 << 18, collect_time=0.25, transferred=1 << 18, time=0.5),
+        Pass(3, 8, 1 << 15, dirty_rate=1 << 16),
+    ]
+    first, second, third = read_samples(json.dumps(report.to_dict(), indent=2).splitlines())
+    assert (first.time, first.iteration, first.remaining, first.bandwidth) == (0.5, 1, 1 << 20, None)
+    assert (second.time, second.remaining, second.bandwidth) == (1.75, 1 << 18, 1 << 20)
+    assert (third.time, third.remaining, third.transferred, third.bandwidth) == (2.25, 1 << 15, 5 << 18, 1 << 19)
+    assert (second.total, second.downtime_limit, second.source) == (1 << 20, 0.3, "hwdbm")
+    lines = [json.dumps(each.to_dict()) for each in report.passes]
+    assert [each.remaining for each in read_samples(lines)] == [1 << 20, 1 << 18, 1 << 15]
+    assert read_samples([json.dumps(report.to_dict())]) == [first, second, third]
+
+
+GOOD = qmp(1000, 1, 1 << 29)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "there are no samples of a migration in that"),
+        (["", "{}"], "there are no samples"),
+        ([GOOD, GOOD[: len(GOOD) // 2]], "line 2: the JSON object is cut short"),
+        ([GOOD, "{", '"ram": {'], "line 2: the JSON object is cut short at line 3"),
+        ([GOOD, "{", GOOD], "line 2: the JSON object is cut short at line 3"),
+        ([GOOD, "", '{"a" 5}'], "line 3: no JSON object"),
+        ([GOOD, qmp(999, 1, 5)], "line 2: time goes backwards, from 1000 to 999 ms"),
+        ([qmp(5, 3, 5), qmp(6, 2, 5)], "line 2: the iteration goes backwards, from 3 to 2"),
+        ([GOOD, qmp(1001, 1, 5, total=5)], "line 2: the memory changes, from 1073741824 to 5 bytes"),
+        ([qmp(float("nan"), 1, 5)], "line 1: total-time is a number of 0 or more, not nan"),
+        ([qmp(5, 1, float("inf"))], "line 1: remaining is a number of 0 or more, not inf"),
+        ([qmp(5, 1, -4096)], "line 1: remaining is a number of 0 or more, not -4096"),
+        ([qmp(5, 1, 5, mbps=-1)], "line 1: mbps is a number of 0 or more, not -1"),
+        ([qmp(5, 1, 5, mbps="8")], 'line 1: mbps is a number, not "8"'),
+        ([qmp(5, 1, 5, mbps=True)], "line 1: mbps is a number, not true"),
+        (['{"ram": 5, "total-time": 1}'], "line 1: ram is an object, not 5"),
+        (['{"ram": {"total": 5}, "total-time": 1}'], "line 1: there is no remaining"),
+        (['{"ram": {"remaining": 5}}'], "line 1: there is no total-time"),
+        (["[1, 2]"], "line 1: a sample is a JSON object, not \\[1, 2\\]"),
+        (['{"cpu": 5}'], "line 1: an object with the keys cpu is no sample"),
+        (["hello"], "line 1: 'hello' is no JSON object"),
+        ([GOOD, json.dumps(CLOUD)], "line 2: a sample of another kind than those before it"),
+        ([json.dumps(CLOUD | {"timestamp_begin_ms": 1 << 60})], "line 1: the snapshot's time"),
+        (VIRSH.splitlines()[:5], "line 1: there is no Memory remaining in the job's text, or it is cut short"),
+        (["Job type: Unbounded", "Memory remaining: x MiB", "Time elapsed: 5 ms"], "line 1: Memory remaining is"),
+        ([LOG[0][:100]], "line 1: the line of a log is cut short"),
+        (['{"pass": 2, "remaining": 5}', '{"pass": 2, "remaining": 5}'], "line 2: pass 2 comes after pass 2"),
+        (['{"a": ' + "[" * 100_000], "line 1"),
+        (["{" + "x" * (1 << 20)], "line 1: it has 1048577 characters"),
+        (['{"ram": {"remaining": 5, "page-size": 0.5}, "total-time": 5}'], "line 1: page-size is a whole number"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_with_its_line(lines, said: str) -> None:
+    with pytest.raises(SampleError, match=said):
+        read_samples(lines)
+
+
+@given(
+    st.lists(st.one_of(st.text(max_size=40), st.sampled_from([GOOD, *LOG, *VIRSH.splitlines(), "{", "}"])), max_size=9)
+)
+def test_nothing_else_is_raised(lines: list[str]) -> None:
+    with contextlib.suppress(SampleError):
+        assert read_samples(lines)
+
+
+def test_lines_are_lines() -> None:
+    for wrong in ("{}", 5, [5], None):
+        with pytest.raises(TypeError):
+            read_samples(wrong)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+TRUE = Model(hot=60 * MIB, tau=0.8, cold=9 * MIB)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_model_is_found_again(noise: float) -> None:
+    rng = np.random.default_rng(5)
+    periods = np.geomspace(0.2, 12, 12)
+    sizes = np.array([TRUE.dirtied(each) for each in periods]) * (1 + noise * rng.standard_normal(12))
+    best = fit(periods, sizes, 1 << 30)[0]
+    for period in (0.1, 0.5, 3, 20):
+        assert best.dirtied(period) == pytest.approx(TRUE.dirtied(period), rel=0.1 + 4 * noise)
+
+
+def test_an_outlier_says_little() -> None:
+    periods = np.geomspace(0.2, 12, 12)
+    sizes = np.array([TRUE.dirtied(each) for each in periods])
+    sizes[5] *= 6
+    best = fit(periods, sizes, 1 << 30)[0]
+    assert best.dirtied(2) == pytest.approx(TRUE.dirtied(2), rel=0.15)
+
+
+def test_one_period_leaves_it_open_how_it_grows() -> None:
+    models = fit(np.array([4.0]), np.array([8e6]), 1e9)
+    assert len(models) == 3
+    for model in models:
+        assert model.dirtied(4) == pytest.approx(8e6, rel=0.01)
+    halves = [model.dirtied(2) for model in models]
+    assert min(halves) == pytest.approx(4e6)
+    assert max(halves) == pytest.approx(8e6, rel=0.01)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.001, 1000), st.floats(1, 1e12)), min_size=1, max_size=30),
+    st.floats(1e6, 1e12),
+)
+def test_a_fit_is_never_negative(made, total: float) -> None:
+    periods, sizes = (np.array(each) for each in zip(*made, strict=True))
+    for model in fit(periods, sizes, total):
+        assert model.hot >= 0
+        assert model.cold >= 0
+        assert model.tau > 0
+        assert model.error >= 0.05
+
+
+def test_polled_samples_are_put_back_to_their_harvest() -> None:
+    """A pass that began between two polls: what it had sent by then is counted in."""
+    samples = [Sample(0, 1, 1e9, 1e9, bandwidth=1e8), Sample(9.9, 1, 1e7, 1e9, bandwidth=1e8)]
+    samples += [Sample(10.3, 2, 1.7e8, 1e9, bandwidth=1e8)]  # it began at 10.0 s, with 200 MB
+    periods, sizes = measured(samples)
+    assert periods.tolist() == [pytest.approx(10.0)]
+    assert sizes.tolist() == [pytest.approx(2e8)]
+
+
+# --- forecasts from samples -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["own", "qemu"])
+@pytest.mark.parametrize("known", [3, 4])
+def test_a_forecast_of_what_a_model_does(structure: str, known: int) -> None:
+    """A migration of a guest that is as the model has it, forecast from its first passes."""
+    terms = Terms(structure, tick=0.05 if structure == "qemu" else 0.0)
+    guest = ModelWrites(TRUE, 1 << 30, 4096)
+    done = run(guest, Course(terms, 120e6, 0.4))
+    assert done.converges
+    first = Sample(0, 1, 1 << 30, 1 << 30, 0, 120e6)
+    samples = [first, *(each for each in done.samples if each.iteration <= known)]
+    found = from_samples(samples, max_downtime=0.4, terms=terms)
+    assert found.converges
+    assert found.total_time.value == pytest.approx(done.total_time, rel=0.1)
+    if known > 3:  # two passes leave it open how little the last one has
+        assert found.downtime.value == pytest.approx(done.downtime, rel=0.2)
+    assert found.total_time.low <= done.total_time * 1.01
+    assert found.total_time.high >= done.total_time * 0.99
+
+
+def test_one_that_does_not_converge() -> None:
+    guest = ModelWrites(TRUE, 1 << 30, 4096)
+    done = run(guest, Course(OWN, 30e6, 0.3))
+    assert not done.converges
+    found = from_samples([Sample(0, 1, 1 << 30, 1 << 30, 0, 30e6), *done.samples[:4]], max_downtime=0.3, terms=OWN)
+    assert not found.converges
+    assert found.needs.bandwidth > 30e6
+    again = from_samples(
+        [Sample(0, 1, 1 << 30, 1 << 30, 0, 30e6), *done.samples[:4]],
+        bandwidth=found.needs.bandwidth, max_downtime=0.3, terms=OWN,
+    )  # fmt: skip
+    assert again.converges
+    assert "hot set of" in found.why
+
+
+def test_a_bandwidth_that_varies_widens_the_interval() -> None:
+    def samples(rates) -> list[Sample]:
+        return [Sample(10 * i, i + 1, 1e9 * 0.3**i, 1e9, bandwidth=rate, source="qemu") for i, rate in enumerate(rates)]
+
+    still, wild = from_samples(samples([1e8] * 4)), from_samples(samples([1e8, 5e7, 1.6e8, 1e8]))
+    assert wild.total_time.high - wild.total_time.low > still.total_time.high - still.total_time.low
+
+
+def test_what_samples_do_not_say() -> None:
+    one = Sample(1, 1, 1e8, 1e9, bandwidth=1e8)
+    with pytest.raises(SampleError, match="no sample is of a second pass"):
+        from_samples([one])
+    with pytest.raises(SampleError, match="no sample says what the bandwidth is"):
+        from_samples([Sample(1, 1, 1e8), Sample(2, 2, 1e7)])
+    with pytest.raises(SampleError, match="there are no samples"):
+        from_samples([])
+    assert from_samples([Sample(1, 1, 1e8), Sample(2, 2, 1e7)], bandwidth=1e8).converges
+
+
+def test_samples_of_a_replay_say_what_the_replay_says() -> None:
+    """The same guest by its trace and by the samples of its passes."""
+    rng = np.random.default_rng(2)
+    words = np.zeros((300, 1024), dtype=np.uint64)
+    for row in words:
+        pages = rng.integers(0, 1024 * 64, 40)
+        np.bitwise_or.at(row, pages >> 6, np.uint64(1) << (pages & 63).astype(np.uint64))
+    words[:, :20] |= rng.integers(0, 1 << 63, (300, 20), dtype=np.uint64)
+    writes = MemoryWrites(words, 0.1)
+    for terms in (OWN, QEMU):
+        whole = replay(writes, bandwidth=40e6, max_downtime=0.3, terms=terms, needs=False, starts=1)
+        done = run(TraceWrites(writes), Course(terms, 40e6, 0.3, horizon=30))
+        samples = [Sample(0, 1, 1 << 28, 1 << 28, 0, 40e6), *done.samples[:2]]
+        found = from_samples(samples, bandwidth=40e6, max_downtime=0.3, terms=terms, needs=False)
+        assert found.converges == whole.converges
+        assert found.total_time.value == pytest.approx(whole.total_time.value, rel=0.15)
+
+
+def test_what_is_left_over_counts_once() -> None:
+    guest = ModelWrites(Model(hot=40960, tau=0.001, cold=0.0), 1 << 20, 4096)
+    assert guest.written(0, 1, Dirty(10.0, 0.0)).pages == pytest.approx(10)
+    cold = ModelWrites(Model(hot=0.0, tau=1, cold=4096), 1 << 20, 4096)
+    assert cold.written(0, 1, Dirty(10.0, 0.0)).pages == pytest.approx(11)
