@@ -174,6 +174,7 @@ WRITES = {"write", "write_run"}
 RULES = WRITES | {"map", "unmap", "wrprotect", "change", "switch", "read", "migrate", "clear", "host_takes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage2", "rules"),
     [
@@ -195,6 +196,7 @@ def test_machine_catches_a_broken_stage2(stage2, rules):
         hunt(Stage2Machine, rules, stage2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [CopiesBeforeTheFlush, DropsOnFailure])
 def test_machine_catches_a_broken_consumer(machine):
     with pytest.raises(AssertionError):
