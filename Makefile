@@ -84,6 +84,10 @@ soak: $(VENV)/.user ## migrate a real guest a hundred times back and forth; need
 snapshots: $(VENV)/.user ## kill, fill the disk of, and merge chains of snapshots, and take them of a guest that migrates
 	$(BIN)/python -P tests/snapshot/stress.py $(SNAPSHOTS_ARGS)
 
+.PHONY: traces
+traces: $(VENV)/.user ## record the larger corpus of write traces into build/traces: a quarter of an hour; needs /dev/kvm
+	$(BIN)/python -P tests/trace/corpus.py build/traces
+
 # Needs QEMU and an Arm cross compiler: apt-get install qemu-system-arm gcc-aarch64-linux-gnu.
 .PHONY: live
 live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose pages by each known mistake

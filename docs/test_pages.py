@@ -49,7 +49,7 @@ def blocks(text: str) -> list[tuple[str, str, str, int]]:
 def alike(command: str, text: str) -> str:
     """Return what a command prints without what differs from run to run: times, and of what moves any number."""
     text = re.sub(r"\b[\d.,]+ ms", "# ms", text)
-    if re.search(r"hwdbm (migrate|receive|snapshot)|--live|examples/|pytest", command):
+    if re.search(r"hwdbm (migrate|receive|snapshot|record)|--live|examples/|pytest", command):
         text = re.sub(r"\b[0-9a-f]{64}\b|\b[0-9]{6}-[0-9a-f]{8}\b", "#", text)
         text = re.sub(r"\b\d[\d.,]*", "#", text)
         text = re.sub(r"^(write map:).*", r"\1", text, flags=re.MULTILINE)

@@ -57,4 +57,4 @@ def examples() -> dict[str, list[list[str]]]:
             collect(command.get_command(None, each), f"{name} {each}".removeprefix("hwdbm "))
 
     collect(typer.main.get_command(app), "hwdbm")
-    return {name: blocks for name, blocks in found.items() if name not in {"snapshot", "bitmap"}}
+    return {name: blocks for name, blocks in found.items() if name not in {"snapshot", "bitmap", "trace"}}

@@ -8,7 +8,7 @@ from clitools import examples
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = examples()
-QUICK = ("harvest", "inspect", "doctor", "completion", "races no-flush")
+QUICK = ("harvest", "inspect", "doctor", "completion", "races no-flush", "trace")
 
 
 def test_each_command_has_examples() -> None:

@@ -49,6 +49,8 @@ COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], [
 COMMANDS += [
     ["bitmap"],
     *(["bitmap", verb] for verb in ["show", "diff", "or", "and", "minus", "rescale", "convert"]),
+    ["record"],
+    *(["trace", *verb] for verb in ([], ["show"])),
     ["snapshot"],
     *(["snapshot", verb] for verb in ["save", "diff", "list", "check", "rebase", "restore", "prune"]),
 ]

@@ -165,6 +165,12 @@ def test_bitmaps(run, tmp_path: Path) -> None:
     check("bitmap-convert", run("bitmap", "convert", one, "--to", "criu", *out).out)
 
 
+def test_record_and_trace(run, tmp_path: Path) -> None:
+    how = ["--memory", "1M", "--duration", "50ms", "--interval", "10ms", "--json"]
+    check("record", run("record", "--output", tmp_path / "trace", *how).out)
+    check("trace-show", run("trace", "show", tmp_path / "trace", "--json").out)
+
+
 def test_races(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(races, "MISTAKES", {"no-flush": races.MISTAKES["no-flush"]})
     monkeypatch.setattr(races, "PRODUCTION", {"device": races.PRODUCTION["device"]})

@@ -115,6 +115,10 @@ TASKS: dict[str, dict[str, Entry]] = {
         "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
     },
+    "Foresee a migration": {
+        "record": Entry("Record which pages a VM writes in each interval, into a trace."),
+        "trace": Entry("Show what write traces say.", _group),
+    },
     "Keep a VM in files": {
         "snapshot": Entry("Keep, check, merge and restore chains of snapshots of guest memory.", _group),
     },

@@ -1,4 +1,4 @@
-"""Images that hwdbm brings, by name: ``example:4k_ipa40``. The files beside this one are in every install."""
+"""Images and traces that hwdbm brings, by name: ``example:4k_ipa40``. What is beside this file is in every install."""
 
 from pathlib import Path
 
@@ -13,6 +13,16 @@ EXAMPLES = {
     "ram": ("4k_blocks.ram", "the tables of 4k_blocks as raw RAM from 0x41000000 on, moved together"),
 }
 """The file of each example, and what it is."""
+
+TRACES = {
+    "kvm-counting": "a real guest on /dev/kvm that writes its memory from end to end",
+    "kvm-random": "a real guest on /dev/kvm that writes pages at random",
+    "machine-hot": "a modelled machine that writes a small part of its memory most of the time",
+    "machine-zipf": "a modelled machine, some of whose pages are written far more often than others",
+    "machine-bursty": "a modelled machine that writes in bursts",
+    "machine-idle": "a modelled machine that writes nothing",
+}
+"""The traces, each a folder in ``traces``, and what they are of."""
 
 
 def find(text: str) -> Path | None:
@@ -37,6 +47,27 @@ def find(text: str) -> Path | None:
     return _FOLDER / EXAMPLES[name][0]
 
 
+def find_trace(text: str) -> Path | None:
+    """Return the folder that ``example:NAME`` means; None if `text` doesn't name an example.
+
+    Raises
+    ------
+    ValueError
+        If there is no trace of that name; the text names those that there are.
+
+    Examples
+    --------
+    >>> find_trace("example:machine-hot").name
+    'machine-hot'
+    """
+    if not text.startswith(_PREFIX):
+        return None
+    name = text.removeprefix(_PREFIX)
+    if name not in TRACES:
+        raise ValueError(f"there is no trace {name!r}; there is {', '.join(TRACES)}")
+    return _FOLDER / "traces" / name
+
+
 def label(path: Path) -> str:
     """Return how a file is called to people: an example by its name, another by its path.
 
@@ -45,6 +76,8 @@ def label(path: Path) -> str:
     >>> label(find("example:ram")), label(Path("ram.img"))
     ('example:ram', 'ram.img')
     """
+    if path.parent == _FOLDER / "traces":
+        return _PREFIX + path.name
     if path.parent == _FOLDER:
         for name, (file, _) in EXAMPLES.items():
             if path.name == file:

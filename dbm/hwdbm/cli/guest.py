@@ -1,6 +1,7 @@
 """The VMs that the commands of a migration start, modelled or real, and the options that both commands have."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ _ARM_RATE = 20_000  # stores a second: what an emulated CPU can make beside a mi
 _RING = 4096  # entries of each vCPU's ring
 _STEP = 1 << 26  # bytes filled or touched together
 _BLOCK = 1 << 21
+_SWITCH = 2e-4  # seconds: vCPUs, and who takes their log, are threads of one interpreter, and each waits for the other
 
 
 class Mode(StrEnum):
@@ -351,6 +353,50 @@ def _recorded(folder: Path, npages: int) -> list[DirtyBitmap]:
     if not bitmaps:
         raise OSError(ENOENT, "there are no bitmaps", str(folder))
     return bitmaps
+
+
+def paused(
+    source: Vm,
+    memory: int,
+    workload: str | None,
+    rate: float | None,
+    seed: int,
+    *,
+    log: KvmLog | None = None,
+    mode: Mode | None = None,
+    thp: bool | None = None,
+    image: Path | None = None,
+    percent: int = 75,
+) -> Machine | KvmVm | ArmVm:
+    """Return a paused VM of a kind, about to run; options that have no effect on it are wrong usage."""
+    if source is not Vm.KVM:
+        refuse("without --source kvm", {"--kvm-log": log is not None})
+    if source is not Vm.MACHINE:
+        refuse(f"with --source {source.value}", {"--mode": mode is not None})
+    if source is Vm.KVM:
+        refuse("with --source kvm", {"--thp": thp is not None})
+        with usage():
+            return build_kvm(memory, log=log or KvmLog.BITMAP, workload=workload, rate=rate, seed=seed, image=image,
+                             percent=percent)  # fmt: skip
+    if source is Vm.ARM:
+        with usage():
+            return build_arm(memory, workload=workload, rate=rate, seed=seed, blocks=bool(thp), image=image,
+                             percent=percent)  # fmt: skip
+    work = workload_of(workload, seed=seed, rate=rate)
+    vm = build(memory, mode=mode or Mode.HW_DBM, thp=bool(thp), seed=seed, image=image, percent=percent)
+    vm.run(work)
+    return vm
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Have the threads of this interpreter take turns more often meanwhile."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 # --- a real VM ---------------------------------------------------------------------------------------------

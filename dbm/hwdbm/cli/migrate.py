@@ -41,7 +41,6 @@ from hwdbm.process import child, python
 
 _MISMATCH = 3  # the exit status
 _START = 30.0  # seconds that the receiver has to come up
-_SWITCH = 2e-4  # seconds: the vCPUs and the sender are threads of one interpreter, and each waits for the other
 _PASSES = 12  # that are shown, the last ones
 _NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
 _HOLD = 30.0  # seconds that a guest is held where there is no terminal
@@ -276,7 +275,7 @@ def migrate(
             receiver = ["--memory", str(memory), "--mode", (mode or Mode.HW_DBM).value, "--thp" if thp else "--no-thp"]
             vm = _modelled(content, mode or Mode.HW_DBM, workload, rate, replay, interval, thp=bool(thp))
         kernels.warm_up()
-    with vm, _switching_often(), as_event() as cancel:
+    with vm, guest.switching_often(), as_event() as cancel:
         vm.resume()
 
         def attempt(tell: Callable[[Report], None]) -> Precopy:
@@ -607,7 +606,7 @@ def beside(
 
     `done` is told what became of it, by the thread, and the block's end waits for that.
     """
-    with _switching_often(), _connected(None, None, options_, insecure=False, cancel=cancel) as channel:
+    with guest.switching_often(), _connected(None, None, options_, insecure=False, cancel=cancel) as channel:
         precopy = Precopy(vm, channel, Settings(), cancel=cancel)
 
         def move() -> None:
@@ -630,13 +629,3 @@ def beside(
             yield
         finally:
             thread.join()
-
-
-@contextmanager
-def _switching_often() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from hwdbm.cli import parse
-from hwdbm.cli.example import EXAMPLES, label
+from hwdbm.cli.example import EXAMPLES, TRACES, label
 from hwdbm.errors import ImageError
 from hwdbm.files import NewFile
 from hwdbm.image import Image, Live, Registers, Slot, open_image, open_live
@@ -41,6 +41,12 @@ def words(kinds: Iterable[str]) -> Callable[[str], list[str]]:
 def examples(incomplete: str) -> list[tuple[str, str]]:
     """Return the examples that a word may become, with what they are; none before its first letter, as for files."""
     offered = ((f"example:{name}", what) for name, (_, what) in EXAMPLES.items())
+    return [(word, what) for word, what in offered if incomplete and word.startswith(incomplete)]
+
+
+def traces(incomplete: str) -> list[tuple[str, str]]:
+    """Return the examples of traces that a word may become; none before its first letter, as for files."""
+    offered = ((f"example:{name}", what) for name, what in TRACES.items())
     return [(word, what) for word, what in offered if incomplete and word.startswith(incomplete)]
 
 

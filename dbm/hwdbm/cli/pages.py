@@ -17,7 +17,7 @@ PAGES = {
     "PeerError": "howto/migrate-tls#when-it-fails",
     "SnapshotError": "howto/snapshots#when-it-fails",
     "StaleLeaseError": "errors#what-the-library-raises",
-    "TraceError": "formats#write-traces",
+    "TraceError": "howto/traces#when-it-fails",
     "StreamError": "howto/migrate-tls#when-it-fails",
     "UnreadError": "races",
     "ConnectionRefusedError": "howto/migrate-tls#when-it-fails",

@@ -41,6 +41,17 @@ def image(text: str) -> Path:
     return example.find(text) or path(text)
 
 
+def trace(text: str) -> Path:
+    """Return the path of a trace: a folder's, or that of an example, as in ``example:kvm-counting``.
+
+    Raises
+    ------
+    ValueError
+        If the path is empty, or there is no such example.
+    """
+    return example.find_trace(text) or path(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Numbered:
     """A file that belongs to a slot.
@@ -147,6 +158,26 @@ def number(text: str) -> float:
         value = nan
     if not 0 <= value < inf:
         raise ValueError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Return the seconds above 0 that `text` means: a number, or one with us, ms, s or min.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> seconds("100ms"), seconds("1.5"), seconds("2min")
+    (0.1, 1.5, 120.0)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(us|ms|s|min|)", text.strip(), re.ASCII)
+    value = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "min": 60}.get(match[2], 1) if match else 0
+    if not 1e-6 <= value <= 1e9:
+        raise ValueError(f"{text!r} is not a time above 0, like 100ms, 20s or 2min")
     return value
 
 

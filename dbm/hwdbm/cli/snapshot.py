@@ -228,7 +228,8 @@ def save(
     size = 256 << 20 if memory is None else memory
     guest.check_room(size)
     with busy("the guest is made ready"), ExitStack() as made:
-        vm = made.enter_context(_guest(source, size, workload, rate, seed, kvm_log))
+        vm = guest.paused(source, size, workload, rate, seed, log=kvm_log)
+        made.enter_context(vm)
         kernels.warm_up()
         made.pop_all()
     with vm, as_event() as cancel:
@@ -239,23 +240,6 @@ def save(
         _say_taken(Chain(folder), taken.snapshots, paused=taken.paused, migration=taken.migration, as_json=as_json)
         if cancel.is_set():
             raise typer.Exit(INTERRUPTED)
-
-
-def _guest(source: Vm, size: int, workload: str | None, rate: float | None, seed: int, log: KvmLog | None) -> Any:
-    """Return a paused VM that is about to run."""
-    if source is not Vm.KVM:
-        guest.refuse("without --source kvm", {"--kvm-log": log is not None})
-    if source is Vm.MACHINE:
-        work = guest.workload_of(workload, seed=seed, rate=rate)
-        vm = guest.build(size, mode=Mode.HW_DBM, thp=False, seed=seed, image=None, percent=75)
-        vm.run(work)
-        return vm
-    with guest.usage():
-        if source is Vm.ARM:
-            return guest.build_arm(size, workload=workload, rate=rate, seed=seed, blocks=False, image=None, percent=75)
-        return guest.build_kvm(
-            size, log=log or KvmLog.BITMAP, workload=workload, rate=rate, seed=seed, image=None, percent=75
-        )
 
 
 class _Taken:
