@@ -25,7 +25,7 @@ _SEVERAL = 4  # windows that show how it changes
 Counts = NDArray[np.int64]
 
 
-class Writes(Protocol):
+class Traced(Protocol):
     """What is analysed: a `Trace`, or arrays in its place."""
 
     page_size: int
@@ -183,7 +183,7 @@ class Analysis:
         return found
 
 
-def analyse(writes: Writes, *, rows: int = 64, cells: int = 64) -> Analysis:
+def analyse(writes: Traced, *, rows: int = 64, cells: int = 64) -> Analysis:
     """Return what a trace says.
 
     Parameters
@@ -241,7 +241,7 @@ def _parts(slots: tuple[Memslot, ...]) -> Iterator[tuple[Memslot, int, int, int]
 class _Tally:
     """The numbers, while parts are added to them."""
 
-    def __init__(self, writes: Writes, rows: int, cells: int) -> None:
+    def __init__(self, writes: Traced, rows: int, cells: int) -> None:
         self._writes = writes
         self._times = writes.times
         count = self._count = int(self._times.size) - 1
