@@ -45,7 +45,18 @@ def test_wrong_usage(run, args, why) -> None:
     assert why in " ".join(result.err.split())
 
 
-COMMANDS = [[], ["harvest"], ["inspect"], ["bench"], ["migrate"], ["receive"], ["races"], ["doctor"], ["completion"]]
+COMMANDS = [
+    [],
+    ["harvest"],
+    ["inspect"],
+    ["bench"],
+    ["migrate"],
+    ["plan"],
+    ["receive"],
+    ["races"],
+    ["doctor"],
+    ["completion"],
+]
 COMMANDS += [
     ["bitmap"],
     *(["bitmap", verb] for verb in ["show", "diff", "or", "and", "minus", "rescale", "convert"]),

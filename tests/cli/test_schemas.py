@@ -16,8 +16,10 @@ from synthetic import DBM, S2AP_W, Geometry, Tables
 from hwdbm import races
 from hwdbm.cli.app import app
 from hwdbm.machine import Machine
+from hwdbm.memslot import Memslot
 from hwdbm.migration.report import Pass, Report
 from hwdbm.snapshot import write_diff, write_full
+from hwdbm.trace import Writer
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 CAPTURE = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
@@ -126,6 +128,17 @@ def test_migrate_and_receive(run) -> None:
     rare.passes = [Pass(1, 256, 1 << 20, expected_downtime=0.4, throttle=20, paused=0.5)]
     check("migrate", migrated.out, json.dumps(rare.to_dict()))
     check("receive", received, json.dumps(json.loads(received) | {"guest-resumed": True}))
+
+
+def test_plan(run, tmp_path: Path) -> None:
+    with Writer(tmp_path / "trace", [Memslot(0, 0, 0, 640, 0)], 4096) as writer:
+        for i in range(6):
+            words = np.zeros(10, dtype=np.uint64)
+            words[i] = 255
+            writer.append((i + 1) * 100_000_000, words)
+    found = run("plan", tmp_path / "trace", "--bandwidth", "1M", "--rules", "--json")
+    assert found.status == 0
+    check("plan", found.out)
 
 
 def test_rebase(run, tmp_path: Path) -> None:

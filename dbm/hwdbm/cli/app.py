@@ -113,6 +113,7 @@ TASKS: dict[str, dict[str, Entry]] = {
     },
     "Move a VM that runs": {
         "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
+        "plan": Entry("Forecast whether a migration will converge, what it will take, and what it would need."),
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
     },
     "Foresee a migration": {

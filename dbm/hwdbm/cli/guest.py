@@ -77,6 +77,14 @@ class KvmLog(StrEnum):
     RING = "ring"
 
 
+class OnLimit(StrEnum):
+    """The action if the rest doesn't fit into the downtime."""
+
+    ABORT = "abort"
+    WAIT = "wait"
+    PAUSE = "pause"
+
+
 # None where an option wasn't given: one that has no effect on the VM is refused.
 Thp = Annotated[
     bool | None,

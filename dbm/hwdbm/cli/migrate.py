@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from math import inf
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +26,19 @@ from hwdbm import kernels
 from hwdbm import report as reports
 from hwdbm.arm import ArmVm
 from hwdbm.cli import guest, options, pages, parse
-from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, SeedOption, Thp, TlsFolder, Vm
+from hwdbm.cli.guest import (
+    Endpoint,
+    Insecure,
+    KvmLog,
+    KvmLogOption,
+    Mode,
+    ModeOption,
+    OnLimit,
+    SeedOption,
+    Thp,
+    TlsFolder,
+    Vm,
+)
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
 from hwdbm.cli.streams import note, result, width
@@ -77,14 +88,6 @@ Examples:
     hwdbm receive --listen localhost:4444 --tls-dir certificates
     hwdbm migrate --to localhost:4444 --tls-dir certificates --memory 64M
 """
-
-
-class OnLimit(StrEnum):
-    """The action if the rest doesn't fit into the downtime."""
-
-    ABORT = "abort"
-    WAIT = "wait"
-    PAUSE = "pause"
 
 
 def _bandwidth(text: str) -> int:

@@ -15,6 +15,7 @@ PAGES = {
     "ModuleNotFoundError": "start#install",
     "NoTablesError": "live",
     "PeerError": "howto/migrate-tls#when-it-fails",
+    "SampleError": "howto/will-it-converge#samples",
     "SnapshotError": "howto/snapshots#when-it-fails",
     "StaleLeaseError": "errors#what-the-library-raises",
     "TraceError": "howto/traces#when-it-fails",

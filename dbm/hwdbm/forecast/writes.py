@@ -210,13 +210,16 @@ class TraceWrites:
         self._nwords = int(row.shape[1])
         self.in_memory = self._n * self._nwords * 8 <= _CACHE
         self._kept: Words | None = None
+        self._kept_zeros: Words | None = None
         if self.in_memory:
             self._kept = np.concatenate(list(self._read(0, self._n)))
+            self._kept_zeros = writes.zeros(0, self._n)
         counts = [np.bitwise_count(part).sum(axis=1, dtype=np.int64) for part in self._read(0, self._n)]
         self._counts = np.concatenate(counts)
         self.again = self._steady()
         self.period = float(self._edges[-1] - self._edges[self.again])
         self._whole: Words | None = None
+        self._zero_counts: dict[int, float] = {}  # pages of zeros at the beginning of an interval
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -373,13 +376,19 @@ class TraceWrites:
     def _fold_zeros(self, lo: int, hi: int, zero: Words) -> Words | None:
         step = max(_BATCH // max(self._nwords * 16, 1), 1)
         for at in range(lo, hi, step):
-            zeros = self._writes.zeros(at, min(at + step, hi))
+            rows, zeros = self._both(at, min(at + step, hi))
             if zeros is None:
                 return None
-            for row, its_zeros in zip(self._writes.words(at, min(at + step, hi)), zeros, strict=True):
+            for row, its_zeros in zip(rows, zeros, strict=True):
                 np.bitwise_and(zero, ~row, out=zero)
                 zero |= its_zeros
         return zero
+
+    def _both(self, lo: int, hi: int) -> tuple[Words, Words | None]:
+        if self._kept is not None:
+            return self._kept[lo:hi], None if self._kept_zeros is None else self._kept_zeros[lo:hi]
+        zeros = self._writes.zeros(lo, hi)
+        return self._writes.words(lo, hi), zeros
 
     def everything(self, begin: float, end: float) -> Dirty:
         """Return all pages. A page of zeros that is written meanwhile is sent before that or after: half of each."""
@@ -392,10 +401,13 @@ class TraceWrites:
     def _zeros_at(self, initial: Words, time: float) -> float:
         interval, _ = self._locate(time)
         interval = min(interval, self._n)
+        if interval in self._zero_counts:
+            return self._zero_counts[interval]
         zero = np.array(initial, dtype=np.uint64)
         if interval and self._fold_zeros(0, interval, zero) is None:
             zero &= ~self._or(0, interval)
-        return float(count(zero))
+        self._zero_counts[interval] = float(count(zero))
+        return self._zero_counts[interval]
 
 
 def count(words: Words) -> int:

@@ -1,0 +1,352 @@
+"""``hwdbm plan``: what a migration will take, from a trace of writes or from samples of one that goes on."""
+
+import json
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwdbm import forecast as forecasts
+from hwdbm.cli import guest, options, parse
+from hwdbm.cli.guest import OnLimit, SeedOption, Vm
+from hwdbm.cli.output import busy, columns
+from hwdbm.cli.streams import result, width, wrapped
+from hwdbm.files import NewFile, open_regular
+from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
+from hwdbm.trace import open_trace, record
+
+_DURATION = 10.0  # seconds that a guest of --source is watched
+_INTERVAL = 0.1
+_MOST = 64 << 20  # characters of samples
+
+EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
+
+Examples:
+
+  A modelled machine is watched for two seconds; then what its migration would take:
+
+\b
+    hwdbm plan --source machine --memory 64M --duration 2 --bandwidth 50M
+
+  The same by QEMU's passes, and when other rules would pause the guest:
+
+\b
+    hwdbm plan --source machine --memory 64M --duration 2 --bandwidth 50M
+        --stream qemu --rules
+
+  From samples of a migration, as JSON lines: QMP's query-migrate, libvirt's job
+  statistics, Cloud Hypervisor's progress, or ours:
+
+\b
+    hwdbm migrate --memory 32M --bandwidth 50M --json >samples.json
+    hwdbm plan --samples samples.json --max-downtime 100
+"""
+
+
+class Stream(StrEnum):
+    """Whose migration it is."""
+
+    OURS = "ours"
+    QEMU = "qemu"
+
+
+def plan(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=options.parser(parse.path), metavar="TRACE", help="A trace, as 'hwdbm record' writes them."
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE",
+            help="In place of a trace, samples of a migration that goes on, as JSON lines, or the texts of 'virsh "
+            "domjobinfo'; - is stdin.",
+        ),
+    ] = None,
+    source: Annotated[
+        Vm | None,
+        typer.Option(
+            parser=options.parser(parse.choice(Vm)),
+            metavar="machine|kvm|arm",
+            help="In place of a trace, a guest that is started here and watched for a while.",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parser(parse.size),
+            metavar="SIZE",
+            help="Bytes a second, as in 200M; with --samples as it was by default.",
+        ),
+    ] = None,
+    max_downtime: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="MS",
+            help="How long the guest may stand still; 300 by default, or the limit that the samples have.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="SECONDS",
+            help="How long the migration may take. No limit by default.",
+        ),
+    ] = None,
+    stream: Annotated[
+        Stream | None,
+        typer.Option(
+            "--stream",
+            parser=options.parser(parse.choice(Stream)),
+            metavar="ours|qemu",
+            help="Whose passes they are, and whose costs; by default ours, and those that the samples are of.",
+        ),
+    ] = None,
+    last_bandwidth: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parser(parse.size),
+            metavar="SIZE",
+            help="Bytes a second while the guest stands still: QEMU lifts its max-bandwidth then.",
+        ),
+    ] = None,
+    on_limit: Annotated[
+        OnLimit | None,
+        typer.Option(
+            parser=options.parser(parse.choice(OnLimit)),
+            metavar="abort|wait|pause",
+            help="What happens after 30 passes without progress; by default abort, and wait for QEMU's.",
+        ),
+    ] = None,
+    auto_converge: Annotated[
+        bool, typer.Option("--auto-converge", help="The guest is slowed down where it writes more than is sent.")
+    ] = False,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parser(guest.memory_size), metavar="SIZE", help="The memory of --source; 256M by default."
+        ),
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,OPTION=NUMBER]...",
+            autocompletion=options.words(guest.WORKLOADS),
+            help="What the guest of --source does; as for 'hwdbm migrate'.",
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number), metavar="NUMBER", help="Its stores a second; as for 'hwdbm migrate'."
+        ),
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parser(parse.number),
+            metavar="SECONDS",
+            help="How long the guest of --source is watched; 10 by default.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    rules: Annotated[
+        bool,
+        typer.Option(
+            "--rules",
+            help="When each of several rules would pause the guest, or give up, on the same trace, and what the pause "
+            "would be: ours, QEMU's, KubeVirt's VEP 248, Cloud Hypervisor's.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="FILE.png",
+            help="Draw the downtime and the total time against the bandwidth; needs the extra 'plot'.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Forecast whether a migration will converge, what it will take, and what it would need.
+
+    A trace is replayed: the passes are simulated on the recorded intervals, at several moments, with the costs of
+    harvests, pages of zeros and the handover. To samples a model of the guest is fitted, and the passes go on from the
+    last one. Each number has an interval.
+    """
+    given = {"TRACE": trace is not None, "--samples": samples is not None, "--source": source is not None}
+    if sum(given.values()) != 1:
+        raise typer.BadParameter("give one of TRACE, --samples and --source")
+    guest.refuse("without --source", {
+        name: value is not None and source is None
+        for name, value in {"--memory": memory, "--workload": workload, "--rate": rate, "--duration": duration}.items()
+    })  # fmt: skip
+    if samples is not None:
+        guest.refuse("with --samples", {"--rules": rules, "--plot": plot is not None})
+    if samples is None and bandwidth is None:
+        raise typer.BadParameter("a forecast needs --bandwidth, as in 200M")
+    for name, value in {"--bandwidth": bandwidth, "--last-bandwidth": last_bandwidth}.items():
+        if value == 0:
+            raise typer.BadParameter(f"{name} 0: a bandwidth is more than 0 bytes a second")
+    if duration == 0:
+        raise typer.BadParameter("--duration is more than 0 s")
+    if plot is not None:
+        _check_plot(plot)
+    how: dict[str, Any] = {
+        "timeout": timeout, "auto_converge": auto_converge, "on_limit": None if on_limit is None else on_limit.value,
+    }  # fmt: skip
+    limit = None if max_downtime is None else max_downtime / 1e3
+    if samples is not None:
+        read = _read_file(samples)
+        terms = _terms(stream, last_bandwidth, qemu=read[-1].source in {"qemu", "libvirt"})
+        found = forecasts.from_samples(read, bandwidth=bandwidth, max_downtime=limit, terms=terms, **how)
+        _say(found, [], as_json=as_json)
+        return
+    assert bandwidth is not None  # noqa: S101 - it was looked at
+    terms = _terms(stream, last_bandwidth, qemu=False)
+    with _writes(trace, source, memory, workload, rate, duration, seed) as writes, busy("replaying"):
+        how |= {"max_downtime": 0.3 if limit is None else limit, "terms": terms}
+        found = forecasts.replay(writes, bandwidth=bandwidth, **how)
+        outcomes = (
+            forecasts.compare_rules(writes, bandwidth=bandwidth, max_downtime=limit, terms=terms, timeout=timeout)
+            if rules
+            else []
+        )
+        if plot is not None:
+            _draw(plot, writes, bandwidth, found, how)
+    _say(found, outcomes, as_json=as_json, rules=rules)
+
+
+def _read_file(path: Path) -> list[Sample]:
+    """Read samples from a file, or from stdin."""
+    if str(path) == "-":
+        text = sys.stdin.read(_MOST + 1)
+    else:
+        with open_regular(path) as file:
+            text = file.read(_MOST + 1).decode("utf-8", "replace")
+    if len(text) > _MOST:
+        raise ValueError(f"{path}: {_MOST} characters of samples are the most")
+    try:
+        return forecasts.read_samples(text.splitlines())
+    except forecasts.SampleError as error:
+        raise forecasts.SampleError(f"{path}: {error}") from error
+
+
+def _terms(stream: Stream | None, last_bandwidth: int | None, *, qemu: bool) -> Terms:
+    terms = QEMU if (qemu if stream is None else stream is Stream.QEMU) else OWN
+    return terms if last_bandwidth is None else replace(terms, last_bandwidth=float(last_bandwidth))
+
+
+@contextmanager
+def _writes(
+    trace: Path | None,
+    source: Vm | None,
+    memory: int | None,
+    workload: str | None,
+    rate: float | None,
+    duration: float | None,
+    seed: int,
+) -> Iterator[Any]:
+    """Yield the trace that was named, or one of a guest that is watched now."""
+    if trace is not None:
+        yield open_trace(trace)
+        return
+    memory = 256 << 20 if memory is None else memory
+    guest.check_room(memory)
+    with tempfile.TemporaryDirectory(prefix="hwdbm-plan-") as folder:
+        with busy("the guest is watched"), _started(source or Vm.MACHINE, memory, workload, rate, seed) as vm:
+            vm.resume()
+            length = _DURATION if duration is None else duration
+            made = record(vm, Path(folder) / "trace", interval=min(_INTERVAL, length), duration=length)
+        yield made
+
+
+@contextmanager
+def _started(source: Vm, memory: int, workload: str | None, rate: float | None, seed: int) -> Iterator[Any]:
+    if source is Vm.MACHINE:
+        work = guest.workload_of(workload, seed=seed, rate=rate)
+        vm: Any = guest.build(memory, mode=guest.Mode.HW_DBM, thp=False, seed=seed, image=None, percent=75)
+        vm.run(work)
+    elif source is Vm.KVM:
+        with guest.usage():
+            log = guest.KvmLog.BITMAP
+            vm = guest.build_kvm(memory, log=log, workload=workload, rate=rate, seed=seed, image=None, percent=75)
+    else:
+        with guest.usage():
+            vm = guest.build_arm(memory, workload=workload, rate=rate, seed=seed, blocks=False, image=None, percent=75)
+    with vm:
+        yield vm
+
+
+# --- what is said ------------------------------------------------------------------------------------------------
+
+
+def _say(found: Forecast, outcomes: list[RuleOutcome], *, as_json: bool, rules: bool = False) -> None:
+    if as_json:
+        record_ = found.to_dict()
+        if rules:
+            record_["rules"] = [each.to_dict() for each in outcomes]
+        result(json.dumps(record_, indent=2))
+        return
+    lines = [columns(_rows(found)), "", *textwrap.wrap(found.why, min(width() - 1, 100))]
+    if rules:
+        lines += ["", columns(_rule_rows(outcomes), left=(0, 1))]
+        lines += [each for one in outcomes for each in wrapped(f"{one.rule}: {one.why}", 2)]
+    result("\n".join(lines))
+
+
+def _rows(found: Forecast) -> list[tuple[str, ...]]:
+    """Return a forecast as the rows of a table."""
+
+    def row(name: str, each: Estimate, scale: float, digits: int) -> tuple[str, ...]:
+        return name, *(f"{value * scale:,.{digits}f}" for value in (each.value, each.low, each.high))
+
+    return [
+        ("converges" if found.converges else "doesn't converge", "value", "low", "high"),
+        row("passes", found.passes, 1, 0),
+        row("total time, ms", found.total_time, 1e3, 0),
+        row("downtime, ms", found.downtime, 1e3, 0),
+        row("sent, MiB", found.transferred, 1 / (1 << 20), 1),
+    ]
+
+
+def _rule_rows(outcomes: list[RuleOutcome]) -> list[tuple[str, ...]]:
+    heads = ("rule", "does", "after ms", "passes", "pause ms", "sent MiB")
+    rows = [
+        (
+            each.rule,
+            each.action,
+            f"{each.time * 1e3:,.0f}",
+            f"{each.passes}",
+            "" if each.downtime is None else f"{each.downtime * 1e3:,.0f}",
+            f"{each.transferred / (1 << 20):,.1f}",
+        )
+        for each in outcomes
+    ]
+    return [heads, *rows]
+
+
+def _check_plot(plot: Path) -> None:
+    if plot.suffix != ".png":
+        raise typer.BadParameter(f"--plot {plot}: .png")
+    from hwdbm.forecast import picture  # noqa: F401, PLC0415  # matplotlib is an extra of its own
+
+    NewFile(plot).close()
+
+
+def _draw(plot: Path, writes: Any, bandwidth: int, found: Forecast, how: dict[str, Any]) -> None:
+    from hwdbm.forecast.picture import draw  # noqa: PLC0415  # matplotlib is an extra of its own
+
+    draw(plot, writes, bandwidth=bandwidth, found=found, **how)
