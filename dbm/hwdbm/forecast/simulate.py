@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
 
+import numpy as np
+
 from hwdbm.forecast.rules import Throttle, Verdict
 from hwdbm.forecast.samples import Sample
 from hwdbm.forecast.terms import Terms
@@ -14,6 +16,7 @@ _MOST = 20_000  # passes that are followed
 _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
 _QUEUE = 1e-9
+_LOOKS = 100_000  # at what is left of a pass
 
 Decide = Callable[[list[Sample]], Verdict]
 
@@ -84,6 +87,7 @@ class _Migration:
         self._limit = plan.max_downtime
         self._sent = self._busy = 0.0
         self._measured: float | None = None
+        self._rate = plan.bandwidth  # of the last look
         self._looked = 0.0  # bytes of all pages over the seconds of all passes
         self._resumed = 0.0  # when the guest went on after a pause that took too long
         self._ended = -inf  # when the pages of the last pass had gone
@@ -316,23 +320,52 @@ class _Migration:
             self._slow_down(fresh, sent)
 
     def _threshold(self) -> float:
-        """Return the bytes of which QEMU thinks that they fit into the downtime."""
-        return self._plan.bandwidth * self._limit
+        """Return the bytes of which QEMU thinks that they fit into the downtime, by what it sent last."""
+        return self._rate * self._limit
 
     def _until_few(self, dirty: Dirty, at: int) -> tuple[Dirty, int, float]:
         """Send until less than the threshold is left, at one of the looks; return what is left, and the bytes sent."""
         if not dirty.pages:
             self._advance(max(self._terms.tick, 0.01))
             return dirty, at, 0.0
+        if dirty.words is None:
+            return self._until_few_of(dirty)
+        page, terms = self._guest.page_size, self._terms
+        pages, zeros = dirty.by_word(at)
+        size = (pages - zeros) * (page + terms.page_overhead) + zeros * terms.zero_bytes
+        clock, sent, gone = (
+            np.concatenate(([0.0], np.cumsum(each)))
+            for each in (size / self._plan.bandwidth + zeros * terms.zero_page, size, pages)
+        )
+        end = float(clock[-1])
+        tick = max(terms.tick or end, end / _LOOKS)
+        looks = np.arange(1, ceil(end / tick - _QUEUE) + 1) * tick
+        looks[-1] = end
+        bytes_at = np.interp(looks, clock, sent)
+        rates = np.diff(bytes_at, prepend=0.0) / np.maximum(np.diff(looks, prepend=0.0), 1e-9)
+        left = dirty.pages - np.interp(looks, clock, gone)
+        few = left * page < rates * self._limit
+        few[-1] = True
+        look = int(few.argmax())
+        self._rate = float(rates[look])
+        self._advance(float(looks[look]))
+        words = min(int(np.searchsorted(clock, looks[look], side="right")) - 1, pages.size)
+        rest = max(float(left[look]), 0.0) if look < looks.size - 1 else 0.0
+        self._sent += float(bytes_at[look])
+        left_zeros = min(float(zeros[words:].sum()), rest)
+        dirty, at = dirty.beyond(rest, left_zeros, at, words)
+        return dirty, at, float(bytes_at[look])
+
+    def _until_few_of(self, dirty: Dirty) -> tuple[Dirty, int, float]:
+        """Do the same where it isn't known which pages they are: any is as good as any other."""
         each = self._seconds(dirty, self._plan.bandwidth) / dirty.pages
-        goal = max(dirty.pages - self._threshold() / self._guest.page_size, 0.0)
+        goal = dirty.pages - self._threshold() / self._guest.page_size
         share = self._terms.tick / each if self._terms.tick else goal
         send = min(max(ceil(goal / share + _QUEUE), 1) * share, dirty.pages) if share else dirty.pages
         size = self._bytes(dirty) * send / dirty.pages
         self._advance(send * each)
         self._sent += size
-        left, at = dirty.without(send, at)
-        return left, at, size
+        return dirty.part(1 - send / dirty.pages), 0, size
 
     def _complete(self, number: int, left: Dirty, synced: float) -> Outcome:
         terms = self._terms

@@ -122,30 +122,41 @@ class Dirty:
     """Pages to be sent.
 
     `pages` and `zeros` are how many they are expected to be: of an interval that was cut in two, a part is. `words`
-    has each page that may be one of them, if it is known which they are.
+    has each page that may be one of them, and `zero_words` those of zeros, if it is known which they are.
     """
 
     pages: float
     zeros: float
     words: Words | None = None
+    zero_words: Words | None = None
 
-    def without(self, sent: float, first: int) -> tuple["Dirty", int]:
-        """Return what is left when so many pages were sent, in their order from a word on; and the next word."""
-        left = max(self.pages - sent, 0.0)
-        share = left / self.pages if self.pages else 0.0
-        if self.words is None:
-            return Dirty(left, self.zeros * share), first
-        if not left:
-            return Dirty(0.0, 0.0, np.zeros_like(self.words)), first
-        order = np.concatenate((self.words[first:], self.words[:first]))
-        counts = np.bitwise_count(order).cumsum(dtype=np.int64)
-        at = int(np.searchsorted(counts, counts[-1] * (1 - share)))
-        words = self.words.copy()
-        end = first + at
-        words[first:end] = 0
-        if end > words.size:
-            words[: end - words.size] = 0
-        return Dirty(left, self.zeros * share, words), end % words.size
+    def by_word(self, first: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return how many pages each word is expected to have, and of zeros, in their order from a word on."""
+        assert self.words is not None  # noqa: S101 - it was looked at
+        pages = _counts(self.words, first)
+        pages *= self.pages / max(pages.sum(), 1.0)
+        zeros = np.zeros_like(pages) if self.zero_words is None else _counts(self.zero_words, first)
+        zeros *= self.zeros / max(zeros.sum(), 1.0)
+        return pages, np.minimum(zeros, pages)
+
+    def beyond(self, pages: float, zeros: float, first: int, words: int) -> tuple["Dirty", int]:
+        """Return what is left, `pages` and `zeros`, when so many words from one on were sent; and the next word."""
+        assert self.words is not None  # noqa: S101 - as above
+        end, size = first + words, self.words.size
+        left = [None if each is None else each.copy() for each in (self.words, self.zero_words)]
+        for each in left:
+            if each is not None:
+                each[first:end] = 0
+                each[: max(end - size, 0)] = 0
+        return Dirty(pages, zeros, left[0], left[1]), end % size
+
+    def part(self, share: float) -> "Dirty":
+        """Return a part of them, where it isn't known which pages they are."""
+        return Dirty(self.pages * share, self.zeros * share)
+
+
+def _counts(words: Words, first: int) -> NDArray[np.float64]:
+    return np.bitwise_count(np.concatenate((words[first:], words[:first]))).astype(np.float64)
 
 
 class GuestWrites(Protocol):
@@ -219,7 +230,7 @@ class TraceWrites:
         self.again = self._steady()
         self.period = float(self._edges[-1] - self._edges[self.again])
         self._whole: Words | None = None
-        self._zero_counts: dict[int, float] = {}  # pages of zeros at the beginning of an interval
+        self._zero_pages: dict[int, Words] = {}  # at the beginning of intervals that were asked for
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -312,18 +323,21 @@ class TraceWrites:
 
     def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
         """Return the pages written between two times, and what was left over."""
-        words, pages = self._window(begin, end)
+        words, pages = fresh, fresh_pages = self._window(begin, end)
         if left is not None and left.words is not None and left.pages:
             # A page of both is one: it is there unless neither of its chances came true.
             weight, chance = left.pages / max(count(left.words), 1), pages / max(count(words), 1)
             common = count(left.words & words)
             pages += weight * (count(left.words) - common + (1 - chance) * common)
             words = words | left.words
-        zeros = 0.0
-        if pages:
-            zero = self._zeros(begin, end, left)
-            zeros = 0.0 if zero is None else pages * count(zero & words) / max(count(words), 1)
-        return Dirty(pages, zeros, words)
+        zero = self._zeros(begin, end) if fresh_pages else None
+        zero_words = np.zeros_like(fresh) if zero is None else zero & fresh
+        zeros = fresh_pages * count(zero_words) / max(count(fresh), 1)
+        if left is not None and left.zero_words is not None and left.zeros:
+            over = left.zero_words & ~fresh  # what wasn't written since is what it was
+            zeros += left.zeros * count(over) / max(count(left.zero_words), 1)
+            zero_words |= over
+        return Dirty(pages, min(zeros, pages), words, zero_words)
 
     def _window(self, begin: float, end: float) -> tuple[Words, float]:
         if end <= begin:
@@ -356,9 +370,8 @@ class TraceWrites:
         once = max(1 - common / pages, _OFTEN)
         return part if once > 0.999 else float((1 - once**part) / (1 - once))
 
-    def _zeros(self, begin: float, end: float, left: Dirty | None) -> Words | None:
+    def _zeros(self, begin: float, end: float) -> Words | None:
         """Return the pages that were zero when they were last written between two times."""
-        del left  # what was left over is what it was: taken for not zero
         (first, _), (last, _) = self._locate(begin), self._locate(end)
         last = min(last, first + self._n - self.again)
         spans, lo = [], first
@@ -391,23 +404,24 @@ class TraceWrites:
         return self._writes.words(lo, hi), zeros
 
     def everything(self, begin: float, end: float) -> Dirty:
-        """Return all pages. A page of zeros that is written meanwhile is sent before that or after: half of each."""
+        """Return all pages. A page of zeros is one that was so half-way."""
         initial = self._writes.initial_zeros
         # Slots begin at words of their own, so which bits are pages isn't known: any that is set is one.
         every = np.full(self._nwords, ~np.uint64(0))
-        at = [0.0] if initial is None else [self._zeros_at(initial, time) for time in (begin, end)]
-        return Dirty(float(self.npages), sum(at) / len(at), every)
+        zero = None if initial is None else self._zeros_at(initial, (begin + end) / 2)
+        return Dirty(float(self.npages), 0.0 if zero is None else float(count(zero)), every, zero)
 
-    def _zeros_at(self, initial: Words, time: float) -> float:
+    def _zeros_at(self, initial: Words, time: float) -> Words:
         interval, _ = self._locate(time)
         interval = min(interval, self._n)
-        if interval in self._zero_counts:
-            return self._zero_counts[interval]
+        if interval in self._zero_pages:
+            return self._zero_pages[interval]
         zero = np.array(initial, dtype=np.uint64)
         if interval and self._fold_zeros(0, interval, zero) is None:
             zero &= ~self._or(0, interval)
-        self._zero_counts[interval] = float(count(zero))
-        return self._zero_counts[interval]
+        if self.in_memory:
+            self._zero_pages[interval] = zero
+        return zero
 
 
 def count(words: Words) -> int:
