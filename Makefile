@@ -97,6 +97,21 @@ live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose
 layouts: $(VENV)/.dev ## judge every layout of stage-2 tables by an emulated MMU
 	HWDBM_LAYOUTS=1 $(BIN)/python -P -m pytest --numprocesses auto tests/arm/test_layouts.py $(PYTEST_ARGS)
 
+# Needs QEMU for x86 and gcc; Linux guests are made of Debian's packages, some 60 MB, which stay in build/forecast.
+# JUDGE_ARGS="--only redis" chooses guests. As root what is judged goes first, over links as slow as they are said to be.
+.PHONY: judge
+judge: $(VENV)/.user ## forecast more than 60 real migrations, do them, and write both; some 20 minutes
+	$(BIN)/python -P tests/forecast/judge.py --output tests/data/forecast/runs.jsonl $(JUDGE_ARGS)
+	$(BIN)/python -P tests/forecast/page.py
+
+.PHONY: judge-quick
+judge-quick: $(VENV)/.user ## a few of them in a minute, whose errors must be within bounds
+	$(BIN)/python -P tests/forecast/judge.py --quick
+
+.PHONY: forecast-guests
+forecast-guests: $(VENV)/.user ## make the guests of the judge, Linux among them
+	$(BIN)/python -P tests/forecast/guests.py
+
 .PHONY: firmware
 firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
 	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'
