@@ -208,3 +208,37 @@ def test_an_empty_trace_is_shown(run, tmp_path):
     assert "There is no interval." in shown.out
     found = json.loads(run("trace", "show", tmp_path / "trace", "--json").out)
     assert (found["intervals"], found["periods"], "working-set" in found) == (0, [], False)
+
+
+def test_a_migration_is_recorded(run, tmp_path):
+    how = ["--memory", "8M", "--rate", "5000", "--bandwidth", "20M", "--max-downtime", "9000", "--json"]
+    done = run("migrate", *how, "--record", tmp_path / "trace")
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert (found["status"], found["source-sha256"]) == ("completed", found["destination-sha256"])
+    trace = open_trace(tmp_path / "trace")
+    assert trace.complete
+    assert trace.words(0, trace.intervals).any()
+    assert trace.times[-1] / 1e6 > found["total-time"] / 2
+
+
+def test_a_migration_whose_trace_cant_begin_doesnt_either(run, tmp_path):
+    (tmp_path / "trace").write_text("")
+    done = run("migrate", "--memory", "1M", "--record", tmp_path / "trace")
+    assert (done.status, done.out, done.err) == (1, "", f"hwdbm: {tmp_path / 'trace'}: there is something already\n")
+
+
+def test_a_migration_goes_on_without_its_trace(run, tmp_path, monkeypatch):
+    append = Writer.append
+
+    def failing(self, *arguments):
+        if self.intervals == 1:
+            raise OSError(28, "No space left on device", str(self.path))
+        append(self, *arguments)
+
+    monkeypatch.setattr(Writer, "append", failing)
+    how = ["--memory", "8M", "--rate", "5000", "--bandwidth", "20M", "--max-downtime", "9000", "--json"]
+    done = run("migrate", *how, "--record", tmp_path / "trace")
+    assert (done.status, json.loads(done.out)["status"]) == (0, "completed")
+    assert "warning: the trace in" in done.err
+    assert open_trace(tmp_path / "trace").intervals == 1

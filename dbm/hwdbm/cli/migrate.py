@@ -49,11 +49,13 @@ from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
 from hwdbm.migration.report import mebibytes, mib
 from hwdbm.process import child, python
+from hwdbm.trace import record as record_vm
 
 _MISMATCH = 3  # the exit status
 _START = 30.0  # seconds that the receiver has to come up
 _PASSES = 12  # that are shown, the last ones
 _NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
+_INTERVAL = 0.1  # seconds of an interval of the trace
 _HOLD = 30.0  # seconds that a guest is held where there is no terminal
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
@@ -80,6 +82,12 @@ Examples:
 
 \b
     hwdbm migrate --source arm --memory 128M
+
+  A trace of what the guest writes meanwhile, and what it says:
+
+\b
+    hwdbm migrate --memory 64M --record guest.trace
+    hwdbm trace show guest.trace
 
   Over TLS; here the receiver is in another terminal (docs: howto/migrate-tls):
 
@@ -229,6 +237,15 @@ def migrate(
             "until a signal decides, or 30 s where stdin is no terminal.",
         ),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.parser(parse.path),
+            metavar="TRACE",
+            help="Record which pages the guest writes meanwhile, each 100 ms, into a trace, as 'hwdbm record' does. It "
+            "has a client of the log for it, so that the migration misses nothing.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -288,7 +305,8 @@ def migrate(
                 return precopy
 
         try:
-            done = _attempts(vm, attempts, attempt, cancel, hold)
+            with _recording(vm, record):
+                done = _attempts(vm, attempts, attempt, cancel, hold)
         except StreamError:
             if cancel.is_set():
                 note("interrupted")
@@ -352,6 +370,36 @@ def _emulated(content: _Content, workload: str | None, rate: float | None, *, bl
             content.memory, workload=workload, rate=rate, seed=content.seed, blocks=blocks, image=content.image,
             percent=content.percent,
         )  # fmt: skip
+
+
+@contextmanager
+def _recording(vm: Machine | KvmVm | ArmVm, path: Path | None) -> Iterator[None]:
+    """Record a trace of a VM in a thread meanwhile. That it can't begin is an error, and a warning that it ends."""
+    if path is None:
+        yield
+        return
+    begun, cancel, errors = threading.Event(), threading.Event(), list[BaseException]()
+
+    def work() -> None:
+        try:
+            record_vm(vm, path, interval=_INTERVAL, cancel=cancel, on_interval=lambda *_: begun.set())
+        except Exception as error:  # noqa: BLE001 - it is said by the thread that waits
+            errors.append(error)
+        finally:
+            begun.set()
+
+    thread = threading.Thread(target=work, name="hwdbm-record")
+    thread.start()
+    try:
+        begun.wait()
+        if errors:
+            raise errors[0]
+        yield
+    finally:
+        cancel.set()
+        thread.join()
+    if errors:
+        warn(f"the trace in {path} ends early: {errors[0]}")
 
 
 def _run(precopy: Precopy) -> None:
