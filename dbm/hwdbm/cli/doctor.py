@@ -202,7 +202,7 @@ CHECKS: dict[str, tuple[str, Callable[[], _Found]]] = {
     "plot": ("pictures: --plot FILE, --report FILE.png", lambda: _distribution("matplotlib", "matplotlib", "plot")),
     "checksum": ("a fast checksum of migrations", lambda: _distribution("zlib-ng", "zlib_ng", "migrate")),
     "cores": ("ELF cores of guests, as QEMU dumps them", lambda: _distribution("pyelftools", "elftools", "qemu")),
-    "traces": ("write traces", lambda: _distribution("zarr", "zarr", "trace")),
+    "traces": ("write traces: hwdbm record", lambda: _distribution("zarr", "zarr", "trace")),
     "testing": ("hwdbm.testing", lambda: _distribution("hypothesis", "hypothesis", "testing")),
     "kvm": ("real guests: --source kvm", _kvm),
     "qemu": ("emulated Arm machines: --source arm", _qemu),

@@ -4,7 +4,7 @@ All is counted in words, a part of memory at a time through all intervals. What 
 words, a bitmap of the part for each doubling of the period, and a few numbers of each interval.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -272,7 +272,7 @@ class _Tally:
             bits = np.bitwise_count(words)
             self._windows[0][first:last] += bits.sum(axis=1, dtype=np.int64)
             self._add_cells(bits, first, edges, where)
-            self._add_coarse(words, slot, lo, hi)
+            self._add_coarse(words, bits, slot, lo, hi)
             zeros = self._writes.zeros(first, last, start + lo, start + hi)
             if zeros is not None:
                 self._zeros = (self._zeros or 0) + int(np.bitwise_count(zeros).sum(dtype=np.int64))
@@ -294,12 +294,12 @@ class _Tally:
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
         self._map[rows[starts], where] += np.add.reduceat(sums, starts, axis=0)
 
-    def _add_coarse(self, words: Words, slot: Memslot, lo: int, hi: int) -> None:
+    def _add_coarse(self, words: Words, bits: NDArray[np.uint8], slot: Memslot, lo: int, hi: int) -> None:
         for number, factor in enumerate(self._factors):
-            pages, last = _coarse(words, factor)
+            pages, last = _coarse(words, bits, factor)
             # A slot's last page of this size may have less.
             missing = -slot.npages % factor if hi == word_count(slot.npages) else 0
-            late = int(last(-(-(slot.npages - lo * 64) // factor) - 1)) if missing else 0
+            late = last(-(-(slot.npages - lo * 64) // factor) - 1) if missing else 0
             self._coarse[number] += (pages, pages * factor - late * missing)
 
     def _add_periods(self, words: Words, first: int, band: int, pending: list[Words | None]) -> None:
@@ -357,29 +357,32 @@ class _Tally:
         )
 
 
-def _coarse(words: Words, factor: int) -> tuple[int, Any]:
-    """Return how many runs of `factor` pages have a bit in each row, in all, and in how many rows the n-th has one."""
+def _coarse(words: Words, bits: NDArray[np.uint8], factor: int) -> tuple[int, Callable[[int], int]]:
+    """Return how many runs of `factor` pages have a bit, in all rows, and what says in how many rows the n-th has.
+
+    `bits` are the bits of each word: those of 2, 4 or 8 words make one number, too, which is zero if they all are.
+    """
     if factor == 1:
-        return int(np.bitwise_count(words).sum(dtype=np.int64)), lambda _: 0
+        return int(bits.sum(dtype=np.int64)), lambda _: 0  # no page is a part of one
     if factor >= 64:
-        each = factor // 64
-        rest = -words.shape[1] % each
-        if rest:
-            words = np.pad(words, ((0, 0), (0, rest)))
-        lanes = np.bitwise_or.reduce(words.reshape(len(words), -1, each), axis=2)
+        rest = -bits.shape[1] % (factor // 64)
+        lanes = (np.pad(bits, ((0, 0), (0, rest))) if rest else bits).view(f"u{factor // 64}")
     elif factor >= 8:
         lanes = words.view(f"u{factor // 8}")
     else:  # the lowest bit of each run says whether it has one
-        lanes = words.copy()
-        shift = 1
+        low, shift = words.copy(), 1
         while shift < factor:
-            lanes |= lanes >> np.uint64(shift)
+            low |= low >> np.uint64(shift)
             shift *= 2
-        lanes &= np.uint64(sum(1 << at for at in range(0, 64, factor)))
-        counted = int(np.bitwise_count(lanes).sum(dtype=np.int64))
-        one = np.uint64(1)
-        return counted, lambda at: np.count_nonzero(lanes[:, at * factor // 64] >> np.uint64(at * factor % 64) & one)
-    return int(np.count_nonzero(lanes)), lambda at: np.count_nonzero(lanes[:, at])
+        low &= np.uint64(sum(1 << at for at in range(0, 64, factor)))
+        octets = low.view(np.uint8)
+
+        def of_run(number: int) -> int:
+            place, bit = divmod(number * factor, 8)
+            return int(np.count_nonzero(octets[:, place] >> np.uint8(bit) & np.uint8(1)))
+
+        return int(np.bitwise_count(low).sum(dtype=np.int64)), of_run
+    return int(np.count_nonzero(lanes)), lambda number: int(np.count_nonzero(lanes[:, number]))
 
 
 def _floor_of_two(number: int) -> int:
