@@ -53,6 +53,7 @@ COMMANDS = [
     ["migrate"],
     ["plan"],
     ["receive"],
+    ["fleet"],
     ["races"],
     ["doctor"],
     ["completion"],

@@ -115,6 +115,7 @@ TASKS: dict[str, dict[str, Entry]] = {
         "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
         "plan": Entry("Forecast whether a migration will converge, what it will take, and what it would need."),
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
+        "fleet": Entry("Drain a host or a rack: order, concurrency and shares of the links, by forecast."),
     },
     "Foresee a migration": {
         "record": Entry("Record which pages a VM writes in each interval, into a trace."),

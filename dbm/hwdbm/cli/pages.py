@@ -14,6 +14,7 @@ PAGES = {
     "LayoutError": "howto/migrate-tls#when-it-fails",
     "ModuleNotFoundError": "start#install",
     "NoTablesError": "live",
+    "PlanError": "formats#the-plan-of-a-fleet",
     "PeerError": "howto/migrate-tls#when-it-fails",
     "SampleError": "howto/will-it-converge#samples",
     "SnapshotError": "howto/snapshots#when-it-fails",

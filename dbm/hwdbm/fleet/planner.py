@@ -145,7 +145,7 @@ class Drained:
         What isn't moved.
     steps : tuple of Shift
         The shares as they change.
-    outcome : Ending
+    ending : Ending
         How the plan ends; its name says which it is.
     naive : tuple of Ending
         How the naive ones end: one by one as listed, and all at once.
@@ -211,6 +211,13 @@ def _network(fleet: Fleet) -> Network:
         np.array([racks.get(host.rack, -1) for host in fleet.hosts], dtype=np.intp),
         np.array([number.get(uplinks.get(host.rack, ""), free) for host in fleet.hosts], dtype=np.intp),
     )
+
+
+def links_between(fleet: Fleet, source: str, destination: str) -> list[str]:
+    """Return the names of the links of the way between two hosts."""
+    at = {host.name: number for number, host in enumerate(fleet.hosts)}
+    way = _network(fleet).way(at[source], at[destination])
+    return [fleet.links[each].name for each in way if each < len(fleet.links)]
 
 
 def drained_guests(fleet: Fleet, hosts: Sequence[str]) -> list[FleetVm]:
@@ -428,6 +435,7 @@ def _begin(job: _Job, way: _Way, waiting: Ints, free: Floats, room: int) -> tupl
 
 _PLACES = ("spread", "tight", "first fit")
 _ORDERS = ("longest first", "shortest first", "neediest first", "as listed")
+_WORTH_IT = 1e-3  # part of the time that a random order has to save
 _SHUFFLES, _SHUFFLED = 60, 3000  # random orders at most, and migrations in them together
 
 
@@ -480,7 +488,7 @@ def drain(fleet: Fleet, hosts: Sequence[str], curves: Curves, *, seed: int = 0) 
         tried.consider(listed, _Way("all at once", each, nothing)),
     )
     _search(jobs, tried, np.random.default_rng(seed))
-    job, way, outcome = tried.best
+    job, way, ending = tried.best
     run = _simulate(job, way, net.capacity, curves, steps=True)
     moves = [
         Move(
@@ -490,15 +498,14 @@ def drain(fleet: Fleet, hosts: Sequence[str], curves: Curves, *, seed: int = 0) 
         for at in way.order.tolist() if isfinite(run.end[at])
     ]  # fmt: skip
     names = [guests[at].name for at in job.guest.tolist()]
-    steps = [
-        Shift(time, tuple((names[at], share) for at, share in zip(which.tolist(), shares.tolist(), strict=True)))
-        for time, which, shares in run.steps
-        if which.size
-    ]
+    at_times: dict[float, dict[str, float]] = {}
+    for time, which, shares in run.steps:
+        at_times.setdefault(time, {}).update((names[at], float(share)) for at, share in zip(which, shares, strict=True))
+    steps = [Shift(time, tuple(changed.items())) for time, changed in at_times.items() if changed]
     left = _left(fleet, hosts, guests, curves, job)
     most = None if way.most == inf else int(way.most)
     bound = _bound(job, net.capacity, curves)
-    return Drained(tuple(hosts), tuple(moves), most, left, tuple(steps), outcome, naive, bound, tried.count)
+    return Drained(tuple(hosts), tuple(moves), most, left, tuple(steps), ending, naive, bound, tried.count)
 
 
 class _Tried:
@@ -515,23 +522,28 @@ class _Tried:
             raise RuntimeError("nothing was tried")
         return self._best
 
-    def consider(self, job: _Job, way: _Way) -> Ending:
+    def consider(self, job: _Job, way: _Way, margin: float = 0.0) -> Ending:
+        """Try a way; it is the best from now on if it is better, by a part of the time at least."""
         run = _simulate(job, way, self._capacity, self.curves)
         self.count += 1
-        stuck = tuple(np.flatnonzero(~np.isfinite(run.end)).tolist())
-        outcome = Ending(
-            way.name, float(run.end.max(initial=0.0)), float(run.end.sum()), run.end.size - len(stuck),
-            tuple(job.names[at] for at in stuck),
-        )  # fmt: skip
-        if self._best is None or outcome.worth < self._best[2].worth:
-            self._best = job, way, outcome
-        return outcome
+        stuck = tuple(job.names[at] for at in np.flatnonzero(~np.isfinite(run.end)))
+        last, ends = float(run.end.max(initial=0.0)), float(run.end.sum())
+        ending = Ending(way.name, last, ends, run.end.size - len(stuck), stuck)
+        if self._best is None or self._better(ending, self._best[2], 1 - margin):
+            self._best = job, way, ending
+        return ending
+
+    @staticmethod
+    def _better(ending: Ending, best: Ending, part: float) -> bool:
+        moved, makespan, completions = best.worth
+        sooner = ending.worth < (moved, makespan * part, 0.0)
+        return sooner or (ending.worth[:2] <= (moved, makespan) and ending.completions < completions * part)
 
 
 def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -> None:
     """Vary one thing at a time: how many share a way, the order, where to; then orders at random."""
 
-    def outcome(at_once: float, order: str, place: str) -> Ending:
+    def ending(at_once: float, order: str, place: str) -> Ending:
         job = jobs[place]
         floor = np.maximum(job.wide / at_once, tried.curves.least[job.guest])
         name = f"{order}, {'any number' if at_once == inf else int(at_once)} at once"
@@ -540,12 +552,12 @@ def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -
     if not any(job.guest.size for job in jobs.values()):
         return
     at_once, order, place = 1.0, _ORDERS[0], _PLACES[0]
-    at_once = min((*_AT_ONCE, inf), key=lambda each: outcome(each, order, place).worth)
-    order = min(_ORDERS, key=lambda each: outcome(at_once, each, place).worth)
-    place = min(_PLACES, key=lambda each: outcome(at_once, order, each).worth)
+    at_once = min((*_AT_ONCE, inf), key=lambda each: ending(each, order, place).worth)
+    order = min(_ORDERS, key=lambda each: ending(at_once, each, place).worth)
+    place = min(_PLACES, key=lambda each: ending(at_once, order, each).worth)
     job, way, _ = tried.best
     for _ in range(min(_SHUFFLES, _SHUFFLED // job.guest.size) if job.guest.size > 2 else 0):
-        tried.consider(job, replace(way, name=f"{way.name}, shuffled", order=random.permutation(way.order)))
+        tried.consider(job, replace(way, name=f"{way.name}, shuffled", order=random.permutation(way.order)), _WORTH_IT)
 
 
 def _order(job: _Job, curves: Curves, how: str) -> Ints:
