@@ -6,7 +6,7 @@ Migrations are objects, time is a heap of what could happen next, and links are 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import exp, inf, isinf, log
+from math import inf, isinf
 
 from hwdbm.fleet import Fleet
 
@@ -110,7 +110,7 @@ def simulate(fleet: Fleet, orders: Sequence[Order], totals: dict[str, Total], at
 
 
 def tabulated(rows: Sequence[tuple[float, float, float]], least: float) -> Total:
-    """Return a curve through points (bandwidth, total, downtime), straight where both scales are logarithmic."""
+    """Return a curve through points (bandwidth, total, downtime), straight over the time that a byte takes."""
     points = sorted(set(rows))
     widths = [each[0] for each in points]
 
@@ -124,7 +124,7 @@ def tabulated(rows: Sequence[tuple[float, float, float]], least: float) -> Total
         if place == len(points):
             return points[-1][1:]
         (b0, *low), (b1, *high) = points[place - 1], points[place]
-        part = log(bandwidth / b0) / log(b1 / b0)
-        return tuple(exp(log(x) + part * (log(y) - log(x))) for x, y in zip(low, high, strict=True))
+        part = (1 / bandwidth - 1 / b0) / (1 / b1 - 1 / b0)
+        return low[0] + part * (high[0] - low[0]), low[1] + part * (high[1] - low[1])
 
     return at

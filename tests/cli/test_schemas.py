@@ -197,6 +197,11 @@ def test_races(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check("races", every.out, one.out, litmus.out)
 
 
+def test_fleet(run) -> None:
+    found = run("fleet", SCHEMAS.parent / "examples" / "fleet" / "plan.json", "--drain", "h0", "--json").out
+    check("fleet", found, json.dumps(json.loads(found) | {"at-once": 1}))
+
+
 def test_each_command_has_one() -> None:
     """A command that takes --json has a schema, and a schema a command."""
 

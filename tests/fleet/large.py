@@ -44,7 +44,8 @@ def fleet_of(traces: list[Path], vms: int, random: np.random.Generator) -> Fleet
     links = [Link(f"nic{at}", 25e9 / 8) for at in range(HOSTS)] + [Link(f"up{at}", 400e9 / 8) for at in range(RACKS)]
     hosts = [Host(f"h{at}", 64 << 40, f"nic{at}", f"r{at % RACKS}") for at in range(HOSTS)]
     first = [host.name for host in hosts if host.rack == "r0"]
-    sizes = {path: (lambda t: (t.npages * t.page_size, float(t.times[-1]) / 1e9))(open_trace(path)) for path in traces}
+    opened = {path: open_trace(path) for path in traces}
+    sizes = {path: (each.npages * each.page_size, float(each.times[-1]) / 1e9) for path, each in opened.items()}
     guests = []
     for at in range(vms):
         path = traces[int(random.integers(len(traces)))]

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,3 +171,33 @@ def test_anything_in_any_place(tmp_path_factory: pytest.TempPathFactory, data: s
     path = written(tmp_path_factory.mktemp("plan"), holder[""])
     with suppress(PlanError):
         read_plan(path)
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+SCHEMA = json.loads((DOCS / "schemas" / "inputs" / "fleet-plan.json").read_text())
+
+
+def test_the_schema_says_what_is_read() -> None:
+    """It takes the example and the plan above; and each text that it takes is read as one of those that are in it."""
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    example = DOCS / "examples" / "fleet" / "plan.json"
+    for plan in (PLAN, json.loads(example.read_text())):
+        jsonschema.validate(plan, SCHEMA)
+    assert len(read_plan(example).guests) == 11
+    for number in range(len(PLAN["vms"])):
+        for key in {key for vm in PLAN["vms"] for key in vm} - {"max-downtime"}:
+            assert key in SCHEMA["properties"]["vms"]["items"]["properties"], number
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_the_schema_refuses_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Not the other way: a schema doesn't know which names are there."""
+    plan = json.loads(json.dumps(PLAN))
+    key = data.draw(st.sampled_from(["links", "racks", "hosts", "vms"]))
+    entry = data.draw(st.sampled_from(plan[key]))
+    entry[data.draw(st.sampled_from([*entry, "x"]))] = data.draw(JSON)
+    path = written(tmp_path_factory.mktemp("plan"), plan)
+    if not jsonschema.Draft202012Validator(SCHEMA).is_valid(json.loads(path.read_text())):
+        with pytest.raises(PlanError):
+            read_plan(path)

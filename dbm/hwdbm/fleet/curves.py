@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from hwdbm.fleet.plan import FleetVm
 
-_OCTAVES = 8  # below the highest bandwidth that are asked for
-_SHORTEST = 1e-9  # seconds that anything takes: their logarithm is asked for
-_HALVINGS = 4  # of the octave in which a VM begins to converge: to 1/16 of it, 4.4 %
-_WIDTH = _OCTAVES + 1 + _HALVINGS
+_QUARTERS = 4  # of the highest bandwidth that are asked for, each a quarter of the one before
+_SHORTEST = 1e-9  # seconds that anything takes
+_HALVINGS = 5  # of the step in which a VM begins to converge: to 1/32 of it, 4.4 %
+_WIDTH = _QUARTERS + 1 + _HALVINGS
 """Points of a curve."""
 
 Floats = NDArray[np.float64]
@@ -71,28 +71,28 @@ class Curves:
     def at(self, rows: NDArray[np.intp], bandwidth: Floats) -> tuple[Floats, Floats]:
         """Return the seconds in all and those of the pause of some VMs, each at its bandwidth: bytes a second.
 
-        Between two points both are power laws, as bytes over a bandwidth are.
+        Between two points both are a part that is fixed and bytes over the bandwidth.
         """
         known = self.bandwidth[rows]
         right = np.clip((known < bandwidth[:, None]).sum(axis=1), 1, _WIDTH - 1)
         each = np.arange(rows.size)
         low, high = known[each, right - 1], known[each, right]
         inside = np.clip(bandwidth, low, high)
-        wide = np.log(high / low)
-        part = np.divide(np.log(inside / low), wide, out=np.ones_like(wide), where=wide > 0)
+        wide = 1 / low - 1 / high
+        part = np.divide(1 / low - 1 / inside, wide, out=np.ones_like(wide), where=wide > 0)
         slower = np.where(bandwidth < known[:, 0], np.maximum(bandwidth, 1e-300) / known[:, 0], 1.0)
         found = []
         for table in (self.total, self.downtime):
-            ends = np.log(table[rows, right - 1]), np.log(table[rows, right])
+            ends = table[rows, right - 1], table[rows, right]
             with np.errstate(invalid="ignore"):  # inf - inf, of what doesn't converge
-                found.append(np.exp(ends[0] + part * (ends[1] - ends[0])) / slower)
+                found.append((ends[0] + part * (ends[1] - ends[0])) / slower)
         never = (bandwidth < self.least[rows]) | (bandwidth <= 0)
         return np.where(never, inf, found[0]), np.where(never, inf, found[1])
 
 
 def asked(highest: float) -> Floats:
-    """Return the bandwidths at which each VM is looked at first, from the highest down by halves."""
-    return np.asarray(highest / np.exp2(np.arange(_OCTAVES + 1)))
+    """Return the bandwidths at which each VM is looked at first, from the highest down by quarters."""
+    return np.asarray(highest / 4.0 ** np.arange(_QUARTERS + 1))
 
 
 def points(curve: Curve, highest: float, limit: float) -> Found:
@@ -133,4 +133,4 @@ def stack(found: Sequence[Found]) -> Curves:
             padded = [curve[0]] * (_WIDTH - len(curve)) + curve
             table[:, row] = np.array(padded).T
     pause, least = (np.array([each[at] for each in found], dtype=np.float64) for at in (1, 2))
-    return Curves(table[0], np.maximum(table[1], _SHORTEST), np.maximum(table[2], _SHORTEST), pause, least)
+    return Curves(table[0], np.maximum(table[1], _SHORTEST), table[2], pause, least)

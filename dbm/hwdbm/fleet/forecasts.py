@@ -18,7 +18,7 @@ from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 Words = NDArray[np.uint64]
 
 _MOMENTS = 3  # of a trace at which a migration may begin, where the plan doesn't say when
-_FLAT = 8  # passes without progress, after which it is hopeless: a plan that needs a lull is none
+_FLAT = 5  # passes without progress, after which it is hopeless: a plan that needs a lull is none
 _KEPT = 64 << 20  # bytes of a trace that a process keeps; a larger one is read as it is needed
 
 
@@ -46,9 +46,7 @@ class Forecasts:
         """
         writes, moments = self._writes(vm)
         on_limit = "wait" if self.engine == "qemu" else "abort"
-        course = Course(
-            self._terms, 1.0, self.limit(vm), max_iterations=_FLAT, on_limit=on_limit, horizon=writes.period
-        )
+        course = Course(self._terms, 1.0, self.limit(vm), max_iterations=_FLAT, on_limit=on_limit)
 
         def curve(bandwidth: float) -> Taken:
             total = downtime = 0.0

@@ -9,6 +9,7 @@ orders are such plans too, so that the best plan can't be worse than they are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import inf, isfinite
 
 import numpy as np
@@ -124,8 +125,8 @@ class Ending:
 
     @property
     def worth(self) -> tuple[int, float, float]:
-        """Less is better: more VMs first, then an earlier end, then earlier ends of each."""
-        return -self.moved, self.makespan, self.completions
+        """Less is better: more VMs first, then an earlier end, then earlier ends of each. Rounding is no difference."""
+        return -self.moved, float(f"{self.makespan:.9g}"), float(f"{self.completions:.9g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,8 +444,9 @@ def drain(fleet: Fleet, hosts: Sequence[str], curves: Curves, *, seed: int = 0) 
     """Plan how to move all VMs away from hosts.
 
     The plans that are compared differ in where each VM goes, in their order, and in how many migrations share a way: if
-    k do, each has 1/k of its way guaranteed, and never less than it needs to converge. One of these is varied at a
-    time, and the best kept; random orders come last. The naive ones are compared too.
+    k do, each has 1/k of its way guaranteed, and never less than it needs to converge. Numbers come first, with the
+    longest and with the shortest in front; then other orders, other places, and orders at random. The naive ones are
+    compared too.
 
     Parameters
     ----------
@@ -537,7 +539,7 @@ class _Tried:
     def _better(ending: Ending, best: Ending, part: float) -> bool:
         moved, makespan, completions = best.worth
         sooner = ending.worth < (moved, makespan * part, 0.0)
-        return sooner or (ending.worth[:2] <= (moved, makespan) and ending.completions < completions * part)
+        return sooner or (ending.worth[:2] <= (moved, makespan) and ending.worth[2] < completions * part)
 
 
 def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -> None:
@@ -551,8 +553,9 @@ def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -
 
     if not any(job.guest.size for job in jobs.values()):
         return
-    at_once, order, place = 1.0, _ORDERS[0], _PLACES[0]
-    at_once = min((*_AT_ONCE, inf), key=lambda each: ending(each, order, place).worth)
+    place = _PLACES[0]
+    pairs = product((*_AT_ONCE, inf), _ORDERS[:2])  # the sum of the ends is the least for one, the last end for another
+    at_once, order = min(pairs, key=lambda pair: ending(pair[0], pair[1], place).worth)
     order = min(_ORDERS, key=lambda each: ending(at_once, each, place).worth)
     place = min(_PLACES, key=lambda each: ending(at_once, order, each).worth)
     job, way, _ = tried.best
