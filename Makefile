@@ -87,6 +87,7 @@ snapshots: $(VENV)/.user ## kill, fill the disk of, and merge chains of snapshot
 .PHONY: traces
 traces: $(VENV)/.user ## record the larger corpus of write traces into build/traces: a quarter of an hour; needs /dev/kvm
 	$(BIN)/python -P tests/trace/corpus.py build/traces
+
 .PHONY: fleet
 fleet: $(VENV)/.user ## forecast 10,000 VMs on Dask within two minutes, and plan how to drain their rack
 	$(BIN)/python -P tests/fleet/large.py $(FLEET_ARGS)
