@@ -29,7 +29,8 @@ EPILOG = """Examples:
   A rack, with a picture:
 
 \b
-    hwdbm fleet docs/examples/fleet/plan.json --drain-rack r0 --plot drain.svg # exit status 3
+    hwdbm fleet docs/examples/fleet/plan.json --drain-rack r0
+        --plot drain.svg # exit status 3
 """
 
 
