@@ -16,7 +16,7 @@ _MOST = 20_000  # passes that are followed
 _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
 _QUEUE = 1e-9
-_LOOKS = 100_000  # at what is left of a pass
+_TURNS = 2_000  # turns of a pass that are followed; where there are more they are longer
 
 Decide = Callable[[list[Sample]], Verdict]
 
@@ -87,7 +87,8 @@ class _Migration:
         self._limit = plan.max_downtime
         self._sent = self._busy = 0.0
         self._measured: float | None = None
-        self._rate = plan.bandwidth  # of the last look
+        # QEMU's turns: it sends its share of the bandwidth at once, and waits for the next one.
+        self._turn, self._share, self._rate = 0.0, 0.0, plan.bandwidth
         self._looked = 0.0  # bytes of all pages over the seconds of all passes
         self._resumed = 0.0  # when the guest went on after a pause that took too long
         self._ended = -inf  # when the pages of the last pass had gone
@@ -290,6 +291,7 @@ class _Migration:
     def _qemu(self) -> Outcome:
         terms, plan, page = self._terms, self._plan, self._guest.page_size
         begun, synced, number, at = plan.begun, self._now, 1, 0
+        self._turn = self._wall
         if begun is None:
             self._advance(terms.sync(self._size))
             first = self._guest.everything(self._now, self._now)
@@ -333,28 +335,32 @@ class _Migration:
         page, terms = self._guest.page_size, self._terms
         pages, zeros = dirty.by_word(at)
         size = (pages - zeros) * (page + terms.page_overhead) + zeros * terms.zero_bytes
-        clock, sent, gone = (
-            np.concatenate(([0.0], np.cumsum(each)))
-            for each in (size / self._plan.bandwidth + zeros * terms.zero_page, size, pages)
-        )
-        end = float(clock[-1])
-        tick = max(terms.tick or end, end / _LOOKS)
-        looks = np.arange(1, ceil(end / tick - _QUEUE) + 1) * tick
-        looks[-1] = end
-        bytes_at = np.interp(looks, clock, sent)
-        rates = np.diff(bytes_at, prepend=0.0) / np.maximum(np.diff(looks, prepend=0.0), 1e-9)
-        left = dirty.pages - np.interp(looks, clock, gone)
-        few = left * page < rates * self._limit
-        few[-1] = True
-        look = int(few.argmax())
-        self._rate = float(rates[look])
-        self._advance(float(looks[look]))
-        words = min(int(np.searchsorted(clock, looks[look], side="right")) - 1, pages.size)
-        rest = max(float(left[look]), 0.0) if look < looks.size - 1 else 0.0
-        self._sent += float(bytes_at[look])
-        left_zeros = min(float(zeros[words:].sum()), rest)
-        dirty, at = dirty.beyond(rest, left_zeros, at, words)
-        return dirty, at, float(bytes_at[look])
+        work = size / self._last_bandwidth + zeros * terms.zero_page
+        gone, sent, clock = (np.concatenate(([0.0], np.cumsum(each))) for each in (pages, size, work))
+        index, end = np.arange(gone.size, dtype=np.float64), float(gone.size - 1)
+        tick = max(terms.tick, float(sent[-1]) / self._plan.bandwidth / _TURNS)
+        place = 0.0
+        while True:
+            done, spent = (float(np.interp(place, index, each)) for each in (sent, clock))
+            quota = max(self._plan.bandwidth * tick - self._share, 0.0)
+            room = max(tick - (self._wall - self._turn), 0.0)
+            place = min(
+                *(float(np.interp(to, each, index)) for to, each in ((done + quota, sent), (spent + room, clock)))
+            )
+            if place >= end:  # there is no more, which it sees at once
+                self._advance(float(clock[-1]) - spent)
+                self._share += float(sent[-1]) - done
+                self._sent += float(sent[-1])
+                return (*dirty.beyond(0.0, 0.0, at, pages.size), float(sent[-1]))
+            self._advance(room)
+            part = float(np.interp(place, index, sent)) - done
+            self._rate, self._share, self._turn = (self._share + part) / tick, 0.0, self._wall
+            left = dirty.pages - float(np.interp(place, index, gone))
+            if left * page < self._threshold():
+                whole = int(place)
+                self._sent += done + part
+                rest, at = dirty.beyond(left, min(float(zeros[whole:].sum()), left), at, whole)
+                return rest, at, done + part
 
     def _until_few_of(self, dirty: Dirty) -> tuple[Dirty, int, float]:
         """Do the same where it isn't known which pages they are: any is as good as any other."""
