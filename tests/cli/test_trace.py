@@ -242,3 +242,8 @@ def test_a_migration_goes_on_without_its_trace(run, tmp_path, monkeypatch):
     assert (done.status, json.loads(done.out)["status"]) == (0, "completed")
     assert "warning: the trace in" in done.err
     assert open_trace(tmp_path / "trace").intervals == 1
+
+
+def test_a_plan_is_made_of_an_example(run):
+    done = run("plan", "example:kvm-random", "--bandwidth", "200M", "--json")
+    assert (done.status, json.loads(done.out)["converges"]) == (0, True)

@@ -283,8 +283,11 @@ def test_a_fork_neither_writes_nor_hangs(small, tmp_path):
     assert open_trace(tmp_path / "more").intervals == 1
 
 
-def test_a_trace_goes_to_another_process_by_its_path(small):
-    trace = pickle.loads(pickle.dumps(open_trace(small)))
+def test_a_trace_goes_to_another_process_by_its_path(small, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    raw = pickle.dumps(open_trace(small.name))
+    monkeypatch.chdir("/")
+    trace = pickle.loads(raw)
     assert np.array_equal(trace.words(0, 3), open_trace(small).words(0, 3))
 
 

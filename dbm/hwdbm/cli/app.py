@@ -113,13 +113,13 @@ TASKS: dict[str, dict[str, Entry]] = {
     },
     "Move a VM that runs": {
         "migrate": Entry("Migrate a VM that keeps writing, live, to another process."),
-        "plan": Entry("Forecast whether a migration will converge, what it will take, and what it would need."),
         "receive": Entry("Wait for one migration, take the VM over, and let it run."),
-        "fleet": Entry("Drain a host or a rack: order, concurrency and shares of the links, by forecast."),
     },
     "Foresee a migration": {
         "record": Entry("Record which pages a VM writes in each interval, into a trace."),
         "trace": Entry("Show what write traces say.", _group),
+        "plan": Entry("Forecast whether a migration will converge, what it will take, and what it would need."),
+        "fleet": Entry("Drain a host or a rack: order, concurrency and shares of the links, by forecast."),
     },
     "Keep a VM in files": {
         "snapshot": Entry("Keep, check, merge and restore chains of snapshots of guest memory.", _group),

@@ -203,7 +203,10 @@ CHECKS: dict[str, tuple[str, Callable[[], _Found]]] = {
     "checksum": ("a fast checksum of migrations", lambda: _distribution("zlib-ng", "zlib_ng", "migrate")),
     "cores": ("ELF cores of guests, as QEMU dumps them", lambda: _distribution("pyelftools", "elftools", "qemu")),
     "traces": ("write traces: hwdbm record", lambda: _distribution("zarr", "zarr", "trace")),
-    "fleet": ("forecasts of thousands of VMs: hwdbm fleet", lambda: _distribution("distributed", "distributed", "fleet")),
+    "fleet": (
+        "forecasts of thousands of VMs: hwdbm fleet",
+        lambda: _distribution("distributed", "distributed", "fleet"),
+    ),
     "testing": ("hwdbm.testing", lambda: _distribution("hypothesis", "hypothesis", "testing")),
     "kvm": ("real guests: --source kvm", _kvm),
     "qemu": ("emulated Arm machines: --source arm", _qemu),

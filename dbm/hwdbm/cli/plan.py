@@ -61,7 +61,10 @@ def plan(
     trace: Annotated[
         Path | None,
         typer.Argument(
-            parser=options.parser(parse.path), metavar="TRACE", help="A trace, as 'hwdbm record' writes them."
+            parser=options.parser(parse.trace),
+            autocompletion=options.traces,
+            metavar="TRACE",
+            help="A trace, as 'hwdbm record' writes them, or example:NAME.",
         ),
     ] = None,
     samples: Annotated[

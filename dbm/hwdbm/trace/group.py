@@ -355,7 +355,7 @@ class Trace:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_trace, (str(self.path),)
+        return open_trace, (str(self.path.absolute()),)
 
     @property
     def intervals(self) -> int:
