@@ -692,6 +692,7 @@ RECIPES |= {
             "max_downtime": 0.25,
             "max_iterations": 10,
             "on_limit": "abort",
+            "rule": "ours",
             "bandwidth": 1e6,
             "auto_converge": True,
             "verify": True,

@@ -253,6 +253,10 @@ def of_migration(report: Report) -> Document:
     downtimes: dict[str, tuple[float | None, ...]] = {
         "expected": tuple(None if one.expected_downtime is None else one.expected_downtime * 1e3 for one in passes)
     }
+    if any(one.forecast is not None for one in passes):
+        downtimes["forecast"] = tuple(
+            None if one.forecast is None else one.forecast.downtime.value * 1e3 for one in passes
+        )
     if report.downtime is not None:
         downtimes["measured"] = (*(None for _ in passes[1:]), report.downtime * 1e3)
     limit = ("limit", report.limit * 1e3) if report.limit else None
@@ -290,7 +294,13 @@ def of_migration(report: Report) -> Document:
 
 
 def _passes(report: Report) -> Table:
-    rows = [one.to_dict() for one in report.passes]
+    rows = []
+    for one in report.passes:
+        row = one.to_dict()
+        found = row.pop("forecast", None)
+        if found is not None:
+            row |= {f"forecast {name}": found[name]["value"] for name in ("total-time", "downtime")}
+        rows.append(row)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = tuple(tuple(str(row.get(key, "")) for key in keys) for row in rows)
     return Table("The passes as in JSON: bytes, bytes a second, ms, and numbers of pages", tuple(keys), cells)

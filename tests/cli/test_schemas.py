@@ -15,6 +15,7 @@ from synthetic import DBM, S2AP_W, Geometry, Tables
 
 from hwdbm import races
 from hwdbm.cli.app import app
+from hwdbm.forecast import geometric
 from hwdbm.machine import Machine
 from hwdbm.memslot import Memslot
 from hwdbm.migration.report import Pass, Report
@@ -126,6 +127,7 @@ def test_migrate_and_receive(run) -> None:
     # What a migration of this kind can't show: a failure, a throttled guest, a real one.
     rare = Report(4096, 1 << 20, 0.3, status="failed", error="gone", handover_unknown=True, guest_resumed=False)
     rare.passes = [Pass(1, 256, 1 << 20, expected_downtime=0.4, throttle=20, paused=0.5)]
+    rare.passes[0].forecast = geometric(1000, 50, 100, 2)
     check("migrate", migrated.out, json.dumps(rare.to_dict()))
     check("receive", received, json.dumps(json.loads(received) | {"guest-resumed": True}))
 

@@ -1,9 +1,14 @@
 """What a migration that doesn't converge says would have helped."""
 
-import pytest
+import re
 
-from hwdbm.migration import Settings
+import pytest
+from migrationvm import FakeVm
+
+from hwdbm.forecast import RULES, Verdict
+from hwdbm.migration import ConvergenceError, Precopy, Settings, migrate
 from hwdbm.migration.converge import Progress
+from hwdbm.vm import PlainGuest
 
 MIB = 1 << 20
 
@@ -25,3 +30,49 @@ def test_what_would_have_done(limit, said):
         f"which takes 500 ms, and {said}"
     )
     assert (progress.best, progress.flat) == (3, 1)
+
+
+def test_the_forecast_is_renewed_at_each_pass(inside) -> None:
+    """A guest that writes all of its memory, over a link that needs longer for it than is allowed."""
+    with FakeVm(pause_every=0) as vm:
+        vm.resume()
+        other = inside(PlainGuest)
+        told = []
+        settings = Settings(max_downtime=0.05, bandwidth=20e6, max_iterations=2, on_limit="pause", verify=False)
+        report = migrate(
+            vm, other.channel, settings, on_progress=lambda r: told.append(r.passes[-1].forecast if r.passes else None)
+        )
+        other.join()
+    later = [one for one in report.passes[1:-1] if one.time > 0.3]  # where a pass takes long, a forecast is worth it
+    assert later
+    assert all(one.forecast is not None for one in later)
+    assert report.passes[0].forecast is None
+    assert "forecast" in later[0].to_dict()
+    assert any(each is not None for each in told)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "ours"])
+def test_rules_of_others_pause_a_guest_that_fits(inside, rule: str) -> None:
+    with FakeVm(pause_every=0.01) as vm:
+        vm.resume()
+        other = inside(PlainGuest)
+        report = migrate(vm, other.channel, Settings(max_downtime=2, rule=rule))
+        other.join()
+    assert report.status == "completed"
+    assert report.converged
+
+
+def test_a_rule_gives_up(inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(samples, *, max_downtime):
+        assert [each.iteration for each in samples] == list(range(1, len(samples) + 1))
+        assert max_downtime == 0.3
+        return Verdict("abort" if len(samples) > 3 else "continue", "so it is", throttle=20)
+
+    monkeypatch.setitem(RULES, "qemu", never)
+    with FakeVm(pause_every=0.01) as vm:
+        vm.resume()
+        precopy = Precopy(vm, inside(PlainGuest).channel, Settings(rule="qemu"))
+        with pytest.raises(ConvergenceError, match=re.escape("by the rule qemu: so it is (in 3 passes)")):
+            precopy.run()
+        assert vm.running
+    assert [one.throttle for one in precopy.report.passes] == [0, 20, 20, 20]

@@ -43,6 +43,7 @@ from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
 from hwdbm.cli.streams import note, result, width
 from hwdbm.files import NewFile, open_regular
+from hwdbm.forecast import RULES, Estimate
 from hwdbm.image.raw import check_raw
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
@@ -103,6 +104,12 @@ def _bandwidth(text: str) -> int:
     if not value:
         raise ValueError("a bandwidth is more than 0 bytes a second")
     return value
+
+
+def _rule(text: str) -> str:
+    if text not in RULES:
+        raise ValueError(f"{text!r} is none of {', '.join(RULES)}")
+    return text
 
 
 def migrate(
@@ -211,6 +218,17 @@ def migrate(
             "long as it takes.",
         ),
     ] = OnLimit.ABORT,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule",
+            parser=options.parser(_rule),
+            autocompletion=options.words(RULES),
+            metavar="NAME",
+            help=f"The rule that says when to pause the guest and when to give up: {', '.join(RULES)}; see 'hwdbm plan "
+            "--rules'.",
+        ),
+    ] = None,
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="Slow the guest down where it writes more than is sent.")
     ] = False,
@@ -271,7 +289,14 @@ def migrate(
     guest.refuse("with --on-limit wait", {"--max-iterations": max_iterations is not None and on_limit is OnLimit.WAIT})
     guest.refuse("with --memory-image", {"--filled": filled is not None and memory_image is not None})
     guest.refuse("without --replay", {"--interval": interval is not None and replay is None})
-    settings = Settings(max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value)
+    if rule not in {None, "ours"}:
+        guest.refuse(f"with --rule {rule}", {
+            "--max-iterations": max_iterations is not None, "--auto-converge": auto_converge,
+            "--on-limit": on_limit is not OnLimit.ABORT,
+        })  # fmt: skip
+    settings = Settings(
+        max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value, rule or "ours"
+    )
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     guest.check_room(memory)
     if memory_image is not None:
@@ -569,10 +594,25 @@ def _lines() -> Callable[[Report], None]:
         expected = "" if one.expected_downtime is None else f", expected downtime {one.expected_downtime * 1e3:,.0f} ms"
         note(
             f"{_state(report)} for {report.total_time:.0f} s: pass {one.number}, {mebibytes(one.remaining)} dirty, "
-            f"{mebibytes(report.remaining)} to go{expected}"
+            f"{mebibytes(report.remaining)} to go{expected}; {_foreseen(report) or 'no forecast yet'}"
         )
 
     return tell
+
+
+def _foreseen(report: Report) -> str:
+    """Return the last forecast in a line; an empty one before there is any."""
+    found = next((one.forecast for one in reversed(report.passes) if one.forecast is not None), None)
+    if found is None:
+        return ""
+
+    def span(each: Estimate, scale: float, digits: int) -> str:
+        return f"{each.value * scale:,.{digits}f} ({each.low * scale:,.{digits}f} to {each.high * scale:,.{digits}f})"
+
+    total, down = span(found.total_time, 1, 1), span(found.downtime, 1e3, 0)
+    if not found.converges:
+        return f"forecast: no convergence; given up after {total} s"
+    return f"forecast: {total} s in all, downtime {down} ms"
 
 
 def _state(report: Report) -> str:
@@ -582,7 +622,14 @@ def _state(report: Report) -> str:
 
 def _picture(report: Report, width: int) -> Table:
     wide = width >= 76
-    table = Table(title=f"{_state(report)}, {report.total_time:.1f} s", title_justify="left", box=None, padding=(0, 1))
+    table = Table(
+        title=f"{_state(report)}, {report.total_time:.1f} s",
+        title_justify="left",
+        caption=_foreseen(report) or None,
+        caption_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
     for head in ("pass", "dirty\nMiB", "to go\nMiB", "dirtied\nMiB/s", "sent\nMiB/s", "downtime\nms", ""):
         if wide or head not in {"dirtied\nMiB/s", ""}:
             table.add_column(head, justify="right", no_wrap=True)

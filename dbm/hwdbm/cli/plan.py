@@ -45,7 +45,8 @@ Examples:
   statistics, Cloud Hypervisor's progress, or ours:
 
 \b
-    hwdbm migrate --memory 32M --bandwidth 50M --json >samples.json
+    hwdbm migrate --memory 16M --rate 500 --bandwidth 50M --json
+        >samples.json
     hwdbm plan --samples samples.json --max-downtime 100
 """
 

@@ -19,6 +19,7 @@ _RECENT = 16  # passes that are looked at: what the guest did long ago says litt
 _OLD = 0.85  # weight of a pass against that of the one after it
 _FLOOR = 0.05  # of what was dirtied: no fit is better than that
 _PERIODS = 40  # values of the hot set's period that are tried
+_TIE = 0.002  # errors that differ by less don't differ
 _ALIKE = 1.5  # times the best fit's error: what may be true as well
 
 
@@ -110,9 +111,10 @@ def fit(periods: Floats, sizes: Floats, total: float) -> list[Model]:
         model = Model(hot, float(tau), cold)
         off = np.array([model.dirtied(period) for period in periods]) / sizes - 1
         tried.append((float(np.average(np.abs(off), weights=weight)), model, off))
-    tried.sort(key=lambda each: each[0])
-    limit = max(tried[0][0], _FLOOR / 2) * _ALIKE
-    fitting = [each for each in tried if each[0] <= limit]
+    least = min(error for error, *_ in tried)
+    fitting = [each for each in tried if each[0] <= max(least, _FLOOR / 2) * _ALIKE]
+    equal = [each for each in tried if each[0] <= least + _TIE]  # of two passes, many periods say the same
+    tried = [equal[len(equal) // 2]]
     # Of those that fit, the ends: the quickest and the slowest hot set.
     ends = [min(fitting, key=lambda each: each[1].tau), max(fitting, key=lambda each: each[1].tau)]
     chosen = [tried[0], *(each for each in ends if each is not tried[0])]
@@ -124,23 +126,20 @@ def _two(
     total: float,
 ) -> tuple[float, float]:  # fmt: skip
     """Return the two coefficients of 0 or more with the least relative error, of which single outliers say little."""
-    a = np.stack((hot, cold), axis=1) / sizes[:, None]
-    best: Floats = np.zeros(2)
-    robust: Floats = np.ones(len(sizes))
-    for _ in range(8):
-        scale = np.sqrt(weight * robust)
-        rows, goal = a * scale[:, None], scale
-        options: list[Floats] = [np.zeros(2)]
-        both, *_rest = np.linalg.lstsq(rows, goal, rcond=None)
-        options += [both] if (both >= 0).all() else []
-        for i in range(2):
-            norm = float(rows[:, i] @ rows[:, i])
-            alone = np.zeros(2)
-            alone[i] = max(float(rows[:, i] @ goal) / norm, 0.0) if norm else 0.0
-            options.append(alone)
-        best = min(options, key=lambda x: float(np.sum((rows @ x - goal) ** 2)))
-        robust = 1 / np.maximum(np.abs(a @ best - 1), 0.02)
-    return min(float(best[0]), total), float(best[1])
+    x, y = hot / sizes, cold / sizes
+    robust: Floats = weight
+    one = two = 0.0
+    for _ in range(6):
+        # The normal equations of two unknowns; where one of them were negative, it is 0.
+        xx, xy, yy = float(robust @ (x * x)), float(robust @ (x * y)), float(robust @ (y * y))
+        gx, gy = float(robust @ x), float(robust @ y)
+        det = xx * yy - xy * xy
+        one, two = ((gx * yy - gy * xy) / det, (gy * xx - gx * xy) / det) if det > 1e-12 * xx * yy else (-1.0, 0.0)
+        if one < 0 or two < 0:
+            alone = (max(gx / xx, 0.0) if xx else 0.0, 0.0), (0.0, max(gy / yy, 0.0) if yy else 0.0)
+            one, two = min(alone, key=lambda c: float(robust @ (c[0] * x + c[1] * y - 1) ** 2))
+        robust = weight / np.maximum(np.abs(one * x + two * y - 1), 0.02)
+    return min(one, total), two
 
 
 class ModelWrites:

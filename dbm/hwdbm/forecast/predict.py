@@ -347,11 +347,10 @@ def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: i
 
     best = models[0]
     forecast = _forecast_of(guest(best), plan, [0.0], needs=needs)
-    wide = [_forecast_of(guest(model), plan, [0.0], needs=False) for model in models[1:]]
-    wide += [
-        _forecast_of(guest(best, max(1 + side * _LIKELY * best.error, 0.05)), plan, [0.0], needs=False)
-        for side in (-1, 1)
-    ]
+    others = [guest(model) for model in models[1:]]
+    others += [guest(best, max(1 + side * _LIKELY * best.error, 0.05)) for side in (-1, 1)]
+    still = replace(plan, terms=replace(plan.terms, spread=0.0))
+    wide = [_forecast_of(other, still, [0.0], needs=False) for other in others]
     alike = [forecast, *(each for each in wide if each.converges == forecast.converges)]
 
     def wider(name: str) -> Estimate:

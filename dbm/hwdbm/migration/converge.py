@@ -5,6 +5,7 @@ from math import ceil
 from typing import Literal, get_args
 
 from hwdbm import check
+from hwdbm.forecast import RULES
 
 OnLimit = Literal["abort", "wait", "pause"]
 _PROGRESS = 0.95  # of what remained: less is progress
@@ -30,6 +31,9 @@ class Settings:
     on_limit : {"abort", "wait", "pause"}
         The action if the rest doesn't fit into `max_downtime`: end the migration with `ConvergenceError`, go on until
         it does or is cancelled, or pause the guest for as long as it takes.
+    rule : str
+        The name of one of `hwdbm.forecast.RULES`, which says when the guest is paused and when the migration is given
+        up. With another one than "ours", `max_iterations`, `on_limit` and `auto_converge` have no effect.
 
     Raises
     ------
@@ -45,6 +49,7 @@ class Settings:
     auto_converge: bool = False
     verify: bool = True
     on_limit: OnLimit = "abort"
+    rule: str = "ours"
 
     def __post_init__(self) -> None:
         self._set("max_downtime", check.real(self.max_downtime, "max_downtime", 0))
@@ -54,6 +59,7 @@ class Settings:
         self._set("auto_converge", check.flag(self.auto_converge, "auto_converge"))
         self._set("verify", check.flag(self.verify, "verify"))
         check.one_of(self.on_limit, get_args(OnLimit), "on_limit")
+        check.one_of(self.rule, RULES, "rule")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

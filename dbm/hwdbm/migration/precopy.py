@@ -23,10 +23,12 @@ from hwdbm.errors import (
     DigestError,
     HandoverError,
     PeerError,
+    SampleError,
     StaleLeaseError,
     StreamError,
     printable,
 )
+from hwdbm.forecast import RULES, Sample, from_samples
 from hwdbm.forecast.rules import Throttle
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
@@ -42,6 +44,7 @@ _TELL = 0.1  # seconds between two calls of on_progress
 _POPULATE = 128 << 20  # bytes a second that a destination gets its memory ready at, or faster
 _DIGEST = 4  # times as long as here that the digest may take at the destination
 _DYING = 2.0  # seconds between the end of a process's sockets and its own
+_WORTH = 5  # times as long as the last forecast took that a pass must take for another
 _OVERTIME = 0.5  # seconds over the downtime's limit, after which the guest goes on for another pass
 
 _log = logging.getLogger(__name__)
@@ -124,6 +127,8 @@ class Precopy:
         self.report = Report(source.page_size, self._layout.total, settings.max_downtime)
         self._throttle, self._progress = Throttle(), Progress(settings)
         self._client: Client | None = None  # until there is one the source is another migration's, perhaps
+        self._samples: list[Sample] = []
+        self._forecast_cost = 0.0  # seconds that the last forecast took
         self._lent: list[Pages] = []
         self._collected = self._told = 0.0
         self._paused: float | None = None  # since when the guest stands still for the last pass
@@ -198,6 +203,7 @@ class Precopy:
                 running = self._source.running
             if running and not self._enough(one):
                 self._slow_down(one, self.report.passes[-2])
+                self._foresee(one)
                 self._send(one, pages, last=False)
                 continue
             self.report.converged |= not self._ran
@@ -225,6 +231,7 @@ class Precopy:
         one = Pass(1, 0, 0)
         self._describe(one, pages)
         self.report.passes.append(one)
+        self._sample(one)
         self._send(one, pages, last=False)
 
     def _collect(self) -> dict[int, DirtyBitmap]:
@@ -256,7 +263,44 @@ class Precopy:
             one.expected_downtime = one.remaining / bandwidth
         self.report.passes.append(one)
         self._progress.add(one.number, one.remaining, one.expected_downtime)
+        self._sample(one)
         return one
+
+    def _sample(self, one: Pass) -> None:
+        """Take note of what is known when a pass begins."""
+        report = self.report
+        self._samples.append(
+            Sample(
+                time.perf_counter() - self._start,
+                one.number,
+                one.remaining,
+                report.total,
+                self._channel.sent,
+                None if one.number == 1 else self._bandwidth(),
+                None if one.number == 1 else one.dirty_rate,
+                report.duplicate,
+                report.page_size,
+                self._settings.max_downtime,
+                one.throttle,
+                source="hwdbm",
+            )
+        )
+
+    def _foresee(self, one: Pass) -> None:
+        """Renew the forecast, unless that takes a good part of the pass: the guest writes meanwhile."""
+        if (one.expected_downtime or 0.0) < _WORTH * self._forecast_cost:
+            return
+        began, settings = time.perf_counter(), self._settings
+        with contextlib.suppress(SampleError):  # they say too little
+            one.forecast = from_samples(
+                self._samples,
+                max_downtime=settings.max_downtime,
+                max_iterations=settings.max_iterations,
+                on_limit=settings.on_limit,
+                auto_converge=settings.auto_converge,
+                needs=False,
+            )
+        self._forecast_cost = time.perf_counter() - began
 
     def _describe(self, one: Pass, pages: dict[int, DirtyBitmap]) -> None:
         one.dirty = sum(bitmap.weight() for bitmap in pages.values())
@@ -277,6 +321,8 @@ class Precopy:
 
     def _enough(self, one: Pass) -> bool:
         """Return whether the guest is to be paused now."""
+        if self._settings.rule != "ours":
+            return self._ruled(one)
         if one.expected_downtime is not None and one.expected_downtime <= self._settings.max_downtime:
             self.report.converged = True
             return True
@@ -286,8 +332,19 @@ class Precopy:
             return True
         raise ConvergenceError(f"{self._progress.why()} (in {len(self.report.passes) - 1} passes)")
 
+    def _ruled(self, one: Pass) -> bool:
+        """Return what a rule of others says, and do the rest of it."""
+        verdict = RULES[self._settings.rule](self._samples, max_downtime=self._settings.max_downtime)
+        if verdict.action == "abort":
+            raise ConvergenceError(f"by the rule {self._settings.rule}: {verdict.why} (in {one.number - 1} passes)")
+        self.report.converged = verdict.action == "switch"
+        if verdict.throttle is not None and verdict.throttle != one.throttle:
+            one.throttle = self._throttle.percent = verdict.throttle
+            self._source.throttle(verdict.throttle)
+        return self.report.converged
+
     def _slow_down(self, one: Pass, before: Pass) -> None:
-        if self._settings.auto_converge:
+        if self._settings.auto_converge and self._settings.rule == "ours":
             percent = self._throttle.next(one.remaining, before.transferred)
             if percent != one.throttle:
                 one.throttle = percent

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.forecast import Forecast
 
 _CELLS = 512
 """Cells that all memory is folded into, at most, for the map of a pass."""
@@ -44,6 +45,9 @@ class Pass:
         Seconds that the guest stood still in it, and then went on because that took too long.
     cells : (n,) float32 array
         The dirty part of each cell of memory, 0 to 1.
+    forecast : Forecast, optional
+        What the whole migration takes, as far as its passes say when this one begins: from the second one on, where a
+        pass takes so long that it is worth it.
     """
 
     number: int
@@ -60,6 +64,7 @@ class Pass:
     zero_time: float = 0.0
     paused: float = 0.0
     cells: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), repr=False)
+    forecast: Forecast | None = field(default=None, repr=False)
 
     @property
     def bandwidth(self) -> float:
@@ -82,6 +87,8 @@ class Pass:
             record["cpu-throttle-percentage"] = self.throttle
         if self.paused:
             record["paused-time"] = _ms(self.paused)
+        if self.forecast is not None:
+            record["forecast"] = self.forecast.to_dict()
         return record | {
             "normal": self.normal,
             "duplicate": self.duplicate,
