@@ -52,6 +52,7 @@ COMMANDS = [
     ["bench"],
     ["migrate"],
     ["plan"],
+    ["watch"],
     ["receive"],
     ["fleet"],
     ["races"],

@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import typer
+from qmptools import ANSWERS, Monitor
 from synthetic import DBM, S2AP_W, Geometry, Tables
 
 from hwdbm import races
@@ -141,6 +142,12 @@ def test_plan(run, tmp_path: Path) -> None:
     found = run("plan", tmp_path / "trace", "--bandwidth", "1M", "--rules", "--json")
     assert found.status == 0
     check("plan", found.out)
+
+
+def test_watch(run, tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "qmp", [*ANSWERS])
+    check("watch", *run("watch", "--qmp", monitor.path, "--interval", "0.001", "--json").out.splitlines())
+    monitor.close()
 
 
 def test_rebase(run, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ TASKS: dict[str, dict[str, Entry]] = {
         "record": Entry("Record which pages a VM writes in each interval, into a trace."),
         "trace": Entry("Show what write traces say.", _group),
         "plan": Entry("Forecast whether a migration will converge, what it will take, and what it would need."),
+        "watch": Entry("Watch a QEMU that migrates, and renew the forecast at each pass."),
         "fleet": Entry("Drain a host or a rack: order, concurrency and shares of the links, by forecast."),
     },
     "Keep a VM in files": {

@@ -1,0 +1,123 @@
+"""``hwdbm watch``: a monitor that is only read, and a real QEMU that migrates."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from qmptools import ANSWERS, MIB, Monitor, active
+
+READS = {"qmp_capabilities", "query-migrate", "query-migrate-parameters", "query-status"}
+
+
+@pytest.fixture
+def monitor(tmp_path: Path):
+    made = []
+
+    def make(answers, **more) -> Monitor:
+        made.append(Monitor(tmp_path / "qmp", answers, **more))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_migration_is_watched_to_its_end(run, monitor) -> None:
+    server = monitor([*ANSWERS])
+    result = run("watch", "--qmp", server.path, "--interval", "0.001", "--json")
+    assert (result.status, result.err) == (0, "")
+    *forecasts, end = (json.loads(line) for line in result.out.splitlines())
+    assert [each["pass"] for each in forecasts] == [2, 3]  # one a pass, and not one a look
+    assert forecasts[1]["forecast"]["converges"]
+    assert 11_600 < forecasts[1]["forecast"]["total-time"]["value"] < 12_500
+    assert end == {"status": "completed", "total-time": 11_900, "downtime": 170}
+    assert set(server.asked) <= READS
+
+
+def test_as_text(run, monitor) -> None:
+    result = run("watch", "--qmp", monitor([*ANSWERS]).path, "--interval", "0.001")
+    first, second, end = result.out.splitlines()
+    assert first.startswith("pass 2 after 10.8 s, 80.0 MiB left: ")
+    assert " s in all, downtime " in second
+    assert end == "completed: total-time 11,900 ms, downtime 170 ms"
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_one_that_fails(run, monitor, status: str) -> None:
+    end = {"status": status, "error-desc": "no route"}
+    result = run("watch", "--qmp", monitor([*ANSWERS[:4], end]).path, "--interval", "0.001")
+    assert result.status == 1
+    assert result.err == f"hwdbm: the migration {status}: no route\n"
+
+
+def test_one_that_does_not_converge_is_explained(run, monitor) -> None:
+    flat = [active(10_000 + 2000 * i, i + 1, 200 * MIB) for i in range(5)]
+    end = {"status": "completed", "total-time": 21_000, "downtime": 2000}
+    result = run("watch", "--qmp", monitor([*flat, end]).path, "--interval", "0.001", "--max-downtime", "100")
+    assert "it doesn't converge" in result.out
+    assert "It would converge with" in " ".join(result.out.split())
+
+
+def test_another_migration_begins(run, monitor) -> None:
+    answers = [*ANSWERS[2:6], active(50, 1, 1 << 30), *ANSWERS[4:]]
+    result = run("watch", "--qmp", monitor(answers).path, "--interval", "0.001", "--json")
+    assert [json.loads(line).get("pass") for line in result.out.splitlines()] == [2, 2, 3, None]
+
+
+@pytest.mark.parametrize(
+    ("answers", "more", "said"),
+    [
+        ([{}], {}, "no migration began within 0 s"),
+        ([None], {}, "QEMU closed its monitor"),
+        (["nonsense"], {}, "b'nonsense' is no JSON object"),
+        (['{"error": {"desc": "no"}}'], {}, "query-migrate: {'desc': 'no'}"),
+        ([{}], {"greeting": "{}"}, "it doesn't greet as a QMP monitor does"),
+        ([active(5, 1, -4096)], {}, "remaining is a number of 0 or more, not -4096"),
+    ],
+)
+def test_what_goes_wrong(run, monitor, answers, more, said: str) -> None:
+    result = run("watch", "--qmp", monitor(answers, **more).path, "--wait", "0", "--interval", "0.001")
+    assert (result.status, result.out) == (1, "")
+    assert said in result.err
+
+
+def test_there_is_no_monitor(run, tmp_path: Path) -> None:
+    result = run("watch", "--qmp", tmp_path / "none")
+    assert (result.status, result.out) == (1, "")
+    assert "none: No such file or directory" in result.err
+    assert run("watch", "--qmp", tmp_path / "none", "--interval", "0").status == 2
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="there is no qemu-system-x86_64")
+def test_a_real_qemu(run, tmp_path: Path) -> None:
+    """It sends its memory to nowhere, at 8 MiB/s; nothing runs in it, so the first pass is nearly all."""
+    command = ["qemu-system-x86_64", "-S", "-m", "32", "-display", "none", "-nodefaults", "-accel", "tcg"]
+    command += [each for name in ("watch", "own") for each in ("-qmp", f"unix:{tmp_path / name},server=on,wait=off")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as qemu:
+        try:
+            until = time.monotonic() + 20
+            while not (tmp_path / "own").exists() or not (tmp_path / "watch").exists():
+                assert qemu.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            with socket.socket(socket.AF_UNIX) as own, own.makefile("rw") as file:
+                own.connect(str(tmp_path / "own"))
+                for name, arguments in (
+                    ("qmp_capabilities", {}),
+                    ("migrate-set-parameters", {"max-bandwidth": 8 * MIB}),
+                    ("migrate", {"uri": "exec:cat >/dev/null"}),
+                ):
+                    print(json.dumps({"execute": name, "arguments": arguments}), file=file, flush=True)
+                    while "return" not in json.loads(file.readline()):
+                        pass
+                result = run("watch", "--qmp", tmp_path / "watch", "--interval", "0.05", "--json")
+        finally:
+            qemu.kill()
+    assert (result.status, result.err) == (0, "")
+    end = json.loads(result.out.splitlines()[-1])
+    assert end["status"] == "completed"
+    assert end["total-time"] > 0
