@@ -1,7 +1,8 @@
-"""Reports of migrations, harvests and snapshots: one HTML file each, with pictures and the numbers behind them.
+"""Reports of migrations, forecasts, harvests and snapshots: one HTML file each, pictures and the numbers behind them.
 
-A file links to nothing, runs nothing, and can be printed. It is made of few parts: facts, `Chart`, `DirtyMap` and
-`Table`. A chart or a map is drawn as SVG, and its numbers are given as a table below it, so that the two can't differ.
+A file links to nothing, and can be printed. It is made of few parts: facts, `Chart`, `Dial`, `DirtyMap` and `Table`. A
+chart or a map is drawn as SVG, and its numbers are given as a table below it, so that the two can't differ. Nothing
+runs in it but the few lines that move a `Dial`, which is legible without them.
 """
 
 import html
@@ -17,16 +18,22 @@ from numpy.typing import NDArray
 
 from hwdbm import files
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.forecast import Estimate, Forecast, Sample
+from hwdbm.forecast.sweep import Sweep
 from hwdbm.granule import size_name
 from hwdbm.image.harvest import Found
 from hwdbm.migration.report import Report, folded, mib
+from hwdbm.trace import Analysis
 
 __all__ = [
     "Chart",
+    "Dial",
     "DirtyMap",
     "Document",
+    "Place",
     "SnapshotFile",
     "Table",
+    "of_forecast",
     "of_harvest",
     "of_migration",
     "of_snapshots",
@@ -115,6 +122,81 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """What a `Dial` shows at one of its places.
+
+    Parameters
+    ----------
+    label : str
+        The place: "300 ms".
+    says : str
+        What it shows, in a sentence.
+    limit : float
+        A line across.
+    values : tuple of float
+        A number for each x.
+    good : tuple of bool
+        Whether that is one of the good ones.
+    """
+
+    label: str
+    says: str
+    limit: float
+    values: tuple[float, ...]
+    good: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A curve over a number, one for each place of a dial that can be moved. Both scales are logarithmic.
+
+    Parameters
+    ----------
+    title : str
+        What it shows.
+    unit, over, dial : str
+        The unit of the numbers, what x is, and what the dial is.
+    good, bad : str
+        What the two kinds of points are.
+    x : tuple of float
+        Ascending, above 0.
+    places : tuple of Place
+        At least one.
+    chosen : int
+        The place that is shown at first, on paper, and where nothing can be moved.
+    """
+
+    title: str
+    unit: str
+    over: str
+    dial: str
+    good: str
+    bad: str
+    x: tuple[float, ...]
+    places: tuple[Place, ...]
+    chosen: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chosen < len(self.places):
+            raise ValueError(f"place {self.chosen} of {len(self.places)}")
+        for place in self.places:
+            if not len(place.values) == len(place.good) == len(self.x):
+                raise ValueError(f"{place.label!r} has {len(place.values)} numbers for {len(self.x)} of x")
+
+    def table(self) -> Table:
+        """Return the numbers of all places."""
+        heads = (self.over, *(f"{place.label} ({self.unit})" for place in self.places))
+        rows = [
+            (
+                _number(x),
+                *(f"{_number(place.values[at])}{'' if place.good[at] else f', {self.bad}'}" for place in self.places),
+            )
+            for at, x in enumerate(self.x)
+        ]
+        return Table("", heads, tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
 class DirtyMap:
     """A picture of which memory was dirty: a row of cells for each label, each as dark as its dirty part.
 
@@ -149,6 +231,9 @@ class DirtyMap:
         return Table("", heads, tuple(rows))
 
 
+Part = Chart | Dial | DirtyMap | Table
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A report.
@@ -159,7 +244,7 @@ class Document:
         Its heading.
     facts : mapping of str to str
         Names and values, in this order.
-    parts : tuple of Chart, DirtyMap or Table
+    parts : tuple of Chart, Dial, DirtyMap or Table
         In this order.
     failure : str
         What went wrong, if anything did.
@@ -169,7 +254,7 @@ class Document:
 
     title: str
     facts: Mapping[str, str]
-    parts: tuple[Chart | DirtyMap | Table, ...]
+    parts: tuple[Part, ...]
     failure: str = ""
     note: str = ""
 
@@ -188,6 +273,7 @@ class Document:
             facts=f"<dl>{facts}</dl>" if facts else "",
             note=f"<p>{_e(self.note)}</p>" if self.note else "",
             parts="\n".join(_part(part, number) for number, part in enumerate(self.parts)),
+            script=_SCRIPT if any(isinstance(part, Dial) for part in self.parts) else "",
         )
 
 
@@ -260,7 +346,7 @@ def of_migration(report: Report) -> Document:
     if report.downtime is not None:
         downtimes["measured"] = (*(None for _ in passes[1:]), report.downtime * 1e3)
     limit = ("limit", report.limit * 1e3) if report.limit else None
-    parts: list[Chart | DirtyMap | Table] = []
+    parts: list[Part] = []
     if passes:
         parts = [
             Chart("The memory of each pass", "MiB", "pass", labels, amounts),
@@ -306,6 +392,106 @@ def _passes(report: Report) -> Table:
     return Table("The passes as in JSON: bytes, bytes a second, ms, and numbers of pages", tuple(keys), cells)
 
 
+def of_forecast(
+    name: str,
+    found: Forecast,
+    sweep: Sweep,
+    passes: Sequence[Sample],
+    asked: Mapping[str, str],
+    analysis: Analysis | None = None,
+) -> Document:
+    """Return the report of a forecast: downtime against bandwidth at several limits, the passes, and the write map.
+
+    Parameters
+    ----------
+    name : str
+        The trace's, or that of the samples.
+    found : Forecast
+        At the bandwidth and the limit that were asked for.
+    sweep : Sweep
+        At others.
+    passes : sequence of Sample
+        What was left at each harvest.
+    asked : mapping of str to str
+        What was asked for: names and values.
+    analysis : Analysis, optional
+        What the trace says, if there is one.
+    """
+
+    def wide(estimate: Estimate, scale: float, unit: str) -> str:
+        value, low, high = (_number(each * scale) for each in (estimate.value, estimate.low, estimate.high))
+        return f"{value} {unit}".strip() + f" ({low} to {high})"
+
+    facts = {
+        **asked,
+        "converges": "yes" if found.converges else "no",
+        "passes": wide(found.passes, 1, ""),
+        "total time": wide(found.total_time, 1, "s"),
+        "downtime": wide(found.downtime, 1e3, "ms"),
+        "sent": wide(found.transferred, 1 / _MIB, "MiB"),
+    }
+    if found.needs.bandwidth is not None:
+        facts["bandwidth that would do"] = f"{_number(found.needs.bandwidth / _MIB)} MiB/s"
+    if found.needs.max_downtime is not None:
+        facts["limit of downtime that would do"] = f"{_number(found.needs.max_downtime * 1e3)} ms"
+    parts: list[Part] = [_downtimes(sweep)]
+    labels = tuple(_number(each / _MIB) for each in sweep.bandwidths)
+    row = sweep.forecasts[sweep.chosen]
+    times = {"total time": tuple(each.total_time.value for each in row)}
+    parts.append(Chart("Total time at the limit", "s", "bandwidth (MiB/s)", labels, times, lines=True, log=True))
+    if passes:
+        first = list({each.iteration: each for each in reversed(passes)}.values())[::-1]
+        numbers = tuple(str(each.iteration) for each in first)
+        amounts = {"left": tuple(each.remaining / _MIB for each in first)}
+        parts.append(Chart("What is left at the beginning of each pass", "MiB", "pass", numbers, amounts))
+        rows = tuple(
+            (
+                str(each.iteration), f"{each.time * 1e3:,.0f}", f"{each.remaining / _MIB:,.2f}",
+                "" if each.dirty_rate is None else f"{each.dirty_rate / _MIB:,.2f}",
+            )
+            for each in first
+        )  # fmt: skip
+    if analysis is not None and analysis.map.size:
+        edges = analysis.map_times.tolist()
+        spans = [f"{start:.3g} to {stop:.3g} s" for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        cells = dict(zip(spans, analysis.map.astype(np.float32), strict=True))
+        parts.append(
+            DirtyMap("Which memory is written when, in an interval", "time", cells,
+                     dict.fromkeys(spans, analysis.npages * analysis.page_size))
+        )  # fmt: skip
+        periods = tuple(f"{each.seconds:.3g}" for each in analysis.periods)
+        distinct = {"written": tuple(each.pages * analysis.page_size / _MIB for each in analysis.periods)}
+        parts.append(Chart("Distinct memory written in a period", "MiB", "period (s)", periods, distinct, lines=True))
+    if passes:
+        parts.append(Table("The passes", ("pass", "begins after (ms)", "left (MiB)", "dirtied (MiB/s)"), rows))
+    return Document(
+        f"Forecast of {name}: it {'converges' if found.converges else 'does not converge'}",
+        facts,
+        tuple(parts),
+        "" if found.converges else "It doesn't converge.",
+        found.why,
+    )
+
+
+def _downtimes(sweep: Sweep) -> Dial:
+    places = []
+    for place, (limit, row) in enumerate(zip(sweep.limits, sweep.forecasts, strict=True)):
+        needs = sweep.needs(place)
+        label = f"{_number(limit * 1e3)} ms"
+        if needs is None:
+            says = f"With {label} allowed, it converges at none of these bandwidths."
+        elif needs == sweep.bandwidths[0]:
+            says = f"With {label} allowed, it converges at all of these bandwidths."
+        else:
+            says = f"With {label} allowed, it converges from {_number(needs / _MIB)} MiB/s on."
+        values = tuple(each.downtime.value * 1e3 for each in row)
+        places.append(Place(label, says, limit * 1e3, values, tuple(each.converges for each in row)))
+    return Dial(
+        "Downtime against bandwidth", "ms", "bandwidth (MiB/s)", "limit of downtime", "converges", "doesn't converge",
+        tuple(each / _MIB for each in sweep.bandwidths), tuple(places), sweep.chosen,
+    )  # fmt: skip
+
+
 def of_harvest(name: str, found: Found) -> Document:
     """Return the report of a harvest: its slots, which memory is dirty, and in what ranges.
 
@@ -344,7 +530,7 @@ def of_harvest(name: str, found: Found) -> Document:
         "mapped, clean": tuple(max(one.mapped - one.dirty, 0) * one.page_size / _MIB for one in slots),
         "not mapped": tuple((one.bitmap.npages - one.mapped) * one.page_size / _MIB for one in slots),
     }
-    parts: list[Chart | DirtyMap | Table] = [
+    parts: list[Part] = [
         Table("The slots", heads, tuple(rows)),
         Chart("The memory of each slot", "MiB", "slot", labels, states),
         DirtyMap(
@@ -449,7 +635,7 @@ def of_snapshots(title: str, chain: Sequence[SnapshotFile], failure: str = "") -
         "guest memory": f"{mib(chain[-1].size)} MiB",
         "data in all files": f"{mib(sum(one.data for one in chain))} MiB",
     }
-    parts: list[Chart | DirtyMap | Table] = [Chart("What each file holds", "MiB", "file", names, data), table]
+    parts: list[Part] = [Chart("What each file holds", "MiB", "file", names, data), table]
     if any(one.seconds is not None for one in chain):
         times = tuple(None if one.seconds is None else one.seconds * 1e3 for one in chain)
         parts.insert(1, Chart("How long each took", "ms", "file", names, {"time": times}))
@@ -475,9 +661,11 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _part(part: Chart | DirtyMap | Table, number: int) -> str:
+def _part(part: Part, number: int) -> str:
     if isinstance(part, Table):
         return f'<section class="wide"><h2>{_e(part.title)}</h2>{_table(part)}</section>'
+    if isinstance(part, Dial):
+        return _dial(part, number)
     draw = _chart(part) if isinstance(part, Chart) else _map(part)
     head = f'<h2 id="p{number}">{_e(part.title)}</h2>'
     svg = (
@@ -564,6 +752,75 @@ def _chart(chart: Chart) -> _Drawn:
         drawn.legend.append((f"{name}: {_number(value)} {chart.unit}", "limit"))
     drawn.path([(_LEFT, _BASE), (_RIGHT, _BASE)], "axis")
     return drawn
+
+
+_SCRIPT = """<script>
+for (const dial of document.querySelectorAll('.dial')) {
+  const input = dial.querySelector('input'), section = dial.closest('section');
+  dial.hidden = false;
+  input.addEventListener('input', () => {
+    for (const each of section.querySelectorAll('[data-at]'))
+      each.toggleAttribute('hidden', each.dataset.at !== input.value);
+    input.setAttribute('aria-valuetext', section.querySelector(`output[data-at="${input.value}"]`).textContent);
+  });
+}
+</script>"""
+"""Shows the place of each dial that its slider is at; the keyboard moves a slider by itself."""
+
+
+def _dial(dial: Dial, number: int) -> str:
+    """Return a dial: the curves of all its places, of which one is shown, and a slider for the script to use."""
+
+    def at(place: int) -> str:
+        return f'data-at="{place}"{"" if place == dial.chosen else " hidden"}'
+
+    values = [max(each, 0.0) for place in dial.places for each in (*place.values, place.limit)]
+    positive = [each for each in values if 0 < each < float("inf")] or [1.0]
+    low, high = min(positive) / 1.5, max(positive) * 1.5
+    left, right = dial.x[0] / 1.1, dial.x[-1] * 1.1
+
+    def up(value: float) -> float:
+        return _BASE - log10(min(max(value, low), high) / low) / log10(high / low) * (_BASE - _TOP)
+
+    def along(value: float) -> float:
+        return _LEFT + log10(value / left) / log10(right / left) * (_RIGHT - _LEFT)
+
+    drawn = _Drawn(_BASE + 40, f"{dial.unit} over {dial.over}. {dial.places[dial.chosen].says}")
+    for tick in _ticks(low, high, log=True):
+        drawn.path([(_LEFT, up(tick)), (_RIGHT, up(tick))], "grid")
+        drawn.text(_LEFT - 5, up(tick) + 4, _number(tick), "end")
+    for tick in _ticks(left, right, log=True):
+        drawn.text(along(tick), _BASE + 15, _number(tick))
+    drawn.text((_LEFT + _RIGHT) / 2, _BASE + 33, f"{dial.over} (up: {dial.unit})")
+    drawn.path([(_LEFT, _BASE), (_RIGHT, _BASE)], "axis")
+    for place, each in enumerate(dial.places):
+        drawn.shapes.append(f"<g {at(place)}>")
+        drawn.path([(_LEFT, up(each.limit)), (_RIGHT, up(each.limit))], "limit")
+        points = [(along(x), up(value)) for x, value in zip(dial.x, each.values, strict=True)]
+        drawn.path(points, "1")
+        for (x, y), good in zip(points, each.good, strict=True):
+            if good:
+                drawn.box(x - 2.5, y - 2.5, 5, 5, "1")
+            else:  # another shape, too, for those who don't see the colours
+                drawn.path([(x - 3, y - 3), (x + 3, y + 3)], "0")
+                drawn.path([(x - 3, y + 3), (x + 3, y - 3)], "0")
+        drawn.shapes.append("</g>")
+    legend = "".join(
+        f'<li><span class="k{kind}"></span>{_e(name)}</li>'
+        for name, kind in ((dial.good, "1"), (f"{dial.bad} (crosses)", "0"), (dial.dial, "limit"))
+    )
+    outputs = "".join(f"<output {at(place)}>{_e(each.label)}</output>" for place, each in enumerate(dial.places))
+    says = "".join(f"<p {at(place)}>{_e(each.says)}</p>" for place, each in enumerate(dial.places))
+    return (
+        f'<section class="whole"><h2 id="p{number}">{_e(dial.title)}</h2>'
+        f'<div class="dial" hidden><label for="i{number}">{_e(dial.dial)}:</label> {outputs}'
+        f'<input id="i{number}" type="range" min="0" max="{len(dial.places) - 1}" step="1" value="{dial.chosen}" '
+        f'aria-valuetext="{_e(dial.places[dial.chosen].label)}"></div><div aria-live="polite">{says}</div>'
+        f'<figure><svg viewBox="0 0 {_WIDE} {drawn.height}" role="img" aria-labelledby="p{number} d{number}">'
+        f'<desc id="d{number}">{_e(drawn.says)}</desc>{"".join(drawn.shapes)}</svg>'
+        f"<figcaption><ul>{legend}</ul></figcaption></figure>"
+        f"<details open><summary>The numbers</summary>{_table(dial.table())}</details></section>"
+    )
 
 
 def _ticks(low: float, high: float, *, log: bool) -> list[float]:

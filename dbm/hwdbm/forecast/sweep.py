@@ -1,0 +1,68 @@
+"""Forecasts at many bandwidths and limits of downtime, and the passes of one: what a report shows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hwdbm.forecast.outcome import Forecast
+from hwdbm.forecast.samples import Sample
+from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.terms import Terms
+from hwdbm.forecast.writes import TraceWrites, Writes
+
+_EACH_WAY = 8  # steps of half an octave from the bandwidth, down and up
+_LIMITS = 3  # steps of an octave from the limit, down and up
+_USUAL = 0.3  # seconds, where the limit is none that can be doubled
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a migration would take at other bandwidths and limits.
+
+    Parameters
+    ----------
+    bandwidths : tuple of float
+        Bytes a second, ascending.
+    limits : tuple of float
+        Seconds, ascending.
+    chosen : int
+        Which of the limits is the one that was asked for.
+    forecasts : tuple of tuples of Forecast
+        For each limit, one for each bandwidth.
+    """
+
+    bandwidths: tuple[float, ...]
+    limits: tuple[float, ...]
+    chosen: int
+    forecasts: tuple[tuple[Forecast, ...], ...]
+
+    def needs(self, place: int) -> float | None:
+        """Return the least of the bandwidths from which on all converge at a limit, bytes a second; None if none do."""
+        least = None
+        for bandwidth, forecast in zip(reversed(self.bandwidths), reversed(self.forecasts[place]), strict=True):
+            if not forecast.converges:
+                break
+            least = bandwidth
+        return least
+
+
+def sweep(forecast: Callable[[float, float], Forecast], bandwidth: float, limit: float) -> Sweep:
+    """Return forecasts at bandwidths from a 16th to 16 times as much, and limits from an 8th to 8 times as much.
+
+    Parameters
+    ----------
+    forecast : callable
+        Called with bytes a second and seconds of downtime.
+    bandwidth, limit : float
+        Those that were asked for: both are among them.
+    """
+    bandwidths = [max(bandwidth * 2 ** (step / 2), 1.0) for step in range(-_EACH_WAY, _EACH_WAY + 1)]
+    limits = sorted({limit, *((limit or _USUAL) * 2.0**step for step in range(-_LIMITS, _LIMITS + 1))})
+    found = tuple(tuple(forecast(each, at_most) for each in bandwidths) for at_most in limits)
+    return Sweep(tuple(bandwidths), tuple(limits), limits.index(limit), found)
+
+
+def passes(writes: Writes, bandwidth: float, limit: float, terms: Terms) -> tuple[Sample, ...]:
+    """Return the passes of a migration that begins with a trace: what is left at each harvest."""
+    guest = TraceWrites(writes)
+    on_limit = "wait" if terms.structure == "qemu" else "abort"
+    return run(guest, Course(terms, bandwidth, limit, on_limit=on_limit, horizon=guest.period)).samples
