@@ -23,12 +23,17 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
 
 from hwdbm import report
 from hwdbm.cli import example
+from hwdbm.forecast import QEMU, Forecast, replay
+from hwdbm.forecast.sweep import passes, sweep
 from hwdbm.image import open_image
 from hwdbm.image.harvest import Ask, harvest_slots
+from hwdbm.memslot import Memslot
 from hwdbm.migration.report import Pass, Report
+from hwdbm.trace import Writer, analyse, open_trace
 
 DOCS = Path(__file__).parent
 BUILT = Path(__file__).parents[1] / "build" / "docs"
@@ -295,6 +300,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             )
         )  # fmt: skip
     documents = {
+        "forecast": forecast(folder),
         "harvest": report.of_harvest("example:4k_ipa40", found),
         "migration": report.of_migration(moved),
         "snapshots": report.of_snapshots("Snapshots of guest.ram", taken),
@@ -304,7 +310,50 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in documents}
 
 
-@pytest.mark.parametrize("name", ["harvest", "migration", "snapshots"])
+def forecast(folder: Path) -> report.Document:
+    """Return the report of a guest that converges at some of the bandwidths."""
+    words = np.zeros((60, 1024), dtype=np.uint64)
+    words[:, :40] = ~np.uint64(0)
+    for at in range(60):
+        words[at, 100 + 5 * at : 108 + 5 * at] = ~np.uint64(0)
+    with Writer(folder / "trace", [Memslot(0, 0, 0x40000, 65536, 0)], 4096, interval=100) as writer:
+        for at, row in enumerate(words):
+            writer.append((at + 1) * 10**8, row)
+    trace = open_trace(folder / "trace")
+    found = replay(trace, bandwidth=25e6, terms=QEMU)
+
+    def one(bandwidth: float, limit: float) -> Forecast:
+        return replay(trace, bandwidth=bandwidth, max_downtime=limit, terms=QEMU, starts=1, needs=False)
+
+    asked = {"bandwidth": "23.8 MiB/s", "limit of downtime": "300 ms"}
+    sent = passes(trace, 25e6, 0.3, QEMU)
+    return report.of_forecast("a trace", found, sweep(one, 25e6, 0.3), sent, asked, analyse(trace, rows=24, cells=180))
+
+
+def test_the_limit_can_be_moved(reports: dict[str, Path], browser: webdriver.Chrome) -> None:
+    """By the keyboard; what is shown is the curve of that limit, and what is said of it."""
+    browser.get(reports["forecast"].as_uri())
+    shown = (
+        "return [...document.querySelectorAll('[data-at]')].filter(e => getComputedStyle(e).display !== 'none')"
+        ".map(e => [e.tagName.toLowerCase(), e.dataset.at])"
+    )
+    slider = browser.find_element("css selector", ".dial input")
+    assert slider.is_displayed()
+    assert sorted(browser.execute_script(shown)) == [["g", "3"], ["output", "3"], ["p", "3"]]
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert sorted(browser.execute_script(shown)) == [["g", "4"], ["output", "4"], ["p", "4"]]
+    assert slider.get_attribute("aria-valuetext") == "600 ms"
+    slider.send_keys(Keys.HOME)
+    said = browser.find_element("css selector", "p[data-at='0']")
+    assert said.is_displayed()
+    assert said.text.startswith("With 37.5 ms allowed")
+    media(browser, "print", "light")
+    assert not slider.is_displayed()
+    assert said.is_displayed()
+    media(browser, "", "")
+
+
+@pytest.mark.parametrize("name", ["forecast", "harvest", "migration", "snapshots"])
 def test_a_report(name: str, reports: dict[str, Path], browser: webdriver.Chrome) -> None:
     """It fits a wide screen, a narrow one and paper, can be read in light and dark, and asks for nothing else."""
     wrong: list[str] = []

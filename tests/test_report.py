@@ -13,12 +13,14 @@ import hwdbm
 from hwdbm import report
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import example
+from hwdbm.forecast import Estimate, Forecast, Needs, Sample
+from hwdbm.forecast.sweep import Sweep, sweep
 from hwdbm.image import Slot, open_image
 from hwdbm.image.harvest import Ask, harvest_slots
 from hwdbm.migration.report import Pass, Report
 
 HOSTILE = "<script>alert('x')</script> & $title \x1b[2J \u202e"
-VOID = {"meta", "!doctype"}
+VOID = {"meta", "!doctype", "input"}
 
 
 class Page(HTMLParser):
@@ -57,10 +59,11 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def alone(text: str) -> Page:
-    """Check that a report needs nothing but itself, and runs nothing."""
+def alone(text: str, *, dial: bool = False) -> Page:
+    """Check that a report needs nothing but itself, and runs nothing but what moves a dial."""
     page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "a"} & set(page.tags)
+    assert page.tags.count("script") == dial
+    assert not {"link", "img", "iframe", "object", "a"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in {"href", "src", "srcset"} or name.startswith("on")]
     assert not re.search(r"@import|url\(|https?:", text)
     assert text.count("<title>") == text.count("<h1>") == 1
@@ -138,11 +141,74 @@ def test_snapshots() -> None:
         report.of_snapshots("none", [])
 
 
+def sweep_of(numbers: float = 1.0) -> Sweep:
+    def forecast(bandwidth: float, limit: float) -> Forecast:
+        pause = numbers * 1e7 / bandwidth
+        return Forecast(
+            pause <= limit, None, Estimate(3, 2, 4), Estimate(1e9 / bandwidth, 1, 1e9), Estimate(pause, 0, pause),
+            Estimate(1e9, 1e9, 2e9), Needs(4e7, 0.2), "Because & why.",
+        )  # fmt: skip
+
+    return sweep(forecast, 4e7, 0.25)
+
+
+def forecast_report(**more) -> report.Document:
+    samples = [Sample(at / 2, at + 1, 1e9 / (at + 1), 1e9, dirty_rate=1e6 * at) for at in range(4) for _ in range(2)]
+    found = sweep_of().forecasts[3][8]
+    return report.of_forecast(
+        f"a trace {more.pop('name', '')}", found, sweep_of(), samples, {"limit": "250 ms"}, **more
+    )
+
+
+def test_a_forecast() -> None:
+    page = alone(forecast_report(name=HOSTILE).html(), dial=True)
+    downtimes, totals, left, passes = page.tables
+    assert downtimes[0] == [
+        "bandwidth (MiB/s)",
+        *(f"{n} ms allowed" for n in ("31.2", "62.5", "125", "250", "500", "1,000", "2,000")),
+    ]
+    assert len(downtimes) == len(totals) == 18
+    for row, bandwidth in zip(downtimes[1:], sweep_of().bandwidths, strict=True):
+        assert row[0] == report._number(bandwidth / (1 << 20))
+        for cell, limit in zip(row[1:], sweep_of().limits, strict=True):
+            assert cell.endswith("\N{MULTIPLICATION SIGN}") == (1e7 / bandwidth > limit)
+    assert [row[1] for row in left[1:]] == [f"{1e9 / n / (1 << 20):.3g}" for n in (1, 2, 3, 4)]
+    assert [row[0] for row in passes[1:]] == ["1", "2", "3", "4"]  # samples within a pass are none
+
+
+def test_a_dial_shows_one_place_and_says_what_it_is() -> None:
+    html = forecast_report().html()
+    for tag in ("g", "p", "output"):
+        shown = re.findall(rf'<{tag} data-at="(\d)"(?: hidden)?>', html)
+        assert shown == [str(place) for place in range(7)]
+        assert re.findall(rf'<{tag} data-at="(\d)">', html) == ["3"]
+    assert "With 250 ms allowed, it converges from 38.1 MiB/s on, of the bandwidths tried." in html
+    assert '<div class="dial" hidden>' in html  # nothing can be moved where nothing runs
+    assert 'min="0" max="6" step="1" value="3" aria-valuetext="250 ms"' in html
+
+
+@pytest.mark.parametrize(("numbers", "says"), [(1e9, "it converges at none of"), (0, "it converges at all of")])
+def test_a_dial_of_extremes(numbers: float, says: str) -> None:
+    found = sweep_of(numbers)
+    html = report.of_forecast("x", found.forecasts[0][0], found, [], {}).html()
+    alone(html, dial=True)
+    assert html.count("<p data-at") == html.count(says) - 1 == 7
+
+
+def test_a_dial_that_does_not_fit() -> None:
+    place = report.Place("a", "b", 1.0, (1.0,), (True,))
+    with pytest.raises(ValueError, match="place 1 of 1"):
+        report.Dial("a", "ms", "x", "d", "good", "bad", (1.0,), (place,), 1)
+    with pytest.raises(ValueError, match="'a' has 1 numbers for 2 of x"):
+        report.Dial("a", "ms", "x", "d", "good", "bad", (1.0, 2.0), (place,), 0)
+
+
 def documents() -> dict[str, report.Document]:
     """Return reports with charts of all kinds; of 21 passes the labels take all the room that there is for labels."""
     chain = [report.SnapshotFile(f"file {n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
     found = harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
     return {
+        "forecast": forecast_report(),
         "migration-1": report.of_migration(migration(1)),
         "migration-21": report.of_migration(migration(21, "it was lost")),
         "harvest": report.of_harvest("blocks", found),
@@ -150,7 +216,7 @@ def documents() -> dict[str, report.Document]:
     }
 
 
-@pytest.mark.parametrize("name", ["migration-1", "migration-21", "harvest", "snapshots"])
+@pytest.mark.parametrize("name", ["forecast", "migration-1", "migration-21", "harvest", "snapshots"])
 def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
     html = documents()[name].html().replace(hwdbm.__version__, "VERSION")
     as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.]+ ms", "TIME", html))

@@ -44,6 +44,8 @@ _TEMPLATE = Path(__file__).with_suffix(".html")
 _MIB = 1 << 20
 _CELLS = 180  # cells of a map's row
 _SHADES = 5  # of a map, besides that of a cell that is clean
+_CROSS = " \N{MULTIPLICATION SIGN}"  # behind a number of the other kind
+_PASSES = 30  # of a forecast, at most
 _LENGTHS = 12  # classes of a histogram of ranges, at most
 
 
@@ -185,12 +187,9 @@ class Dial:
 
     def table(self) -> Table:
         """Return the numbers of all places."""
-        heads = (self.over, *(f"{place.label} ({self.unit})" for place in self.places))
+        heads = (self.over, *(f"{place.label} allowed" for place in self.places))
         rows = [
-            (
-                _number(x),
-                *(f"{_number(place.values[at])}{'' if place.good[at] else f', {self.bad}'}" for place in self.places),
-            )
+            (_number(x), *(f"{_number(each.values[at])}{'' if each.good[at] else _CROSS}" for each in self.places))
             for at, x in enumerate(self.x)
         ]
         return Table("", heads, tuple(rows))
@@ -440,10 +439,12 @@ def of_forecast(
     times = {"total time": tuple(each.total_time.value for each in row)}
     parts.append(Chart("Total time at the limit", "s", "bandwidth (MiB/s)", labels, times, lines=True, log=True))
     if passes:
-        first = list({each.iteration: each for each in reversed(passes)}.values())[::-1]
+        found_passes = list({each.iteration: each for each in reversed(passes)}.values())[::-1]
+        first = found_passes[:_PASSES]
+        some = "" if len(first) == len(found_passes) else f", the first {len(first)} of {len(found_passes)}"
         numbers = tuple(str(each.iteration) for each in first)
         amounts = {"left": tuple(each.remaining / _MIB for each in first)}
-        parts.append(Chart("What is left at the beginning of each pass", "MiB", "pass", numbers, amounts))
+        parts.append(Chart(f"What is left at the beginning of each pass{some}", "MiB", "pass", numbers, amounts))
         rows = tuple(
             (
                 str(each.iteration), f"{each.time * 1e3:,.0f}", f"{each.remaining / _MIB:,.2f}",
@@ -453,17 +454,17 @@ def of_forecast(
         )  # fmt: skip
     if analysis is not None and analysis.map.size:
         edges = analysis.map_times.tolist()
-        spans = [f"{start:.3g} to {stop:.3g} s" for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        spans = [f"{start:.3g} s" for start in edges[:-1]]
         cells = dict(zip(spans, analysis.map.astype(np.float32), strict=True))
         parts.append(
-            DirtyMap("Which memory is written when, in an interval", "time", cells,
+            DirtyMap("Which memory is written in an interval, from when on", "time", cells,
                      dict.fromkeys(spans, analysis.npages * analysis.page_size))
         )  # fmt: skip
         periods = tuple(f"{each.seconds:.3g}" for each in analysis.periods)
         distinct = {"written": tuple(each.pages * analysis.page_size / _MIB for each in analysis.periods)}
         parts.append(Chart("Distinct memory written in a period", "MiB", "period (s)", periods, distinct, lines=True))
     if passes:
-        parts.append(Table("The passes", ("pass", "begins after (ms)", "left (MiB)", "dirtied (MiB/s)"), rows))
+        parts.append(Table(f"The passes{some}", ("pass", "begins after (ms)", "left (MiB)", "dirtied (MiB/s)"), rows))
     return Document(
         f"Forecast of {name}: it {'converges' if found.converges else 'does not converge'}",
         facts,
@@ -483,7 +484,7 @@ def _downtimes(sweep: Sweep) -> Dial:
         elif needs == sweep.bandwidths[0]:
             says = f"With {label} allowed, it converges at all of these bandwidths."
         else:
-            says = f"With {label} allowed, it converges from {_number(needs / _MIB)} MiB/s on."
+            says = f"With {label} allowed, it converges from {_number(needs / _MIB)} MiB/s on, of the bandwidths tried."
         values = tuple(each.downtime.value * 1e3 for each in row)
         places.append(Place(label, says, limit * 1e3, values, tuple(each.converges for each in row)))
     return Dial(
@@ -807,7 +808,7 @@ def _dial(dial: Dial, number: int) -> str:
         drawn.shapes.append("</g>")
     legend = "".join(
         f'<li><span class="k{kind}"></span>{_e(name)}</li>'
-        for name, kind in ((dial.good, "1"), (f"{dial.bad} (crosses)", "0"), (dial.dial, "limit"))
+        for name, kind in ((dial.good, "1"), (f"{dial.bad} ({_CROSS.strip()})", "0"), (dial.dial, "limit"))
     )
     outputs = "".join(f"<output {at(place)}>{_e(each.label)}</output>" for place, each in enumerate(dial.places))
     says = "".join(f"<p {at(place)}>{_e(each.says)}</p>" for place, each in enumerate(dial.places))
@@ -819,7 +820,8 @@ def _dial(dial: Dial, number: int) -> str:
         f'<figure><svg viewBox="0 0 {_WIDE} {drawn.height}" role="img" aria-labelledby="p{number} d{number}">'
         f'<desc id="d{number}">{_e(drawn.says)}</desc>{"".join(drawn.shapes)}</svg>'
         f"<figcaption><ul>{legend}</ul></figcaption></figure>"
-        f"<details open><summary>The numbers</summary>{_table(dial.table())}</details></section>"
+        f"<details open><summary>The numbers;{_CROSS}: {_e(dial.bad)}</summary>"
+        f"{_table(dial.table())}</details></section>"
     )
 
 

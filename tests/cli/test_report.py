@@ -52,3 +52,16 @@ def test_refused(run, args, status: int, said: str, tmp_path: Path, monkeypatch:
     assert (result.status, result.out) == (status, "")
     assert said in " ".join(result.err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_forecast(run, tmp_path: Path) -> None:
+    """Of a trace, with its write map; and of samples, without."""
+    source = ["--source", "machine", "--memory", "1M", "--duration", "0.3", "--bandwidth", "10M"]
+    done = run("plan", *source, "--report", tmp_path / "a.html")
+    assert (done.status, done.err) == (0, "")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<svg ") == 5
+    assert 'type="range"' in page
+    samples = Path(__file__).parents[2] / "docs" / "examples" / "fleet" / "web.jsonl"
+    assert run("plan", "--samples", samples, "--report", tmp_path / "b.html").status == 0
+    assert (tmp_path / "b.html").read_text().count("<svg ") == 3

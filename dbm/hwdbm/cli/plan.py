@@ -9,18 +9,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
 
 from hwdbm import forecast as forecasts
+from hwdbm import report as reports
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import OnLimit, SeedOption, Vm
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result, width, wrapped
 from hwdbm.files import NewFile, open_regular
 from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
-from hwdbm.trace import open_trace, record
+from hwdbm.forecast.sweep import passes, sweep
+from hwdbm.trace import analyse, open_trace, record
 
 _DURATION = 10.0  # seconds that a guest of --source is watched
 _INTERVAL = 0.1
@@ -182,6 +185,7 @@ def plan(
             help="Draw the downtime and the total time against the bandwidth; needs the extra 'plot'.",
         ),
     ] = None,
+    report: options.Report = None,
     as_json: options.Json = False,
 ) -> None:
     """Forecast whether a migration will converge, what it will take, and what it would need.
@@ -208,6 +212,7 @@ def plan(
         raise typer.BadParameter("--duration is more than 0 s")
     if plot is not None:
         _check_plot(plot)
+    options.check_report(report)
     how: dict[str, Any] = {
         "timeout": timeout, "auto_converge": auto_converge, "on_limit": None if on_limit is None else on_limit.value,
     }  # fmt: skip
@@ -216,6 +221,8 @@ def plan(
         read = _read_file(samples)
         terms = _terms(stream, last_bandwidth, qemu=read[-1].source in {"qemu", "libvirt"})
         found = forecasts.from_samples(read, bandwidth=bandwidth, max_downtime=limit, terms=terms, **how)
+        if report is not None:
+            _report_samples(report, str(samples), read, found, bandwidth, limit, how | {"terms": terms})
         _say(found, [], as_json=as_json)
         return
     assert bandwidth is not None  # noqa: S101 - it was looked at
@@ -230,6 +237,8 @@ def plan(
         )
         if plot is not None:
             _draw(plot, writes, bandwidth, found, how)
+        if report is not None:
+            _report_trace(report, str(trace or source), writes, found, bandwidth, how)
     _say(found, outcomes, as_json=as_json, rules=rules)
 
 
@@ -348,6 +357,48 @@ def _check_plot(plot: Path) -> None:
     from hwdbm.forecast import picture  # noqa: F401, PLC0415  # matplotlib is an extra of its own
 
     NewFile(plot).close()
+
+
+def _asked(bandwidth: float, limit: float, terms: Terms) -> dict[str, str]:
+    return {
+        "bandwidth": f"{bandwidth / (1 << 20):,.4g} MiB/s",
+        "limit of downtime": f"{limit * 1e3:,.4g} ms",
+        "passes and costs": "QEMU's" if terms.structure == "qemu" else "this project's",
+    }
+
+
+def _report_trace(path: Path, name: str, writes: Any, found: Forecast, bandwidth: float, how: dict[str, Any]) -> None:
+    """Write the report of a trace's forecast; the other bandwidths and limits are looked at from one moment of it."""
+    limit, terms = how["max_downtime"], how["terms"]
+
+    def one(rate: float, at_most: float) -> Forecast:
+        return forecasts.replay(
+            writes, **how | {"bandwidth": rate, "max_downtime": at_most, "needs": False, "starts": 1}
+        )
+
+    asked = _asked(bandwidth, limit, terms)
+    sent = passes(writes, bandwidth, limit, terms)
+    found_ = analyse(writes, rows=24, cells=180)
+    reports.write(path, reports.of_forecast(name, found, sweep(one, bandwidth, limit), sent, asked, found_))
+
+
+def _report_samples(
+    path: Path, name: str, read: list[Sample], found: Forecast, bandwidth: float | None, limit: float | None,
+    how: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the report of the forecast of a migration that goes on, with the passes that there were."""
+    rates = [each.bandwidth for each in read if each.bandwidth]
+    if bandwidth is None and not rates:
+        raise typer.BadParameter("--report needs --bandwidth: no sample has one")
+    rate = float(bandwidth or median(rates[-16:]))
+    said = [each.downtime_limit for each in read if each.downtime_limit is not None]
+    at_most = limit if limit is not None else said[-1] if said else 0.3
+
+    def one(rate: float, at_most: float) -> Forecast:
+        return forecasts.from_samples(read, **how | {"bandwidth": rate, "max_downtime": at_most, "needs": False})
+
+    asked = _asked(rate, at_most, how["terms"])
+    reports.write(path, reports.of_forecast(name, found, sweep(one, rate, at_most), read, asked))
 
 
 def _draw(plot: Path, writes: Any, bandwidth: int, found: Forecast, how: dict[str, Any]) -> None:
