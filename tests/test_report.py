@@ -196,7 +196,7 @@ def test_a_dial_of_extremes(numbers: float, says: str) -> None:
 
 
 def test_a_dial_that_does_not_fit() -> None:
-    place = report.Place("a", "b", 1.0, (1.0,), (True,))
+    place = report.DialPlace("a", "b", 1.0, (1.0,), (True,))
     with pytest.raises(ValueError, match="place 1 of 1"):
         report.Dial("a", "ms", "x", "d", "good", "bad", (1.0,), (place,), 1)
     with pytest.raises(ValueError, match="'a' has 1 numbers for 2 of x"):

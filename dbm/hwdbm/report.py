@@ -28,9 +28,9 @@ from hwdbm.trace import Analysis
 __all__ = [
     "Chart",
     "Dial",
+    "DialPlace",
     "DirtyMap",
     "Document",
-    "Place",
     "SnapshotFile",
     "Table",
     "of_forecast",
@@ -124,7 +124,7 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DialPlace:
     """What a `Dial` shows at one of its places.
 
     Parameters
@@ -162,7 +162,7 @@ class Dial:
         What the two kinds of points are.
     x : tuple of float
         Ascending, above 0.
-    places : tuple of Place
+    places : tuple of DialPlace
         At least one.
     chosen : int
         The place that is shown at first, on paper, and where nothing can be moved.
@@ -175,7 +175,7 @@ class Dial:
     good: str
     bad: str
     x: tuple[float, ...]
-    places: tuple[Place, ...]
+    places: tuple[DialPlace, ...]
     chosen: int
 
     def __post_init__(self) -> None:
@@ -486,7 +486,7 @@ def _downtimes(sweep: Sweep) -> Dial:
         else:
             says = f"With {label} allowed, it converges from {_number(needs / _MIB)} MiB/s on, of the bandwidths tried."
         values = tuple(each.downtime.value * 1e3 for each in row)
-        places.append(Place(label, says, limit * 1e3, values, tuple(each.converges for each in row)))
+        places.append(DialPlace(label, says, limit * 1e3, values, tuple(each.converges for each in row)))
     return Dial(
         "Downtime against bandwidth", "ms", "bandwidth (MiB/s)", "limit of downtime", "converges", "doesn't converge",
         tuple(each / _MIB for each in sweep.bandwidths), tuple(places), sweep.chosen,
