@@ -301,13 +301,38 @@ def test_a_bandwidth_that_cannot_be(bandwidth: float) -> None:
         replay(trace([{1}], 64), bandwidth=bandwidth)
 
 
-def test_a_trace_that_does_not_fit_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+class Large(MemoryWrites):
+    """A trace that says how much of it is asked for at once."""
+
+    most = 0
+
+    def words(self, lo: int, hi: int) -> np.ndarray:
+        rows = super().words(lo, hi)
+        Large.most = max(Large.most, rows.nbytes)
+        return rows
+
+
+def test_a_trace_that_does_not_fit_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the words says what all of them say, and no more than a part of the trace is read at once."""
     rng = np.random.default_rng(3)
-    writes = trace([set(rng.integers(0, 900, 30).tolist()) for _ in range(40)], 900, 0.25)
-    whole = replay(writes, bandwidth=100 * PAGE, terms=OWN, starts=2)
-    monkeypatch.setattr("hwdbm.forecast.writes._CACHE", 0)
-    monkeypatch.setattr("hwdbm.forecast.writes._BATCH", 1000)
-    assert replay(writes, bandwidth=100 * PAGE, terms=OWN, starts=2) == whole
+    words = np.zeros((40, 8192), dtype=np.uint64)
+    for row in words:
+        pages = rng.integers(0, words.shape[1] * 64, 6000)
+        np.bitwise_or.at(row, pages >> 6, np.uint64(1) << (pages & 63).astype(np.uint64))
+    words[:, 1000:1300] = ~np.uint64(0)
+    zeros, initial = words & np.uint64(3), np.full(8192, np.uint64(0xFF))
+    writes = Large(words, 0.1, zeros=zeros, initial_zeros=initial)
+    for terms in (OWN, QEMU):
+        whole = replay(writes, bandwidth=900e6, terms=terms, needs=False)
+        monkeypatch.setattr("hwdbm.forecast.writes._KEPT", words.nbytes // 4)
+        monkeypatch.setattr("hwdbm.forecast.writes._BATCH", 1 << 20)
+        Large.most = 0
+        found = replay(writes, bandwidth=900e6, terms=terms, needs=False)
+        assert 0 < Large.most <= 1 << 20
+        monkeypatch.undo()
+        assert found.converges == whole.converges
+        for name in ("total_time", "downtime", "transferred"):
+            assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=0.05)
 
 
 def test_the_json_is_what_the_issue_says() -> None:

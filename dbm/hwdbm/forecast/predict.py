@@ -16,7 +16,7 @@ from hwdbm.forecast.simulate import Begun, Course, run
 from hwdbm.forecast.terms import OWN, QEMU, Terms
 from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 
-_STARTS = 5  # of a trace that is kept in memory
+_STARTS = 5
 _FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
@@ -60,7 +60,7 @@ def replay(
         Where in the trace the migration begins, in nanoseconds.
     starts : int, optional
         Number of moments to begin at, equally far apart, the first at `start_ns`. The forecast is their median, and
-        its interval reaches over all of them. By default 5, and 2 for a trace of more than 256 MiB.
+        its interval reaches over all of them. By default 5.
     timeout : float, optional
         Seconds after which the migration is given up.
     max_iterations : int
@@ -102,7 +102,7 @@ def replay(
     needs = check.flag(needs, "needs")
     check.instance(writes, Writes, "writes")
     guest = TraceWrites(writes)
-    number = starts or (_STARTS if guest.in_memory else _FEW)
+    number = starts or _STARTS
     plan = replace(plan, horizon=guest.period)
     begins = [start + i * guest.period / number for i in range(number)]
     return _forecast_of(guest, plan, begins, needs=needs, note=_repeated(guest))

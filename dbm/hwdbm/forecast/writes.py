@@ -1,6 +1,5 @@
 """What a guest writes, as a replay asks for it: from a trace, interval by interval, without a loop over pages."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +10,8 @@ from hwdbm import check
 
 Words = NDArray[np.uint64]
 
-_CACHE = 256 << 20  # bytes of a trace that are kept in memory; a larger one is read again
+_KEPT = 256 << 20  # bytes of a trace that are kept in memory; of a larger one, a sample of its words
+_LEAST = 1024  # words of a sample
 _BATCH = 32 << 20  # bytes of a trace that are read together
 _STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
 _OFTEN = 0.05  # part of an interval's pages that count as written once, at least
@@ -190,6 +190,9 @@ class TraceWrites:
     one, ``(1 - q**f) / (1 - q)`` are written in a part ``f``, which is right for pages that are each written at random
     times.
 
+    Of a trace of more than 256 MiB a sample of its words is kept. They are spread over all of memory, and stand for the
+    others.
+
     Parameters
     ----------
     writes : Writes
@@ -215,18 +218,13 @@ class TraceWrites:
                 if wrong.size
                 else f"the trace begins at {edges[0]} ns, and not at 0"
             )
-        self._writes, self._edges = writes, edges / 1e9
+        self._edges = edges / 1e9
         self._n = edges.size - 1
-        row = writes.words(0, 1)
-        self._nwords = int(row.shape[1])
-        self.in_memory = self._n * self._nwords * 8 <= _CACHE
-        self._kept: Words | None = None
-        self._kept_zeros: Words | None = None
-        if self.in_memory:
-            self._kept = np.concatenate(list(self._read(0, self._n)))
-            self._kept_zeros = writes.zeros(0, self._n)
-        counts = [np.bitwise_count(part).sum(axis=1, dtype=np.int64) for part in self._read(0, self._n)]
-        self._counts = np.concatenate(counts)
+        self._nwords, self._scale, self._picked = _sample(int(writes.words(0, 1).shape[1]), self._n)
+        self._rows, self._zero_rows = self._load(writes)
+        initial = writes.initial_zeros
+        self._initial = None if initial is None else np.array(initial[self._picked], dtype=np.uint64)
+        self._counts = np.bitwise_count(self._rows).sum(axis=1, dtype=np.int64)
         self.again = self._steady()
         self.period = float(self._edges[-1] - self._edges[self.again])
         self._whole: Words | None = None
@@ -234,14 +232,19 @@ class TraceWrites:
 
     # --- reading ------------------------------------------------------------------------------------------------
 
-    def _read(self, lo: int, hi: int) -> Iterator[Words]:
-        """Yield the rows of some intervals, as many together as fit into little memory."""
-        if self._kept is not None:
-            yield self._kept[lo:hi]
-            return
-        step = max(_BATCH // max(self._nwords * 8, 1), 1)
-        for at in range(lo, hi, step):
-            yield self._writes.words(at, min(at + step, hi))
+    def _load(self, writes: Writes) -> tuple[Words, Words | None]:
+        """Return the words that are kept, and which of their pages were zero; the trace is read once, in parts."""
+        rows = np.empty((self._n, self._nwords), dtype=np.uint64)
+        zero_rows: Words | None = None
+        step = max(int(_BATCH / (self._nwords * self._scale * 8)), 1)
+        for lo in range(0, self._n, step):
+            hi = min(lo + step, self._n)
+            rows[lo:hi] = writes.words(lo, hi)[:, self._picked]
+            zeros = writes.zeros(lo, hi)
+            if zeros is not None:
+                zero_rows = np.empty_like(rows) if zero_rows is None else zero_rows
+                zero_rows[lo:hi] = zeros[:, self._picked]
+        return rows, zero_rows
 
     def _steady(self) -> int:
         """Return the first of the quarters from which on all of them write alike; the third one at the latest."""
@@ -257,15 +260,8 @@ class TraceWrites:
 
     def _or(self, lo: int, hi: int) -> Words:
         """Return the union of some intervals."""
-        union = np.zeros(self._nwords, dtype=np.uint64)
-        for part in self._read(lo, hi):
-            union |= np.bitwise_or.reduce(part, axis=0)
+        union: Words = np.bitwise_or.reduce(self._rows[lo:hi], axis=0)
         return union
-
-    def _row(self, interval: int) -> Words:
-        (part,) = self._read(interval, interval + 1)
-        row: Words = part[0]
-        return row
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -326,7 +322,7 @@ class TraceWrites:
         words, pages = fresh, fresh_pages = self._window(begin, end)
         if left is not None and left.words is not None and left.pages:
             # A page of both is one: it is there unless neither of its chances came true.
-            weight, chance = left.pages / max(count(left.words), 1), pages / max(count(words), 1)
+            weight, chance = left.pages / max(count(left.words), 1), pages / self._scale / max(count(words), 1)
             common = count(left.words & words)
             pages += weight * (count(left.words) - common + (1 - chance) * common)
             words = words | left.words
@@ -344,9 +340,9 @@ class TraceWrites:
             return np.zeros(self._nwords, dtype=np.uint64), 0.0
         (first, over), (last, part) = self._locate(begin), self._locate(end)
         if first == last:
-            row = self._row(self._real(first))
-            return row.copy(), self._of_part(first, part - over) * count(row)
-        head, tail = self._row(self._real(first)), self._row(self._real(last))
+            row = self._rows[self._real(first)]
+            return row.copy(), self._of_part(first, part - over) * count(row) * self._scale
+        head, tail = self._rows[self._real(first)], self._rows[self._real(last)]
         if last - first == 1:
             a, b = self._of_part(first, 1 - over), self._of_part(last, part)
             whole = np.zeros(self._nwords, dtype=np.uint64)
@@ -357,7 +353,7 @@ class TraceWrites:
         both = count(only_head & only_tail)
         pages = count(whole) + a * count(only_head) + b * count(only_tail) - a * b * both
         words = whole | (head if a else np.uint64(0)) | (tail if b else np.uint64(0))
-        return words, float(pages)
+        return words, float(pages) * self._scale
 
     def _of_part(self, interval: int, part: float) -> float:
         """Return the share of an interval's pages that a part of it writes."""
@@ -366,7 +362,7 @@ class TraceWrites:
         if part >= 1 or not pages:
             return min(max(part, 0.0), 1.0)
         other = self._real(interval + 1)
-        common = count(self._row(real) & self._row(other)) if other != real else pages
+        common = count(self._rows[real] & self._rows[other]) if other != real else pages
         once = max(1 - common / pages, _OFTEN)
         return part if once > 0.999 else float((1 - once**part) / (1 - once))
 
@@ -387,29 +383,19 @@ class TraceWrites:
         return zero
 
     def _fold_zeros(self, lo: int, hi: int, zero: Words) -> Words | None:
-        step = max(_BATCH // max(self._nwords * 16, 1), 1)
-        for at in range(lo, hi, step):
-            rows, zeros = self._both(at, min(at + step, hi))
-            if zeros is None:
-                return None
-            for row, its_zeros in zip(rows, zeros, strict=True):
-                np.bitwise_and(zero, ~row, out=zero)
-                zero |= its_zeros
+        if self._zero_rows is None:
+            return None
+        for row, its_zeros in zip(self._rows[lo:hi], self._zero_rows[lo:hi], strict=True):
+            np.bitwise_and(zero, ~row, out=zero)
+            zero |= its_zeros
         return zero
-
-    def _both(self, lo: int, hi: int) -> tuple[Words, Words | None]:
-        if self._kept is not None:
-            return self._kept[lo:hi], None if self._kept_zeros is None else self._kept_zeros[lo:hi]
-        zeros = self._writes.zeros(lo, hi)
-        return self._writes.words(lo, hi), zeros
 
     def everything(self, begin: float, end: float) -> Dirty:
         """Return all pages. A page of zeros is one that was so half-way."""
-        initial = self._writes.initial_zeros
         # Slots begin at words of their own, so which bits are pages isn't known: any that is set is one.
         every = np.full(self._nwords, ~np.uint64(0))
-        zero = None if initial is None else self._zeros_at(initial, (begin + end) / 2)
-        return Dirty(float(self.npages), 0.0 if zero is None else float(count(zero)), every, zero)
+        zero = None if self._initial is None else self._zeros_at(self._initial, (begin + end) / 2)
+        return Dirty(float(self.npages), 0.0 if zero is None else count(zero) * self._scale, every, zero)
 
     def _zeros_at(self, initial: Words, time: float) -> Words:
         interval, _ = self._locate(time)
@@ -419,9 +405,20 @@ class TraceWrites:
         zero = np.array(initial, dtype=np.uint64)
         if interval and self._fold_zeros(0, interval, zero) is None:
             zero &= ~self._or(0, interval)
-        if self.in_memory:
+        if len(self._zero_pages) * self._nwords < self._rows.size:
             self._zero_pages[interval] = zero
         return zero
+
+
+def _sample(nwords: int, intervals: int) -> tuple[int, float, NDArray[np.int64] | slice]:
+    """Return how many words of each interval are kept, for how many each stands, and which they are."""
+    most = max(_KEPT // (intervals * 8), _LEAST)
+    if nwords <= most:
+        return nwords, 1.0, slice(None)
+    # One at random of each part of memory, so that no pattern of the guest's is in step with them.
+    within = np.random.default_rng(0).random(most)
+    picked = np.unique(((np.arange(most) + within) * (nwords / most)).astype(np.int64))
+    return picked.size, nwords / picked.size, picked
 
 
 def count(words: Words) -> int:
