@@ -116,6 +116,10 @@ judge-quick: $(VENV)/.user ## a few of them in a minute, whose errors must be wi
 forecast-guests: $(VENV)/.user ## make the guests of the judge, Linux among them
 	$(BIN)/python -P tests/forecast/guests.py
 
+.PHONY: linux-traces
+linux-traces: $(VENV)/.user ## record traces of Linux that does real work, into build/traces: ten minutes
+	$(BIN)/python -P tests/forecast/traces.py build/traces
+
 .PHONY: firmware
 firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
 	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -493,4 +494,74 @@ def history() -> str:
     return d.svg()
 
 
-DRAWN = {"history": history, "leaf-states": leaf_states, "stale-entry": stale_entry, "house": house, "passes": passes}
+# --- forecasts beside what happened ------------------------------------------------------------------------
+
+_FORECASTS = ROOT / "tests" / "data" / "forecast" / "runs.jsonl"
+_GUESTS = {"pattern": "guests of patterns", "linux": "Linux", "own": "our own"}
+
+
+def forecasts() -> str:
+    """Draw what was forecast against what was: a mark for each migration, on logarithmic axes."""
+    runs = [json.loads(line) for line in _FORECASTS.read_text(encoding="utf-8").splitlines()]
+    runs = [run for run in runs if run["happened"]["status"] == "completed" and run["forecast"]["converges"]]
+    drawing = Drawing(
+        "forecasts", 720, 400, "Forecast against measured",
+        "Two squares with logarithmic axes, total time and downtime. Each migration is a mark, whose height is what "
+        "was forecast. Most lie within a quarter of the diagonal, and in the second square within a half.",
+    )  # fmt: skip
+    for left, what, low, high, near in ((60, "total-time", 100, 20_000, 0.25), (415, "downtime", 1, 2_000, 0.5)):
+        _scatter(drawing, left, runs, what, (low, high), near)
+    for number, (kind, text) in enumerate(_GUESTS.items()):
+        x = 120 + 200 * number
+        _mark(drawing, x, 385, kind)
+        drawing.text(x + 12, 389, text, anchor="start")
+    return drawing.svg()
+
+
+def _scatter(
+    drawing: Drawing, left: int, runs: list[dict[str, Any]], what: str, ends: tuple[int, int], near: float
+) -> None:
+    side, top = 280, 30
+    low, high = ends
+
+    def at(value: float) -> float:
+        return side * float(np.log(np.clip(value, low, high) / low) / np.log(high / low))
+
+    drawing.text(left + side / 2, 20, f"{what.replace('-', ' ')}, ms", "strong")
+    drawing.box(left, top, side, side, "box", 0)
+    bottom = top + side
+    for power in range(5):
+        value = 10**power
+        if low <= value <= high:
+            drawing.path(f"M{left + at(value):.1f} {top}V{bottom}", "grid", arrow=False)
+            drawing.path(f"M{left} {bottom - at(value):.1f}H{left + side}", "grid", arrow=False)
+            drawing.text(left + at(value), bottom + 16, f"{value:,}", "small")
+            drawing.text(left - 4, bottom - at(value) + 4, f"{value:,}", "small", "end")
+    for factor in (1 - near, 1.0, 1 + near):
+        points = [(at(value), at(value * factor)) for value in (low / min(factor, 1), high / max(factor, 1))]
+        (a, b), (c, d) = points
+        kind = "line" if factor == 1 else "grid"
+        drawing.path(f"M{left + a:.1f} {bottom - b:.1f}L{left + c:.1f} {bottom - d:.1f}", kind, arrow=False)
+    drawing.text(left + side / 2, bottom + 34, "was", "small")
+    drawing.text(left + 8, top + 16, "forecast", "small", "start")
+    for run in runs:
+        _mark(drawing, left + at(run["happened"][what]), bottom - at(run["forecast"][what]["value"]), run["kind"])
+
+
+def _mark(drawing: Drawing, x: float, y: float, kind: str) -> None:
+    shapes = {
+        "pattern": f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
+        "linux": f"M{x - 4:.1f} {y - 4:.1f}h8v8h-8z",
+        "own": f"M{x:.1f} {y - 5:.1f}l5 9h-10z",
+    }
+    drawing.path(shapes[kind], {"pattern": "clean", "linux": "dirty", "own": "box"}[kind], arrow=False)
+
+
+DRAWN = {
+    "forecasts": forecasts,
+    "history": history,
+    "leaf-states": leaf_states,
+    "stale-entry": stale_entry,
+    "house": house,
+    "passes": passes,
+}

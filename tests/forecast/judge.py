@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import content
 import guests
 import numpy as np
+import page
 import qemu
 
 from hwdbm import forecast, kernels
@@ -92,8 +93,14 @@ CASES = (
         "pattern", "hot set, wide", "fill=96 uniform:0:96:3000",
         (link(60, 300), link(100, 200), link(20, 60), _(200, 30)),
     ),
-    Case("pattern", "zipf", "fill=96 zipf:0:64:8000", (link(50, 300), link(100, 100), link(30, 1000), link(24, 60))),
-    Case("pattern", "stream", "fill=128 stream:0:128:5000", (link(60, 500), link(100, 100), link(16, 300), _(200, 50))),
+    Case(
+        "pattern", "zipf", "fill=96 zipf:0:64:8000",
+        (link(50, 300), link(50, 300), link(100, 100), link(100, 100), link(30, 1000), link(24, 60)),
+    ),
+    Case(
+        "pattern", "stream", "fill=128 stream:0:128:5000",
+        (link(60, 500), link(60, 500), link(100, 100), link(16, 300), _(200, 50)),
+    ),
     Case(
         "pattern", "hot and cold", "fill=96 uniform:0:4:8000 uniform:8:88:800",
         (link(40, 300), link(100, 60), link(30, 30), _(100, 300)),
@@ -108,22 +115,25 @@ CASES = (
     Case("linux", "gzip", "gzip", (link(60, 300), link(200, 100), link(30, 1000)), memory=320),
     Case("linux", "zstd", "zstd", (link(100, 300), link(200, 300), link(50, 100)), memory=320),
     Case("linux", "xz", "xz", (link(60, 500), link(200, 200), link(40, 60)), memory=320),
-    Case("linux", "sqlite", "sqlite", (link(100, 300), link(200, 100), link(30, 100)), memory=320),
-    Case("linux", "redis", "redis", (link(100, 300), link(300, 100), link(30, 60)), memory=320),
-    Case("linux", "build", "build", (link(100, 300), link(300, 100), link(30, 100), link(50, 1000)), memory=320),
+    Case("linux", "sqlite", "sqlite", (link(100, 300), link(100, 300), link(200, 100), link(30, 100)), memory=320),
+    Case("linux", "redis", "redis", (link(100, 300), link(100, 300), link(300, 100), link(30, 60)), memory=320),
+    Case(
+        "linux", "build", "build",
+        (link(100, 300), link(100, 300), link(300, 100), link(30, 100), link(50, 1000)), memory=320,
+    ),
     Case("own", "random", "random", (_(50, 300), _(100, 100), _(30, 300), _(12, 30)), memory=128),
     Case("own", "counting", "counting", (_(50, 500), _(100, 100), _(20, 100), _(200, 50)), memory=128),
     Case("own", "idle", "idle", (_(30, 300), _(100, 30), _(400, 100)), memory=128),
 )  # fmt: skip
-"""At least 60 migrations."""
+"""More than 60 migrations, a few of them twice: how far two of them lie apart is what can't be foreseen."""
 
 QUICK = (
     Case("pattern", "hot set", "fill=64 uniform:0:16:4000", (link(50, 500), _(100, 300)), memory=128),
     Case("pattern", "stream", "fill=64 stream:0:64:5000", (link(12, 300, 8), link(60, 300)), memory=128),
     Case("own", "random", "random", (_(50, 300),), memory=96),
 )
-BOUND = {"total-time": 0.5, "downtime": 1.0}
-"""The relative error that the median of the quick runs may have: what is wrong by a factor of two is beyond."""
+BOUND = {"total-time": 1.4, "downtime": 1.9}
+"""How many times too long or too short the median of the quick runs may be: less than a factor of two."""
 
 OWN_RATE = 1500  # pages a second that our own guests write
 
@@ -166,10 +176,15 @@ def machine_of(case: Case, prefix: tuple[str, ...]) -> qemu.Machine:
     if case.kind == "linux":
         kernel, initrd = guests.linux()
         return qemu.Machine(
-            case.memory << 20, kernel, f"console=ttyS0 quiet panic=-1 work={case.what}", initrd, case.accel, prefix
+            case.memory << 20,
+            kernel,
+            f"console=ttyS0 quiet panic=-1 work={case.what}",
+            initrd,
+            case.accel,
+            prefix=prefix,
         )
     polls = " poll=1" if case.accel == "kvm" else ""
-    return qemu.Machine(case.memory << 20, guests.pattern(), case.what + polls, None, case.accel, prefix)
+    return qemu.Machine(case.memory << 20, guests.pattern(), case.what + polls, None, case.accel, prefix=prefix)
 
 
 def wait_ready(case: Case, side: qemu.Side) -> None:
@@ -211,16 +226,20 @@ def calibrate(net: Link, folder: Path) -> forecast.Terms:
         with qemu.guest(machine_of(case, prefix), folder) as pair:
             wait_ready(case, pair.side)
             time.sleep(0.2)
-            runs = [pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20) for _ in range(3)]
+            runs = [pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20) for _ in range(4)]
         assert all(run.status == "completed" for run in runs), runs
-        found[name] = sorted(runs, key=lambda run: run.total_time)[1]
+        found[name] = min(runs, key=lambda run: run.total_time)  # what else went on here is none of QEMU's terms
     zeros, full = found["zeros"], found["full"]
-    handover = min(zeros.downtime, full.downtime) / 1e3
+    paused = max(min(zeros.downtime, full.downtime) / 1e3, 2e-3)  # by QEMU's clock of whole ms
     took = max((zeros.total_time - zeros.downtime) / 1e3, 1e-3)
     zero_page = max(took - forecast.QEMU.setup, 0) / zeros.duplicate
     seconds = max((full.total_time - full.downtime) / 1e3 - full.duplicate * zero_page, 1e-3)
     return replace(
-        forecast.QEMU, zero_page=zero_page, handover=max(handover, 0.001), last_bandwidth=full.transferred / seconds
+        forecast.QEMU,
+        zero_page=zero_page,
+        pause=1e-3,
+        handover=paused - 1e-3,
+        last_bandwidth=full.transferred / seconds,
     )
 
 
@@ -338,7 +357,10 @@ def judged_qemu(case: Case, net: Link, folder: Path, terms: forecast.Terms) -> I
             said = before(trace, capped, own)
             net.be(setting.bandwidth * MB if setting.link else None)
             run = pair.migrate(
-                bandwidth=int(setting.bandwidth * MB), downtime_limit=setting.limit, timeout=setting.patience
+                bandwidth=int(setting.bandwidth * MB),
+                downtime_limit=setting.limit,
+                timeout=setting.patience,
+                flat=10_000,
             )
             net.be(None)
             happened = asdict(run)
@@ -512,20 +534,14 @@ def row(line: dict[str, Any]) -> str:
     )
 
 
-def errors(lines: list[dict[str, Any]], what: str) -> np.ndarray:
-    """Return the relative errors of those that completed and were said to."""
-    found = [
-        abs(line["forecast"][what]["value"] - line["happened"][what]) / max(line["happened"][what], 1)
+def factors(lines: list[dict[str, Any]], what: str) -> np.ndarray:
+    """Return by how many times the forecasts were too long or too short; of times below 5 ms nothing is asked."""
+    pairs = [
+        (max(line["forecast"][what]["value"], 5), max(line["happened"][what], 5))
         for line in lines
-        if line["happened"]["status"] == "completed" and line["forecast"]["converges"]
+        if page.error(line, "forecast", what) is not None
     ]
-    return np.array(found)
-
-
-def right(lines: list[dict[str, Any]]) -> float:
-    return float(
-        np.mean([line["forecast"]["converges"] == (line["happened"]["status"] == "completed") for line in lines])
-    )
+    return np.array([max(said / was, was / said) for said, was in pairs])
 
 
 def main() -> None:
@@ -552,16 +568,19 @@ def main() -> None:
         cases = tuple(case for case in cases if case.kind != "own")
     begun = time.monotonic()
     lines = judge(cases, asked.output, asked.repeat, asked.keep)
-    print(f"{len(lines)} migrations in {time.monotonic() - begun:.0f} s; converges or not, right in {right(lines):.0%}")
+    share = page.right(lines, "forecast")
+    print(f"{len(lines)} migrations in {time.monotonic() - begun:.0f} s; converges or not, right in {share:.0%}")
     wrong = []
     for what, bound in BOUND.items():
-        found = errors(lines, what)
+        found = page.errors(lines, "forecast", what)
         middle, high = (np.median(found), np.quantile(found, 0.9)) if found.size else (np.nan, np.nan)
-        print(f"{what}: median error {middle:.0%}, 90th percentile {high:.0%}")
-        if not middle <= bound:
-            wrong.append(f"the median error of the {what} is {middle:.0%}, and may be {bound:.0%}")
+        factor = float(np.median(factors(lines, what))) if found.size else np.nan
+        name = what.replace("-", " ")
+        print(f"{name}: median error {middle:.0%}, 90th percentile {high:.0%}; off by a factor of {factor:.2f}")
+        if not factor <= bound:
+            wrong.append(f"the {name} is off by a factor of {factor:.2f} in the median, and may be by {bound:g}")
     if asked.quick:
-        if right(lines) < 0.75:
+        if share < 0.75:
             wrong.append("converges or not is wrong in more than a quarter")
         if wrong:
             sys.exit("; ".join(wrong))

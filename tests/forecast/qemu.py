@@ -86,12 +86,16 @@ class Machine:
     kernel: Path
     append: str
     initrd: Path | None = None
-    accel: str = "kvm"
+    accel: str = "tcg"
+    prealloc: bool = True
+    """Whether all memory is there before the guest runs, so that nothing waits for it later."""
+
     prefix: tuple[str, ...] = ()
     """Before the command, so that it runs somewhere: ``ip netns exec NAME``."""
 
     def command(self, ram: Path, monitor: Path, serial: Path, incoming: bool) -> list[str]:
-        backing = f"memory-backend-file,id=ram,size={self.memory},mem-path={ram},share=on,prealloc=on"
+        onoff = "on" if self.prealloc else "off"
+        backing = f"memory-backend-file,id=ram,size={self.memory},mem-path={ram},share=on,prealloc={onoff}"
         return [
             *(
                 *self.prefix,
