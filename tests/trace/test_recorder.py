@@ -150,6 +150,21 @@ def test_a_slot_that_changes_is_refused(tmp_path):
     assert open_trace(tmp_path / "trace").intervals == 1
 
 
+def test_a_bitmap_of_another_size_is_refused(guest, tmp_path):
+    class Lease:
+        bitmap, given_back = DirtyBitmap(64), 0
+
+        def rollback(self):
+            Lease.given_back += 1
+
+    alone = Alone(guest)
+    alone.dirty = lambda slot: Lease()
+    with pytest.raises(TraceError, match="slot 3 had 130 pages, and has 64"):
+        record(alone, tmp_path / "trace", duration=1)
+    assert Lease.given_back == 2
+    assert open_trace(tmp_path / "trace").intervals == 0
+
+
 def test_wrong_arguments_make_no_trace(guest, tmp_path):
     for options, error, text in (
         ({"interval": 0, "duration": 1}, ValueError, "interval is a number"),
@@ -272,6 +287,22 @@ def test_a_ram_file_is_compared_with_what_it_was(tmp_path, monkeypatch):
     assert (trace.slots[0].base_gfn, trace.npages, trace.mechanism) == (0x40000, 130, "content")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["ram", "trace"]
     os.close(file)
+
+
+def test_memory_that_was_given_back_is_zero(tmp_path, monkeypatch):
+    """A balloon leaves a hole in the file, where the copy has data."""
+    monkeypatch.setattr(recorder, "_PART", 4 * 4096)
+    ram = tmp_path / "ram"
+    ram.write_bytes(b"a" * 4096 * 16)
+
+    def deflate(intervals):
+        if intervals == 1:
+            os.truncate(ram, 4096)
+            os.truncate(ram, 4096 * 16)
+
+    trace = record_file(ram, tmp_path / "trace", **until(4, deflate))
+    assert [pages_of(row) for row in trace.words(0, 4)] == [[], list(range(1, 16)), [], []]
+    assert np.array_equal(trace.zeros(0, 4), trace.words(0, 4))
 
 
 def test_a_ram_file_that_gets_shorter_ends_the_trace(tmp_path):
