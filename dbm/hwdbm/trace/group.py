@@ -4,11 +4,13 @@
 interval is there when its time is, which is written last. So what fails, or is killed, leaves the intervals before it.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from errno import EEXIST, EIO
+from functools import cache
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -29,6 +31,7 @@ _CHUNK = 1 << 17  # words of a chunk: 1 MiB
 _TIMES = 1 << 10  # times of a chunk
 _KEPT = 16 << 20  # bytes of a band that a reader keeps for its next call
 _LEVEL = 3  # zstd's own
+_PATIENCE = 30.0  # seconds
 _MOST_TIME = (1 << 63) - 1
 
 
@@ -40,7 +43,22 @@ def _zarr() -> Any:
         if error.name != "zarr":
             raise
         raise ModuleNotFoundError("a trace needs zarr: pip install 'hwdbm[trace]'", name="zarr") from None
+    _end_patiently()
     return zarr
+
+
+@cache
+def _end_patiently() -> None:
+    """Have zarr's thread end before the process does, however slow the machine is: zarr waits 0.2 s, and complains."""
+    from zarr.core import sync  # noqa: PLC0415  # as _zarr
+
+    def end() -> None:
+        loop, thread = sync.loop[0], sync.iothread[0]
+        if loop is not None and thread is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(_PATIENCE)
+
+    atexit.register(end)  # it is called before zarr's own, which was registered earlier
 
 
 # --- writing -----------------------------------------------------------------------------------------------
