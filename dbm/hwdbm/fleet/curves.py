@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from hwdbm.fleet.plan import FleetVm
 
-_QUARTERS = 4  # of the highest bandwidth that are asked for, each a quarter of the one before
+_QUARTERS = 3  # of the highest bandwidth that are asked for, each a quarter of the one before
 _SHORTEST = 1e-9  # seconds that anything takes
-_HALVINGS = 5  # of the step in which a VM begins to converge: to 1/32 of it, 4.4 %
+_HALVINGS = 4  # of the step in which a VM begins to converge: to 1/16 of it, 9 %
 _WIDTH = _QUARTERS + 1 + _HALVINGS
 """Points of a curve."""
 

@@ -1,5 +1,6 @@
 """A migration's passes, simulated on what a guest writes."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
@@ -336,26 +337,25 @@ class _Migration:
         pages, zeros = dirty.by_word(at)
         size = (pages - zeros) * (page + terms.page_overhead) + zeros * terms.zero_bytes
         work = size / self._last_bandwidth + zeros * terms.zero_page
-        gone, sent, clock = (np.concatenate(([0.0], np.cumsum(each))) for each in (pages, size, work))
-        index, end = np.arange(gone.size, dtype=np.float64), float(gone.size - 1)
-        tick = max(terms.tick, float(sent[-1]) / self._plan.bandwidth / _TURNS)
+        # Lists: a turn looks at few of the words, and numbers of numpy's take longer one by one.
+        gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
+        end = float(len(gone) - 1)
+        tick = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS)
         place = 0.0
         while True:
-            done, spent = (float(np.interp(place, index, each)) for each in (sent, clock))
+            done, spent = _at(sent, place), _at(clock, place)
             quota = max(self._plan.bandwidth * tick - self._share, 0.0)
             room = max(tick - (self._wall - self._turn), 0.0)
-            place = min(
-                *(float(np.interp(to, each, index)) for to, each in ((done + quota, sent), (spent + room, clock)))
-            )
+            place = min(_place_of(sent, done + quota), _place_of(clock, spent + room))
             if place >= end:  # there is no more, which it sees at once
-                self._advance(float(clock[-1]) - spent)
-                self._share += float(sent[-1]) - done
-                self._sent += float(sent[-1])
-                return (*dirty.beyond(0.0, 0.0, at, pages.size), float(sent[-1]))
+                self._advance(clock[-1] - spent)
+                self._share += sent[-1] - done
+                self._sent += sent[-1]
+                return (*dirty.beyond(0.0, 0.0, at, pages.size), sent[-1])
             self._advance(room)
-            part = float(np.interp(place, index, sent)) - done
+            part = _at(sent, place) - done
             self._rate, self._share, self._turn = (self._share + part) / tick, 0.0, self._wall
-            left = dirty.pages - float(np.interp(place, index, gone))
+            left = dirty.pages - _at(gone, place)
             if left * page < self._threshold():
                 whole = int(place)
                 self._sent += done + part
@@ -381,3 +381,19 @@ class _Migration:
         self._advance(stopped, running=False)
         self._sent += self._bytes(dirty)
         return self._done(number + 1, terms.pause + stopped, converges=True)
+
+
+def _at(values: list[float], place: float) -> float:
+    """Return what a list has at a place, which may lie between two of its numbers."""
+    at = int(place)
+    if at >= len(values) - 1:
+        return values[-1]
+    return values[at] + (place - at) * (values[at + 1] - values[at])
+
+
+def _place_of(values: list[float], value: float) -> float:
+    """Return the last place at which a list that doesn't fall has a value."""
+    at = bisect_right(values, value) - 1
+    if at >= len(values) - 1:
+        return float(len(values) - 1)
+    return at + (value - values[at]) / (values[at + 1] - values[at])
