@@ -124,6 +124,17 @@ def test_pages_of_zeros_go_in_their_place() -> None:
     assert ahead.downtime > 0.1
 
 
+def test_a_long_trace_is_the_union_of_its_intervals_too() -> None:
+    """Unions are kept of 16 intervals each: windows that begin and end within them, at them, and around them."""
+    rng = np.random.default_rng(8)
+    intervals = [set(rng.integers(0, 5000, 9).tolist()) for _ in range(70)]
+    guest = TraceWrites(trace(intervals, 5000))
+    for begin in (0, 1, 15, 16, 17, 40):
+        for end in {begin, begin + 1, 15, 16, 17, 31, 32, 33, 47, 48, 64, 65, 70}:
+            if end >= begin:
+                assert guest.written(begin, end).pages == pytest.approx(expected(intervals, 5000, begin, end))
+
+
 def test_a_page_counts_once() -> None:
     guest = TraceWrites(trace([{1, 2}, {2, 3}, {9}], 64))
     assert guest.written(0, 2).pages == 3

@@ -10,7 +10,8 @@ from hwdbm import check
 
 Words = NDArray[np.uint64]
 
-_KEPT = 256 << 20  # bytes of a trace that are kept in memory; of a larger one, a sample of its words
+_KEPT = 64 << 20  # bytes of a trace that are kept in memory; of a larger one, a sample of its words
+_BLOCK = 16  # intervals whose union is kept
 _LEAST = 1024  # words of a sample
 _BATCH = 32 << 20  # bytes of a trace that are read together
 _STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
@@ -190,7 +191,7 @@ class TraceWrites:
     one, ``(1 - q**f) / (1 - q)`` are written in a part ``f``, which is right for pages that are each written at random
     times.
 
-    Of a trace of more than 256 MiB a sample of its words is kept. They are spread over all of memory, and stand for the
+    Of a trace of more than 64 MiB a sample of its words is kept. They are spread over all of memory, and stand for the
     others.
 
     Parameters
@@ -222,6 +223,7 @@ class TraceWrites:
         self._n = edges.size - 1
         self._nwords, self._scale, self._picked = _sample(int(writes.words(0, 1).shape[1]), self._n)
         self._rows, self._zero_rows = self._load(writes)
+        self._blocks = np.bitwise_or.reduceat(self._rows, np.arange(0, self._n, _BLOCK), axis=0)
         initial = writes.initial_zeros
         self._initial = None if initial is None else np.array(initial[self._picked], dtype=np.uint64)
         self._counts = np.bitwise_count(self._rows).sum(axis=1, dtype=np.int64)
@@ -260,7 +262,13 @@ class TraceWrites:
 
     def _or(self, lo: int, hi: int) -> Words:
         """Return the union of some intervals."""
-        union: Words = np.bitwise_or.reduce(self._rows[lo:hi], axis=0)
+        first, last = -(-lo // _BLOCK), hi // _BLOCK
+        parts = [self._rows[lo:hi]]
+        if first < last:
+            parts = [self._rows[lo : first * _BLOCK], self._blocks[first:last], self._rows[last * _BLOCK : hi]]
+        union = np.zeros(self._nwords, dtype=np.uint64)
+        for part in parts:
+            union |= np.bitwise_or.reduce(part, axis=0)
         return union
 
     # --- time ---------------------------------------------------------------------------------------------------
