@@ -270,9 +270,8 @@ def before(trace: Any, setting: Setting, terms: forecast.Terms, **more: Any) -> 
     rate, size = setting.bandwidth * MB, used(trace)
     limit = setting.limit / 1e3
     begun = time.monotonic()
-    found = forecast.replay(
-        trace, bandwidth=rate, max_downtime=limit, terms=terms, timeout=setting.patience, needs=False, **more
-    ).to_dict()
+    given = {"timeout": setting.patience} | more
+    found = forecast.replay(trace, bandwidth=rate, max_downtime=limit, terms=terms, needs=False, **given).to_dict()
     took = time.monotonic() - begun
     series = forecast.geometric(size, dirty_rate(trace), rate, limit)
     return {
@@ -411,7 +410,7 @@ def judged_own(case: Case, folder: Path, terms: forecast.Terms) -> Iterator[dict
             time.sleep(0.3)
             seconds = long_enough(case, vm.memory(0).view(np.uint64).reshape(-1, PAGE // 8), setting)
             trace = record(vm, folder / f"{case.what}-{number}", interval=0.1, duration=seconds)
-            said = before(trace, setting, terms, max_iterations=FLAT, on_limit="abort")
+            said = before(trace, setting, terms, max_iterations=FLAT, on_limit="abort", timeout=None)
             report = migrate_own(vm, setting, port)
             done = report.status == "completed"
             run = {

@@ -5,10 +5,12 @@ TCG, and `hwdbm record --ram-file` compares the content of the memory that it sh
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +54,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.small == (given.folder is not None):
         parser.error("give a folder, or --small")
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, -15)  # as QEMU's, which would leave it little to run
     if given.small:
         record(ROOT, SMALL, 256, "250ms", "8s")
     else:

