@@ -386,7 +386,7 @@ def migrate_own(vm: KvmVm, setting: Setting, port: int) -> Report:
 def calibrate_own() -> forecast.Terms:
     """Return the terms of our own migrations here, measured with a guest that isn't judged."""
     took = []
-    for number in range(2):
+    for number in range(3):
         with build_kvm(
             160 * MIB, log=KvmLog.BITMAP, workload="idle", rate=None, seed=number, image=None, percent=90
         ) as vm:
