@@ -351,6 +351,13 @@ def test_a_chunk_that_was_cut_short_or_changed_is_refused(small, name):
     read_all(small)
 
 
+def test_a_chunk_of_more_bytes_than_it_can_have_is_not_read(small):
+    with (small / "words/c/0/0").open("ab") as file:
+        file.truncate(2 << 20)
+    with pytest.raises(TraceError, match="a chunk of 1048560 bytes doesn't take 2097152"):
+        open_trace(small).words(0, 1)
+
+
 def test_a_chunk_that_is_lost_while_the_trace_is_open_is_missed(small):
     trace = open_trace(small)
     (small / "words/c/0/0").unlink()
