@@ -33,16 +33,15 @@ EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; i
 
 Examples:
 
+  From a trace that hwdbm brings, by QEMU's passes, with the rules of others beside it:
+
+\b
+    hwdbm plan example:machine-hot --bandwidth 50M --stream qemu --rules
+
   A modelled machine is watched for two seconds; then what its migration would take:
 
 \b
-    hwdbm plan --source machine --memory 64M --duration 2 --bandwidth 50M
-
-  The same by QEMU's passes, and when other rules would pause the guest:
-
-\b
-    hwdbm plan --source machine --memory 64M --duration 2 --bandwidth 50M
-        --stream qemu --rules
+    hwdbm plan --source machine --memory 64M --duration 2s --bandwidth 50M
 
   From samples of a migration, as JSON lines: QMP's query-migrate, libvirt's job
   statistics, Cloud Hypervisor's progress, or ours:
@@ -163,9 +162,9 @@ def plan(
     duration: Annotated[
         float | None,
         typer.Option(
-            parser=options.parser(parse.number),
-            metavar="SECONDS",
-            help="How long the guest of --source is watched; 10 by default.",
+            parser=options.parser(parse.seconds),
+            metavar="TIME",
+            help="How long the guest of --source is watched; 10s by default.",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -208,8 +207,6 @@ def plan(
     for name, value in {"--bandwidth": bandwidth, "--last-bandwidth": last_bandwidth}.items():
         if value == 0:
             raise typer.BadParameter(f"{name} 0: a bandwidth is more than 0 bytes a second")
-    if duration == 0:
-        raise typer.BadParameter("--duration is more than 0 s")
     if plot is not None:
         _check_plot(plot)
     options.check_report(report)
