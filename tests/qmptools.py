@@ -12,9 +12,9 @@ MIB = 1 << 20
 class Monitor:
     """A QMP monitor that gives answers in turn, the last one for ever, and keeps what it was asked."""
 
-    def __init__(self, path: Path, answers: list[object], greeting: str = '{"QMP": {}}') -> None:
+    def __init__(self, path: Path, answers: list[object], greeting: str = '{"QMP": {}}', limit: object = 200) -> None:
         self.path, self.asked = path, []
-        self._answers, self._greeting = answers, greeting
+        self._answers, self._greeting, self._limit = answers, greeting, limit
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(path))
         self._socket.listen()
@@ -32,7 +32,7 @@ class Monitor:
                     print('{"event": "MIGRATION_PASS", "data": {"pass": 1}}', file=file)
                     answer: object = {}
                     if command == "query-migrate-parameters":
-                        answer = {"downtime-limit": 200}
+                        answer = {"downtime-limit": self._limit}
                     elif command == "query-migrate":
                         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
                     if answer is None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hwdbm.cli.example import find_trace
+
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "fleet" / "plan.json"
 COMMAND = [sys.executable, "-P", "-W", "error", "-m", "hwdbm"]
 
@@ -102,3 +104,25 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert len(workers) == 2
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert list(scratch.iterdir()) == []
+
+
+def test_what_a_vm_names_is_checked(run, tmp_path: Path) -> None:
+    """Samples are read from regular files alone, the file is named, and a rate leaves the trace times."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "bad").write_text("{}\n{\n")
+    vm = {"name": "v", "host": "a", "memory": "128M", "max-downtime": 300}
+    trace = {"trace": str(find_trace("example:machine-hot"))}
+    for more, says in (
+        ({"samples": "fifo"}, "fifo: is no regular file"),
+        ({"samples": "/dev/zero"}, "/dev/zero: is no regular file"),
+        ({"samples": "bad"}, "bad: line 2: the JSON object is cut short"),
+        (trace | {"rate": 1e15}, "the VM 'v' writes at a rate of 1e+15, at which its trace"),
+    ):
+        plan = {
+            "format": "hwdbm-fleet", "version": 1, "links": [{"name": "lan", "bandwidth": "1G"}],
+            "hosts": [{"name": name, "memory": "1G", "link": "lan"} for name in "ab"], "vms": [vm | more],
+        }  # fmt: skip
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        result = run("fleet", tmp_path / "plan.json", "--drain", "a")
+        assert (result.status, result.out) == (1, "")
+        assert says in result.err

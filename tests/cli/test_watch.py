@@ -1,9 +1,13 @@
 """``hwdbm watch``: a monitor that is only read, and a real QEMU that migrates."""
 
+import contextlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -83,6 +87,91 @@ def test_what_goes_wrong(run, monitor, answers, more, said: str) -> None:
     result = run("watch", "--qmp", monitor(answers, **more).path, "--wait", "0", "--interval", "0.001")
     assert (result.status, result.out) == (1, "")
     assert said in result.err
+
+
+QMP = '{"QMP": {}}'
+RAM = {"total": 1 << 30, "remaining": 5, "dirty-sync-count": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"status": ["active"]}, "status is a text, not ['active']"),
+        ({"status": "active", "total-time": 5, "ram": "much"}, 'ram is an object, not "much"'),
+        ({"status": "active", "total-time": 5, "ram": [1]}, "ram is an object, not [1]"),
+        ({"status": "active", "total-time": "5", "ram": RAM}, 'total-time is a number, not "5"'),
+        ({"status": "active", "total-time": 5, "ram": RAM | {"mbps": float("nan")}}, "mbps is a number of 0 or more"),
+        ({"status": "active", "total-time": 5, "ram": RAM | {"total": 10**400}}, "total is a number of 0 or more"),
+        ('{"return": ' + "[" * 100_000, "is no JSON object"),
+        ('{"error": "' + "x" * 100_000 + '"}', "query-migrate: xxx"),
+        ("x" * (2 << 20), "a line of it has more than 1048576 bytes"),
+    ],
+)
+def test_a_monitor_that_lies(run, monitor, answer, said: str) -> None:
+    result = run("watch", "--qmp", monitor([answer]).path, "--wait", "0", "--interval", "0.001", "--json")
+    assert (result.status, result.out) == (1, "")
+    assert said in result.err
+    assert "/qmp: " in result.err
+    assert result.err.count("\n") == 1
+    assert len(result.err) < 1000
+    assert "Traceback" not in result.err
+    assert "an error in hwdbm" not in result.err
+
+
+@pytest.mark.parametrize("time_", ["long", [1], None, True, float("nan"), -1, 10**400])
+def test_an_end_whose_times_are_none(run, monitor, time_: object) -> None:
+    end = {"status": "completed", "total-time": time_, "downtime": 3}
+    result = run("watch", "--qmp", monitor([end]).path, "--json")
+    assert (result.status, result.err) == (0, "")
+    assert json.loads(result.out) == {"status": "completed", "downtime": 3}
+
+
+@pytest.mark.parametrize("limit", ["long", True, float("nan"), -1, 10**400])
+def test_a_limit_that_is_none(run, monitor, limit: object) -> None:
+    result = run("watch", "--qmp", monitor([{}], limit=limit).path, "--wait", "0")
+    assert (result.status, result.out) == (1, "")
+    assert "its downtime-limit is a number of 0 or more, not" in result.err
+
+
+@pytest.mark.parametrize("greeting", ["", QMP])
+def test_an_interrupt_ends_the_wait_for_a_silent_monitor(tmp_path: Path, greeting: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "qmp"))
+        server.listen()
+        command = [sys.executable, "-P", "-m", "hwdbm", "watch", "--qmp", str(tmp_path / "qmp")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            client, _ = server.accept()
+            with client:
+                if greeting:
+                    client.sendall(greeting.encode() + b"\n")
+                    client.recv(100)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=60)
+                assert (process.returncode, out, err) == (130, "", "hwdbm: interrupted\n")
+
+
+@pytest.mark.parametrize("said", [b"", b" "])
+def test_a_monitor_that_never_ends_a_line(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """Each byte that comes is no answer: the time for one isn't begun anew."""
+    monkeypatch.setattr("hwdbm.cli.watch._PATIENCE", 0.3)
+    over = threading.Event()
+
+    def trickle() -> None:
+        client, _ = server.accept()
+        with client, contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                client.sendall(said)
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "qmp"))
+        server.listen()
+        thread = threading.Thread(target=trickle, daemon=True)
+        thread.start()
+        result = run("watch", "--qmp", tmp_path / "qmp")
+        over.set()
+        thread.join(5)
+    assert (result.status, result.out) == (1, "")
+    assert "it says nothing: has it another client?" in result.err
 
 
 def test_there_is_no_monitor(run, tmp_path: Path) -> None:

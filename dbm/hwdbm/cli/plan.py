@@ -20,14 +20,14 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import OnLimit, SeedOption, Vm
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result, width, wrapped
-from hwdbm.files import NewFile, open_regular
+from hwdbm.files import NewFile
 from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
+from hwdbm.forecast.samples import MOST, read_sample_file
 from hwdbm.forecast.sweep import passes, sweep
 from hwdbm.trace import analyse, open_trace, record
 
 _DURATION = 10.0  # seconds that a guest of --source is watched
 _INTERVAL = 0.1
-_MOST = 64 << 20  # characters of samples
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
 
@@ -241,13 +241,11 @@ def plan(
 
 def _read_file(path: Path) -> list[Sample]:
     """Read samples from a file, or from stdin."""
-    if str(path) == "-":
-        text = sys.stdin.read(_MOST + 1)
-    else:
-        with open_regular(path) as file:
-            text = file.read(_MOST + 1).decode("utf-8", "replace")
-    if len(text) > _MOST:
-        raise ValueError(f"{path}: {_MOST} characters of samples are the most")
+    if str(path) != "-":
+        return read_sample_file(path)
+    text = sys.stdin.read(MOST + 1)
+    if len(text) > MOST:
+        raise forecasts.SampleError(f"{path}: {MOST} characters of samples are the most")
     try:
         return forecasts.read_samples(text.splitlines())
     except forecasts.SampleError as error:

@@ -1,13 +1,16 @@
 """``hwdbm watch``: a QEMU that migrates, watched by its monitor, and where that will end."""
 
 import json
+import select
 import socket
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from errno import EIO
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Never, Self
 
 import typer
 
@@ -20,7 +23,10 @@ from hwdbm.migration.report import mib
 
 _LINE = 1 << 20  # bytes of a line of QMP
 _PATIENCE = 10.0  # seconds for an answer
+_TURN = 0.1  # seconds after which a wait looks for an interrupt
+_SHOWN = 200  # letters of what a monitor says, in a message
 _PASSES = 512  # whose samples are kept
+_END = 1e15  # no time or limit of QEMU reaches it, in ms
 _ENDED = {"completed", "failed", "cancelled"}
 _READS = ("qmp_capabilities", "query-migrate", "query-migrate-parameters")  # all that is ever asked
 
@@ -96,20 +102,29 @@ def watch(
     terms = forecasts.QEMU
     if last_bandwidth is not None:
         terms = replace(terms, last_bandwidth=float(last_bandwidth))
-    with as_event() as cancel, _Monitor(qmp) as monitor:
+    with as_event() as cancel, _Monitor(qmp, cancel) as monitor:
         limit = monitor.limit() if max_downtime is None else max_downtime / 1e3
         watched = _Watched(limit, {"max_downtime": limit, "timeout": timeout, "terms": terms}, as_json=as_json)
         until = time.monotonic() + wait
         while not cancel.is_set():
             answer = monitor.ask("query-migrate")
-            if watched.see(answer):
+            try:
+                ended = watched.see(answer)
+            except forecasts.SampleError as error:
+                raise forecasts.SampleError(f"{qmp}: query-migrate: {error}") from None
+            if ended:
                 if answer["status"] != "completed":
-                    note(f"the migration {answer['status']}: {answer.get('error-desc', 'no reason is given')}")
+                    why = str(answer.get("error-desc", "no reason is given"))[:_SHOWN]
+                    note(f"the migration {answer['status']}: {why}")
                     raise typer.Exit(1)
                 return
             if not watched.samples and time.monotonic() > until:
                 raise OSError(EIO, f"no migration began within {wait:g} s", str(qmp))
             cancel.wait(interval)
+    _leave()
+
+
+def _leave() -> Never:
     note("interrupted")
     raise typer.Exit(INTERRUPTED)
 
@@ -117,24 +132,27 @@ def watch(
 class _Monitor:
     """A QMP monitor, asked for what it knows."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._rest = path, b""
+    def __init__(self, path: Path, cancel: threading.Event) -> None:
+        self._path, self._cancel, self._rest = path, cancel, b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_PATIENCE)
 
     def __enter__(self) -> Self:
         try:
-            self._socket.connect(str(self._path))
-            if "QMP" not in self._next():
-                raise self._wrong("it doesn't greet as a QMP monitor does")
-            self.ask("qmp_capabilities")
-        except TimeoutError:
+            self._connect()
+        except BaseException:
             self._socket.close()
-            raise self._wrong("it says nothing: has it another client?") from None
-        except OSError as error:
-            self._socket.close()
-            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
+            raise
         return self
+
+    def _connect(self) -> None:
+        try:
+            self._socket.connect(str(self._path))
+        except OSError as error:
+            raise OSError(error.errno or EIO, error.strerror or str(error), str(self._path)) from error
+        if "QMP" not in self._next("it says nothing: has it another client?"):
+            raise self._wrong("it doesn't greet as a QMP monitor does")
+        self.ask("qmp_capabilities")
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
@@ -142,38 +160,60 @@ class _Monitor:
     def ask(self, command: str) -> dict[str, Any]:
         """Return the answer to a command that only reads."""
         assert command in _READS  # noqa: S101 - whoever watches changes nothing
-        self._socket.sendall(json.dumps({"execute": command}).encode() + b"\r\n")
+        try:
+            self._socket.sendall(json.dumps({"execute": command}).encode() + b"\r\n")
+        except OSError:
+            raise self._closed() from None
         until = time.monotonic() + _PATIENCE
+        silent = f"no answer to {command} within {_PATIENCE:g} s"
         while time.monotonic() < until:  # events come in between
-            said = self._next()
+            said = self._next(silent, until)
             if isinstance(said.get("return"), dict):
                 answer: dict[str, Any] = said["return"]
                 return answer
             if "error" in said:
-                raise self._wrong(f"{command}: {said['error']}")
-        raise self._wrong(f"no answer to {command} within {_PATIENCE:g} s")
+                raise self._wrong(f"{command}: {str(said['error'])[:_SHOWN]}")
+        raise self._wrong(silent)
 
     def limit(self) -> float:
         """Return QEMU's limit of the downtime, in seconds."""
         limit = self.ask("query-migrate-parameters").get("downtime-limit", 300)
-        return float(limit) / 1e3 if isinstance(limit, int | float) else 0.3
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < _END:
+            raise self._wrong(f"its downtime-limit is a number of 0 or more, not {str(limit)[:_SHOWN]}")
+        return limit / 1e3
 
-    def _next(self) -> dict[str, Any]:
+    def _next(self, silent: str, until: float | None = None) -> dict[str, Any]:
+        """Return the next object; where there is none in time, raise an error that says `silent`."""
+        until = time.monotonic() + _PATIENCE if until is None else until
         while b"\n" not in self._rest:
             if len(self._rest) > _LINE:
                 raise self._wrong(f"a line of it has more than {_LINE} bytes")
-            part = self._socket.recv(1 << 16)
-            if not part:
-                raise self._wrong("QEMU closed its monitor")
-            self._rest += part
+            self._rest += self._receive(silent, until)
         line, _, self._rest = self._rest.partition(b"\n")
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise self._wrong(f"{line[:40]!r} is no JSON object")
         return said
+
+    def _receive(self, silent: str, until: float) -> bytes:
+        while time.monotonic() < until:
+            if self._cancel.is_set():
+                _leave()
+            if select.select([self._socket], [], [], _TURN)[0]:
+                try:
+                    part = self._socket.recv(1 << 16)
+                except OSError:
+                    part = b""
+                if not part:
+                    raise self._closed()
+                return part
+        raise self._wrong(silent)
+
+    def _closed(self) -> OSError:
+        return self._wrong("QEMU closed its monitor")
 
     def _wrong(self, what: str) -> OSError:
         return OSError(EIO, what, str(self._path))
@@ -191,12 +231,15 @@ class _Watched:
     def see(self, answer: dict[str, Any]) -> bool:
         """Take note of an answer to query-migrate, and return whether the migration that was seen has ended."""
         status = answer.get("status", "none")
+        if not isinstance(status, str):
+            raise forecasts.SampleError(f"status is a text, not {str(status)[:_SHOWN]}")
         if status in _ENDED:
             if not self.samples and status != "completed":
                 return False  # an older one
             self._end(answer)
             return True
-        if "ram" not in answer or "total-time" not in answer or not answer["ram"].get("total"):
+        ram = answer.get("ram")
+        if ram is None or "total-time" not in answer or (isinstance(ram, dict) and not ram.get("total")):
             return False
         (sample,) = forecasts.read_samples([json.dumps(answer)])
         if self.samples and (sample.time < self.samples[-1].time or sample.iteration < self.samples[-1].iteration):
@@ -226,7 +269,8 @@ class _Watched:
         result(f"pass {sample.iteration} after {sample.time:.1f} s, {mib(sample.remaining)} MiB left: {said}")
 
     def _end(self, answer: dict[str, Any]) -> None:
-        times = {key: answer[key] for key in ("total-time", "downtime") if key in answer}
+        known: Iterator[tuple[str, Any]] = ((key, answer.get(key)) for key in ("total-time", "downtime"))
+        times = {key: at for key, at in known if type(at) in (int, float) and 0 <= at < _END}
         if self._as_json:
             result(json.dumps({"status": answer["status"]} | times))
             return

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from hwdbm.errors import PlanError
 from hwdbm.fleet.curves import Curve, Taken
 from hwdbm.fleet.plan import Engine, FleetVm
-from hwdbm.forecast import OWN, QEMU, Terms, read_samples
+from hwdbm.forecast import OWN, QEMU, Terms
 from hwdbm.forecast.model import ModelWrites, fit, measured
+from hwdbm.forecast.samples import read_sample_file
 from hwdbm.forecast.simulate import Course, run
 from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 
@@ -40,7 +41,7 @@ class Forecasts:
         Raises
         ------
         PlanError
-            If the trace has more memory than the VM.
+            If the trace has more memory than the VM, or no times at the VM's rate.
         TraceError, SampleError, OSError
             If the trace or the samples can't be read.
         """
@@ -74,8 +75,7 @@ class Forecasts:
     def _writes(self, vm: FleetVm) -> tuple[GuestWrites, list[float]]:
         """Return what a VM writes, and when its migration begins."""
         if vm.samples is not None:
-            with vm.samples.open(encoding="utf-8", errors="replace") as lines:
-                samples = read_samples(lines)
+            samples = read_sample_file(vm.samples)
             model = fit(*measured(samples), vm.memory)[0]
             return ModelWrites(model, vm.memory, samples[-1].page_size), [0.0]
         if vm.trace is None:
@@ -95,7 +95,13 @@ class _Scaled:
                 f"the VM {vm.name!r} has {vm.memory} bytes of memory, and its trace {vm.trace} is of "
                 f"{trace.npages * trace.page_size}"
             )
-        self.times = (trace.times / vm.rate).astype(np.int64)
+        times = trace.times / vm.rate
+        if times[-1] >= 1 << 62 or (np.diff(times.astype(np.int64)) <= 0).any():
+            raise PlanError(
+                f"the VM {vm.name!r} writes at a rate of {vm.rate:g}, at which its trace {vm.trace} has intervals "
+                "of no time, or more than 2^62 ns"
+            )
+        self.times = times.astype(np.int64)
 
     def words(self, lo: int, hi: int) -> Words:
         return self._trace.words(lo, hi)

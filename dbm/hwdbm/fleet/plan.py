@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Never, TypeVar, get_args
 
@@ -328,9 +327,12 @@ class _Reader:
         return found
 
     def path(self, found: Any, place: str) -> Path:
-        if not isinstance(found, str) or not found or "\0" in found:
+        if not isinstance(found, str) or not found:
             self.refuse(place, f"is a path, not {_shown(found)}")
-        return self._path.parent / found
+        try:
+            return check.path(self._path.parent / found, place)
+        except ValueError:  # it has a null, or half of a surrogate pair
+            self.refuse(place, f"is a path, and {_shown(found)} can't be one")
 
     def size(self, found: Any, place: str) -> int:
         """Return a number of bytes, of 1 or more."""
@@ -345,7 +347,7 @@ class _Reader:
 
     def number(self, found: Any, place: str, unit: str = "", least: float = 0) -> float:
         """Return a number of `least` or more."""
-        if type(found) not in (int, float) or not isfinite(found) or not least <= found < _END:
+        if type(found) not in (int, float) or not least <= found < _END:  # NaN isn't either
             self.refuse(place, f"is a number {f'of {unit} ' if unit else ''}of {least:g} or more, not {_shown(found)}")
         return float(found)
 

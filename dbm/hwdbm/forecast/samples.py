@@ -1,16 +1,19 @@
 """Samples of a migration that goes on, and reading them from what QEMU, libvirt and Cloud Hypervisor print."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hwdbm import check
+from hwdbm import check, files
 from hwdbm.errors import SampleError, printable
 
 _MIB = float(1 << 20)
 _LONGEST = 1 << 20  # characters of a line
+MOST = 64 << 20
+"""Bytes of a file of samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,26 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
     if not samples:
         raise SampleError("there are no samples of a migration in that")
     return samples
+
+
+def read_sample_file(path: str | os.PathLike[str]) -> list[Sample]:
+    """Read the samples of one migration from a file, as `read_samples` does from its lines.
+
+    Raises
+    ------
+    SampleError
+        As `read_samples` says, and if the file is longer than samples are; the text names the file.
+    OSError
+        If it can't be read, or is no regular file.
+    """
+    with files.open_regular(path) as file:
+        raw = file.read(MOST + 1)
+    if len(raw) > MOST:
+        raise SampleError(f"{os.fspath(path)}: {MOST} bytes of samples are the most")
+    try:
+        return read_samples(raw.decode("utf-8", "replace").splitlines())
+    except SampleError as error:
+        raise SampleError(f"{os.fspath(path)}: {error}") from error
 
 
 def _add(samples: list[Sample], number: int, read: Callable[[Any, list[Sample]], list[Sample]], item: Any) -> None:

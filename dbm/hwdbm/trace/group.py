@@ -546,7 +546,7 @@ def _failures(path: os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno or EIO, error.strerror or str(error), str(error.filename or path)) from error
-    except (MemoryError, ModuleNotFoundError):
+    except (MemoryError, ModuleNotFoundError, TraceError):
         raise
     except Exception as error:
         raise TraceError(f"{os.fspath(path)}: it is damaged: {type(error).__name__}: {error}") from error
