@@ -5,6 +5,7 @@ two forecasts are the same work. Run by ``make fleet``; FLEET_ARGS="--vms 1000 -
 """
 
 import argparse
+import resource
 import shutil
 import tempfile
 import time
@@ -79,7 +80,9 @@ def main() -> None:
         curves = tabulate(fleet, hosts, Forecasts("qemu"), workers=given.workers)
         took = time.monotonic() - began
         moving = int(np.isfinite(curves.least).sum())
-        print(f"{given.vms} VMs of {len(traces)} traces, {given.workers} workers: {took:.1f} s")
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = spent.ru_utime + spent.ru_stime
+        print(f"{given.vms} VMs of {len(traces)} traces, {given.workers} workers: {took:.1f} s, {busy:.1f} s of CPU")
         print(f"{moving} converge within their limits, {given.vms - moving} don't")
         began = time.monotonic()
         plan = drain(fleet, hosts, curves)

@@ -107,3 +107,21 @@ def test_no_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 0.5)
     with pytest.raises(OSError, match="no Dask scheduler answers at"):
         tabulate(many(1), ["h0"], geometric, scheduler=address)
+
+
+def test_another_cluster(tmp_path: Path) -> None:
+    """One that is there already, and stays."""
+    import dask
+    from distributed import LocalCluster
+
+    fleet = many(5)
+    with (
+        dask.config.set({"temporary-directory": str(tmp_path)}),
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1",
+            dashboard_address=None, silence_logs=50,
+        ) as cluster,
+    ):  # fmt: skip
+        found = tabulate(fleet, ["h0"], geometric, scheduler=cluster.scheduler_address)
+        assert same(found, tabulate(fleet, ["h0"], geometric, workers=0))
+        assert len(cluster.scheduler.workers) == 1
