@@ -566,7 +566,17 @@ def main() -> None:
         print(f"our own guests are left out: {error}", flush=True)
         cases = tuple(case for case in cases if case.kind != "own")
     begun = time.monotonic()
-    lines = judge(cases, asked.output, asked.repeat, asked.keep)
+    wrong = report(judge(cases, asked.output, asked.repeat, asked.keep), begun)
+    if asked.quick and wrong:  # what else ran here may have been why; a forecast that is wrong is wrong again
+        print("; ".join(wrong) + ": once more", flush=True)
+        begun = time.monotonic()
+        wrong = report(judge(cases, asked.output, asked.repeat, asked.keep), begun)
+    if asked.quick and wrong:
+        sys.exit("; ".join(wrong))
+
+
+def report(lines: list[dict[str, Any]], begun: float) -> list[str]:
+    """Print how far the forecasts were off, and return what is beyond bounds."""
     share = page.right(lines, "forecast")
     print(f"{len(lines)} migrations in {time.monotonic() - begun:.0f} s; converges or not, right in {share:.0%}")
     wrong = []
@@ -578,11 +588,9 @@ def main() -> None:
         print(f"{name}: median error {middle:.0%}, 90th percentile {high:.0%}; off by a factor of {factor:.2f}")
         if not factor <= bound:
             wrong.append(f"the {name} is off by a factor of {factor:.2f} in the median, and may be by {bound:g}")
-    if asked.quick:
-        if share < 0.75:
-            wrong.append("converges or not is wrong in more than a quarter")
-        if wrong:
-            sys.exit("; ".join(wrong))
+    if share < 0.75:
+        wrong.append("converges or not is wrong in more than a quarter")
+    return wrong
 
 
 if __name__ == "__main__":

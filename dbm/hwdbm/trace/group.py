@@ -7,7 +7,7 @@ interval is there when its time is, which is written last. So what fails, or is 
 import atexit
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from errno import EEXIST, EIO
 from functools import cache
@@ -53,10 +53,11 @@ def _end_patiently() -> None:
     from zarr.core import sync  # noqa: PLC0415  # as _zarr
 
     def end() -> None:
-        loop, thread = sync.loop[0], sync.iothread[0]
-        if loop is not None and thread is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(_PATIENCE)
+        with suppress(AttributeError, IndexError, TypeError):  # another zarr may have other names for them
+            loop, thread = sync.loop[0], sync.iothread[0]
+            if loop is not None and thread is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join(_PATIENCE)
 
     atexit.register(end)  # it is called before zarr's own, which was registered earlier
 
