@@ -325,3 +325,16 @@ def test_what_is_left_over_counts_once() -> None:
     assert guest.written(0, 1, Dirty(10.0, 0.0)).pages == pytest.approx(10)
     cold = ModelWrites(Model(hot=0.0, tau=1, cold=4096), 1 << 20, 4096)
     assert cold.written(0, 1, Dirty(10.0, 0.0)).pages == pytest.approx(11)
+
+
+@pytest.mark.parametrize("limit", [1e6, 1e200, 1e308])
+def test_a_limit_that_is_never_reached(limit: float) -> None:
+    """Bandwidth times limit is more than a float holds, and so less than nothing is left to be sent."""
+    each = {"total": 1 << 30, "remaining": 1 << 24, "mbps": 100.0, "page-size": 4096}
+    lines = [json.dumps({"total-time": 1000 * i, "ram": each | {"dirty-sync-count": i}}) for i in range(1, 6)]
+    found = from_samples(read_samples(lines), max_downtime=limit)
+    assert found.converges
+    with pytest.raises(ValueError, match="start_ns is 0 to 0x7fffffffffffffff"):
+        replay(
+            MemoryWrites(np.zeros((2, 1), dtype=np.uint64), interval=1), bandwidth=1, max_downtime=1, start_ns=10**400
+        )

@@ -96,7 +96,7 @@ def replay(
     (True, 2)
     """
     plan = _plan(bandwidth, max_downtime, terms, timeout, max_iterations, on_limit, auto_converge, throttle)
-    start = check.integer(start_ns, "start_ns") / 1e9
+    start = check.integer(start_ns, "start_ns", 0, (1 << 63) - 1) / 1e9
     if starts is not None:
         starts = check.integer(starts, "starts", 1, 1000)
     needs = check.flag(needs, "needs")

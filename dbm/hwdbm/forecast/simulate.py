@@ -369,7 +369,8 @@ class _Migration:
         each = self._seconds(dirty, self._plan.bandwidth) / dirty.pages
         goal = dirty.pages - self._threshold() / self._guest.page_size
         share = self._terms.tick / each if self._terms.tick else goal
-        send = min(max(ceil(goal / share + _QUEUE), 1) * share, dirty.pages) if share else dirty.pages
+        turns = max(goal / share + _QUEUE, 1.0) if share else inf  # goal is far below 0 where the limit is huge
+        send = min(ceil(turns) * share, dirty.pages) if turns * share < dirty.pages else dirty.pages
         size = self._bytes(dirty) * send / dirty.pages
         self._advance(send * each)
         self._sent += size
