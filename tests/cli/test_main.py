@@ -168,7 +168,7 @@ def test_missing_extra(missing: str, extra: str, args: list[object], tmp_path: P
     assert "Traceback" not in done.stderr
 
 
-SMALL = ["migrate", "--memory", "1M", "--workload", "idle"]
+SMALL = ["migrate", "--memory", "1M", "--workload", "idle", "--max-downtime", "20000"]
 FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter('default'); "
 
 

@@ -85,8 +85,8 @@ class Terms:
         return self.verify_gib * check.real(size, "size", 0) / _GIB
 
 
-# Measured with `hwdbm migrate` on two cores of a cloud's x86_64 machine, over a Unix socket. An address and a length go
-# with a run of pages, 16 bytes; most runs are short.
+# Round numbers, of the size that migrations over a Unix socket show on two cores; the judge (tests/forecast/judge.py)
+# measures its own. An address and a length go with a run of pages, 16 bytes; most runs are short.
 OWN = Terms(
     "own", setup=0.02, setup_gib=0.1, sync_gib=0.002, zero_page=0.7e-6, pass_time=0.002, pause=0.002, handover=0.01,
     verify_gib=0.7, page_overhead=8, zero_bytes=2, burst=0.04, spread=0.06,
