@@ -1,6 +1,11 @@
 """``hwdbm plan``: traces, samples, guests that are watched, and what can't be."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +141,18 @@ def test_what_is_no_trace_and_no_samples(run, tmp_path: Path, trace: Path) -> No
     assert result.err == (
         f"hwdbm: {bad}: line 1: remaining is a number of 0 or more, not nan (docs: howto/will-it-converge#samples)\n"
     )
+
+
+def test_an_interrupt_leaves_no_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "hwdbm", "plan", "--source", "machine", "--memory", "16M"]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*command, "--duration", "60s", "--bandwidth", "9M"], env=env) as process:
+        try:
+            while not any(tmp_path.glob("hwdbm-*")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
+    assert not list(tmp_path.iterdir())

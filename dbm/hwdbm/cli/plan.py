@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import OnLimit, SeedOption, Vm
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result, width, wrapped
-from hwdbm.files import NewFile
+from hwdbm.files import NewFile, scratch
 from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
 from hwdbm.forecast.samples import MOST, read_sample_file
 from hwdbm.forecast.sweep import passes, sweep
@@ -273,11 +272,11 @@ def _writes(
         return
     memory = 256 << 20 if memory is None else memory
     guest.check_room(memory)
-    with tempfile.TemporaryDirectory(prefix="hwdbm-plan-") as folder:
+    with scratch() as folder:  # an interrupt removes it too
         with busy("the guest is watched"), _started(source or Vm.MACHINE, memory, workload, rate, seed) as vm:
             vm.resume()
             length = _DURATION if duration is None else duration
-            made = record(vm, Path(folder) / "trace", interval=min(_INTERVAL, length), duration=length)
+            made = record(vm, folder / "trace", interval=min(_INTERVAL, length), duration=length)
         yield made
 
 
