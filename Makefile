@@ -89,7 +89,7 @@ traces: $(VENV)/.user ## record the larger corpus of write traces into build/tra
 	$(BIN)/python -P tests/trace/corpus.py build/traces
 
 .PHONY: fleet
-fleet: $(VENV)/.user ## forecast 10,000 VMs on Dask within two minutes, and plan how to drain their rack
+fleet: $(VENV)/.user ## forecast 10,000 VMs on Dask (two minutes are the goal), and plan how to drain their rack
 	$(BIN)/python -P tests/fleet/large.py $(FLEET_ARGS)
 
 # Needs QEMU and an Arm cross compiler: apt-get install qemu-system-arm gcc-aarch64-linux-gnu.
