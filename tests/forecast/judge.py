@@ -355,12 +355,17 @@ def judged_qemu(case: Case, net: Link, folder: Path, terms: forecast.Terms) -> I
             capped = replace(setting, bandwidth=min(setting.bandwidth, (terms.last_bandwidth or 1e12) / MB))
             said = before(trace, capped, own)
             net.be(setting.bandwidth * MB if setting.link else None)
-            run = pair.migrate(
-                bandwidth=int(setting.bandwidth * MB),
-                downtime_limit=setting.limit,
-                timeout=setting.patience,
-                flat=10_000,
-            )
+            try:
+                run = pair.migrate(
+                    bandwidth=int(setting.bandwidth * MB),
+                    downtime_limit=setting.limit,
+                    timeout=setting.patience,
+                    flat=10_000,
+                )
+            except qemu.QmpError as error:  # one of the two is gone: no migration to judge, and it is told
+                print(f"{case.kind}, {case.name}: {error}", flush=True)
+                net.be(None)
+                return
             net.be(None)
             happened = asdict(run)
             samples = happened.pop("samples")

@@ -56,7 +56,10 @@ class Qmp:
 
     def ask(self, command: str, **arguments: object) -> Any:
         what = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
-        self._socket.sendall(json.dumps(what).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps(what).encode() + b"\n")
+        except OSError as error:
+            raise QmpError(f"QEMU is gone: {error}") from None
         while True:
             answer = self._read()
             if "event" in answer:
