@@ -179,6 +179,10 @@ def test_there_is_no_monitor(run, tmp_path: Path) -> None:
     assert (result.status, result.out) == (1, "")
     assert "none: No such file or directory" in result.err
     assert run("watch", "--qmp", tmp_path / "none", "--interval", "0").status == 2
+    (tmp_path / "file").touch()
+    assert run("watch", "--qmp", tmp_path / "file").err == (
+        f"hwdbm: {tmp_path}/file: nobody listens at it: it is no monitor of a QEMU that runs\n"
+    )
 
 
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="there is no qemu-system-x86_64")

@@ -81,8 +81,9 @@ def test_query_migrate() -> None:
     assert read_samples(['{"status": "setup"}', "", '{"status": "none"}', qmp(2500, 3, 204800)]) == [sample]
 
 
-def test_a_bandwidth_of_0_is_none_yet() -> None:
-    (sample,) = read_samples([qmp(5, 1, 1 << 30, mbps=0)])
+@pytest.mark.parametrize("mbps", [0, 1e-300, 7e-6])
+def test_a_bandwidth_of_0_is_none_yet(mbps: float) -> None:
+    (sample,) = read_samples([qmp(5, 1, 1 << 30, mbps=mbps)])
     assert sample.bandwidth is None
 
 

@@ -148,6 +148,8 @@ class _Monitor:
     def _connect(self) -> None:
         try:
             self._socket.connect(str(self._path))
+        except ConnectionRefusedError:
+            raise self._wrong("nobody listens at it: it is no monitor of a QEMU that runs") from None
         except OSError as error:
             raise OSError(error.errno or EIO, error.strerror or str(error), str(self._path)) from error
         if "QMP" not in self._next("it says nothing: has it another client?"):

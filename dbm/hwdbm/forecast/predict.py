@@ -218,7 +218,10 @@ def _bandwidth_for(plan: Course, would: Callable[..., bool], at: bool) -> float 
 
 
 def _downtime_for(guest: GuestWrites, plan: Course, would: Callable[..., bool], at: bool) -> float | None:
-    low, high = 0.0, plan.max_downtime if at else max(guest.npages * guest.page_size / plan.bandwidth, 1e-3) * 1.1
+    # As long as all of memory takes is enough, if any limit is.
+    low, high = 0.0, max(guest.npages * guest.page_size / plan.bandwidth, 1e-3) * 1.1
+    if at and (plan.max_downtime <= high or not would(max_downtime=high)):
+        high = plan.max_downtime
     if not at and not would(max_downtime=high):
         return None  # it is the time that is too short
     while high > low * _CLOSE and high - low > 1e-3:

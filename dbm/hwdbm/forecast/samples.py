@@ -295,8 +295,8 @@ class _Numbers:
 
 
 def _measured(rate: float | None) -> float | None:
-    """Return a bandwidth, or None: where nothing was measured yet, the tools say 0."""
-    return rate or None
+    """Return a bandwidth, or None: where nothing was measured yet, the tools say 0, or next to it."""
+    return rate if rate is not None and rate >= 1 else None
 
 
 def _of_qemu(item: _Numbers, before: list[Sample]) -> list[Sample]:
