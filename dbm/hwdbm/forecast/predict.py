@@ -376,11 +376,11 @@ def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: i
 
 
 def _why(forecast: Forecast, plan: Course, least: float, *, differ: bool) -> str:
-    limit, speed = f"{plan.max_downtime * 1e3:,.0f} ms", f"{plan.bandwidth / _MIB:,.3g} MiB/s"
+    limit, speed = _ms(plan.max_downtime), f"{plan.bandwidth / _MIB:,.3g} MiB/s"
     if forecast.converges:
         text = (
             f"It converges: after {_passes(forecast.passes.value - 1)} the rest fits into {limit} at {speed}, and the "
-            f"guest stands still for about {forecast.downtime.value * 1e3:,.0f} ms."
+            f"guest stands still for about {_ms(forecast.downtime.value)}."
         )
         if forecast.downtime.value > plan.max_downtime:
             text += " That is more than the limit, which counts the pages alone, and not the handover."
@@ -390,13 +390,17 @@ def _why(forecast: Forecast, plan: Course, least: float, *, differ: bool) -> str
         text = (
             f"It doesn't converge: from pass {forecast.flat_from} on each pass takes as long as the guest needs to "
             f"dirty as much again, so none leaves notably less than {least / _MIB:,.1f} MiB, which takes "
-            f"{least / plan.bandwidth * 1e3:,.0f} ms at {speed}, and {limit} are allowed."
+            f"{_ms(least / plan.bandwidth)} at {speed}, and {limit} are allowed."
         )
     if not forecast.converges:
         text += _would(forecast.needs)
     if differ:
         text += " It depends on the moment and on the bandwidth: at some that were tried it goes the other way."
     return text
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds < 1e6 else f"{seconds * 1e3:.3g} ms"
 
 
 def _passes(number: float) -> str:
@@ -408,7 +412,7 @@ def _would(needs: Needs) -> str:
     if needs.bandwidth is not None:
         ways.append(f"a bandwidth of {needs.bandwidth / _MIB:,.4g} MiB/s")
     if needs.max_downtime is not None:
-        ways.append(f"a downtime limit of {needs.max_downtime * 1e3:,.0f} ms")
+        ways.append(f"a downtime limit of {_ms(needs.max_downtime)}")
     if needs.throttle:
         ways.append(f"vCPUs throttled by {needs.throttle} %")
     if not ways:
