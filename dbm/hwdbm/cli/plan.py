@@ -16,6 +16,7 @@ import typer
 from hwdbm import forecast as forecasts
 from hwdbm import report as reports
 from hwdbm.cli import guest, options, parse
+from hwdbm.cli.example import label
 from hwdbm.cli.guest import OnLimit, SeedOption, Vm
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result, width, wrapped
@@ -234,7 +235,7 @@ def plan(
         if plot is not None:
             _draw(plot, writes, bandwidth, found, how)
         if report is not None:
-            _report_trace(report, str(trace or source), writes, found, bandwidth, how)
+            _report_trace(report, label(trace) if trace else str(source), writes, found, bandwidth, how)
     _say(found, outcomes, as_json=as_json, rules=rules)
 
 
