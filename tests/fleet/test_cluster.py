@@ -91,7 +91,7 @@ def sockets(pid: int) -> set[str]:
 
 def test_workers_that_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        hwdbm.fleet.cluster.process, "python", lambda *_: [sys.executable, "-c", "raise SystemExit('no')"]
+        hwdbm.fleet.cluster.process, "python", lambda *_: [sys.executable, "-P", "-c", "raise SystemExit('no')"]
     )
     with pytest.raises(OSError, match="workers died, the last with status 1: no"):
         tabulate(many(3), ["h0"], geometric, workers=1)

@@ -16,11 +16,12 @@ from hwdbm.machine import Machine, Uniform, blocks, mmu
 from hwdbm.stage2 import stage2
 from hwdbm.stage2.leaves import Leaves
 
-# What numpy.ufunc.at writes: bitmaps, and in the kernels, which Leaves calls, what they were given.
+# What numpy.ufunc.at writes: bitmaps, in the kernels, which Leaves calls, what they were given, and levels of links.
 BITMAPS = {
     ("bitmap.py", "octets"),
     ("bitmap.py", "self.words"),
     ("dirtylog/faults.py", "live.words"),
+    ("fleet/planner.py", "others"),
     ("kernels/vector.py", "entries"),
     ("kernels/vector.py", "words"),
     ("kvm/log.py", "octets"),
