@@ -19,6 +19,7 @@ _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migr
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
 _QUEUE = 1e-9
 _TURNS = 2_000  # turns of a pass that are followed; where there are more they are longer
+_FEW_TURNS = 100  # turns of a pass while far more is left than may be, where they needn't be told apart
 
 Decide = Callable[[list[Sample]], Verdict]
 
@@ -342,10 +343,13 @@ class _Migration:
         # Lists: a turn looks at few of the words, and numbers of numpy's take longer one by one.
         gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
         end = float(len(gone) - 1)
-        tick = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS)
+        short = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS)
+        long = short * max(ceil(sent[-1] / self._plan.bandwidth / _FEW_TURNS / max(short, _QUEUE)), 1)
+        far = self._plan.bandwidth * (self._limit + long) / page  # pages: if more are left, no turn is the last
         place = 0.0
         while True:
             done, spent = _at(sent, place), _at(clock, place)
+            tick = long if dirty.pages - _at(gone, place) > far else short
             quota = max(self._plan.bandwidth * tick - self._share, 0.0)
             room = max(tick - (self._wall - self._turn), 0.0)
             place = min(_place_of(sent, done + quota), _place_of(clock, spent + room))
