@@ -438,6 +438,7 @@ _PLACES = ("spread", "tight", "first fit")
 _ORDERS = ("longest first", "shortest first", "neediest first", "as listed")
 _WORTH_IT = 1e-3  # part of the time that a random order has to save
 _SHUFFLES, _SHUFFLED = 60, 3000  # random orders at most, and migrations in them together
+_COMPARED = 30_000  # migrations in the plans of one kind that are compared: of very many, fewer plans are
 
 
 def drain(fleet: Fleet, hosts: Sequence[str], curves: Curves, *, seed: int = 0) -> Drained:
@@ -553,11 +554,13 @@ def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -
 
     if not any(job.guest.size for job in jobs.values()):
         return
-    place = _PLACES[0]
-    pairs = product((*_AT_ONCE, inf), _ORDERS[:2])  # the sum of the ends is the least for one, the last end for another
+    place, most = _PLACES[0], max(_COMPARED // max(job.guest.size for job in jobs.values()), 3)
+    # The sum of the ends is the least for one, the last end for another. Large numbers come last.
+    pairs = [*product((*_AT_ONCE, inf), _ORDERS[:2])][:most]
     at_once, order = min(pairs, key=lambda pair: ending(pair[0], pair[1], place).worth)
-    order = min(_ORDERS, key=lambda each: ending(at_once, each, place).worth)
-    place = min(_PLACES, key=lambda each: ending(at_once, order, each).worth)
+    if most >= len(_ORDERS) + len(_PLACES):
+        order = min(_ORDERS, key=lambda each: ending(at_once, each, place).worth)
+        place = min(_PLACES, key=lambda each: ending(at_once, order, each).worth)
     job, way, _ = tried.best
     for _ in range(min(_SHUFFLES, _SHUFFLED // job.guest.size) if job.guest.size > 2 else 0):
         tried.consider(job, replace(way, name=f"{way.name}, shuffled", order=random.permutation(way.order)), _WORTH_IT)
