@@ -93,6 +93,26 @@ Thp = Annotated[
         help="Map a modelled guest by 2M blocks where they fit, or by pages of 4K alone (the default).",
     ),
 ]
+
+
+def memory_size(text: str) -> int:
+    """Return a guest's memory in bytes: pages of 4 KiB, one or more, and no more than a memslot has.
+
+    Examples
+    --------
+    >>> memory_size("1G")
+    1073741824
+    """
+    size = sizes.size(text)
+    if size % PAGE or not size:
+        raise ValueError(f"memory is whole pages of {PAGE} bytes, one or more, not {size} bytes")
+    if size // PAGE > KVM_MEM_MAX_NR_PAGES:
+        raise ValueError(
+            f"a memslot has {KVM_MEM_MAX_NR_PAGES} pages of {PAGE} bytes at most, not the {text} asked for"
+        )
+    return size
+
+
 ModeOption = Annotated[
     Mode | None,
     typer.Option(
@@ -111,6 +131,25 @@ KvmLogOption = Annotated[
         metavar="KIND",
         help="How the log of a real VM is collected: by GET (bitmap, the default), by GET and CLEAR (clear), the same "
         "with all pages dirty at first (initially-set), or by rings (ring).",
+    ),
+]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option("--memory", parser=parser(memory_size), metavar="SIZE", help="The guest's memory; 256M by default."),
+]
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        metavar="NAME[,OPTION=NUMBER]...",
+        autocompletion=words(WORKLOADS),
+        help="What the guest does; as for 'hwdbm migrate'.",
+    ),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate", parser=parser(sizes.number), metavar="NUMBER", help="Stores a second; as for 'hwdbm migrate'."
     ),
 ]
 SeedOption = Annotated[
@@ -170,24 +209,6 @@ def _boot(machine: Machine, slot: int, content: int) -> None:
     for start in range(0, content // page * page, _STEP):
         offsets = np.arange(start, min(start + _STEP, content // page * page), page)
         machine.vcpus[0].store(offsets + _GPA, words[offsets // 8])
-
-
-def memory_size(text: str) -> int:
-    """Return a guest's memory in bytes: pages of 4 KiB, one or more, and no more than a memslot has.
-
-    Examples
-    --------
-    >>> memory_size("1G")
-    1073741824
-    """
-    size = sizes.size(text)
-    if size % PAGE or not size:
-        raise ValueError(f"memory is whole pages of {PAGE} bytes, one or more, not {size} bytes")
-    if size // PAGE > KVM_MEM_MAX_NR_PAGES:
-        raise ValueError(
-            f"a memslot has {KVM_MEM_MAX_NR_PAGES} pages of {PAGE} bytes at most, not the {text} asked for"
-        )
-    return size
 
 
 def physical() -> int:

@@ -17,7 +17,7 @@ from hwdbm import forecast as forecasts
 from hwdbm import report as reports
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.example import label
-from hwdbm.cli.guest import OnLimit, SeedOption, Vm
+from hwdbm.cli.guest import MemoryOption, OnLimit, RateOption, SeedOption, Vm, WorkloadOption
 from hwdbm.cli.output import busy, columns
 from hwdbm.cli.streams import result, width, wrapped
 from hwdbm.files import NewFile, scratch
@@ -139,26 +139,9 @@ def plan(
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="The guest is slowed down where it writes more than is sent.")
     ] = False,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.parser(guest.memory_size), metavar="SIZE", help="The memory of --source; 256M by default."
-        ),
-    ] = None,
-    workload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,OPTION=NUMBER]...",
-            autocompletion=options.words(guest.WORKLOADS),
-            help="What the guest of --source does; as for 'hwdbm migrate'.",
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            parser=options.parser(parse.number), metavar="NUMBER", help="Its stores a second; as for 'hwdbm migrate'."
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    workload: WorkloadOption = None,
+    rate: RateOption = None,
     duration: Annotated[
         float | None,
         typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from hwdbm import kernels
 from hwdbm.cli import guest, options, parse
-from hwdbm.cli.guest import KvmLogOption, ModeOption, SeedOption, Thp, Vm
+from hwdbm.cli.guest import KvmLogOption, MemoryOption, ModeOption, RateOption, SeedOption, Thp, Vm, WorkloadOption
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy
 from hwdbm.cli.streams import result, wrapped
@@ -97,26 +97,9 @@ def record(
             help="Look for pages of zeros: in all memory at the start, and in what is written in each interval.",
         ),
     ] = True,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.parser(guest.memory_size), metavar="SIZE", help="The guest's memory; 256M by default."
-        ),
-    ] = None,
-    workload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,OPTION=NUMBER]...",
-            autocompletion=options.words(guest.WORKLOADS),
-            help="What the guest does; as for 'hwdbm migrate'.",
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            parser=options.parser(parse.number), metavar="NUMBER", help="Stores a second; as for 'hwdbm migrate'."
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    workload: WorkloadOption = None,
+    rate: RateOption = None,
     mode: ModeOption = None,
     thp: Thp = None,
     kvm_log: KvmLogOption = None,

@@ -16,7 +16,7 @@ from hwdbm import snapshot as files
 from hwdbm.arm import ArmVm
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import guest, options, parse
-from hwdbm.cli.guest import KvmLog, KvmLogOption, Mode, SeedOption, Vm
+from hwdbm.cli.guest import KvmLog, KvmLogOption, MemoryOption, Mode, RateOption, SeedOption, Vm, WorkloadOption
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy, columns, hexadecimal, warn
 from hwdbm.cli.streams import note, result
@@ -152,22 +152,9 @@ def save(
             "an emulated Arm machine.",
         ),
     ] = None,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.parser(guest.memory_size), metavar="SIZE", help="The guest's memory; 256M by default."
-        ),
-    ] = None,
-    workload: Annotated[
-        str | None,
-        typer.Option(metavar="NAME[,OPTION=NUMBER]...", help="What the guest does; as for 'hwdbm migrate'."),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            parser=options.parser(parse.number), metavar="NUMBER", help="Stores a second; as for 'hwdbm migrate'."
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    workload: WorkloadOption = None,
+    rate: RateOption = None,
     kvm_log: KvmLogOption = None,
     seed: SeedOption = 0,
     every: Annotated[

@@ -12,7 +12,7 @@ from hwdbm.errors import StaleLeaseError
 from hwdbm.snapshot.chain import Chain, Draft, all_pages
 from hwdbm.snapshot.manifest import Snapshot
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
-from hwdbm.vm.source import mechanism_of
+from hwdbm.vm.source import mechanism_of, roll_back
 from hwdbm.vm.still import still
 
 
@@ -132,7 +132,7 @@ class Recorder:
             except BaseException:
                 if self.tip is None or self.tip.id != draft.id:
                     draft.discard()
-                _roll_back(lent)
+                roll_back(lent)
                 raise
         try:
             while lent:
@@ -140,7 +140,7 @@ class Recorder:
                     lent[-1].commit()
                 lent.pop()
         except BaseException:
-            _roll_back(lent)
+            roll_back(lent)
             raise
         return snapshot
 
@@ -163,9 +163,3 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _roll_back(lent: list[Pages]) -> None:
-    for lease in lent:
-        with suppress(StaleLeaseError, ValueError):  # the latter: it was settled
-            lease.rollback()

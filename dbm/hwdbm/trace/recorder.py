@@ -21,7 +21,7 @@ from hwdbm.files import open_regular
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.trace.group import Trace, Words, Writer, open_trace
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
-from hwdbm.vm.source import mechanism_of
+from hwdbm.vm.source import mechanism_of, roll_back
 
 _WINDOW = 1 << 16  # pages whose numbers are listed together
 _LOOK = 1 << 20  # bytes of pages that are looked at together
@@ -129,7 +129,7 @@ def _taken(client: Client, layout: MemoryMap) -> Iterator[Words]:
         _check_slots(lent, layout)
         yield np.concatenate([lease.bitmap.words for lease in lent])
     except BaseException:
-        _roll_back(lent)
+        roll_back(lent)
         raise
     for lease in lent:
         with suppress(StaleLeaseError):  # then the next interval would have all pages of that slot, and is refused
@@ -142,12 +142,6 @@ def _check_slots(lent: list[Pages], layout: MemoryMap) -> None:
             raise TraceError(f"{slot_name(slot.id)} was changed meanwhile: {broken}")
         if lease.bitmap.npages != slot.npages:
             raise TraceError(f"{slot_name(slot.id)} had {slot.npages} pages, and has {lease.bitmap.npages}")
-
-
-def _roll_back(lent: list[Pages]) -> None:
-    for lease in lent:
-        with suppress(StaleLeaseError, ValueError):  # the latter: it was settled
-            lease.rollback()
 
 
 class _Ticks:

@@ -5,8 +5,8 @@ don't take each other's pages, `Provable` if its guest can be asked how it does,
 the end.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance
+from hwdbm.errors import StaleLeaseError
 from hwdbm.memslot import Memslot
 from hwdbm.vm.memory import digest
 
@@ -181,6 +182,13 @@ def memory_digest(source: Source) -> str:
     """Return the SHA-256 of the bytes of all slots, in the order of their addresses, in hexadecimal."""
     instance(source, Source, "source")
     return digest(source.memory(slot.id) for slot in sorted(source.slots, key=lambda slot: slot.base_gfn))
+
+
+def roll_back(lent: Iterable[Pages]) -> None:
+    """Give the pages of some leases back, but of those that were settled, or are stale."""
+    for lease in lent:
+        with suppress(StaleLeaseError, ValueError):  # the latter: it was settled
+            lease.rollback()
 
 
 def mechanism_of(source: Source) -> str:
