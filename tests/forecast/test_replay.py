@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwdbm.forecast import OWN, QEMU, MemoryWrites, Terms, geometric, remaining_over_bandwidth, replay
+from hwdbm.forecast import (
+    OWN,
+    QEMU,
+    MemoryWrites,
+    Terms,
+    geometric,
+    predict,
+    remaining_over_bandwidth,
+    replay,
+    simulate,
+)
 from hwdbm.forecast.simulate import Course, run
 from hwdbm.forecast.writes import Dirty, TraceWrites, count
 
@@ -358,3 +368,28 @@ def test_baselines() -> None:
     assert remaining_over_bandwidth(100, 50) == 2
     assert not geometric(1000, dirty_rate=100, bandwidth=100, max_downtime=2).converges
     assert geometric(1000, dirty_rate=0, bandwidth=100, max_downtime=0).downtime.value == 0
+
+
+def test_longer_turns_far_from_the_end_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = np.zeros((100, 256), dtype=np.uint64)  # 64 MiB, of which it writes some in 2 MiB
+    words[:, ::32] = np.random.default_rng(3).integers(0, 1 << 63, (100, 8), dtype=np.uint64)
+    writes = MemoryWrites(words, interval=0.1)
+
+    def found() -> list[float]:
+        each = [replay(writes, bandwidth=rate, max_downtime=0.7, terms=QEMU, needs=False) for rate in (7e5, 15e5, 4e6)]
+        return [value for one in each for value in (one.total_time.value, one.downtime.value, one.transferred.value)]
+
+    longer = found()
+    monkeypatch.setattr(simulate, "_FEW_TURNS", 10**9)  # each as long as QEMU's
+    assert longer == pytest.approx(found(), rel=1e-6)
+
+
+def test_a_limit_beyond_all_need_costs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    real = predict.run
+    monkeypatch.setattr(predict, "run", lambda *given: runs.append(given) or real(*given))
+    writes = MemoryWrites(np.ones((20, 64), dtype=np.uint64), interval=0.1)
+    needs = replay(writes, bandwidth=1 << 20, max_downtime=1e300).needs
+    assert needs.max_downtime is not None
+    assert needs.max_downtime < 20
+    assert len(runs) < 500
