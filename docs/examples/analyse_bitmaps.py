@@ -49,12 +49,13 @@ def analyse(bitmaps: list[DirtyBitmap], interval: float) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        folder, interval = Path(sys.argv[1]), float(sys.argv[2])
-    else:
-        folder, interval = Path(tempfile.mkdtemp(prefix="bitmaps-")), 0.05
-        record(folder, interval=interval)
-    raws = [path.read_bytes() for path in sorted(folder.iterdir())]
+    with tempfile.TemporaryDirectory(prefix="bitmaps-") as scratch:
+        if len(sys.argv) == 3:
+            folder, interval = Path(sys.argv[1]), float(sys.argv[2])
+        else:
+            folder, interval = Path(scratch), 0.05
+            record(folder, interval=interval)
+        raws = [path.read_bytes() for path in sorted(folder.iterdir())]
     analyse([DirtyBitmap.from_bytes(raw, len(raw) * 8) for raw in raws], interval)
 
 

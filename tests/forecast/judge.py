@@ -45,6 +45,7 @@ READY = 0x600DBEEF  # what pattern.c writes when it has filled its memory
 BASE = 16 << 20  # and where its memory begins
 NETNS = f"hwdbm-judge-{os.getpid()}"
 FLAT = 15  # passes without progress after which our own migrations give up
+CALIBRATION = 80  # MB/s of the link when its terms are measured
 BUFFERS = 0.02  # seconds of the link that a socket's buffer holds
 TRACE = (3.0, 10.0)  # seconds that are recorded before each, at least and at most: as long as a first pass
 
@@ -216,17 +217,24 @@ def trace_of(case: Case, setting: Setting, side: qemu.Side) -> content.Content:
 # --- the terms ---------------------------------------------------------------------------------------------
 
 
-def calibrate(net: Link, folder: Path) -> forecast.Terms:
-    """Return QEMU's terms here, measured with guests that aren't judged: one of zeros, and one that is full."""
+def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
+    """Return QEMU's terms here, and those of a slow link, measured with guests that aren't judged.
+
+    One is of zeros, and one is full.
+    """
     net.be(None)
     prefix = net.prefix if net.there else ()
-    fast, found = 100_000 * MB, {}
+    fast, found, held = 100_000 * MB, {}, []
     for name, memory, what in (("zeros", 512, "fill=1"), ("full", 256, "fill=232")):
         case = Case("pattern", name, what, (), memory=memory)
         with qemu.guest(machine_of(case, prefix), folder) as pair:
             wait_ready(case, pair.side)
             time.sleep(0.2)
             runs = [pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20) for _ in range(4)]
+            for rate in (CALIBRATION, 2 * CALIBRATION) if net.there and name == "full" else ():
+                net.be(rate * MB)
+                held.append(after_the_last(pair.migrate(bandwidth=rate * MB, downtime_limit=300, timeout=20)))
+            net.be(None)
         assert all(run.status == "completed" for run in runs), runs
         found[name] = min(runs, key=lambda run: run.total_time)  # what else went on here is none of QEMU's terms
     zeros, full = found["zeros"], found["full"]
@@ -234,13 +242,22 @@ def calibrate(net: Link, folder: Path) -> forecast.Terms:
     took = max((zeros.total_time - zeros.downtime) / 1e3, 1e-3)
     zero_page = max(took - forecast.QEMU.setup, 0) / zeros.duplicate
     seconds = max((full.total_time - full.downtime) / 1e3 - full.duplicate * zero_page, 1e-3)
-    return replace(
+    terms = replace(
         forecast.QEMU,
         zero_page=zero_page,
         pause=1e-3,
         handover=paused - 1e-3,
         last_bandwidth=full.transferred / seconds,
     )
+    burst = max(min(held) - after_the_last(full), 0.0) if held else 0.0
+    return terms, replace(terms, last_bandwidth=None, burst=burst)
+
+
+def after_the_last(run: qemu.Run) -> float:
+    """Return the seconds from the last byte's being with the socket until the guest ran on."""
+    assert run.stopped is not None, run
+    assert run.downtime is not None, run
+    return (run.stopped - run.downtime) / 1e3
 
 
 # --- forecasts ---------------------------------------------------------------------------------------------
@@ -337,12 +354,9 @@ def compact(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- the runs ----------------------------------------------------------------------------------------------
 
 
-def on_link(terms: forecast.Terms) -> forecast.Terms:
-    """Return the terms where the link is the limit: it stays so for the last pass, and QEMU looks after each 50 ms."""
-    return replace(terms, last_bandwidth=None, tick=0.05)
-
-
-def judged_qemu(case: Case, net: Link, folder: Path, terms: forecast.Terms) -> Iterator[dict[str, Any]]:
+def judged_qemu(
+    case: Case, net: Link, folder: Path, terms: forecast.Terms, slow: forecast.Terms
+) -> Iterator[dict[str, Any]]:
     settings = [setting for setting in case.settings if net.there or not setting.link]
     if not settings:
         return
@@ -351,7 +365,7 @@ def judged_qemu(case: Case, net: Link, folder: Path, terms: forecast.Terms) -> I
         for setting in settings:
             time.sleep(0.7)  # a QEMU that is new translates the guest's code first
             trace = trace_of(case, setting, pair.side)
-            own = on_link(terms) if setting.link else terms
+            own = slow if setting.link else terms
             capped = replace(setting, bandwidth=min(setting.bandwidth, (terms.last_bandwidth or 1e12) / MB))
             said = before(trace, capped, own)
             net.be(setting.bandwidth * MB if setting.link else None)
@@ -475,12 +489,12 @@ def judge(cases: tuple[Case, ...], output: Path | None, repeat: int, keep: Path 
             print(f"no link of its own ({net.why}): {left * repeat} runs that need it are left out", flush=True)
         out = stack.enter_context(output.open("w")) if output else None
         warm_up()
-        terms = calibrate(net, folder)
+        terms, slow = calibrate(net, folder)
         own = calibrate_own() if any(case.kind == "own" for case in cases) else forecast.OWN
-        print(f"QEMU's terms here: {told(terms)}\nour own: {told(own)}")
+        print(f"QEMU's terms here: {told(terms)}\non a link: {told(slow)}\nour own: {told(own)}")
         print(HEAD, flush=True)
         for case in cases * repeat:
-            runs = judged_own(case, folder, own) if case.kind == "own" else judged_qemu(case, net, folder, terms)
+            runs = judged_own(case, folder, own) if case.kind == "own" else judged_qemu(case, net, folder, terms, slow)
             for found in runs:
                 setting = found.pop("setting")
                 kept(keep, len(lines), found.pop("record"))
@@ -489,7 +503,7 @@ def judge(cases: tuple[Case, ...], output: Path | None, repeat: int, keep: Path 
                     "accel": "kvm" if case.kind == "own" else case.accel, "bandwidth": setting.bandwidth * MB,
                     "max-downtime": setting.limit, "link": setting.link, "patience": setting.patience,
                     "load": [round(each, 2) for each in os.getloadavg()],
-                    "terms": set_of(own if case.kind == "own" else terms),
+                    "terms": set_of(own if case.kind == "own" else slow if setting.link else terms),
                 } | found  # fmt: skip
                 lines.append(line)
                 print(row(line), flush=True)

@@ -248,6 +248,29 @@ def test_qemu_lifts_its_limit_for_the_last_pass() -> None:
     assert fast.downtime == pytest.approx(slow.downtime / 10)
 
 
+@pytest.mark.parametrize(
+    ("limit", "burst", "seconds", "downtime"),
+    [
+        (0.36, 0.0, 0.65, 0.35),  # it looks in the middle of its share of 10 pages
+        (0.36, 0.02, 0.65, 0.33),  # when the sockets had taken 2 pages more
+        (0.305, 0.0, 0.7, 0.30),  # and at its end
+        (0.305, 0.02, 0.7, 0.28),  # when they have nothing any more, and take 2 of the rest at once
+    ],
+)
+def test_what_the_sockets_hold_is_not_waited_for(limit: float, burst: float, seconds: float, downtime: float) -> None:
+    terms = Terms("qemu", tick=0.1, look=0.05, burst=burst)
+    done = run(TraceWrites(trace([set()] * 10, 100, 0.1)), Course(terms, 100 * PAGE, limit))
+    assert done.total_time == pytest.approx(seconds + downtime)
+    assert done.downtime == pytest.approx(downtime)
+
+
+def test_pages_of_zeros_alone_are_gone_through() -> None:
+    """Nothing of them is sent, and no turn ends by its share."""
+    writes = trace([set()] * 4, 128, initial_zeros=bits(range(128), 128))
+    done = replay(writes, bandwidth=PAGE, terms=Terms("qemu", zero_page=0.01), starts=1, needs=False)
+    assert done.total_time.value == pytest.approx(1.28, abs=0.01)
+
+
 def test_zero_pages_cost_little() -> None:
     zero = bits(range(64), 128)
     writes = trace([set()] * 4, 128, initial_zeros=zero)

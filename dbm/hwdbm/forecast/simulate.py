@@ -92,9 +92,9 @@ class _Migration:
         self._measured: float | None = None
         # QEMU's turns: it sends its share of the bandwidth at once, and waits for the next one.
         self._turn, self._share, self._rate = 0.0, 0.0, plan.bandwidth
+        self._slack = self._terms.burst  # seconds of the link that can be handed over at once
         self._looked = 0.0  # bytes of all pages over the seconds of all passes
         self._resumed = 0.0  # when the guest went on after a pause that took too long
-        self._ended = -inf  # when the pages of the last pass had gone
         self._least, self._best, self._flat = inf, 0, 0
         self._samples: list[Sample] = []
         self._verdict: Verdict | None = None
@@ -113,10 +113,19 @@ class _Migration:
 
     # --- clocks and costs -----------------------------------------------------------------------------------------
 
-    def _advance(self, seconds: float, running: bool = True) -> None:
+    def _advance(self, seconds: float, running: bool = True, idle: bool = True) -> None:
+        """Let time pass, in which the link catches up with what was handed over, unless it was busy with more."""
         self._wall += seconds
         if running:
             self._now += seconds * (1 - self._throttle / 100)
+        if idle:
+            self._slack = min(self._slack + seconds, self._terms.burst)
+
+    def _handed(self, seconds: float) -> float:
+        """Hand over what takes the link so long; return how long that takes."""
+        taken = max(seconds - self._slack, 0.0)
+        self._slack = max(self._slack - seconds, 0.0)
+        return taken
 
     def _bytes(self, dirty: Dirty) -> float:
         normal = max(dirty.pages - dirty.zeros, 0.0)
@@ -239,17 +248,13 @@ class _Migration:
             return self._sent / self._busy
         return min(self._looked / max(self._wall, 1e-9), self._plan.bandwidth) or self._plan.bandwidth
 
-    def _gap_made_up(self) -> float:
-        return min(self._wall - self._ended, self._terms.burst)
-
     def _pass(self, dirty: Dirty) -> float:
         """Send all of a pass while the guest runs; return the bytes."""
         size, zero = self._bytes(dirty), dirty.zeros * self._terms.zero_page
-        seconds = max(size / self._plan.bandwidth - self._gap_made_up(), 0.0) + zero
-        self._advance(seconds)
-        self._ended = self._wall
-        self._advance(self._terms.pass_time)
-        self._count(size, seconds + self._terms.pass_time - zero, dirty)
+        seconds = self._handed(size / self._plan.bandwidth)
+        self._advance(seconds, idle=False)
+        self._advance(zero + self._terms.pass_time)
+        self._count(size, seconds + self._terms.pass_time, dirty)
         return size
 
     def _count(self, size: float, busy: float, dirty: Dirty) -> None:
@@ -267,14 +272,13 @@ class _Migration:
         late = terms.sync(self._size)
         self._advance(late, running=False)
         size, zero = self._bytes(dirty), dirty.zeros * terms.zero_page
-        seconds = max(size / self._last_bandwidth - self._gap_made_up(), 0.0) + zero
+        seconds = self._handed(size / self._last_bandwidth) + zero
         patience = self._limit + max(self._limit, _OVERTIME)
         paused = terms.pause + late + seconds + terms.pass_time
         if paused > patience and plan.on_limit != "pause" and plan.decide is None:
-            self._advance(max(patience - terms.pause - late, 0.0), running=False)
+            self._advance(max(patience - terms.pause - late, 0.0), running=False, idle=False)
             self._resumed = self._now
-            self._advance(max(paused - patience, 0.0))
-            self._ended = self._wall
+            self._advance(max(paused - patience, 0.0), idle=False)
             self._count(size, seconds + terms.pass_time - zero, dirty)
             return None
         self._advance(seconds + terms.pass_time + terms.handover, running=False)
@@ -285,8 +289,9 @@ class _Migration:
     def _given_up(self, number: int, dirty: Dirty) -> Outcome:
         """Return how it ended, with the downtime that there would have been."""
         terms = self._terms
-        seconds = max(self._seconds(dirty, self._last_bandwidth) - self._gap_made_up(), 0.0)
-        would = terms.pause + terms.sync(self._size) + seconds + terms.pass_time + terms.handover
+        self._advance(terms.sync(self._size))
+        would = terms.pause + terms.sync(self._size) + terms.pass_time + terms.handover
+        would += self._handed(self._seconds(dirty, self._last_bandwidth))
         return self._done(number, would, converges=False)
 
     # --- QEMU's -----------------------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ class _Migration:
             action = "continue" if plan.decide is None else self._ask()
             if action == "abort":
                 return self._given_up(number, dirty)
-            if action == "switch" or remaining < self._threshold():
+            if action == "switch" or not remaining or remaining < self._threshold():
                 return self._complete(number, dirty, synced)
             if self._hopeless() and plan.decide is None:
                 return self._given_up(number, dirty)
@@ -343,30 +348,34 @@ class _Migration:
         # Lists: a turn looks at few of the words, and numbers of numpy's take longer one by one.
         gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
         end = float(len(gone) - 1)
-        short = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS)
+        short = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS, clock[-1] / _TURNS)
         long = short * max(ceil(sent[-1] / self._plan.bandwidth / _FEW_TURNS / max(short, _QUEUE)), 1)
-        far = self._plan.bandwidth * (self._limit + long) / page  # pages: if more are left, no turn is the last
+        far = self._plan.bandwidth * (self._limit + terms.burst + long) / page  # pages: beyond, no turn is the last
         place = 0.0
         while True:
             done, spent = _at(sent, place), _at(clock, place)
             tick = long if dirty.pages - _at(gone, place) > far else short
-            quota = max(self._plan.bandwidth * tick - self._share, 0.0)
-            room = max(tick - (self._wall - self._turn), 0.0)
-            place = min(_place_of(sent, done + quota), _place_of(clock, spent + room))
+            # It goes on until its share is used up, or until it looks, and that before the turn is over.
+            look = terms.look * tick / terms.tick if terms.tick and terms.look else tick
+            used = _place_of(sent, done + max(self._plan.bandwidth * tick - self._share, 0.0))
+            place = min(used, _place_of(clock, spent + look + self._slack))
+            work = _at(clock, place) - spent
+            self._advance(self._handed(work), idle=False)
+            part = _at(sent, place) - done
+            self._share += part
             if place >= end:  # there is no more, which it sees at once
-                self._advance(clock[-1] - spent)
-                self._share += sent[-1] - done
                 self._sent += sent[-1]
                 return (*dirty.beyond(0.0, 0.0, at, pages.size), sent[-1])
-            self._advance(room)
-            part = _at(sent, place) - done
-            self._rate, self._share, self._turn = (self._share + part) / tick, 0.0, self._wall
+            if place >= used:
+                self._advance(max(tick - (self._wall - self._turn), 0.0))
+            if (turn := self._wall - self._turn) >= tick * (1 - _QUEUE):
+                self._rate, self._share, self._turn = self._share / max(turn, _QUEUE), 0.0, self._wall
             left = dirty.pages - _at(gone, place)
             if left * page < self._threshold():
                 whole = int(place)
-                self._sent += done + part
+                self._sent += _at(sent, place)
                 rest, at = dirty.beyond(left, min(float(zeros[whole:].sum()), left), at, whole)
-                return rest, at, done + part
+                return rest, at, _at(sent, place)
 
     def _until_few_of(self, dirty: Dirty) -> tuple[Dirty, int, float]:
         """Do the same where it isn't known which pages they are: any is as good as any other."""
@@ -384,10 +393,11 @@ class _Migration:
         terms = self._terms
         self._advance(terms.pause)
         dirty = self._guest.written(synced, self._now, left)
-        stopped = terms.sync(self._size) + self._seconds(dirty, self._last_bandwidth) + terms.handover
-        self._advance(stopped, running=False)
+        self._advance(terms.sync(self._size), running=False)
+        rest = self._handed(self._seconds(dirty, self._last_bandwidth)) + terms.handover
+        self._advance(rest, running=False)
         self._sent += self._bytes(dirty)
-        return self._done(number + 1, terms.pause + stopped, converges=True)
+        return self._done(number + 1, terms.pause + terms.sync(self._size) + rest, converges=True)
 
 
 def _at(values: list[float], place: float) -> float:

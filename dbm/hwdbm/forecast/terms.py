@@ -37,9 +37,12 @@ class Terms:
     page_overhead, zero_bytes : float
         Bytes sent with each page, and for each page of zeros.
     burst : float
-        Seconds of the bandwidth that are made up for after a gap between two passes.
+        Seconds of the bandwidth by which what was sent may be ahead of the link. Ours makes up for so long a gap
+        between two passes. For QEMU it is what the sockets hold: its downtime ends when they have the last byte.
     tick : float
-        Time between two looks at what is left: QEMU sends its share of 100 ms, and then looks.
+        The time that QEMU has a share of the bandwidth for: it sends it, waits for the end, and looks at what is left.
+    look : float
+        The time after which it looks, though its share isn't used up.
     last_bandwidth : float, optional
         Bytes a second while the guest is paused. QEMU lifts max-bandwidth then. None for no difference.
     spread : float
@@ -59,6 +62,7 @@ class Terms:
     zero_bytes: float = 0.0
     burst: float = 0.0
     tick: float = 0.0
+    look: float = 0.0
     last_bandwidth: float | None = None
     spread: float = 0.0
 
@@ -94,10 +98,11 @@ OWN = Terms(
 """The terms of this project's stream."""
 
 # 8 bytes of address and flags go before each page, and 9 are all that goes for a page of zeros (QEMU, migration/ram.c,
-# save_page_header and save_zero_page_to_file); BUFFER_DELAY is 100 ms (migration/migration.c). The spread is what the
+# save_page_header and save_zero_page_to_file); BUFFER_DELAY is 100 ms (migration/migration.c), and MAX_WAIT 50 ms, as
+# long as ram_save_iterate goes on at most. The spread is what the
 # judge found (tests/forecast/judge.py): with it the interval has the total time of nine migrations in ten.
 QEMU = Terms(
     "qemu", setup=0.02, sync_gib=0.002, zero_page=0.6e-6, pause=0.003, handover=0.01, page_overhead=8, zero_bytes=9,
-    tick=0.1, spread=0.06,
+    tick=0.1, look=0.05, spread=0.06,
 )  # fmt: skip
 """The terms of QEMU's stream without multifd. Its default for `last_bandwidth` is none: give it the link's."""
