@@ -229,14 +229,17 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
         case = Case("pattern", name, what, (), memory=memory)
         with qemu.guest(machine_of(case, prefix), folder) as pair:
             wait_ready(case, pair.side)
-            time.sleep(0.2)
-            runs = [pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20) for _ in range(4)]
+            runs = []
+            for _ in range(4):
+                time.sleep(TRACE[0])  # memory that has rested is slower to look at, and what is judged has
+                runs.append(pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20))
             for rate in (CALIBRATION, 2 * CALIBRATION) if net.there and name == "full" else ():
                 net.be(rate * MB)
                 held.append(after_the_last(pair.migrate(bandwidth=rate * MB, downtime_limit=300, timeout=20)))
             net.be(None)
         assert all(run.status == "completed" for run in runs), runs
-        found[name] = min(runs, key=lambda run: run.total_time)  # what else went on here is none of QEMU's terms
+        # What else went on here is none of QEMU's terms; how fast memory is, is.
+        found[name] = sorted(runs, key=lambda run: run.total_time)[len(runs) // 2 if name == "zeros" else 0]
     zeros, full = found["zeros"], found["full"]
     paused = max(min(zeros.downtime, full.downtime) / 1e3, 2e-3)  # by QEMU's clock of whole ms
     took = max((zeros.total_time - zeros.downtime) / 1e3, 1e-3)
