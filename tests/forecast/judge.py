@@ -271,12 +271,10 @@ def dirty_rate(trace: Any, period: float = 1.0) -> float:
     """Return the bytes a second that tools measure: distinct pages of a second."""
     times, rates = np.asarray(trace.times) / 1e9, []
     for begin in np.arange(0, times[-1] - period + 0.05, period):
-        lo, hi = np.searchsorted(times, [begin, begin + period])
-        lo, hi = int(lo), max(int(hi), int(lo) + 1)
-        union = np.bitwise_or.reduce(trace.words(lo, min(hi, len(times) - 1)), axis=0)
-        rates.append(
-            int(np.bitwise_count(union).sum()) * trace.page_size / (times[min(hi, len(times) - 1)] - times[lo])
-        )
+        lo, hi = (min(int(each), len(times) - 1) for each in np.searchsorted(times, [begin, begin + period]))
+        if lo < hi:
+            union = np.bitwise_or.reduce(trace.words(lo, hi), axis=0)
+            rates.append(int(np.bitwise_count(union).sum()) * trace.page_size / (times[hi] - times[lo]))
     return float(np.median(rates)) if rates else 0.0
 
 
