@@ -46,6 +46,7 @@ BASE = 16 << 20  # and where its memory begins
 NETNS = f"hwdbm-judge-{os.getpid()}"
 FLAT = 15  # passes without progress after which our own migrations give up
 CALIBRATION = 80  # MB/s of the link when its terms are measured
+REST = 6.0  # seconds before: memory that has rested is slower to look at, and that of guests that are judged has
 BUFFERS = 0.02  # seconds of the link that a socket's buffer holds
 TRACE = (3.0, 10.0)  # seconds that are recorded before each, at least and at most: as long as a first pass
 
@@ -231,7 +232,7 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
             wait_ready(case, pair.side)
             runs = []
             for _ in range(4):
-                time.sleep(TRACE[0])  # memory that has rested is slower to look at, and what is judged has
+                time.sleep(REST)
                 runs.append(pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20))
             if net.there and name == "full":
                 net.be(CALIBRATION * MB)
