@@ -34,6 +34,11 @@ BLOCK = re.compile(
     r"^(?:```|:::)(\{doctest\}|console)[ ]*\n((?::[a-z]+:.*\n)*)(.*?)^(?:```|:::)$", re.DOTALL | re.MULTILINE
 )
 PROMPT = re.compile(r"^([a-z]*)\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
+# What commands say each ten seconds: a slow machine has them say it.
+PROGRESS = re.compile(
+    r"^hwdbm: ((setup|active|device) for |(measured|forecasting:|reading|recording:) .*\d|\d+ snapshots, ).*\n",
+    re.MULTILINE,
+)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SECONDS = 120
 EXAMPLES = examples()
@@ -132,8 +137,7 @@ class Shell:
     def check(self, command: str, expected: str, out: str, status: int) -> None:
         failure = re.search(r"# exit status (\d+)", command)
         assert status == (int(failure[1]) if failure else 0), f"{command!r}: exit status {status}\n{out}"
-        # What a migration says every ten seconds, a slow machine has it say.
-        out = re.sub(r"^hwdbm: (setup|active|device) for .*\n", "", out, flags=re.MULTILINE)
+        out = PROGRESS.sub("", out)
         self.printed.append((expected, out))
         if WRITE:
             return
