@@ -337,6 +337,7 @@ def test_update_in_a_fused_pass(change: Change, some: int, interpreted: None, mo
     prove_fused_passes(change(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mutant"),
     [
@@ -487,6 +488,7 @@ MUTANTS: dict[str, Claim] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_prover_finds_a_counterexample(mutant: str) -> None:
     claim = MUTANTS[mutant]

@@ -75,6 +75,7 @@ def test_without_the_flush_pages_are_missed():
         assert time.monotonic() < until
 
 
+@pytest.mark.slow
 def test_splits_collapses_and_unmaps_while_it_writes():
     """Break-before-make over the doorbell; a guest that meets a gap tries again until it is closed."""
     with ArmVm(8 << 20, vcpus=3, guest="mixed", blocks=True) as vm:

@@ -277,7 +277,9 @@ def test_the_receiver_goes_with_its_source(folder: Path, kill: str) -> None:
     assert not list(folder.glob("*/migrate.sock"))
 
 
-@pytest.mark.parametrize("answer", ["resume", "give up", "time"])
+@pytest.mark.parametrize(
+    "answer", ["resume", *(pytest.param(each, marks=pytest.mark.slow) for each in ("give up", "time"))]
+)
 def test_nobody_knows_whether_it_runs_there(folder: Path, answer: str) -> None:
     """GO arrived, and the answer was lost: the source is held until somebody has looked."""
     from handovertools import Link

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from itertools import product
 
 import numpy as np
 import pytest
@@ -238,10 +239,17 @@ class Guest:
         return (~(s2.scan(pte.writable))).pages()
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("step", [None, 64])
-@pytest.mark.parametrize("manual", [False, True])
-@pytest.mark.parametrize("hw", [True, False])
+# Of each pair of options each combination; all of three, and threads, are among the slow ones.
+PAIRS = {(True, False, None, 1), (True, True, 64, 1), (False, False, 64, 1), (False, True, None, 1)}
+
+
+@pytest.mark.parametrize(
+    ("hw", "manual", "step", "workers"),
+    [
+        pytest.param(*each, marks=() if each in PAIRS else pytest.mark.slow)
+        for each in product((True, False), (False, True), (None, 64), (1, 2))
+    ],
+)
 def test_signals_at_random(kernels, hw, manual, step, workers):
     guest = Guest(hw, manual, step, workers, seed=1)
     came, verbs = 0, guest.warm()

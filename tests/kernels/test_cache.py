@@ -134,16 +134,21 @@ def a_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [
-        ("nbi", lambda path: path.write_bytes(b"")),
-        ("nbi", lambda path: path.write_bytes(b"not a pickle")),
         ("nbi", cut),
-        ("nbi", of_another_version),
         ("nbi", a_folder),
-        ("nbc", lambda path: path.write_bytes(b"")),
-        ("nbc", cut),
         ("nbc", altered),
-        ("nbc", a_folder),
-        ("nbc", Path.unlink),
+        *(
+            pytest.param(kind, damage, marks=pytest.mark.slow)
+            for kind, damage in (
+                ("nbi", lambda path: path.write_bytes(b"")),
+                ("nbi", lambda path: path.write_bytes(b"not a pickle")),
+                ("nbi", of_another_version),
+                ("nbc", lambda path: path.write_bytes(b"")),
+                ("nbc", cut),
+                ("nbc", a_folder),
+                ("nbc", Path.unlink),
+            )
+        ),
     ],
 )
 def test_a_damaged_cache(cached: Path, tmp_path: Path, kind: str, damage: Callable[[Path], object]) -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hwdbm.kvm import Kvm
 
 SOAK = Path(__file__).with_name("soak.py")
@@ -37,6 +39,7 @@ sys.exit(soak.main())
 """
 
 
+@pytest.mark.slow
 def test_a_mismatch_and_growth_are_found(kvm: Kvm, tmp_path: Path) -> None:
     """Mutant: with each guest, a process keeps a descriptor and a mebibyte; the third digest that it tells is wrong."""
     script = tmp_path / "leak.py"

@@ -17,7 +17,7 @@ from hwdbm.testing import bitmaps, differences, stage2s
 
 MOST = {Granule.K4: 1600, Granule.K16: 5000, Granule.K64: 17000}
 GRANULES = pytest.mark.parametrize("granule", Granule, ids=str)
-FEW = {Granule.K4: 25 * EFFORT, Granule.K16: 6 * EFFORT, Granule.K64: 3 * EFFORT}
+FEW = {Granule.K4: 16 * EFFORT, Granule.K16: 4 * EFFORT, Granule.K64: 2 * EFFORT}
 
 
 def compare(s2, verb, *args, **kwargs):

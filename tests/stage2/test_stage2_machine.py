@@ -19,7 +19,11 @@ HUNT = settings(LONG, print_blob=False, database=None, phases=[Phase.generate])
 
 
 @pytest.mark.parametrize("name", kernels.available())
-@pytest.mark.parametrize("granule", Granule, ids=str)
+@pytest.mark.parametrize(
+    "granule",
+    [Granule.K4, *(pytest.param(each, marks=pytest.mark.slow) for each in (Granule.K16, Granule.K64))],
+    ids=str,
+)
 def test_machine(name, granule, monkeypatch):
     class Machine(Stage2Machine):
         pass
