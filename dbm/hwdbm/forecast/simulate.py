@@ -359,8 +359,7 @@ class _Migration:
             look = terms.look * tick / terms.tick if terms.tick and terms.look else tick
             used = _place_of(sent, done + max(self._plan.bandwidth * tick - self._share, 0.0))
             place = min(used, _place_of(clock, spent + look + self._slack))
-            work = _at(clock, place) - spent
-            self._advance(self._handed(work), idle=False)
+            self._advance(self._handed(_at(clock, place) - spent), idle=False)
             part = _at(sent, place) - done
             self._share += part
             if place >= end:  # there is no more, which it sees at once
