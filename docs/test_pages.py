@@ -40,7 +40,7 @@ PROGRESS = re.compile(
     re.MULTILINE,
 )
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-SECONDS = 120
+SECONDS = 300
 EXAMPLES = examples()
 KVM = platform.machine() == "x86_64" and os.access("/dev/kvm", os.R_OK | os.W_OK)
 WRITE = os.environ.get("HWDBM_PAGES") == "write"
