@@ -513,9 +513,39 @@ def test_what_is_missing_since_when(story):
 
 
 def test_an_epoch_that_advances_without_its_parent_is_found(story, tmp_path):
-    """The worst: each layer is sound, and a page is in none of them. The digest of all memory tells."""
+    """The worst (R33): each layer is sound, and a page is in none of them. The log's count of epochs tells."""
+    slot = story.guest.slots[-1]
+    story.guest.write(slot.base_gfn * 4096, b"lost")
+    story.recorder._client.take(slot.id).commit()
+    story.step(0)
+    story.step(0)  # what comes after it has a parent that is right, and is found by its parents
+    flawed, _ = story.chain.snapshots()[-2:]
+    (found,) = story.chain.check(data=False)
+    assert (found.kind, found.snapshot) == ("parent", flawed.id)
+    assert "is of epoch 5, and its parent" in found.text
+    for call in (lambda: story.chain.restore(tmp_path / "no"), story.chain.rebase):
+        with pytest.raises(SnapshotError, match="is in neither"):
+            call()
+    story.keep(story.recorder.save())
+    story.step()
+    assert [each.epoch for each in story.chain.snapshots()] == [0, 1, 2, 3, 5, 6, 0, 1]
+    assert story.chain.restore(tmp_path / "yes").digest == story.guest.digest()
+
+
+def test_a_parent_that_wasn_t_advanced_is_found(story):
+    """A difference to the parent of its parent (R33 the other way): what the one between holds is missed."""
+    *_, second, _, last = story.chain.snapshots()
+    path = story.chain.folder / f"{last.name}.json"
+    path.write_text(path.read_text().replace(last.parent, second.id))
+    assert [(each.kind, each.snapshot) for each in story.chain.check(data=False)] == [("parent", last.id)]
+
+
+def test_what_is_in_no_layer_is_found_by_the_digest_of_all_memory(story, tmp_path):
+    """The epochs are right, and a page is in none of them: whoever gives the bits has lost one."""
     story.guest.write(0x10_000, b"lost")
-    story.recorder._client.take(0).commit()
+    (feed,) = (feed for slot, feed in story.recorder._client.feeds.items() if slot == 0)
+    story.guest.dirty(0).commit()  # pours, for all
+    feed.bitmap.words[:] = 0
     story.step(0)
     assert story.chain.check() == []
     (found,) = story.chain.check(whole=True)

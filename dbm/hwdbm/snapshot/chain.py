@@ -873,6 +873,11 @@ def _no_parent(parent: Snapshot, child: Snapshot, path: Sequence[Snapshot]) -> s
         return f"its parent {parent.name}.json is of other slots or pages"
     if parent.time > child.time:
         return f"its parent {parent.name}.json is younger: it was taken at {parent.time}, and this at {child.time}"
+    if child.epoch > parent.epoch + 1:
+        return (
+            f"it is of epoch {child.epoch}, and its parent {parent.name}.json of {parent.epoch}: what was written "
+            "between them is in neither"
+        )
     return ""
 
 

@@ -36,7 +36,8 @@ class Snapshot:
     time : int
         When the guest stood still, in ms since 1970 (UTC). No earlier than its parent's.
     epoch : int
-        How many snapshots the same client of the log took before it.
+        0 for one that was taken full; of a difference, the parent's, and how many epochs of the log's client have ended
+        since: 1. If it is more, pages were taken that are in no snapshot.
     layout : MemoryMap
         The size of a page, and the slots.
     offsets : tuple of int

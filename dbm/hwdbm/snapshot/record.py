@@ -2,12 +2,14 @@
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from errno import ENOENT
 from types import TracebackType
 from typing import Self
 
 from hwdbm import check
+from hwdbm.dirtylog import ClientLease
 from hwdbm.errors import StaleLeaseError
 from hwdbm.snapshot.chain import Chain, Draft, all_pages
 from hwdbm.snapshot.manifest import Snapshot
@@ -59,7 +61,7 @@ class Recorder:
         self.chain = Chain(path)
         self.tip: Snapshot | None = None
         self.paused = 0.0
-        self._epoch = 0
+        self._epochs: dict[int, int] = {}  # of each slot, when the last snapshot was taken
         self._client: Client | None = None
         self._open = ExitStack()
 
@@ -119,16 +121,19 @@ class Recorder:
                     draft.fill([source.memory(slot.id) for slot in layout.slots], pages)
                     digest = source.digest() if self._digest and parent is not None else None
                     paused = time.perf_counter() - began
+                leases = zip(layout.slots, lent, strict=True)
+                counted = {slot.id: each for slot, each in leases if isinstance(each, ClientLease)}
                 snapshot = draft.finish(
                     when=when,
-                    epoch=0 if parent is None else self._epoch + 1,
+                    epoch=0 if parent is None else parent.epoch + self._ended(counted),
                     state=state,
                     digest=digest,
                     source=str(getattr(source, "kind", "memory")),
                     mechanism="all pages" if parent is None else mechanism_of(source),
                 )
                 # The parent goes first: as long as the leases are open, their pages are in the next difference, too.
-                self.tip, self._epoch, self.paused = snapshot, snapshot.epoch, paused
+                self.tip, self.paused = snapshot, paused
+                self._epochs = {slot: lease.epoch for slot, lease in counted.items()}
             except BaseException:
                 if self.tip is None or self.tip.id != draft.id:
                     draft.discard()
@@ -143,6 +148,15 @@ class Recorder:
             roll_back(lent)
             raise
         return snapshot
+
+    def _ended(self, leases: Mapping[int, ClientLease]) -> int:
+        """Return how many epochs ended since the last snapshot: 1, unless pages were taken that no snapshot has.
+
+        It is the log that counts them, so that a mistake made here is in the manifest, where `check` finds it. A lease
+        of all pages lacks none, whatever was taken before.
+        """
+        sound = [lease.epoch - self._epochs[slot] for slot, lease in leases.items() if not lease.broken]
+        return max([1, *sound])
 
     def _client_of(self) -> Client:
         if self._client is None:
