@@ -111,6 +111,8 @@ def real(value: Any, name: str, low: float = -inf, high: float = inf, error: typ
     Traceback (most recent call last):
     ValueError: seconds is a number of 0 or more, not nan
     """
+    if type(value) is float and low <= value <= high and isfinite(value):  # nearly each one is
+        return value
     if isinstance(value, float | np.floating):
         number = float(value)
         shown = str(number)

@@ -185,6 +185,26 @@ def test_nothing_else_is_raised(lines: list[str]) -> None:
         assert read_samples(lines)
 
 
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e300, -1e300])
+def test_a_number_that_is_too_long_is_not_written_out(number: float) -> None:
+    with pytest.raises(SampleError, match=r"line 1: remaining is a number of 0 or more") as raised:
+        read_samples([json.dumps({"total-time": 5, "ram": {"remaining": number}})])
+    assert len(str(raised.value)) < 100
+
+
+def test_numbers_of_numpy_are_taken_as_python_s() -> None:
+    """What is a float or an int stays what it is; all else becomes one."""
+    odd = Sample(np.float32(1), np.int64(2), 3, np.uint64(4), zero_pages=np.int8(5), throttle=np.int16(6))
+    assert odd == Sample(1.0, 2, 3.0, 4.0, zero_pages=5, throttle=6)
+    for name in ("time", "remaining", "total"):
+        assert type(getattr(odd, name)) is float
+    for name in ("iteration", "zero_pages", "throttle", "page_size"):
+        assert type(getattr(odd, name)) is int
+    for wrong in ({"time": None}, {"remaining": None}, {"iteration": None}, {"page_size": None}, {"throttle": None}):
+        with pytest.raises(TypeError):
+            Sample(**{"time": 1, "iteration": 1, "remaining": 1} | wrong)
+
+
 def test_lines_are_lines() -> None:
     for wrong in ("{}", 5, [5], None):
         with pytest.raises(TypeError):

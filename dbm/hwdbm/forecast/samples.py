@@ -15,6 +15,10 @@ _LONGEST = 1 << 20  # characters of a line
 MOST = 64 << 20
 """Bytes of a file of samples."""
 
+_REALS = ("time", "remaining", "total", "transferred", "bandwidth", "dirty_rate", "downtime_limit")
+_NEEDED = {"time", "remaining"}
+_WHOLES = (("iteration", 0, None), ("zero_pages", 0, None), ("page_size", 1, None), ("throttle", 0, 100))
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -65,19 +69,17 @@ class Sample:
     source: str = ""
 
     def __post_init__(self) -> None:
-        def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
-        put("time", check.real(self.time, "time", 0))
-        put("iteration", check.integer(self.iteration, "iteration"))
-        put("remaining", check.real(self.remaining, "remaining", 0))
-        for name in ("total", "transferred", "bandwidth", "dirty_rate", "downtime_limit"):
-            if getattr(self, name) is not None:
-                put(name, check.real(getattr(self, name), name, 0))
-        if self.zero_pages is not None:
-            put("zero_pages", check.integer(self.zero_pages, "zero_pages"))
-        put("page_size", check.integer(self.page_size, "page_size", 1))
-        put("throttle", check.integer(self.throttle, "throttle", 0, 100))
+        # There may be hundreds of thousands: what is a float or an int already isn't put again.
+        for name in _REALS:
+            if (real := getattr(self, name)) is not None or name in _NEEDED:
+                number = check.real(real, name, 0)
+                if number is not real:
+                    object.__setattr__(self, name, number)
+        for name, low, high in _WHOLES:
+            if (whole := getattr(self, name)) is not None or name != "zero_pages":
+                integer = check.integer(whole, name, low, high)
+                if integer is not whole:
+                    object.__setattr__(self, name, integer)
         check.instance(self.status, str, "status")
         check.instance(self.source, str, "source")
 
@@ -248,7 +250,7 @@ def _kind(item: Any, number: int) -> str:
         raise SampleError(f"line {number}: a sample is a JSON object, not {printable(json.dumps(item)[:40])}")
     if isinstance(item.get("return"), dict):
         item = item["return"]
-    for key in ("pass", *_READERS):
+    for key in _KEYS:
         if key in item and not (key == "Job type" and item[key] == "None"):
             return key
     if item.get("Job type") == "None" or not item or str(item.get("status")) in _NOTHING_YET:
@@ -257,7 +259,7 @@ def _kind(item: Any, number: int) -> str:
     raise SampleError(f"line {number}: an object with the keys {keys} is no sample of a migration that is known here")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Numbers:
     """The numbers of an object, by their keys."""
 
@@ -269,10 +271,10 @@ class _Numbers:
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if type(value) not in (int, float):
             raise SampleError(f"line {self.line}: {key} is a number, not {printable(json.dumps(value)[:40])}")
         if not 0 <= value < 1e30:  # NaN isn't either
-            raise SampleError(f"line {self.line}: {key} is a number of 0 or more, not {value}")
+            raise SampleError(f"line {self.line}: {key} is a number of 0 or more, not {_shown(value)}")
         return value * scale
 
     def need(self, key: str, scale: float = 1.0) -> float:
@@ -292,6 +294,10 @@ class _Numbers:
         if not isinstance(value, dict):
             raise SampleError(f"line {self.line}: {key} is an object, not {printable(json.dumps(value)[:40])}")
         return _Numbers(value, self.line)
+
+
+def _shown(value: float) -> str:
+    return f"a number of {len(str(value))} digits" if isinstance(value, int) and abs(value) >= 1e30 else str(value)
 
 
 def _measured(rate: float | None) -> float | None:
@@ -477,3 +483,4 @@ _READERS: dict[str, Callable[[_Numbers, list[Sample]], list[Sample]]] = {
     "text": _of_cloud_log,
 }
 """Who reads an object, by a key that it has."""
+_KEYS = ("pass", *_READERS)
