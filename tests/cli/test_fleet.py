@@ -27,6 +27,15 @@ def test_a_host(run, tmp_path: Path) -> None:
     assert "one by one" in done.out
 
 
+def test_one_plan_is_the_best(run, tmp_path: Path) -> None:
+    """Also where that is one of the naive ones, which stands in the table once more."""
+    plan = json.loads(EXAMPLE.read_text())
+    plan["vms"] = []
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    for path, host in ((tmp_path / "plan.json", "h0"), (EXAMPLE, "h0"), (EXAMPLE, "h1")):
+        assert run("fleet", path, "--drain", host).out.count("\nbest: ") == 1
+
+
 def test_json_says_what_the_text_says(run) -> None:
     found = json.loads(run("fleet", EXAMPLE, "--drain", "h0", "--seed", "5", "--json").out)
     assert {move["vm"] for move in found["moves"]} == {"web-1", "web-2", "mail-1", "database-1", "build-1"}

@@ -198,10 +198,10 @@ def _text(drained: Drained, limits: Limits) -> str:
     if drained.left:
         parts.append("\n".join(f"{each.guest} stays on {each.host}: {each.why}" for each in drained.left))
     endings = [["plan", "moved", "ends after s", "mean end s", "never end"]]
-    for each in (drained.ending, *drained.naive):
+    for at, each in enumerate((drained.ending, *drained.naive)):  # the best may be a naive one
         ends = isfinite(each.makespan)
         mean = each.completions / each.moved if ends and each.moved else 0.0
-        name = each.name if each is not drained.ending else f"best: {each.name}"
+        name = each.name if at else f"best: {each.name}"
         endings.append(
             [
                 name, str(each.moved), f"{each.makespan:,.1f}" if ends else "", f"{mean:,.1f}" if ends else "",
