@@ -1,5 +1,8 @@
 """Replays against a migration that is simulated page by page, and against what can be reckoned by hand."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +19,9 @@ from hwdbm.forecast import (
     replay,
     simulate,
 )
+from hwdbm.forecast.predict import course
 from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.sweep import passes
 from hwdbm.forecast.writes import Dirty, TraceWrites, count
 
 PAGE = 4096
@@ -416,3 +421,50 @@ def test_a_limit_beyond_all_need_costs_no_more(monkeypatch: pytest.MonkeyPatch) 
     assert needs.max_downtime is not None
     assert needs.max_downtime < 20
     assert len(runs) < 500
+
+
+@pytest.mark.parametrize("terms", [OWN, QEMU, FREE])
+@pytest.mark.parametrize("timeout", [0.0, 1.0, 3.0, 9.0, None])
+def test_needs_that_nothing_fulfils_are_said_in_words(terms: Terms, timeout: float | None) -> None:
+    """Whatever is null in JSON has its reason in the text, and what is there would do."""
+    writes = trace([set(range(i * 300 % 2000, i * 300 % 2000 + 300)) for i in range(40)], 4000, 0.1)
+    how = {"bandwidth": 2000 * PAGE, "max_downtime": 0.05, "terms": terms, "timeout": timeout}
+    found = replay(writes, **how)
+    assert not found.converges
+    ways = {"bandwidth": found.needs.bandwidth, "limit of the downtime": found.needs.max_downtime,
+            "throttling": found.needs.throttle}  # fmt: skip
+    _, _, said = found.why.partition(": that isn't enough")
+    assert {name for name in ways if f"no {name}" in said.lower()} == {name for name in ways if ways[name] is None}
+    assert "no bandwidth" not in replay(writes, needs=False, **how).why.lower()
+    if (at := re.search(r"as it is in ([0-9.]+) s", found.why)) is not None:
+        assert float(at[1]) > timeout
+        assert replay(writes, needs=False, starts=1, **how | {"timeout": float(at[1])}).converges
+
+
+def test_a_time_that_is_enough_is_said() -> None:
+    writes = trace([{1}] * 4, 100)
+    found = replay(writes, bandwidth=10 * PAGE, terms=FREE, timeout=5)
+    assert "It would converge as it is in 10.1 s." in found.why
+    assert replay(writes, bandwidth=10 * PAGE, terms=FREE, timeout=10.1).converges
+    assert "as it is" not in replay(trace([set(range(90))] * 9, 100), bandwidth=10 * PAGE, terms=FREE, timeout=5).why
+
+
+def test_a_limit_that_is_needed_may_be_more_than_all_memory_takes() -> None:
+    """A pass has a second of its own here, which the measured bandwidth has in it: the rest seems to take longer."""
+    writes = trace([set(range(1000))] * 8, 1000)
+    how = {"bandwidth": 10_000 * PAGE, "terms": Terms("own", pass_time=1.0)}
+    found = replay(writes, max_downtime=5.0, **how)
+    assert found.converges
+    assert replay(writes, max_downtime=found.needs.max_downtime, needs=False, **how).converges
+    assert not replay(writes, max_downtime=found.needs.max_downtime * 0.95, needs=False, **how).converges
+
+
+def test_the_passes_of_a_report_are_those_that_were_asked_for() -> None:
+    writes = trace([set(range(30))] * 20, 1000, 0.1)
+    how = {"bandwidth": 20 * PAGE, "max_downtime": 0.3, "terms": FREE}
+    for more in ({}, {"timeout": 60.0}, {"on_limit": "pause"}, {"on_limit": "wait"}, {"auto_converge": True}):
+        sent = passes(writes, **how | more)
+        done = run(TraceWrites(writes), replace(course(**how | more), horizon=TraceWrites(writes).period))
+        assert sent == done.samples
+        assert len(sent) == done.passes - 1
+    assert len(passes(writes, timeout=60.0, **how)) < len(passes(writes, **how))

@@ -355,7 +355,7 @@ def _report_trace(path: Path, name: str, writes: Any, found: Forecast, bandwidth
         )
 
     asked = _asked(bandwidth, limit, terms)
-    sent = passes(writes, bandwidth, limit, terms)
+    sent = passes(writes, bandwidth=bandwidth, **how)
     found_ = analyse(writes, rows=24, cells=180)
     reports.write(path, reports.of_forecast(name, found, sweep(one, bandwidth, limit), sent, asked, found_))
 

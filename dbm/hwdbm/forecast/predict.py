@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
-from math import inf
+from math import ceil, inf
 from statistics import median
 from typing import Any
 
@@ -95,7 +95,7 @@ def replay(
     >>> forecast.converges, round(forecast.passes.value)
     (True, 2)
     """
-    plan = _plan(bandwidth, max_downtime, terms, timeout, max_iterations, on_limit, auto_converge, throttle)
+    plan = course(bandwidth, max_downtime, terms, timeout, max_iterations, on_limit, auto_converge, throttle)
     start = check.integer(start_ns, "start_ns", 0, (1 << 63) - 1) / 1e9
     if starts is not None:
         starts = check.integer(starts, "starts", 1, 1000)
@@ -108,16 +108,17 @@ def replay(
     return _forecast_of(guest, plan, begins, needs=needs, note=_repeated(guest))
 
 
-def _plan(
+def course(
     bandwidth: float,
-    max_downtime: float,
-    terms: Terms,
-    timeout: float | None,
-    max_iterations: int,
-    on_limit: str | None,
-    auto_converge: bool,
-    throttle: float,
+    max_downtime: float = 0.3,
+    terms: Terms = OWN,
+    timeout: float | None = None,
+    max_iterations: int = 30,
+    on_limit: str | None = None,
+    auto_converge: bool = False,
+    throttle: float = 0.0,
 ) -> Course:
+    """Return how a migration goes that is given what `replay` is given; `ValueError` if a number is out of range."""
     check.instance(terms, Terms, "terms")
     if on_limit is not None:
         check.one_of(on_limit, ("abort", "wait", "pause"), "on_limit")
@@ -160,7 +161,7 @@ def _forecast_of(
     factors = (1 - _LIKELY * spread, 1 + _LIKELY * spread) if spread else ()
     edges = [
         run(guest, replace(plan, start=begin, bandwidth=plan.bandwidth * max(factor, 0.05)))
-        for begin in (begins if len(begins) <= _FEW else begins[:: len(begins) // 2])
+        for begin in _some(begins)
         for factor in factors
     ]
     converges = sum(each.converges for each in middle) * 2 > len(middle)
@@ -173,7 +174,7 @@ def _forecast_of(
         return Estimate(value, min(*values, value), max(*values, value))
 
     flat = [each.flat_from for each in alike if each.flat_from is not None]
-    found = _needs(guest, plan, begins) if needs else Needs()
+    found, enough = (_needs(guest, plan, begins), _time_for(guest, plan, begins)) if needs else (Needs(), None)
     forecast = Forecast(
         converges,
         int(median(flat)) if len(flat) * 2 > len(alike) else None,
@@ -186,13 +187,28 @@ def _forecast_of(
     until = max(each.guest for each in middle)
     least = float(median(each.least for each in alike))
     differ = len(alike) < len(middle) or any(each.converges != converges for each in edges)
-    return replace(forecast, why=_why(forecast, plan, least, differ=differ) + note(until))
+    why = _why(forecast, plan, least, enough, differ=differ, sought=needs)
+    return replace(forecast, why=why + note(until))
+
+
+def _time_for(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> float | None:
+    """Return the seconds in which it converges at each of some times, where the timeout is too short for that."""
+    if plan.timeout == inf:
+        return None
+    done = [run(guest, replace(plan, start=begin, timeout=inf)) for begin in _some(begins)]
+    longest = max(each.total_time for each in done)
+    return longest if all(each.converges for each in done) and longest > plan.timeout else None
+
+
+def _some(begins: Sequence[float]) -> Sequence[float]:
+    """Return a few of the times, the first and the last among them."""
+    return begins if len(begins) <= _FEW else begins[:: len(begins) // 2]
 
 
 def _needs(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> Needs:
     """Return what would do at each of the times, by bisection."""
     plan = replace(plan, decide=None)
-    some = begins if len(begins) <= _FEW else begins[:: len(begins) // 2]
+    some = _some(begins)
 
     def would(**changed: Any) -> bool:
         return all(run(guest, replace(plan, start=begin, **changed)).converges for begin in some)
@@ -310,7 +326,7 @@ def from_samples(
     if bandwidth is None and speed is None:
         raise SampleError("no sample says what the bandwidth is: give it")
     limit = next((each.downtime_limit for each in reversed(samples) if each.downtime_limit is not None), 0.3)
-    plan = _plan(
+    plan = course(
         speed if bandwidth is None else bandwidth,  # type: ignore[arg-type]  # one of them is there
         limit if max_downtime is None else max_downtime,
         replace(terms, spread=max(terms.spread, spread)) if bandwidth is None else terms,
@@ -375,7 +391,7 @@ def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: i
 # --- why --------------------------------------------------------------------------------------------------------
 
 
-def _why(forecast: Forecast, plan: Course, least: float, *, differ: bool) -> str:
+def _why(forecast: Forecast, plan: Course, least: float, enough: float | None, *, differ: bool, sought: bool) -> str:
     limit, speed = _ms(plan.max_downtime), f"{plan.bandwidth / _MIB:,.3g} MiB/s"
     if forecast.converges:
         text = (
@@ -394,6 +410,10 @@ def _why(forecast: Forecast, plan: Course, least: float, *, differ: bool) -> str
         )
     if not forecast.converges:
         text += _would(forecast.needs)
+        if sought:
+            text += _would_not(forecast.needs, plan.timeout)
+        if enough is not None:
+            text += f" It would converge as it is in {_longer(enough)} s."
     if differ:
         text += " It depends on the moment and on the bandwidth: at some that were tried it goes the other way."
     return text
@@ -418,3 +438,18 @@ def _would(needs: Needs) -> str:
     if not ways:
         return ""
     return f" It would converge with {', or '.join(ways)}."
+
+
+def _would_not(needs: Needs, timeout: float) -> str:
+    """Return what of it helps nothing, however much: then JSON has null for it."""
+    ways = {"bandwidth": needs.bandwidth, "limit of the downtime": needs.max_downtime, "throttling": needs.throttle}
+    missing = [f"no {name}" for name, value in ways.items() if value is None]
+    if not missing:
+        return ""
+    within = "" if timeout == inf else f" within {timeout:g} s"
+    return f" {' and '.join(missing).capitalize()} would do{within}."
+
+
+def _longer(seconds: float) -> str:
+    """Return seconds, rounded up to a hundredth: a timeout of so many is enough."""
+    return f"{ceil(seconds * 100) / 100:g}"

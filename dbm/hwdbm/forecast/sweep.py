@@ -1,12 +1,13 @@
 """Forecasts at many bandwidths and limits of downtime, and the passes of one: what a report shows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hwdbm.forecast.outcome import Forecast
+from hwdbm.forecast.predict import course
 from hwdbm.forecast.samples import Sample
-from hwdbm.forecast.simulate import Course, run
-from hwdbm.forecast.terms import Terms
+from hwdbm.forecast.simulate import run
 from hwdbm.forecast.writes import TraceWrites, Writes
 
 _EACH_WAY = 8  # steps of half an octave from the bandwidth, down and up
@@ -61,8 +62,15 @@ def sweep(forecast: Callable[[float, float], Forecast], bandwidth: float, limit:
     return Sweep(tuple(bandwidths), tuple(limits), limits.index(limit), found)
 
 
-def passes(writes: Writes, bandwidth: float, limit: float, terms: Terms) -> tuple[Sample, ...]:
-    """Return the passes of a migration that begins with a trace: what is left at each harvest."""
+def passes(writes: Writes, **how: Any) -> tuple[Sample, ...]:
+    """Return the passes of a migration that begins with a trace: what is left at each harvest.
+
+    Parameters
+    ----------
+    writes : Writes
+        The trace.
+    how
+        What `replay` is given: its bandwidth, limits and terms.
+    """
     guest = TraceWrites(writes)
-    on_limit = "wait" if terms.structure == "qemu" else "abort"
-    return run(guest, Course(terms, bandwidth, limit, on_limit=on_limit, horizon=guest.period)).samples
+    return run(guest, replace(course(**how), horizon=guest.period)).samples
