@@ -271,7 +271,7 @@ class _Numbers:
         value = self.values.get(key)
         if value is None:
             return None
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SampleError(f"line {self.line}: {key} is a number, not {printable(json.dumps(value)[:40])}")
         if not 0 <= value < 1e30:  # NaN isn't either
             raise SampleError(f"line {self.line}: {key} is a number of 0 or more, not {_shown(value)}")
