@@ -284,6 +284,13 @@ def test_parallel_harvests_give_what_one_gives(kernels):
         assert differences(many, one) == []
 
 
+@pytest.mark.parametrize("npages", [1, 63, 512, 513, (1 << 18) + 7, 1 << 20])
+def test_entries_begin_at_a_cache_line(npages):
+    for s2 in (Stage2(npages), Stage2(npages).copy()):
+        assert [s2.level(level).ctypes.data % 64 for level in (1, 2, 3)] == [0, 0, 0]
+        assert s2.level(3).size == npages
+
+
 def test_a_slot_never_mapped_is_never_backed():
     """1 TiB of nothing: harvesting it touches no level-3 entry."""
     s2 = Stage2(1 << 28)

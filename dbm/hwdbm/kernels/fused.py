@@ -168,8 +168,11 @@ def _change64(_context, pte, at, word, keep, sets):
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         keep, sets = _splat(builder, args[3]), _splat(builder, args[4])
+        # An empty instruction hides where the word is from. Otherwise LLVM stores the result of each comparison for use
+        # here, which every group pays for, also where nothing is to be changed.
+        word = builder.asm(ir.FunctionType(args[2].type, [args[2].type]), "", "=r,0", [args[2]], False)
         for number, place in enumerate(_places(context, builder, signature, args)):
-            bits = builder.lshr(args[2], ir.Constant(ir.IntType(64), number * _WIDTH))
+            bits = builder.lshr(word, ir.Constant(ir.IntType(64), number * _WIDTH))
             hits = builder.bitcast(builder.trunc(bits, ir.IntType(_WIDTH)), ir.VectorType(ir.IntType(1), _WIDTH))
             old = builder.load(place, align=8)
             builder.store(builder.select(hits, builder.or_(builder.and_(old, keep), sets), old), place, align=8)

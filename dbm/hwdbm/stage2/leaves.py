@@ -27,6 +27,7 @@ Asks = Callable[[int], pte.Match]
 _ALL = (1 << 64) - 1
 _BRIDGE = 2  # stripes
 _CHUNK = 1 << 15  # descriptors built or compared together: 256 KiB
+_LINE = 8  # descriptors in a line of the cache
 _EMPTY = np.empty(0, dtype=np.uint64)
 _GONE = pte.Update(pte.ANY, clears=_ALL)
 
@@ -35,6 +36,13 @@ def _all_tables(entries: Array) -> bool:
     """Return whether entries, at least one, are all tables, as most often they are: faster than to ask of each."""
     common = entries[0] if entries.size == 1 else np.bitwise_and.reduce(entries)
     return int(common) & pte.TABLE == pte.TABLE
+
+
+def _unbacked(level: int, count: int) -> Array:
+    """Return entries that are all zero, the first at the start of a cache line: vectors across two lines are slower."""
+    words = zeros(count + _LINE - 1, f"level {level}")
+    first = -words.ctypes.data // 8 % _LINE
+    return words[first : first + count]
 
 
 def every(_level: int) -> pte.Match:
@@ -116,7 +124,7 @@ class Leaves:
         self.layout = layout
         if arrays is None:
             # They leave the memory to be backed when it is first written: what was never mapped costs nothing.
-            self.level = {level: zeros(layout.count(level), f"level {level}") for level in LEAF_LEVELS}
+            self.level = {level: _unbacked(level, layout.count(level)) for level in LEAF_LEVELS}
         else:
             instance(arrays, Mapping, "arrays")
             if set(arrays) != set(LEAF_LEVELS):
