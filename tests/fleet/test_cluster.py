@@ -1,10 +1,13 @@
 """Many VMs on Dask: the same curves, whatever dies, on the loopback interface alone, and nothing is left behind."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +110,91 @@ def test_no_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 0.5)
     with pytest.raises(OSError, match="no Dask scheduler answers at"):
         tabulate(many(1), ["h0"], geometric, scheduler=address)
+
+
+@contextlib.contextmanager
+def serving(said: bytes, *, stays: bool) -> Iterator[str]:
+    """Yield the address of a server that says something to whoever calls, and stays on the line or doesn't."""
+    calls = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    call, _ = server.accept()
+                    calls.append(call)
+                    with contextlib.suppress(OSError):
+                        call.sendall(said)
+                    if not stays:
+                        call.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    for each in calls:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "stays"),
+    [
+        (b"", True),
+        (b"", False),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", True),
+        (b"\xff" * 64, True),
+        (bytes(range(256)) * 64, True),
+        (bytes(64), False),
+    ],
+)
+def test_what_is_no_scheduler(said: bytes, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be silent, hang up, or say what Dask takes for the length of a message."""
+    monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 2.0)
+    with serving(said, stays=stays) as address, pytest.raises(OSError, match="no Dask scheduler answers at") as raised:
+        tabulate(many(1), ["h0"], geometric, scheduler=address)
+    assert type(raised.value) is OSError
+
+
+SERVER = """
+import asyncio, sys, distributed
+async def main(kind, *args):
+    more = {"nthreads": 1} if args else {"dashboard": False}
+    async with getattr(distributed, kind)(*args, host="127.0.0.1", **more) as server:
+        print(server.address, flush=True)
+        await server.finished()
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@contextlib.contextmanager
+def dask_server(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Yield a scheduler's process, or a worker's, and its address."""
+    command = [sys.executable, "-P", "-c", SERVER, *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server, server.stdout.readline().strip()
+        finally:
+            server.kill()
+
+
+def test_a_scheduler_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 60.0)
+    with dask_server("Scheduler") as (scheduler, address), dask_server("Worker", address) as (_, worker):
+        with pytest.raises(OSError, match=r"no Dask scheduler answers at .*: a Worker does"):
+            tabulate(many(1), ["h0"], geometric, scheduler=worker)
+        told = []
+
+        def tell(done: int, of: int) -> None:
+            told.append((done, of))
+            if 0 < done < of:
+                scheduler.kill()
+
+        with pytest.raises(OSError, match=r"the Dask scheduler went away, and [0-9]+ of 200 VMs with it"):
+            tabulate(many(200), ["h0"], slow, scheduler=address, told=tell)
+        assert told
 
 
 def test_another_cluster(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ A cluster of our own listens on the loopback interface alone, speaks TLS with a 
 dashboard: to reach a scheduler is to run code as its user.
 """
 
+import asyncio
 import json
 import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import Any
 
 from hwdbm import __version__, check, files, process
+from hwdbm.errors import printable
 from hwdbm.fleet.curves import Curves, Found, Model, points, stack
 from hwdbm.fleet.plan import Fleet, FleetVm
 from hwdbm.fleet.planner import drained_guests, highest
@@ -119,11 +122,15 @@ def _on_dask(
         while waiting:
             try:
                 ready = wait(list(waiting), timeout=_LOOK, return_when="FIRST_COMPLETED").done
+                results = [(waiting.pop(future), _result(future)) for future in ready]
             except TimeoutError:
-                ready = ()
-            for future in ready:
-                part = waiting.pop(future)
-                for at, curve in zip(part, _result(future), strict=True):
+                results = []
+            except CancelledError:  # Dask's word for what it lost with its scheduler; it names each task
+                raise OSError(
+                    f"the Dask scheduler went away, and {len(jobs) - done} of {len(jobs)} VMs with it"
+                ) from None
+            for part, curves in results:
+                for at, curve in zip(part, curves, strict=True):
                     found[at] = curve
                 done += len(part)
             told(done, len(jobs))
@@ -146,13 +153,31 @@ def _client(address: str) -> Iterator[Any]:
     from distributed import Client  # noqa: PLC0415
 
     try:
+        # Dask's client waits for ever for what takes its call and is silent, and takes room for what junk seems to say.
+        asyncio.run(asyncio.wait_for(_check_kind(address), _ANSWER))
         client = Client(address, timeout=_ANSWER, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:  # what Dask raises for what is no address, too
-        raise OSError(f"no Dask scheduler answers at {address!r}: {error}") from None
+    except Exception as error:  # noqa: BLE001  # junk in Dask's place has it raise anything
+        said = f"within {_ANSWER:g} s" if isinstance(error, TimeoutError) and not str(error) else f"{error}"
+        raise OSError(f"no Dask scheduler answers at {address!r}: {said}") from None
     with client:
         if not client.scheduler_info()["workers"]:
             raise OSError(f"the Dask scheduler at {address!r} has no workers")
         yield client
+
+
+async def _check_kind(address: str) -> None:
+    """Raise an error unless what answers at an address says that it is a scheduler."""
+    from distributed import Security  # noqa: PLC0415
+    from distributed.comm.core import connect  # noqa: PLC0415
+    from distributed.core import send_recv  # noqa: PLC0415
+
+    comm = await connect(address, timeout=_ANSWER, **Security().get_connection_args("client"))
+    try:
+        kind = str((await send_recv(comm, op="identity"))["type"])
+    finally:
+        comm.abort()
+    if kind != "Scheduler":
+        raise ValueError(f"a {printable(kind)[:40]} does")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Forecasts:
         Raises
         ------
         PlanError
-            If the trace has more memory than the VM, or no times at the VM's rate.
+            If the trace has more memory than the VM, no times at the VM's rate, or ends before the migration starts.
         TraceError, SampleError, OSError
             If the trace or the samples can't be read.
         """
@@ -80,8 +80,17 @@ class Forecasts:
             return ModelWrites(model, vm.memory, samples[-1].page_size), [0.0]
         if vm.trace is None:
             raise PlanError(f"the VM {vm.name!r} has neither a trace nor samples")
-        scaled = TraceWrites(_Scaled(_opened(vm.trace), vm))
-        return scaled, [i * scaled.ends / _MOMENTS for i in range(_MOMENTS)] if vm.start is None else [vm.start]
+        trace = _opened(vm.trace)
+        scaled = TraceWrites(_Scaled(trace, vm))
+        if vm.start is None:
+            return scaled, [i * scaled.ends / _MOMENTS for i in range(_MOMENTS)]
+        ends = float(trace.times[-1]) / 1e9
+        if vm.start >= ends:
+            raise PlanError(
+                f"the VM {vm.name!r} starts after {vm.start * 1e3:g} ms, and its trace {vm.trace} ends at "
+                f"{ends * 1e3:g} ms"
+            )
+        return scaled, [vm.start / vm.rate]
 
 
 class _Scaled:

@@ -90,8 +90,8 @@ class FleetVm:
     samples : Path, optional
         The samples of it, as JSON lines.
     start : float, optional
-        Seconds of the trace after which its migration begins. By default it is forecast from three moments, and the
-        worst of them counts.
+        Seconds of the trace, whatever the rate, after which its migration begins: less than the trace has. By default
+        it is forecast from three moments, and the worst of them counts.
     rate : float
         How fast it writes, the trace being 1: the trace's times are divided by it.
     pinned : str
