@@ -110,7 +110,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "hwdbm: interrupted\n")
-    assert len(workers) == 2
+    assert len(workers) >= 2  # a child that starts them may be among these
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert list(scratch.iterdir()) == []
 
