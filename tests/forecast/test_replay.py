@@ -468,3 +468,22 @@ def test_the_passes_of_a_report_are_those_that_were_asked_for() -> None:
         assert sent == done.samples
         assert len(sent) == done.passes - 1
     assert len(passes(writes, timeout=60.0, **how)) < len(passes(writes, **how))
+
+
+@pytest.mark.parametrize("terms", [OWN, QEMU, FREE])
+@pytest.mark.parametrize("seconds", [2.0, 4.0, 20.0, 60.0])
+def test_a_trace_that_is_shorter_than_the_first_pass_is_said_to_be(terms: Terms, seconds: float) -> None:
+    """New pages are written all the time, of which a trace that is too short has less than the pass would leave."""
+    count = round(seconds * 10)
+    writes = trace([set(range(at * 10 % 4000, at * 10 % 4000 + 10)) for at in range(count)], 4000, 0.1)
+    why = replay(writes, bandwidth=400 * PAGE, terms=terms, needs=False).why  # some 10 s
+    assert ("The first pass takes " in why) == (seconds < 10)
+    assert ("the rest may be more" in why) == (seconds < 10)
+
+
+@pytest.mark.parametrize("times", [[1, 10**18, 10**18 + 1], [10**18, 10**18 + 1], [1 << 60, (1 << 60) + 5, 1 << 61]])
+def test_an_interval_that_is_nothing_beside_the_trace(times: list[int]) -> None:
+    writes = MemoryWrites(np.ones((len(times), 2), dtype=np.uint64), interval=1.0)
+    writes.times = np.array([0, *times])
+    with pytest.raises(ValueError, match=r"interval [0-9] of the trace is too short for its time"):
+        replay(writes, bandwidth=1e6)

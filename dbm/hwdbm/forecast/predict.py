@@ -134,14 +134,19 @@ def course(
     )
 
 
-def _repeated(guest: TraceWrites) -> Callable[[float], str]:
-    def note(until: float) -> str:
+def _repeated(guest: TraceWrites) -> Callable[[float, float], str]:
+    def note(until: float, first: float) -> str:
         if not guest.repeats(until):
             return ""
         whole = guest.ends
         return (
             f" The trace is {whole:.3g} s long: after that its last {guest.period:.3g} s are taken to come "
             "again and again."
+        ) + (
+            f" The first pass takes {first:.3g} s. What the guest writes in it that isn't in so short a trace is not "
+            "counted, so the rest may be more."
+            if first > guest.period
+            else ""
         )
 
     return note
@@ -153,7 +158,7 @@ def _forecast_of(
     begins: Sequence[float],
     *,
     needs: bool,
-    note: Callable[[float], str] = lambda _: "",
+    note: Callable[[float, float], str] = lambda _until, _first: "",
 ) -> Forecast:
     """Forecast a migration of a guest that begins at one of some times."""
     middle = [run(guest, replace(plan, start=begin)) for begin in begins]
@@ -188,7 +193,8 @@ def _forecast_of(
     least = float(median(each.least for each in alike))
     differ = len(alike) < len(middle) or any(each.converges != converges for each in edges)
     why = _why(forecast, plan, least, enough, differ=differ, sought=needs)
-    return replace(forecast, why=why + note(until))
+    first = max((each.samples[0].time for each in middle if each.samples), default=0.0)
+    return replace(forecast, why=why + note(until, first))
 
 
 def _time_for(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> float | None:

@@ -220,6 +220,12 @@ class TraceWrites:
                 else f"the trace begins at {edges[0]} ns, and not at 0"
             )
         self._edges = edges / 1e9
+        (short,) = (np.diff(self._edges) <= 0).nonzero()
+        if short.size:  # of more than 100 days a float doesn't tell single nanoseconds apart
+            at = int(short[0])
+            raise ValueError(
+                f"interval {at} of the trace is too short for its time, from {edges[at]} to {edges[at + 1]} ns"
+            )
         self._n = edges.size - 1
         self._nwords, self._scale, self._picked = _sample(int(writes.words(0, 1).shape[1]), self._n)
         self._rows, self._zero_rows = self._load(writes)
