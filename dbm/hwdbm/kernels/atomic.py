@@ -229,6 +229,15 @@ def _word(pte, mask, value):
     return word
 
 
+@njit(nogil=True, inline="always")
+def _any(pte, mask, value):
+    """Return whether any of four groups matches."""
+    some = np.uint64(0)
+    for j in range(256):
+        some |= np.uint64(_hit(pte[j], mask, value))
+    return some != 0
+
+
 @njit(nogil=True)
 def _rewrite_word(pte, word, mask, value, keep, sets, mask1, value1, mask2, value2, shift, out, also, w):
     """Rewrite the descriptors of `word` in a group of which the first is bit `shift`; return those that matched."""
@@ -266,6 +275,9 @@ def _rewrite_groups(pte, mask, value, keep, sets, mask1, value1, mask2, value2, 
     four = np.empty(4, np.uint64)  # as in `fused`: a branch on each word would be mispredicted too often
     for quad in range((full + 3) // 4):
         some, size = np.uint64(0), min(4, full - quad * 4)
+        # Whether any matches takes less to find than the words, and LLVM makes vectors of it if it is given a slice.
+        if size == 4 and not _any(pte[quad * 256 : quad * 256 + 256], mask, value):
+            continue
         for k in range(size):
             word = np.uint64(0)
             for j in range(64):
