@@ -1,14 +1,16 @@
 """A trace of a guest's writes by the content of its memory, at intervals of a tenth of a second.
 
-`hwdbm.trace.record_file` does the same from a file, at a pace that is easier on the machine. The judge wants short
-intervals of a guest of some hundred MiB, so it compares in compiled code.
+`hwdbm.trace.record_file` does the same from a file, a part at a time. The judge wants short intervals of a guest of
+some hundred MiB, so it compares all of the memory, where it lies.
 """
 
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.trace.content import compare
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,6 @@ class Content:
         return self.zero[lo:hi]
 
 
-@njit(nogil=True)
-def _compare(memory, copy, changed, zero):
-    """Bring the copy up to date, and set the bits of the pages that weren't what they were, and of those of zeros."""
-    words = memory.shape[1]
-    for page in range(memory.shape[0]):
-        now, then = memory[page], copy[page]
-        differs = np.uint64(0)
-        filled = np.uint64(0)
-        for i in range(words):
-            differs |= now[i] ^ then[i]
-            filled |= now[i]
-        bit = np.uint64(1) << np.uint64(page & 63)
-        if differs:
-            changed[page >> 6] |= bit
-            then[:] = now
-        if not filled:
-            zero[page >> 6] |= bit
-
-
 def record(memory: np.ndarray, duration: float, interval: float = 0.1) -> Content:
     """Return which pages changed in each interval, and which of these were zero then.
 
@@ -58,20 +41,15 @@ def record(memory: np.ndarray, duration: float, interval: float = 0.1) -> Conten
     duration, interval : float
         Seconds.
     """
-    copy, nwords = np.zeros_like(memory), -(-len(memory) // 64)
-
-    def compare() -> tuple[np.ndarray, np.ndarray]:
-        changed, zero = np.zeros(nwords, dtype=np.uint64), np.zeros(nwords, dtype=np.uint64)
-        _compare(memory, copy, changed, zero)
-        return changed, zero
-
-    compare()
-    _, initial = compare()  # the first one also makes the copy
+    copy = np.zeros_like(memory)
+    filled, _ = compare(memory, copy)
+    changed, zero = compare(memory, copy)  # the first one takes longer, and what was written in it is in no interval
+    initial = ~(filled | changed) & (~DirtyBitmap(len(memory))).words | zero
     began, times, words, zeros = time.monotonic_ns(), [0], [], []
     while times[-1] < duration * 1e9:
         time.sleep(max(len(times) * interval - (time.monotonic_ns() - began) / 1e9 - 0.3 * interval, 0))
-        changed, zero = compare()
+        changed, zero = compare(memory, copy)
         times.append(time.monotonic_ns() - began)
         words.append(changed)
-        zeros.append(changed & zero)
+        zeros.append(zero)
     return Content(np.array(times), np.array(words), np.array(zeros), initial, len(memory))

@@ -19,6 +19,7 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, StaleLeaseError, TraceError
 from hwdbm.files import open_regular
 from hwdbm.memslot import Memslot, slot_name
+from hwdbm.trace.content import compare
 from hwdbm.trace.group import Trace, Words, Writer, open_trace
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
 from hwdbm.vm.source import mechanism_of, roll_back
@@ -26,6 +27,7 @@ from hwdbm.vm.source import mechanism_of, roll_back
 _WINDOW = 1 << 16  # pages whose numbers are listed together
 _LOOK = 1 << 20  # bytes of pages that are looked at together
 _PART = 4 << 20  # bytes of a RAM file that are compared together
+_MOST_TIME = (1 << 63) - 1
 _SOON = 1e-3  # seconds: a last interval of less isn't begun
 _TIME = re.compile(r"(\d{1,18})(ns|us|ms|s)(?![0-9A-Za-z])")
 _UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -292,8 +294,11 @@ def record_file(
         interval = ticks.interval * 1e3
         with Writer(path, slots, page_size, source="ram file", mechanism="content", interval=interval) as writer:
             filled, _ = compare.run()
+            # The first one reads and writes all of memory; what the VM wrote meanwhile isn't the first interval's.
+            changed, zero = compare.run()
             ticks.start()
-            writer.begin(~filled & _all(MemoryMap(page_size, slots)), ticks.started)
+            initial = ~(filled | changed) & _all(MemoryMap(page_size, slots)) | zero
+            writer.begin(initial, ticks.started)
             for _ in ticks:
                 words, zeros = compare.run()
                 ended = ticks.now()
@@ -321,15 +326,13 @@ class _Comparison:
             self._read(self._file, new, start)
             self._read(self._copy, old, start)
             rows, before = (each.view(np.uint64).reshape(-1, self._page // 8) for each in (new, old))
-            differs = rows != before
-            if not differs.any():
+            found, empty = (DirtyBitmap.from_words(each, len(rows)).pages() for each in compare(rows, before))
+            if not found.size:
                 continue
-            pages = np.flatnonzero(differs.any(axis=1))
-            empty = pages[~rows[pages].any(axis=1)]
             first = start // self._page
-            changed |= DirtyBitmap.from_pages(pages + first, npages)
+            changed |= DirtyBitmap.from_pages(found + first, npages)
             zero |= DirtyBitmap.from_pages(empty + first, npages)
-            for run in np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1):
+            for run in np.split(found, np.flatnonzero(np.diff(found) != 1) + 1):
                 at, end = int(run[0]) * self._page, (int(run[-1]) + 1) * self._page
                 self._write(new[at:end], start + at)
         return changed.words, zero.words
@@ -399,7 +402,7 @@ def from_bitmaps(
     BitmapError
         If one isn't of so many pages; the text names it.
     TraceError
-        If two names have one time, or one has the time 0.
+        If two names have one time, or one has the time 0, or one beyond 2^63 ns.
     ValueError
         If the interval isn't above 0.
     """
@@ -418,6 +421,8 @@ def from_bitmaps(
         if times[later] <= (0 if earlier is None else times[earlier]):
             what = "the time 0" if earlier is None else f"the time of {files[earlier].name}"
             raise TraceError(f"{files[later]}: it has {what}, and an interval ends after it begins")
+        if times[later] > _MOST_TIME:
+            raise TraceError(f"{files[later]}: its time is beyond the {_MOST_TIME} ns that a trace can have")
     with Writer(path, layout.slots, layout.page_size, source="bitmaps", mechanism="dirty bitmaps",
                 interval=None if by_name else seconds * 1e3) as writer:  # fmt: skip
         for each in order:
@@ -442,7 +447,8 @@ def _words_of(file: Path, layout: MemoryMap) -> Words:
     with open_regular(file) as opened:
         raw = opened.read(size + 1)
     if len(raw) != size:
-        raise BitmapError(f"{file}: bitmaps of these slots have {size} bytes, got {min(len(raw), size + 1)} or more")
+        got = f"{len(raw)} or more" if len(raw) > size else f"{len(raw)}"
+        raise BitmapError(f"{file}: bitmaps of these slots have {size} bytes, got {got}")
     at, found = 0, []
     for slot in layout.slots:
         length = 8 * word_count(slot.npages)
