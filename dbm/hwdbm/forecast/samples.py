@@ -259,7 +259,7 @@ def _kind(item: Any, number: int) -> str:
     raise SampleError(f"line {number}: an object with the keys {keys} is no sample of a migration that is known here")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Numbers:
     """The numbers of an object, by their keys."""
 
