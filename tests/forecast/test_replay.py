@@ -487,3 +487,16 @@ def test_an_interval_that_is_nothing_beside_the_trace(times: list[int]) -> None:
     writes.times = np.array([0, *times])
     with pytest.raises(ValueError, match=r"interval [0-9] of the trace is too short for its time"):
         replay(writes, bandwidth=1e6)
+
+
+@pytest.mark.parametrize("intervals", [1, 3, 40])
+def test_a_pass_of_a_huge_guest_goes_over_a_sample_of_it(intervals: int) -> None:
+    """However few intervals there are; it stands for the whole."""
+    nwords = 1 << 20
+    words = np.zeros((intervals, nwords), dtype=np.uint64)
+    words[:, ::4] = 0xFF
+    guest = TraceWrites(MemoryWrites(words, interval=1.0))
+    found = guest.written(0.0, float(intervals))
+    assert found.words is not None
+    assert found.words.size <= 1 << 18
+    assert found.pages == pytest.approx(nwords / 4 * 8, rel=0.02)

@@ -13,6 +13,7 @@ Words = NDArray[np.uint64]
 _KEPT = 64 << 20  # bytes of a trace that are kept in memory; of a larger one, a sample of its words
 _BLOCK = 16  # intervals whose union is kept
 _LEAST = 1024  # words of a sample
+_WORDS = 1 << 18  # of an interval that are kept at most: each pass that is simulated goes over all of them
 _BATCH = 32 << 20  # bytes of a trace that are read together
 _STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
 _OFTEN = 0.05  # part of an interval's pages that count as written once, at least
@@ -191,8 +192,8 @@ class TraceWrites:
     one, ``(1 - q**f) / (1 - q)`` are written in a part ``f``, which is right for pages that are each written at random
     times.
 
-    Of a trace of more than 64 MiB a sample of its words is kept. They are spread over all of memory, and stand for the
-    others.
+    Of a trace of more than 64 MiB, or of a guest of more than 64 GiB in pages of 4 KiB, a sample of its words is kept.
+    They are spread over all of memory, and stand for the others.
 
     Parameters
     ----------
@@ -426,7 +427,7 @@ class TraceWrites:
 
 def _sample(nwords: int, intervals: int) -> tuple[int, float, NDArray[np.int64] | slice]:
     """Return how many words of each interval are kept, for how many each stands, and which they are."""
-    most = max(_KEPT // (intervals * 8), _LEAST)
+    most = min(max(_KEPT // (intervals * 8), _LEAST), _WORDS)
     if nwords <= most:
         return nwords, 1.0, slice(None)
     # One at random of each part of memory, so that no pattern of the guest's is in step with them.
