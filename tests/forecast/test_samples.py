@@ -359,3 +359,20 @@ def test_a_limit_that_is_never_reached(limit: float) -> None:
         replay(
             MemoryWrites(np.zeros((2, 1), dtype=np.uint64), interval=1), bandwidth=1, max_downtime=1, start_ns=10**400
         )
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.3])
+def test_what_is_left_and_never_fits_ends(limit: float) -> None:
+    """The rest seems to fit, the pause takes too long, and the guest goes on."""
+    begun = Sample(1.0, 1, 1e6, 1e9, transferred=1e8, bandwidth=1e8)
+    found = from_samples([begun, Sample(2.0, 2, 1.5, 1e9, transferred=2e8, bandwidth=1e8)], max_downtime=limit)
+    assert found.converges
+    assert found.total_time.value < 10
+
+
+def test_a_pause_that_always_takes_too_long_is_given_up() -> None:
+    words = np.zeros((100, 64), dtype=np.uint64)
+    words[::2] = ~np.uint64(0)  # all is written while the guest is being paused, and nothing while it is looked at
+    guest = TraceWrites(MemoryWrites(words, interval=0.25))
+    course = Course(Terms("own", pause=0.3), bandwidth=1 << 20, max_downtime=0.01, max_iterations=5)
+    assert not run(guest, course).converges

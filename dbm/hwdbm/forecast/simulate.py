@@ -13,7 +13,7 @@ from hwdbm.forecast.terms import Terms
 from hwdbm.forecast.writes import Dirty, GuestWrites
 
 _PROGRESS = 0.95  # of what remained: less is progress
-_MOST = 10_000  # passes that are followed
+_MOST = 2_000  # passes that are followed
 _SHORTEST = 1e-3  # seconds of a pass: no harvest is quicker, however little there is to send
 _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
@@ -89,6 +89,7 @@ class _Migration:
         self._throttle, self._auto = plan.throttle, Throttle()
         self._limit = plan.max_downtime
         self._sent = self._busy = 0.0
+        self._before = 0.0  # bytes sent before what is simulated
         self._measured: float | None = None
         # QEMU's turns: it sends its share of the bandwidth at once, and waits for the next one.
         self._turn, self._share, self._rate = 0.0, 0.0, plan.bandwidth
@@ -107,7 +108,8 @@ class _Migration:
         return self._qemu() if self._terms.structure == "qemu" else self._own()
 
     def _go_on(self, begun: Begun) -> None:
-        self._wall, self._sent = begun.time, begun.transferred
+        self._wall = begun.time
+        self._sent = self._before = self._looked = begun.transferred
         for number, remaining in begun.history:
             self._note(number, remaining)
 
@@ -235,6 +237,8 @@ class _Migration:
                 if done is not None:
                     return done
                 cut, left = self._resumed, None
+                if self._hopeless() or self._wall > plan.timeout or number >= _MOST:
+                    return self._given_up(number, dirty)
                 continue
             left = None
             self._slow_down(remaining, sent)
@@ -244,8 +248,8 @@ class _Migration:
         """Return the bandwidth as our own migration measures it."""
         if self._measured is not None:
             return self._measured
-        if self._sent >= _SURE[1] and self._busy:
-            return self._sent / self._busy
+        if self._sent - self._before >= _SURE[1] and self._busy:
+            return (self._sent - self._before) / self._busy
         return min(self._looked / max(self._wall, 1e-9), self._plan.bandwidth) or self._plan.bandwidth
 
     def _pass(self, dirty: Dirty) -> float:
