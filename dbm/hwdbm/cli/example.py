@@ -21,6 +21,10 @@ TRACES = {
     "machine-zipf": "a modelled machine, some of whose pages are written far more often than others",
     "machine-bursty": "a modelled machine that writes in bursts",
     "machine-idle": "a modelled machine that writes nothing",
+    "linux-build": "Linux that compiles, in QEMU, by the content of its memory",
+    "linux-redis": "Linux with Redis and its benchmark, in QEMU, by the content of its memory",
+    "linux-sqlite": "Linux with SQLite, in QEMU, by the content of its memory",
+    "linux-zstd": "Linux that compresses, in QEMU, by the content of its memory",
 }
 """The traces, each a folder in ``traces``, and what they are of."""
 
