@@ -13,7 +13,7 @@ from hwdbm.forecast.terms import Terms
 from hwdbm.forecast.writes import Dirty, GuestWrites
 
 _PROGRESS = 0.95  # of what remained: less is progress
-_MOST = 2_000  # passes that are followed
+_MOST = 10_000  # passes that are followed
 _SHORTEST = 1e-3  # seconds of a pass: no harvest is quicker, however little there is to send
 _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
