@@ -17,7 +17,7 @@ from hwdbm.kernels import Tally
 from hwdbm.stage2 import Stage2
 
 # A machine that is caught ends where it is, with whatever lease it has.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 HUNT = settings(
     max_examples=400,
