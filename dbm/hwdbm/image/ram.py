@@ -90,7 +90,7 @@ def open_ram(
     path = check.path(path, "path")
     slots = check_slots(slots, 64)
     extents = _placed(path, extents_of(path), ram_base, block)
-    if len(extents) == 1 and extents[0].gpa is None:
+    if extents[0].gpa is None:  # then there is no other
         return _one_after_another(path, extents[0].data, slots)
     if not slots:
         slots = check_slots((Slot(i, extent.gpa or 0, extent.size) for i, extent in enumerate(extents)), 64)

@@ -430,9 +430,8 @@ class LoggedVm(BaseVm):
         self._check_log()
         with self._lock:
             feed = client.feeds.get(slot_id)
-            if feed is None or feed.slot is not pages:
-                late = "was made after the client" if feed is None else "was deleted and made again"
-                feed = client.feeds[slot_id] = pages.join(client, f"the slot {late}")
+            if feed is None:
+                feed = client.feeds[slot_id] = pages.join(client, "the slot was made after the client")
             lease = pages.lend(feed)
             assert isinstance(lease, ClientLease)  # noqa: S101 - a feed's is
             return lease
