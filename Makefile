@@ -109,7 +109,7 @@ judge: $(VENV)/.user ## forecast more than 60 real migrations, do them, and writ
 	$(BIN)/python -P tests/forecast/page.py
 
 .PHONY: judge-quick
-judge-quick: $(VENV)/.user ## a few of them in a minute, whose errors must be within bounds
+judge-quick: $(VENV)/.user ## a few of them in two minutes, whose errors must be within bounds
 	$(BIN)/python -P tests/forecast/judge.py --quick
 
 .PHONY: forecast-guests

@@ -326,7 +326,7 @@ def forecast(folder: Path) -> report.Document:
         return replay(trace, bandwidth=bandwidth, max_downtime=limit, terms=QEMU, starts=1, needs=False)
 
     asked = {"bandwidth": "23.8 MiB/s", "limit of downtime": "300 ms"}
-    sent = passes(trace, 25e6, 0.3, QEMU)
+    sent = passes(trace, bandwidth=25e6, max_downtime=0.3, terms=QEMU)
     return report.of_forecast("a trace", found, sweep(one, 25e6, 0.3), sent, asked, analyse(trace, rows=24, cells=180))
 
 

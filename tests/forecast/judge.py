@@ -3,7 +3,7 @@
 Guests write by patterns, or are Linux with real work, in QEMU; or they are this project's own, on /dev/kvm. Before each
 migration a trace of some seconds is recorded, and the forecast is made from it, the bandwidth and the downtime limit.
 Then the guest is migrated over TCP on loopback, and a line of JSON has both. What a migration costs beside its bytes is
-measured first, with guests that aren't judged. ``--quick`` does a few in about a minute and says whether the errors are
+measured first, with guests that aren't judged. ``--quick`` does a few in two minutes and says whether the errors are
 within bounds; the exit status says so, too.
 
 As root the processes go before others, and a link is made that is as slow as it is said to be: a network namespace
