@@ -138,7 +138,8 @@ TASKS: dict[str, dict[str, Entry]] = {
 
 _TASK = {name: entry for entries in TASKS.values() for name, entry in entries.items()}
 
-_EPILOG = """The help of each command ends with examples: 'hwdbm harvest -h'.
+_EPILOG = """The help of each command ends with examples: 'hwdbm harvest -h'. An error that
+ends with '(docs: PAGE)' means docs/PAGE.md in hwdbm's sources.
 
 Examples:
 
