@@ -50,6 +50,18 @@ def test_memory_to_migrate_is_random_and_has_no_zeros(monkeypatch):
     assert guest.pages.weight() == 64
 
 
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_scattered_pages_are_sent(transport):
+    setup = stream.StreamSetup(memory=1 << 20, fraction=0.25, passes=3, rounds=1, transport=transport)
+    guest = stream._Scattered(setup)
+    with stream._receiver(setup) as channel:
+        for _ in range(2):
+            report = stream._migrate(channel, guest, setup)
+            assert [one.dirty for one in report.passes if one.dirty] == [256, 64, 64, 64]
+        channel.sock.sendall(stream._COMMAND.pack(b"Q", 0))
+    assert [row.ratio > 0 for row in stream.rows(setup)] == [True, True]
+
+
 @pytest.mark.parametrize("orders", [[b"Q"], [b"F", b"Q"], []])
 def test_the_receiver_ends_when_it_is_told_to_or_alone(orders):
     here, there = socket.socketpair()
