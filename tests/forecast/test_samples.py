@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwdbm.errors import SampleError
-from hwdbm.forecast import OWN, QEMU, MemoryWrites, Sample, Terms, from_samples, read_samples, replay
+from hwdbm.forecast import OWN, QEMU, MemoryWrites, Sample, Terms, from_samples, read_samples, replay, simulate
 from hwdbm.forecast.model import Model, ModelWrites, fit, measured
 from hwdbm.forecast.simulate import Course, run
 from hwdbm.forecast.writes import Dirty, TraceWrites
@@ -361,6 +361,20 @@ def test_a_limit_that_is_never_reached(limit: float) -> None:
         )
 
 
+@pytest.fixture
+def few_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a simulation pauses the guest without end, and not hang with it."""
+    real, left = simulate._Migration._last, iter(range(30_000))
+
+    def last(*given, **more):
+        if next(left, None) is None:
+            pytest.fail("the guest is paused again and again")
+        return real(*given, **more)
+
+    monkeypatch.setattr(simulate._Migration, "_last", last)
+
+
+@pytest.mark.usefixtures("few_pauses")
 @pytest.mark.parametrize("limit", [0.001, 0.3])
 def test_what_is_left_and_never_fits_ends(limit: float) -> None:
     """The rest seems to fit, the pause takes too long, and the guest goes on."""
@@ -370,9 +384,19 @@ def test_what_is_left_and_never_fits_ends(limit: float) -> None:
     assert found.total_time.value < 10
 
 
+@pytest.mark.usefixtures("few_pauses")
 def test_a_pause_that_always_takes_too_long_is_given_up() -> None:
-    words = np.zeros((100, 64), dtype=np.uint64)
-    words[::2] = ~np.uint64(0)  # all is written while the guest is being paused, and nothing while it is looked at
-    guest = TraceWrites(MemoryWrites(words, interval=0.25))
-    course = Course(Terms("own", pause=0.3), bandwidth=1 << 20, max_downtime=0.01, max_iterations=5)
-    assert not run(guest, course).converges
+    class Lurking(ModelWrites):
+        """Has a page dirty at each harvest, and many more when the guest has been paused."""
+
+        begun = -1.0
+
+        def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
+            again, self.begun = begin == self.begun, begin
+            return Dirty(1e6 if again else 1.0, 0.0)
+
+    guest = Lurking(Model(hot=1.0, tau=1.0, cold=1.0), 64 * MIB, 4096)
+    course = Course(Terms("own", pause=0.01, pass_time=0.01), bandwidth=MIB, max_downtime=0.1, max_iterations=5)
+    done = run(guest, course)
+    assert not done.converges
+    assert done.passes > 5
