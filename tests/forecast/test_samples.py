@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hwdbm.errors import SampleError
 from hwdbm.forecast import OWN, QEMU, MemoryWrites, Sample, Terms, from_samples, read_samples, replay, simulate
 from hwdbm.forecast.model import Model, ModelWrites, fit, measured
-from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.simulate import Begun, Course, run
 from hwdbm.forecast.writes import Dirty, TraceWrites
 from hwdbm.migration.report import Pass, Report
 
@@ -400,3 +400,13 @@ def test_a_pause_that_always_takes_too_long_is_given_up() -> None:
     done = run(guest, course)
     assert not done.converges
     assert done.passes > 5
+
+
+def test_what_was_sent_before_says_nothing_of_the_bandwidth() -> None:
+    """A pass of 8 ms doesn't fit into 1 ms, however much had been sent before it."""
+    guest = ModelWrites(Model(hot=8e5, tau=1e-4, cold=0.0), 64 * MIB, 4096)
+    begun = Begun(time=2.0, number=2, remaining=8e5, since=0.0, transferred=2e8, history=((2, 8e5),))
+    course = Course(Terms("own", pass_time=1e-3), bandwidth=1e8, max_downtime=1e-3, max_iterations=5, begun=begun)
+    done = run(guest, course)
+    assert not done.converges
+    assert all(sample.bandwidth <= 1e8 for sample in done.samples)
