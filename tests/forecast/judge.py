@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ FLAT = 15  # passes without progress after which our own migrations give up
 CALIBRATION = 80  # MB/s of the link when its terms are measured
 REST = 6.0  # seconds before: memory that has rested is slower to look at, and that of guests that are judged has
 BUFFERS = 0.02  # seconds of the link that a socket's buffer holds
+BUCKET = 0.004  # and its bucket: a tick of the kernel's; at least two of loopback's packets
 TRACE = (3.0, 10.0)  # seconds that are recorded before each, at least and at most: as long as a first pass
 
 
@@ -167,7 +169,8 @@ class Link:
             command = ["sysctl", "-qw", f"net.ipv4.{what}=4096 {size} {size}"]
             subprocess.run([*self.prefix, *command], check=True)
         if rate is not None:
-            bucket = ["tbf", "rate", f"{round(rate)}bps", "burst", "256kb", "limit", "16mb"]
+            burst = max(round(rate * BUCKET), 1 << 17)
+            bucket = ["tbf", "rate", f"{round(rate)}bps", "burst", f"{burst}b", "limit", "16mb"]
             subprocess.run([*self.prefix, "tc", "qdisc", "add", "dev", "lo", "root", *bucket], check=True)
 
 
@@ -225,7 +228,7 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
     """
     net.be(None)
     prefix = net.prefix if net.there else ()
-    fast, found, slowly = 100_000 * MB, {}, []
+    fast, found, slowly, stopped = 100_000 * MB, {}, [], []
     for name, memory, what in (("zeros", 512, "fill=1"), ("full", 256, "fill=232")):
         case = Case("pattern", name, what, (), memory=memory)
         with qemu.guest(machine_of(case, prefix), folder) as pair:
@@ -238,12 +241,12 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
                 net.be(CALIBRATION * MB)
                 slowly = [pair.migrate(bandwidth=CALIBRATION * MB, downtime_limit=300, timeout=20) for _ in range(4)]
                 net.be(None)
-            quick = min(map(after_the_last, runs))
+            quick = statistics.median(map(after_the_last, runs))
+            stopped += [run.stopped for run in runs]
         assert all(run.status == "completed" for run in runs), runs
         # What else went on here is none of QEMU's terms; how fast memory is, is.
         found[name] = sorted(runs, key=lambda run: run.total_time)[len(runs) // 2 if name == "zeros" else 0]
     zeros, full = found["zeros"], found["full"]
-    paused = max(min(zeros.downtime, full.downtime) / 1e3, 2e-3)  # by QEMU's clock of whole ms
     took = max((zeros.total_time - zeros.downtime) / 1e3, 1e-3)
     zero_page = max(took - forecast.QEMU.setup, 0) / zeros.duplicate
     seconds = max((full.total_time - full.downtime) / 1e3 - full.duplicate * zero_page, 1e-3)
@@ -251,10 +254,10 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
         forecast.QEMU,
         zero_page=zero_page,
         pause=1e-3,
-        handover=paused - 1e-3,
+        handover=max(statistics.median(stopped) / 1e3 - 1e-3, 0.0),
         last_bandwidth=full.transferred / seconds,
     )
-    burst = max(min(map(after_the_last, slowly), default=0.0) - quick, 0.0)
+    burst = max(statistics.median(map(after_the_last, slowly)) - quick, 0.0) if slowly else 0.0
     return terms, replace(terms, last_bandwidth=None, burst=burst)
 
 
@@ -384,12 +387,17 @@ def judged_qemu(
                 net.be(None)
                 return
             net.be(None)
-            happened = asdict(run)
-            samples = happened.pop("samples")
+            happened = {name.replace("_", "-"): value for name, value in asdict(run).items()}
+            samples, stopped = happened.pop("samples"), happened.pop("stopped")
+            if run.status == "completed":
+                # QEMU's own clock ends when the sockets have the last byte, and not when the guest runs again.
+                happened["qemu"] = {name: happened[name] for name in ("total-time", "downtime")}
+                happened["total-time"] = round(run.total_time - run.downtime + stopped, 3)
+                happened["downtime"] = stopped
             yield (
                 said
                 | {"after": during(samples, capped, own)}
-                | {"happened": {name.replace("_", "-"): value for name, value in happened.items()}}
+                | {"happened": happened}
                 | {"samples": compact(samples), "setting": setting, "record": trace}
             )
 
@@ -407,17 +415,22 @@ def migrate_own(vm: KvmVm, setting: Setting, port: int) -> Report:
 
 def calibrate_own() -> forecast.Terms:
     """Return the terms of our own migrations here, measured with a guest that isn't judged."""
-    took = []
-    for number in range(3):
+    reports = []
+    for number in range(5):
         with build_kvm(
             160 * MIB, log=KvmLog.BITMAP, workload="idle", rate=None, seed=number, image=None, percent=90
         ) as vm:
             vm.resume()
             with peer() as port:
-                report = migrate_own(vm, Setting(300, 300), port)
-            took.append(report.total_time - sum(each.time for each in report.passes))
-    rest = min(took) - forecast.OWN.setup
-    return replace(forecast.OWN, setup_gib=0.0, verify_gib=max(rest, 0.0) / (160 * MIB / 2**30))
+                reports.append(migrate_own(vm, Setting(300, 300), port))
+    rest = min(each.total_time - sum(one.time for one in each.passes) for each in reports) - forecast.OWN.setup
+    known = forecast.OWN.pause + forecast.OWN.pass_time + forecast.OWN.sync(160 * MIB)
+    return replace(
+        forecast.OWN,
+        setup_gib=0.0,
+        verify_gib=max(rest, 0.0) / (160 * MIB / 2**30),
+        handover=max(statistics.median(each.downtime for each in reports) - known, 0.0),
+    )
 
 
 def judged_own(case: Case, folder: Path, terms: forecast.Terms) -> Iterator[dict[str, Any]]:

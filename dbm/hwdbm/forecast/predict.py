@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from math import ceil, inf
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any
 
 from hwdbm import check
@@ -17,6 +17,8 @@ from hwdbm.forecast.terms import OWN, QEMU, Terms
 from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 
 _STARTS = 5
+_DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't sure
+_GOLDEN = (5**0.5 - 1) / 2
 _FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
@@ -59,8 +61,9 @@ def replay(
     start_ns : int
         Where in the trace the migration begins, in nanoseconds.
     starts : int, optional
-        Number of moments to begin at, equally far apart, the first at `start_ns`. The forecast is their median, and
-        its interval reaches over all of them. By default 5.
+        Number of moments to begin at, equally far apart, the first at `start_ns`. By default 5. From each some
+        migrations are tried, with bandwidths that are spread as `terms` says. The forecast is the value from which
+        those of all differ least, as parts of themselves, and its interval reaches over all of them.
     timeout : float, optional
         Seconds after which the migration is given up.
     max_iterations : int
@@ -161,22 +164,13 @@ def _forecast_of(
     note: Callable[[float, float], str] = lambda _until, _first: "",
 ) -> Forecast:
     """Forecast a migration of a guest that begins at one of some times."""
-    middle = [run(guest, replace(plan, start=begin)) for begin in begins]
-    spread = plan.terms.spread
-    factors = (1 - _LIKELY * spread, 1 + _LIKELY * spread) if spread else ()
-    edges = [
-        run(guest, replace(plan, start=begin, bandwidth=plan.bandwidth * max(factor, 0.05)))
-        for begin in _some(begins)
-        for factor in factors
-    ]
+    middle = [run(guest, each) for each in _draws(plan, begins)]
     converges = sum(each.converges for each in middle) * 2 > len(middle)
     alike = [each for each in middle if each.converges == converges]
-    wide = alike + [each for each in edges if each.converges == converges]
 
     def estimate(name: str) -> Estimate:
-        value = float(median(getattr(each, name) for each in alike))
-        values = [float(getattr(each, name)) for each in wide]
-        return Estimate(value, min(*values, value), max(*values, value))
+        values = [float(getattr(each, name)) for each in alike]
+        return Estimate(_likeliest(values), min(values), max(values))
 
     flat = [each.flat_from for each in alike if each.flat_from is not None]
     found, enough = (_needs(guest, plan, begins), _time_for(guest, plan, begins)) if needs else (Needs(), None)
@@ -191,10 +185,45 @@ def _forecast_of(
     )
     until = max(each.guest for each in middle)
     least = float(median(each.least for each in alike))
-    differ = len(alike) < len(middle) or any(each.converges != converges for each in edges)
-    why = _why(forecast, plan, least, enough, differ=differ, sought=needs)
+    why = _why(forecast, plan, least, enough, differ=len(alike) < len(middle), sought=needs)
     first = max((each.samples[0].time for each in middle if each.samples), default=0.0)
     return replace(forecast, why=why + note(until, first))
+
+
+def _draws(plan: Course, begins: Sequence[float]) -> list[Course]:
+    """Return the migrations that are tried: from each start some, with bandwidths that are spread as the terms say."""
+    if not plan.terms.spread:
+        return [replace(plan, start=begin) for begin in begins]
+    number = max(len(begins), _DRAWS)
+    normal = NormalDist(1.0, plan.terms.spread)
+    # Steps of the golden ratio, so that the bandwidths of each start, and of all of them, are spread as they should be.
+    order = sorted(range(number), key=lambda i: (i * _GOLDEN) % 1)
+    places = {i: (place + 0.5) / number for place, i in enumerate(order)}
+    return [
+        replace(
+            plan, start=begins[i * len(begins) // number],
+            bandwidth=plan.bandwidth * max(normal.inv_cdf(places[i]), 0.05),
+        )
+        for i in range(number)
+    ]  # fmt: skip
+
+
+def _likeliest(values: Sequence[float]) -> float:
+    """Return the value from which all of them, as parts of themselves, differ least: a median that leans to the small.
+
+    How far a forecast is off is told as a part of what it was. So half a second too much counts more where it was one
+    second than where it was two; which is a median with weights of 1 / value.
+    """
+    ordered = sorted(values)
+    if ordered[0] <= 0:
+        return float(median(ordered))
+    weights = [1 / each for each in ordered]
+    half, before = sum(weights) / 2, 0.0
+    for value, weight in zip(ordered, weights, strict=True):
+        before += weight
+        if before >= half:
+            return value
+    return ordered[-1]
 
 
 def _time_for(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> float | None:

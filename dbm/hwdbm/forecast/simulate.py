@@ -397,7 +397,8 @@ class _Migration:
         self._advance(terms.pause)
         dirty = self._guest.written(synced, self._now, left)
         self._advance(terms.sync(self._size), running=False)
-        rest = self._handed(self._seconds(dirty, self._last_bandwidth)) + terms.handover
+        # The guest runs at the destination when all that was handed over has come there.
+        rest = terms.burst - self._slack + self._seconds(dirty, self._last_bandwidth) + terms.handover
         self._advance(rest, running=False)
         self._sent += self._bytes(dirty)
         return self._done(number + 1, terms.pause + terms.sync(self._size) + rest, converges=True)

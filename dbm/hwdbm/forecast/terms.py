@@ -38,7 +38,7 @@ class Terms:
         Bytes sent with each page, and for each page of zeros.
     burst : float
         Seconds of the bandwidth by which what was sent may be ahead of the link. Ours makes up for so long a gap
-        between two passes. For QEMU it is what the sockets hold: its downtime ends when they have the last byte.
+        between two passes. For QEMU it is what the sockets hold: it takes that for sent, and the guest waits for it.
     tick : float
         The time that QEMU has a share of the bandwidth for: it sends it, waits for the end, and looks at what is left.
     look : float
@@ -92,7 +92,7 @@ class Terms:
 # Round numbers, of the size that migrations over a Unix socket show on two cores; the judge (tests/forecast/judge.py)
 # measures its own. An address and a length go with a run of pages, 16 bytes; most runs are short.
 OWN = Terms(
-    "own", setup=0.02, setup_gib=0.1, sync_gib=0.002, zero_page=0.7e-6, pass_time=0.002, pause=0.002, handover=0.01,
+    "own", setup=0.02, setup_gib=0.1, sync_gib=0.002, zero_page=0.7e-6, pass_time=0.001, pause=0.001, handover=0.003,
     verify_gib=0.7, page_overhead=8, zero_bytes=2, burst=0.04, spread=0.06,
 )  # fmt: skip
 """The terms of this project's stream."""
