@@ -2,14 +2,17 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection, PathCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.patches import StepPatch
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -29,29 +32,65 @@ def _figure(figure: Figure) -> Iterator[str]:
 
 
 def _axes(axes: Axes) -> Iterator[str]:
-    yield f"panel {axes.get_title('left')!r}, x {axes.get_xlabel()!r}, y {axes.get_ylabel()!r}"
+    grid, spines = axes.get_gridspec(), [name for name, spine in axes.spines.items() if spine.get_visible()]
+    if grid is not None:
+        yield f"{grid.nrows} by {grid.ncols} of {grid.get_height_ratios()} by {grid.get_width_ratios()}, {spines}"
+    yield f"panel {axes.get_title('left') or axes.get_title()!r}, x {axes.get_xlabel()!r}, y {axes.get_ylabel()!r}"
+    yield f"  {axes.title.get_size():g} points, {axes.get_xscale()}, {axes.margins()}"
     linear = getattr(axes.yaxis.get_transform(), "linthresh", "")
     yield f"  {axes.get_yscale()}{linear}, {_numbers(axes.get_xlim())} by {_numbers(axes.get_ylim())}"
     for label, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         ticks, texts = axis.get_majorticklocs(), axis.get_major_formatter()
         length = axis.get_tick_params().get("length", "")
+        if isinstance(texts, FixedFormatter):
+            yield f"  {label} at {list(texts.seq)}, which are {_numbers(ticks)}"
         if isinstance(texts, FuncFormatter):  # others are matplotlib's choice
             yield f"  {label} at {[texts(tick, 0) for tick in ticks]}, which are {_numbers(ticks)} {length}".rstrip()
     for bar in axes.patches:
         box: Any = bar
+        if isinstance(bar, StepPatch):
+            values, edges, _ = bar.get_data()
+            yield f"  steps {_numbers(values)} at {_numbers(edges)} {to_hex(bar.get_edgecolor())} {bar.get_label()}"
+            continue
         yield f"  bar {_numbers([*box.get_xy(), box.get_width(), box.get_height()])} {to_hex(bar.get_facecolor())}"
     for line in axes.lines:
         look = f"{line.get_label()} {to_hex(line.get_color())} {line.get_linestyle()} {line.get_marker()}"
         yield f"  line {_numbers(line.get_xdata())}, {_numbers(line.get_ydata())} {look}"
     for image in axes.images:
         cells: Any = image.get_array()
+        if cells.ndim == 3:  # of colours
+            yield f"  image over {_numbers(image.get_extent())}"
+            for row in cells.tolist():
+                yield f"  {' '.join(f'{to_hex(each)}*{len(list(same))}' for each, same in groupby(row))}"
+            continue
         colours = [to_hex(image.cmap(image.norm(value))) for value in np.unique(np.ma.compressed(cells))]
         yield f"  image {cells.shape} over {_numbers(image.get_extent())}, limits {_numbers(image.get_clim())}"
         what = _numbers(cells.ravel().tolist()) if cells.size < 64 else hashlib.sha256(cells.tobytes()).hexdigest()
         yield f"  {what} in {colours}"
+    for several in axes.collections if axes.get_label() != "<colorbar>" else ():
+        yield from _collection(several)
+    for text in axes.texts:
+        yield f"  {text.get_text()!r} at {_numbers(text.get_position())}, {text.get_size():g} points"
     legend = axes.get_legend()
     if legend:
-        yield f"  legend {[text.get_text() for text in legend.get_texts()]}"
+        place = legend.get_bbox_to_anchor().transformed(axes.transAxes.inverted()).p0.round(4)
+        yield f"  legend {[text.get_text() for text in legend.get_texts()]}, {legend._ncols} abreast at {place}"
+
+
+def _collection(several: Collection) -> Iterator[str]:
+    """Yield points, or the corners of areas, or cells by their numbers."""
+    label, colours = several.get_label(), several.get_facecolor()
+    name = f"{'' if label.startswith('_') else label} {[to_hex(each, keep_alpha=True) for each in colours]}"
+    if isinstance(several, QuadMesh):
+        cells, corners = np.ma.filled(several.get_array(), -1), several.get_coordinates()
+        yield f"  cells {cells.shape}, {_numbers(corners[0, :, 0])} by {_numbers(corners[:, 0, 1])}"
+        yield f"  {_numbers(cells.ravel())} {several.get_cmap().name} {_numbers(several.get_clim())}"
+    elif isinstance(several, PathCollection):
+        mark = len(several.get_paths()[0].vertices), several.get_sizes().tolist(), several.get_zorder()
+        yield f"  points {name} {mark}: {_numbers(several.get_offsets().ravel())}"
+    else:
+        corners = [_numbers(np.unique(path.vertices, axis=0).ravel()) for path in several.get_paths()]
+        yield f"  areas {name}: {'; '.join(corners)}"
 
 
 def _numbers(values: Any) -> str:

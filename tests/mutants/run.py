@@ -66,7 +66,7 @@ FIRST = 6
 """Tests of a mutant that run alone at first: to import the files of all of them takes longer than to run these."""
 
 IMPORTED = ("tests/test_house.py::test_dataclasses_are_values", "tests/test_defaults.py", "tests/test_numbers.py")
-"""The tests of what an import makes: constants, defaults, classes."""
+"""The tests of what an import makes, constants, defaults and classes: who imported first covers that, says coverage."""
 
 # Where the tests of a module are that isn't covered by itself: it is compiled, imported, or runs in another process.
 ROOMS = {
@@ -387,6 +387,7 @@ class Coverage:
         self._fresh = {test for test in there if test not in measured}
         now = digests(workshop.folder)
         self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        self._imported: dict[str, set[int]] = {}
         with sqlite3.connect(folder / "coverage") as data:
             files = dict(data.execute("SELECT id, path FROM file"))
             names = dict(data.execute("SELECT id, context FROM context"))
@@ -405,18 +406,30 @@ class Coverage:
         """Return the tests for a mutant in the order to run them, and the seconds that each took."""
         covering = self._tests[mutant.module].get(mutant.line, set())
         own = rooms_of(mutant.module)
-        if not covering or "/kernels/" in mutant.module:
+        if mutant.module not in self._imported:
+            self._imported[mutant.module] = imported((ROOT / mutant.module).read_text())
+        first = IMPORTED if mutant.line in self._imported[mutant.module] else ()
+        if not covering or first or "/kernels/" in mutant.module:
             covering = covering | {test for test in self.seconds if test.startswith((*own, *IMPORTED))}
         covering = covering | {test for test in self._fresh if test.startswith(own)}
         order = sorted(covering, key=lambda test: (not test.startswith(own), self.seconds[test]))
         # The room's own come first, unless they are slow: most mutants are caught by the first tests that run.
-        order.sort(key=lambda test: self.seconds[test] > 1.0)
+        order.sort(key=lambda test: (not test.startswith(first), self.seconds[test] > 1.0))
         chosen, total = {}, 0.0
         for test in order:
             if total + self.seconds[test] <= MOST_SECONDS:
                 chosen[test] = self.seconds[test]
                 total += self.seconds[test]
         return chosen
+
+
+def imported(source: str) -> set[int]:
+    """Return the lines of a module that an import runs: those of no function, and of each what is before its body."""
+    every, functions = set(range(1, len(source.splitlines()) + 1)), ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, functions):
+            every -= set(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+    return every
 
 
 def rooms_of(module: str) -> tuple[str, ...]:
