@@ -51,15 +51,30 @@ def test_protocols_are_the_ones_that_were_looked_at():
     as_seen("protocols.txt", "\n".join(lines) + "\n")
 
 
+def explored(protocol):
+    """Return the report of a search, and a line for each cell: what it holds in any of the states."""
+    moments, always = set(), protocol.always
+
+    def noted(view):
+        moments.add(view.state.mem)
+        return always(view)
+
+    protocol.always = noted
+    report = check(protocol)
+    columns = zip(protocol.scene.cells, zip(*moments, strict=True), strict=True)
+    return report, [f"  {name}: {' '.join(map(hex, sorted(set(values))))}" for name, values in columns]
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_and_without_it_there_is_none(name):
-    wrong, right = (check(MISTAKES[name].make(each)) for each in (True, False))
+    (wrong, held_by_wrong), (right, held) = (explored(MISTAKES[name].make(each)) for each in (True, False))
     assert not wrong.proved
     assert wrong.wrong
     assert wrong.steps
     assert right.proved, right
-    states = f"{wrong.states} states, and {right.states} without it"
-    as_seen(f"mistakes/{name}.txt", f"{MISTAKES[name].summary}\n{states}\n\n{timeline(wrong, 100)}\n")
+    lines = [MISTAKES[name].summary, f"{wrong.states} states, and {right.states} without it", ""]
+    lines += [timeline(wrong, 100), "", "what memory holds:", *held_by_wrong, "and without the mistake:", *held]
+    as_seen(f"mistakes/{name}.txt", "\n".join(lines) + "\n")
 
 
 def test_the_catalogue_is_covered():
