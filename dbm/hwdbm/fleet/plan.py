@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ class Fleet:
             several: tuple[Any, ...] = check.instances(getattr(self, name), kind, name)
             object.__setattr__(self, name, several)
             names = [each[0] if isinstance(each, tuple) else each.name for each in several]
-            twice = [each for each in names if names.count(each) > 1] if len(set(names)) < len(names) else ()
+            twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
                 raise PlanError(f"{name} has {twice[0]!r} twice")
             return set(names)
