@@ -164,12 +164,15 @@ class Stress:
     # --- what mutants change -------------------------------------------------------------------------------
 
     def take(self, out: DirtyBitmap, lo: int, hi: int, turn: int) -> None:
-        """Clean the part and report what was dirty, in one of the two ways that a consumer has."""
-        if turn % 2:
+        """Clean the part and report what was dirty, in one of the ways that a consumer has."""
+        if turn % 3 == 0:
             self.s2.harvest_into(out, lo, hi - lo)
-        else:
-            self.s2.peek_into(out, lo, hi - lo)
+            return
+        self.s2.peek_into(out, lo, hi - lo)
+        if turn % 3 == 1:
             self.s2.clean(out)
+        else:
+            self.s2.track_part(out.part(lo, hi - lo), lo)
 
     def send(self, out: DirtyBitmap, lo: int, hi: int, turn: int) -> None:
         """Take the dirty pages, flush, and copy them."""

@@ -1,7 +1,7 @@
 """Kernels that change one descriptor at a time, with a hook before each: where hardware may step in.
 
 Each operation is what a shared array would need: a plain read that selects, and one read-modify-write that returns
-what was there and alone decides which bits are set.
+what was there and alone decides whether anything is changed, and which bits are set.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,17 @@ class SteppedKernel:
         pte[i] = old & keep | sets
         return old
 
+    def _update(self, pte, i, update):
+        """Apply `update` to a descriptor that matches; return what was there, or None if it doesn't match."""
+        if not update.where(int(pte[i])):
+            return None
+        self.hook()
+        old = int(pte[i])  # what is there now decides
+        if not update.where(old):
+            return None
+        pte[i] = old & ~update.clears & ALL | update.sets
+        return old
+
     @staticmethod
     def _note(old, bit, notes, *bitmaps):
         for match, words in zip(notes, bitmaps, strict=True):
@@ -53,8 +64,8 @@ class SteppedKernel:
                 at = bit + i - start
                 if int(within[at >> 6]) >> (at & 63) & 1:
                     read += 1
-                    if update.where(int(pte[i])):
-                        old = self._and_or(pte, i, ~update.clears & ALL, update.sets)
+                    old = self._update(pte, i, update)
+                    if old is not None:
                         self._note(old, at, notes, out, also)
                         changed += 1
                         words.add(at >> 6)
@@ -72,8 +83,8 @@ class SteppedKernel:
     def rewrite_at(self, entries, index, update, place, out, also, kept, notes=BOTH):
         changed = 0
         for i in index.tolist():
-            if update.where(int(entries[i])):
-                old = self._and_or(entries, i, ~update.clears & ALL, update.sets)
+            old = self._update(entries, i, update)
+            if old is not None:
                 self._note_at(old, i, place, out, also, kept, notes)
                 changed += 1
         return changed
@@ -90,5 +101,7 @@ class SteppedKernel:
 
     @staticmethod
     def _note_at(old, i, place, out, also, kept, notes):
+        if not any(match is not None and match(old) for match in notes):
+            return
         array = np.array([old], dtype=np.uint64)
         vector._note_at(array, np.array([i]), notes, place, out, also, kept)

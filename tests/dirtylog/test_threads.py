@@ -326,11 +326,11 @@ class Machine:
         assert self.memory.any()
 
 
-@pytest.mark.parametrize("step", [None, 64])
+@pytest.mark.parametrize(("step", "workers"), [(None, 1), (64, 1), (64, 3)])
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("hw", [True, False])
-def test_vcpus_and_a_migration(hw, manual, step):
-    machine = Machine(hw_dbm=hw, manual_protect=manual, step_pages=step)
+def test_vcpus_and_a_migration(hw, manual, step, workers):
+    machine = Machine(hw_dbm=hw, manual_protect=manual, step_pages=step, workers=workers)
     machine.log.map(0, 0x40, machine.npages, 0)
     run(machine.migrate, *(vcpu.run for vcpu in machine.vcpus))
     machine.finish()

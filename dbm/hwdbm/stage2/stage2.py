@@ -124,7 +124,8 @@ class Stage2:
         self._leaves = Leaves(self.layout, implementation, arrays)
         self.saved = Saved(self.npages, self._leaves.kernels) if self.shared else Saved(self.npages)
         self._host_dirty = DirtyBitmap(self.npages)
-        self._lock = Lock()  # what parallel harvests share: the entries above level 3, and `saved`
+        self._lock = Lock()  # what parallel passes share: the entries above level 3, and `saved`
+        self._splits = 0  # how often blocks were split; changed with the lock held
 
     @property
     def host_dirty(self) -> DirtyBitmap:
@@ -319,6 +320,7 @@ class Stage2:
 
     def _split(self, level: int, index: NDArray[np.int64]) -> int:
         if index.size:  # blocks may reach beyond the pages that a verb is asked for
+            self._splits += 1
             self.saved.widen(*self._leaves.extent(level, index[[0, -1]])[[0, 1], [0, 1]].tolist())
             self._leaves.split(level, index, self._save_record(told=pte.dirty))
         return int(index.size)
@@ -534,7 +536,7 @@ class Stage2:
         with self._lock:
             if self.contiguous:
                 return self._clean_runs(mask)
-            changed = self._update_part(pte.clean, mask, 0, self._save_record(every, every)).changed
+            changed = self._update_part(pte.clean, mask, self._save_record(every, every))
             self.saved.drop(mask, 0, self.host_dirty)
             return changed
 
@@ -682,7 +684,7 @@ class Stage2:
             self._check(mask, "mask")
             with self._lock:
                 self._take_apart(0, self.npages)
-                return self._update_part(pte.arm, mask, 0, record).changed
+                return self._update_part(pte.arm, mask, record)
         with self._lock:
             return self._leaves.update(pte.arm, 0, self.npages, record).changed
 
@@ -743,13 +745,7 @@ class Stage2:
         GfnError
             If the part isn't inside of the slot.
         """
-        sinks = self._sinks(out)
-        lo, _ = self._part(mask, first)
-        with self._lock:
-            self._take_apart(lo, lo + mask.npages)
-            tally = self._update_part(pte.track, mask, lo, self._save_record(every, every), out)
-            self.saved.drop(mask, lo, *sinks)
-        return tally
+        return self._protect_part(mask, first, out, (pte.track, every))
 
     def wrprotect_part(self, mask: DirtyBitmap, first: int = 0, out: DirtyBitmap | None = None) -> Tally:
         """Make the leaves of the pages in a mask read-only, and no other leaf.
@@ -757,12 +753,34 @@ class Stage2:
         A block is a leaf: with any of its pages in the mask it becomes read-only as a whole, and what it recorded
         for others is kept in `saved`. Parameters, return and errors are `track_part`'s.
         """
+        return self._protect_part(mask, first, out, (pte.clear_dbm, pte.dirty), (pte.wrprotect, every))
+
+    def _protect_part(
+        self, mask: DirtyBitmap, first: int, out: DirtyBitmap | None, *rules: tuple[ByLevel, Asks]
+    ) -> Tally:
+        """Apply rules to the leaves of the pages in a mask, each with the predicate on what it is to save."""
         sinks = self._sinks(out)
-        lo, _ = self._part(mask, first)
+        lo, hi = self._part(mask, first)
+
+        def pages() -> Tally:
+            return sum((self._update_pages(rule, mask, lo, out, told) for rule, told in rules), Tally())
+
+        # The pass over pages is the long one. It needs no lock: what it reads and writes is this part's alone, so that
+        # nothing that other parts do comes between it and the blocks. Where others may change leaves of this part
+        # too, in a shared Stage2, only what moves down from a block to pages could escape both passes, and that is a
+        # split. (What moves up is found among the blocks.) So splits are counted, before each is made and with the lock
+        # held, and where one has come since the pages were passed, they are passed again with the lock held.
+        splits, tally = None, Tally()
+        if not self.contiguous:  # a run may reach into other parts
+            with self._lock:
+                splits = self._splits
+            tally = pages()
         with self._lock:
-            self._take_apart(lo, lo + mask.npages)
-            tally = self._update_part(pte.clear_dbm, mask, lo, self._save_record(pte.dirty, pte.dirty), out)
-            tally += self._update_part(pte.wrprotect, mask, lo, self._save_record(every, every))
+            self._take_apart(lo, hi)
+            for rule, told in rules:
+                tally += self._update_blocks(rule, mask, lo, self._save_record(told, told))
+            if self._splits != splits:
+                tally += pages()
             self.saved.drop(mask, lo, *sinks)
         return tally
 
@@ -829,25 +847,29 @@ class Stage2:
             self._isolate(lo, hi)
             return self._leaves.update(rule, lo, hi, record).changed
 
-    def _update_part(
-        self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record, out: DirtyBitmap | None = None
-    ) -> Tally:
-        """Apply `rule` to the leaves of at least one page in `mask`; what blocks recorded is saved, the mask's too.
+    def _update_part(self, rule: ByLevel, mask: DirtyBitmap, record: Record) -> int:
+        """Apply `rule` to the leaves of at least one page in `mask`, of the slot; return how many changed."""
+        changed = self._update_blocks(rule, mask, 0, record).changed
+        return changed + self._update_pages(rule, mask, 0, None, record.also_of).changed
 
-        What pages recorded goes to `out`, if there is one.
-        """
+    def _update_blocks(self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record) -> Tally:
+        """Apply `rule` to the blocks of at least one page in `mask`; what they recorded is saved, the mask's too."""
         lo, hi = first, first + mask.npages
         read = self._leaves.tables_alone(lo, hi)
-        if read is None:
-            if record.kept is not None:
-                self.saved.widen(*self._touched(lo, hi))
-            tally = self._leaves.update_blocks(rule, lo, hi, record, mask)
-        else:
-            tally = Tally(read=read)
-        host = Record(record.also, record.also, out_of=None, also_of=record.also_of)
+        if read is not None:
+            return Tally(read=read)
+        if record.kept is not None:
+            self.saved.widen(*self._touched(lo, hi))
+        return self._leaves.update_blocks(rule, lo, hi, record, mask)
+
+    def _update_pages(
+        self, rule: ByLevel, mask: DirtyBitmap, first: int, out: DirtyBitmap | None, told: Asks | None
+    ) -> Tally:
+        """Apply `rule` to the level-3 leaves of the pages in `mask`: the host is told, and `out` of the dirty ones."""
+        record = Record(self._host_dirty, self._host_dirty, out_of=None, also_of=told)
         if out is not None:
-            host.out, host.out_of = out, pte.dirty
-        return tally + self._leaves.update_within(rule(3), mask, lo, host)
+            record.out, record.out_of = out, pte.dirty
+        return self._leaves.update_within(rule(3), mask, first, record)
 
     def _touched(self, lo: int, hi: int) -> tuple[int, int]:
         """Return the pages of the slot under the level-1 and level-2 entries that touch [lo, hi)."""
