@@ -1,6 +1,7 @@
 """Stop rules. VEP 248's are what its text and its pseudocode say (kubevirt/enhancements, sig-compute/248)."""
 
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -12,13 +13,18 @@ from hwdbm.forecast import (
     RULES,
     MemoryWrites,
     Sample,
+    Terms,
+    Verdict,
     cloud_hypervisor,
     compare_rules,
     kubevirt,
     ours,
     qemu,
 )
+from hwdbm.forecast.model import Model, ModelWrites
 from hwdbm.forecast.rules import passes
+from hwdbm.forecast.simulate import Course, run
+from hwdbm.forecast.writes import TraceWrites
 
 GIB = 1 << 30
 MB = 1_000_000
@@ -222,3 +228,30 @@ def test_rules_side_by_side() -> None:
     assert found["qemu-auto-converge"].downtime < 0.32
     assert found["ours"].to_dict()["downtime"] is None
     assert all(each.action == "switch" for each in compare_rules(writes, bandwidth=100e6, max_downtime=0.7))
+
+
+@pytest.mark.parametrize("structure", ["own", "qemu"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rule_is_asked_within_a_pass(structure: str, known: bool) -> None:
+    """A first pass of 100 s isn't waited for, nor the second one: what is left and sent is as it is then."""
+    guest = TraceWrites(MemoryWrites(np.full((10, 16), ~np.uint64(0)), 1.0))
+    if not known:  # which pages they are
+        guest = ModelWrites(Model(hot=1024 * 4096.0, cold=0.0, tau=1.0, error=0.0), 1024 * 4096.0, 4096)
+    seen = []
+
+    def at_150_s(samples) -> Verdict:
+        seen.append(samples[-1])
+        return Verdict("abort" if samples[-1].time >= 150 else "continue", "enough")
+
+    terms = Terms(structure, tick=0.1)  # type: ignore[arg-type]
+    done = run(guest, Course(terms, 1024 * 4096 / 100, 0.001, decide=at_150_s))
+    assert (done.converges, done.passes) == (False, 2)
+    assert done.total_time == pytest.approx(150, abs=2)
+    assert done.transferred == pytest.approx(1.5 * 1024 * 4096, rel=0.02)
+    assert done.downtime == pytest.approx(100, rel=0.02)  # all of it is dirty
+    assert [each.iteration for each in passes(seen)] == [1, 2]
+    assert len(seen) >= 140
+    for before, each in itertools.pairwise(seen):
+        assert each.transferred == pytest.approx(each.time / 100 * 1024 * 4096, rel=0.05)
+        if each.iteration == before.iteration:
+            assert before.remaining - each.remaining == pytest.approx(each.transferred - before.transferred, abs=4096)

@@ -6,7 +6,9 @@ import pytest
 from migrationvm import FakeVm
 
 from hwdbm.forecast import RULES, Verdict
+from hwdbm.forecast.rules import passes
 from hwdbm.migration import ConvergenceError, Precopy, Settings, migrate
+from hwdbm.migration import precopy as precopy_module
 from hwdbm.migration.converge import Progress
 from hwdbm.vm import PlainGuest
 
@@ -64,9 +66,9 @@ def test_rules_of_others_pause_a_guest_that_fits(inside, rule: str) -> None:
 
 def test_a_rule_gives_up(inside, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(samples, *, max_downtime):
-        assert [each.iteration for each in samples] == list(range(1, len(samples) + 1))
+        assert [each.iteration for each in passes(samples)] == list(range(1, samples[-1].iteration + 1))
         assert max_downtime == 0.3
-        return Verdict("abort" if len(samples) > 3 else "continue", "so it is", throttle=20)
+        return Verdict("abort" if samples[-1].iteration > 3 else "continue", "so it is", throttle=20)
 
     monkeypatch.setitem(RULES, "qemu", never)
     with FakeVm(pause_every=0.01) as vm:
@@ -76,3 +78,30 @@ def test_a_rule_gives_up(inside, monkeypatch: pytest.MonkeyPatch) -> None:
             precopy.run()
         assert vm.running
     assert [one.throttle for one in precopy.report.passes] == [0, 20, 20, 20]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_rule_gives_up_within_a_pass(inside, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """It is asked again while a pass goes on, with what is left of it by then; to switch it has to wait for its end."""
+    asked = []
+
+    def impatient(samples, *, max_downtime):
+        last, before = samples[-1], samples[-2] if len(samples) > 1 else None
+        within = before is not None and before.iteration == last.iteration
+        asked.append((last.iteration, within))
+        if within:
+            assert (last.time, last.transferred) > (before.time, before.transferred)
+            assert last.remaining <= before.remaining
+        return Verdict("abort" if within and last.iteration == at else "switch" if within else "continue", "enough")
+
+    monkeypatch.setitem(RULES, "qemu", impatient)
+    monkeypatch.setattr(precopy_module, "pace", lambda elapsed: 0.0)
+    with FakeVm(pause_every=0) as vm:
+        vm.resume()
+        precopy = Precopy(vm, inside(PlainGuest).channel, Settings(rule="qemu", verify=False))
+        with pytest.raises(ConvergenceError, match=re.escape(f"by the rule qemu: enough (within pass {at})")):
+            precopy.run()
+        assert vm.running
+    assert asked[-1] == (at, True)
+    assert (1, True) in asked
+    assert len(precopy.report.passes) == at

@@ -356,5 +356,10 @@ RULES: dict[str, Callable[..., Verdict]] = {
 """The rules by name. Each takes the samples so far, and ``max_downtime``, and returns a `Verdict`."""
 
 
+def pace(elapsed: float) -> float:
+    """Return the seconds after which a rule is asked again within a pass: more of them later on."""
+    return max(1.0, 0.002 * elapsed)
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f} ms" if seconds < inf else "for ever"

@@ -2,12 +2,12 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
 
-from hwdbm.forecast.rules import Throttle, Verdict
+from hwdbm.forecast.rules import Throttle, Verdict, pace
 from hwdbm.forecast.samples import Sample
 from hwdbm.forecast.terms import Terms
 from hwdbm.forecast.writes import Dirty, GuestWrites
@@ -99,6 +99,7 @@ class _Migration:
         self._least, self._best, self._flat = inf, 0, 0
         self._samples: list[Sample] = []
         self._verdict: Verdict | None = None
+        self._asked = 0.0  # when a rule was asked last
 
     def run(self) -> Outcome:
         if self._plan.begun is None:
@@ -173,14 +174,40 @@ class _Migration:
         )
 
     def _ask(self) -> str:
-        """Return what the rule that was given says, and do the rest of it."""
+        """Return what the rule that was given says between two passes, and do the rest of it."""
         assert self._plan.decide is not None  # noqa: S101 - it was looked at
+        self._asked = self._wall
         self._verdict = verdict = self._plan.decide(self._samples)
         if verdict.limit is not None:
             self._limit = verdict.limit
         if verdict.throttle is not None:
             self._throttle = max(float(verdict.throttle), self._plan.throttle)
         return verdict.action
+
+    def _until_asked(self) -> float:
+        """Return the seconds until a rule is to be asked within a pass."""
+        if self._plan.decide is None:
+            return inf
+        return max(self._asked + pace(self._wall) - self._wall, 0.0)
+
+    def _ask_within(self, left: float, sent: float) -> None:
+        """Ask the rule within a pass, of which so many bytes are left and sent.
+
+        It can only give up there: the guest is paused, or slowed down, when a pass is over.
+        """
+        assert self._plan.decide is not None  # noqa: S101 - only then is it time to ask
+        self._asked, before = self._wall, self._samples[-1] if self._samples else None
+        known = Sample(self._wall, 1, left, self._size, page_size=self._guest.page_size) if before is None else before
+        self._samples.append(
+            replace(known, time=self._wall, remaining=left, transferred=self._sent + sent, downtime_limit=self._limit)
+        )
+        verdict = self._plan.decide(self._samples)
+        if verdict.action == "abort":
+            self._verdict = verdict
+
+    @property
+    def _gave_up(self) -> bool:
+        return self._verdict is not None and self._verdict.action == "abort"
 
     def _slow_down(self, dirtied: float, sent: float) -> None:
         if self._plan.auto_converge:
@@ -213,6 +240,9 @@ class _Migration:
             else:
                 number, left = number - 1, dirty
         while True:
+            if self._gave_up:
+                unsent = dirty.part(1 - sent / max(self._bytes(dirty), 1.0))
+                return self._given_up(number, self._guest.written(cut, self._now, unsent))
             begin, cut = cut, self._now
             elapsed = cut - begin
             dirty = self._guest.written(begin, cut, left)
@@ -253,13 +283,20 @@ class _Migration:
         return min(self._looked / max(self._wall, 1e-9), self._plan.bandwidth) or self._plan.bandwidth
 
     def _pass(self, dirty: Dirty) -> float:
-        """Send all of a pass while the guest runs; return the bytes."""
+        """Send all of a pass while the guest runs, unless the rule gives up meanwhile; return the bytes."""
         size, zero = self._bytes(dirty), dirty.zeros * self._terms.zero_page
         seconds = self._handed(size / self._plan.bandwidth)
-        self._advance(seconds, idle=False)
-        self._advance(zero + self._terms.pass_time)
-        self._count(size, seconds + self._terms.pass_time, dirty)
-        return size
+        whole, done = max(seconds + zero, _QUEUE), 0.0
+        while done < 1 and not self._gave_up:
+            part = min(self._until_asked() / whole, 1 - done)
+            self._advance(part * seconds, idle=False)
+            self._advance(part * zero)
+            done += part
+            if done < 1:
+                self._ask_within(self._remaining(dirty) * (1 - done), size * done)
+        self._advance(self._terms.pass_time)
+        self._count(size * done, (seconds + self._terms.pass_time) * done, dirty)
+        return size * done
 
     def _count(self, size: float, busy: float, dirty: Dirty) -> None:
         self._sent += size
@@ -313,6 +350,8 @@ class _Migration:
             dirty = Dirty(begun.remaining / page, 0.0)
         while True:
             dirty, at, sent = self._until_few(dirty, at)
+            if self._gave_up:
+                return self._given_up(number, self._guest.written(synced, self._now, dirty))
             if self._wall > plan.timeout or number >= _MOST:
                 return self._given_up(number, dirty)
             self._advance(max(_SHORTEST - (self._now - synced), 0.0))
@@ -374,7 +413,9 @@ class _Migration:
             if (turn := self._wall - self._turn) >= tick * (1 - _QUEUE):
                 self._rate, self._share, self._turn = self._share / max(turn, _QUEUE), 0.0, self._wall
             left = dirty.pages - _at(gone, place)
-            if left * page < self._threshold():
+            if not self._until_asked():
+                self._ask_within(left * page, _at(sent, place))
+            if left * page < self._threshold() or self._gave_up:
                 whole = int(place)
                 self._sent += _at(sent, place)
                 rest, at = dirty.beyond(left, min(float(zeros[whole:].sum()), left), at, whole)
@@ -388,9 +429,16 @@ class _Migration:
         turns = max(goal / share + _QUEUE, 1.0) if share else inf  # goal is far below 0 where the limit is huge
         send = min(ceil(turns) * share, dirty.pages) if turns * share < dirty.pages else dirty.pages
         size = self._bytes(dirty) * send / dirty.pages
-        self._advance(send * each)
+        send, gone = max(send, 0.0), 0.0
+        while gone < send and not self._gave_up:
+            part = min(self._until_asked() / each, send - gone) if each else send
+            self._advance(part * each)
+            gone += part
+            if gone < send:
+                self._ask_within(self._remaining(dirty) * (1 - gone / dirty.pages), size * gone / send)
+        size *= gone / send if send else 1.0
         self._sent += size
-        return dirty.part(1 - send / dirty.pages), 0, size
+        return dirty.part(1 - gone / dirty.pages), 0, size
 
     def _complete(self, number: int, left: Dirty, synced: float) -> Outcome:
         terms = self._terms

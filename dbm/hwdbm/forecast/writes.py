@@ -153,8 +153,8 @@ class Dirty:
         return Dirty(pages, zeros, left[0], left[1]), end % size
 
     def part(self, share: float) -> "Dirty":
-        """Return a part of them, where it isn't known which pages they are."""
-        return Dirty(self.pages * share, self.zeros * share)
+        """Return a part of them, where it isn't known which of the pages they are."""
+        return Dirty(self.pages * share, self.zeros * share, self.words, self.zero_words)
 
 
 def _counts(words: Words, first: int) -> NDArray[np.float64]:

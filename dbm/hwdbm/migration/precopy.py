@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
@@ -28,8 +29,8 @@ from hwdbm.errors import (
     StreamError,
     printable,
 )
-from hwdbm.forecast import RULES, Sample, from_samples
-from hwdbm.forecast.rules import Throttle
+from hwdbm.forecast import RULES, Sample, Verdict, from_samples
+from hwdbm.forecast.rules import Throttle, pace
 from hwdbm.memslot import Memslot
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.converge import Progress, Settings
@@ -128,6 +129,7 @@ class Precopy:
         self._throttle, self._progress = Throttle(), Progress(settings)
         self._client: Client | None = None  # until there is one the source is another migration's, perhaps
         self._samples: list[Sample] = []
+        self._asked = 0.0  # when a rule of others was asked last
         self._forecast_cost = 0.0  # seconds that the last forecast took
         self._lent: list[Pages] = []
         self._collected = self._told = 0.0
@@ -268,7 +270,7 @@ class Precopy:
 
     def _sample(self, one: Pass) -> None:
         """Take note of what is known when a pass begins."""
-        report = self.report
+        report, self._asked = self.report, time.perf_counter()
         self._samples.append(
             Sample(
                 time.perf_counter() - self._start,
@@ -334,14 +336,29 @@ class Precopy:
 
     def _ruled(self, one: Pass) -> bool:
         """Return what a rule of others says, and do the rest of it."""
-        verdict = RULES[self._settings.rule](self._samples, max_downtime=self._settings.max_downtime)
-        if verdict.action == "abort":
-            raise ConvergenceError(f"by the rule {self._settings.rule}: {verdict.why} (in {one.number - 1} passes)")
+        verdict = self._verdict(f"in {one.number - 1} passes")
         self.report.converged = verdict.action == "switch"
         if verdict.throttle is not None and verdict.throttle != one.throttle:
             one.throttle = self._throttle.percent = verdict.throttle
             self._source.throttle(verdict.throttle)
         return self.report.converged
+
+    def _verdict(self, where: str) -> Verdict:
+        """Return what the rule says by now, unless it gives up."""
+        verdict = RULES[self._settings.rule](self._samples, max_downtime=self._settings.max_downtime)
+        if verdict.action == "abort":
+            raise ConvergenceError(f"by the rule {self._settings.rule}: {verdict.why} ({where})")
+        return verdict
+
+    def _ask_within(self, one: Pass, now: float) -> None:
+        """Within a pass a rule of others can only give up: the guest is paused, or slowed down, when a pass is over."""
+        if self._settings.rule != "ours" and now - self._asked >= pace(now - self._start):
+            self._count()
+            known, elapsed, self._asked = self._samples[-1], now - self._start, now
+            self._samples.append(
+                replace(known, time=elapsed, remaining=self.report.remaining, transferred=self._channel.sent)
+            )
+            self._verdict(f"within pass {one.number}")
 
     def _slow_down(self, one: Pass, before: Pass) -> None:
         if self._settings.auto_converge and self._settings.rule == "ours":
@@ -402,8 +419,11 @@ class Precopy:
         """Also while an answer is awaited: go on, or raise."""
         self._check_cancel()
         now = time.perf_counter()
-        if self._paused is not None and self._one is not None:
-            self._limit_pause(self._one, now - self._paused)
+        if self._one is not None:
+            if self._paused is not None:
+                self._limit_pause(self._one, now - self._paused)
+            else:
+                self._ask_within(self._one, now)
         if now - self._told > _TELL:
             self._count()
             self.report.total_time = now - self._start
