@@ -232,6 +232,13 @@ def test_a_migration_whose_trace_cant_begin_doesnt_either(run, tmp_path):
     assert (done.status, done.out, done.err) == (1, "", f"hwdbm: {tmp_path / 'trace'}: there is something already\n")
 
 
+def test_a_migration_to_nobody_leaves_no_trace(run, tmp_path):
+    done = run("migrate", "--memory", "1M", "--record", tmp_path / "trace", "--to", f"unix:{tmp_path}/nobody")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"hwdbm: {tmp_path}/nobody: ")
+    assert not (tmp_path / "trace").exists()
+
+
 def test_a_migration_goes_on_without_its_trace(run, tmp_path, monkeypatch):
     append = Writer.append
 

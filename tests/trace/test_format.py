@@ -537,3 +537,22 @@ def test_a_process_that_read_and_wrote_ends_without_a_word(small, tmp_path):
     done = subprocess.run([sys.executable, "-P", "-W", "error", "-c", script, small, tmp_path / "new"],
                           check=False, capture_output=True, timeout=60)  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_trace_that_fails_before_its_first_interval_leaves_nothing(tmp_path, there):
+    """A folder that was there stays, empty; of a trace with an interval everything stays, unless it is discarded."""
+    path = tmp_path / "trace"
+    if there:
+        path.mkdir()
+    with pytest.raises(KeyError), Writer(path, [Memslot(0, 0, 0, 64, 0)], 4096):
+        raise KeyError
+    assert [*tmp_path.rglob("*")] == [path] * there
+    with pytest.raises(ValueError, match="1"), Writer(path, [Memslot(0, 0, 0, 64, 0)], 4096) as writer:  # noqa: PT012
+        writer.append(1, np.zeros(1, dtype=np.uint64))
+        writer.append(1, np.zeros(1, dtype=np.uint64))
+    assert open_trace(path).intervals == 1
+    writer.discard()
+    assert [*tmp_path.rglob("*")] == [path] * there
+    with pytest.raises(ClosedError):
+        writer.append(2, np.zeros(1, dtype=np.uint64))

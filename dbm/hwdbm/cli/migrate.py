@@ -325,12 +325,13 @@ def migrate(
 
         def attempt(tell: Callable[[Report], None]) -> Precopy:
             with _connected(to, tls, receiver, insecure=insecure, cancel=cancel) as channel:
+                begin()  # not for a destination that isn't there
                 precopy = Precopy(vm, channel, settings, cancel=cancel, on_progress=tell)
                 _run(precopy)
                 return precopy
 
         try:
-            with _recording(vm, record):
+            with _recording(vm, record) as begin:
                 done = _attempts(vm, attempts, attempt, cancel, hold)
         except StreamError:
             if cancel.is_set():
@@ -398,14 +399,15 @@ def _emulated(content: _Content, workload: str | None, rate: float | None, *, bl
 
 
 @contextmanager
-def _recording(vm: Machine | KvmVm | ArmVm, path: Path | None) -> Iterator[None]:
-    """Record a trace of a VM in a thread meanwhile. That it can't begin is an error, and a warning that it ends."""
-    if path is None:
-        yield
-        return
+def _recording(vm: Machine | KvmVm | ArmVm, path: Path | None) -> Iterator[Callable[[], None]]:
+    """Yield what begins to record a trace of a VM in a thread, the first time that it is called.
+
+    That it can't begin is an error, and a warning that it ends.
+    """
     begun, cancel, errors = threading.Event(), threading.Event(), list[BaseException]()
 
     def work() -> None:
+        assert path is not None  # noqa: S101 - else there is no thread
         try:
             record_vm(vm, path, interval=_INTERVAL, cancel=cancel, on_interval=lambda *_: begun.set())
         except Exception as error:  # noqa: BLE001 - it is said by the thread that waits
@@ -414,15 +416,21 @@ def _recording(vm: Machine | KvmVm | ArmVm, path: Path | None) -> Iterator[None]
             begun.set()
 
     thread = threading.Thread(target=work, name="hwdbm-record")
-    thread.start()
-    try:
+
+    def begin() -> None:
+        if path is None or begun.is_set():
+            return
+        thread.start()
         begun.wait()
         if errors:
             raise errors[0]
-        yield
+
+    try:
+        yield begin
     finally:
-        cancel.set()
-        thread.join()
+        if thread.ident is not None:
+            cancel.set()
+            thread.join()
     if errors:
         warn(f"the trace in {path} ends early: {errors[0]}")
 

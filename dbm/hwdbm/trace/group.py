@@ -6,6 +6,7 @@ interval is there when its time is, which is written last. So what fails, or is 
 
 import atexit
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -68,7 +69,8 @@ def _end_patiently() -> None:
 class Writer:
     """A trace that is being written. As a context manager it is closed at the end of the block.
 
-    Each `append` is on the disk when it returns, and readers see it. One that fails leaves the trace as it was.
+    Each `append` is on the disk when it returns, and readers see it. One that fails leaves the trace as it was. Where
+    the block of a context manager fails before the first one, nothing is left of the trace.
 
     Parameters
     ----------
@@ -123,7 +125,7 @@ class Writer:
     >>> folder.cleanup()
     """
 
-    _open = False  # until it is made
+    _open = _made = False  # until it is made
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class Writer:
         zarr = _zarr()
         try:
             self.path.mkdir(mode=0o700)
+            self._made = True
         except FileExistsError:
             if not self.path.is_dir() or any(self.path.iterdir()):
                 raise FileExistsError(EEXIST, "there is something already", str(self.path)) from None
@@ -298,6 +301,19 @@ class Writer:
                 self._times.resize((self.intervals + 1,))
             self._group.attrs["intervals"] = self.intervals
 
+    def discard(self) -> None:
+        """Remove the trace, as if it had never been begun; of one that was closed, too, unless by another process."""
+        if os.getpid() != self._owner:
+            return
+        self._open = False
+        for each in self.path.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each)
+            else:
+                each.unlink()
+        if self._made:
+            self.path.rmdir()
+
     def __enter__(self) -> Self:
         return self
 
@@ -305,6 +321,8 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is not None and not self.intervals:
+                self.discard()
             self.close()
         except OSError:
             if error is None:  # else that says more

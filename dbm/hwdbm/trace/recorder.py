@@ -425,8 +425,12 @@ def from_bitmaps(
             raise TraceError(f"{files[later]}: its time is beyond the {_MOST_TIME} ns that a trace can have")
     with Writer(path, layout.slots, layout.page_size, source="bitmaps", mechanism="dirty bitmaps",
                 interval=None if by_name else seconds * 1e3) as writer:  # fmt: skip
-        for each in order:
-            writer.append(times[each], _words_of(files[each], layout))
+        try:
+            for each in order:
+                writer.append(times[each], _words_of(files[each], layout))
+        except BaseException:
+            writer.discard()  # a part of them is no trace of these bitmaps
+            raise
     return open_trace(path), by_name
 
 
