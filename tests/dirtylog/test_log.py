@@ -365,15 +365,15 @@ def test_clearing_a_part_of_a_block(kernels):
 
 
 def test_mutant_the_blocks_other_pages_are_forgotten(monkeypatch):
-    update = Stage2._update_part
+    update = Stage2._update_blocks
 
-    def part(self, rule, mask, first, record, out=None):
+    def blocks(self, rule, mask, first, record):
         kept = self.saved.bitmap.copy()
-        tally = update(self, rule, mask, first, record, out)
+        tally = update(self, rule, mask, first, record)
         self.saved.bitmap.words[:] &= kept.words
         return tally
 
-    monkeypatch.setattr(Stage2, "_update_part", part)
+    monkeypatch.setattr(Stage2, "_update_blocks", blocks)
     with pytest.raises(AssertionError, match="lost writes"):
         check_clearing_a_part_of_a_block()
 

@@ -111,7 +111,7 @@ class ForgetsTheBlock(Stage2):
 
     def clean(self, mask):
         self.saved.drop(mask)
-        return self._update_part(pte.clean, mask, 0, Record(self.host_dirty, self.host_dirty, out_of=None)).changed
+        return self._update_part(pte.clean, mask, Record(self.host_dirty, self.host_dirty, out_of=None))
 
 
 class MarksTheHead(Stage2):
