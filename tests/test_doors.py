@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from errno import EBADF
 from functools import cache, partial
+from math import inf
 from typing import Any
 
 import doors
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from doors import Recipe, Scene, Wrong
 from effort import EFFORT
+from seen import as_seen
 
 from hwdbm import DirtyBitmap, DirtyLog, Granule, Memslot, Stage2, forecast, kernels, pte
 from hwdbm.bench import Setup
@@ -960,6 +962,27 @@ def walked(name: str) -> Iterator[str]:
                 before = scene.state()
 
 
+def limits(name: str) -> Iterator[str]:
+    """Yield how a door refuses numbers that are far below and beyond any, which says what it takes."""
+    item, verb = DOORS[name]
+    recipe = recipe_of(name.rpartition(".")[0] if verb else name)
+    own = {verb or name.rpartition(".")[2], verb or "new"}
+    if recipe is None or own & {*recipe.dry, *recipe.skip, *recipe.measured}:
+        return
+    scene = doors.scene(recipe, item, verb)
+    before = scene.state()
+    for parameter, value in scene.arguments.items():
+        if f"{verb or 'new'}.{parameter}" in recipe.skip or isinstance(value, bool):
+            continue
+        for far in (-(1 << 65), 1 << 65) if isinstance(value, int) else (-inf, inf) if isinstance(value, float) else ():
+            if far > 0 and parameter in recipe.amounts:
+                continue
+            outcome = scene.run(parameter, far)
+            yield f"{name} {parameter}: {'is taken' if outcome.error is None else outcome.error}"
+            if outcome.after != before:
+                scene = doors.scene(recipe, item, verb)
+
+
 def aliased(new: Callable[[], Scene]) -> Iterator[str]:
     """Give a verb the object's own arrays and bitmaps: it is refused, or does as with a copy of them."""
     for parameter, value in new().arguments.items():
@@ -1023,6 +1046,17 @@ def test_refused_means_unchanged(name: str) -> None:
     assert not complaints, f"{name}:\n  " + "\n  ".join(complaints)
     if name.rpartition(".")[2] in LENDERS:  # a lease that is garbage warns: here, and not in another test
         gc.collect()
+
+
+# Some need more than this package, and kernels take no numbers.
+ROOMS = sorted({name.partition(".")[0] for name in DOORS} - {"kvm", "arm", "kernels"})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("room", ROOMS)
+def test_limits_are_the_ones_that_were_looked_at(room: str) -> None:
+    lines = [line for name in DOORS if name.partition(".")[0] == room for line in limits(name)]
+    as_seen(f"limits/{room}.txt", "".join(f"{line}\n" for line in lines))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -358,6 +358,15 @@ def test_a_child_closes_no_client_of_its_parent(log: DirtyLog) -> None:
         assert taken(client) == [6]
 
 
+@pytest.mark.parametrize("settle", ["commit", "rollback"])
+def test_leases_of_one_that_was_closed_are_stale(log: DirtyLog, settle: str) -> None:
+    client = log.client("closed")
+    lease = client.take(0)
+    client.close()
+    with pytest.raises(StaleLeaseError):
+        getattr(lease, settle)()
+
+
 def test_it_is_shown(log: DirtyLog, recwarn: pytest.WarningsRecorder) -> None:
     client = log.client("a")
     assert repr(client) == "<LogClient 'a', open>"

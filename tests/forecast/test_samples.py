@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwdbm.errors import SampleError
-from hwdbm.forecast import OWN, QEMU, MemoryWrites, Sample, Terms, from_samples, read_samples, replay, simulate
+from hwdbm.forecast import (
+    OWN,
+    QEMU,
+    MemoryWrites,
+    Sample,
+    Terms,
+    from_samples,
+    predict,
+    read_samples,
+    replay,
+    simulate,
+)
 from hwdbm.forecast.model import Model, ModelWrites, fit, measured
 from hwdbm.forecast.simulate import Begun, Course, run
 from hwdbm.forecast.writes import Dirty, TraceWrites
@@ -310,6 +322,25 @@ def test_a_bandwidth_that_varies_widens_the_interval() -> None:
 
     still, wild = from_samples(samples([1e8] * 4)), from_samples(samples([1e8, 5e7, 1.6e8, 1e8]))
     assert wild.total_time.high - wild.total_time.low > still.total_time.high - still.total_time.low
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_takes_for_too_much_is_refused(number: str) -> None:
+    with pytest.raises(SampleError, match="line 1: the JSON can't be read"):
+        read_samples(['{"status": ' + number + "}"])
+
+
+def test_bandwidths_of_what_was_transferred() -> None:
+    """Where samples have no bandwidth it is what they sent, however slow; what sent nothing says nothing."""
+    sent = [0.0, 0.5, 0.5, 1.25, 1.75]
+    samples = [Sample(i, i + 1, 1e3, 1e3, transferred=each) for i, each in enumerate(sent)]
+    speed, spread = predict._speed(samples)
+    assert speed == 0.5
+    assert spread == 0.0
+    speed, spread = predict._speed([*samples, Sample(5, 6, 1e3, 1e3, transferred=3.0)])  # 0.5, 0.75, 0.5 and 1.25
+    assert speed == 0.625
+    assert spread == pytest.approx(1.48 * 0.125 / 0.625)
+    assert predict._speed([replace(samples[0], bandwidth=each) for each in (1.0, 100.0, 1e4)])[1] == 0.5
 
 
 def test_what_samples_do_not_say() -> None:

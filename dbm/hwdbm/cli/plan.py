@@ -28,6 +28,7 @@ from hwdbm.trace import analyse, open_trace, record
 
 _DURATION = 10.0  # seconds that a guest of --source is watched
 _INTERVAL = 0.1
+_FULL = 75  # percent of such a guest's memory that isn't zero
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
 
@@ -268,15 +269,16 @@ def _writes(
 def _started(source: Vm, memory: int, workload: str | None, rate: float | None, seed: int) -> Iterator[Any]:
     if source is Vm.MACHINE:
         work = guest.workload_of(workload, seed=seed, rate=rate)
-        vm: Any = guest.build(memory, mode=guest.Mode.HW_DBM, thp=False, seed=seed, image=None, percent=75)
+        vm: Any = guest.build(memory, mode=guest.Mode.HW_DBM, thp=False, seed=seed, image=None, percent=_FULL)
         vm.run(work)
     elif source is Vm.KVM:
         with guest.usage():
             log = guest.KvmLog.BITMAP
-            vm = guest.build_kvm(memory, log=log, workload=workload, rate=rate, seed=seed, image=None, percent=75)
+            vm = guest.build_kvm(memory, log=log, workload=workload, rate=rate, seed=seed, image=None, percent=_FULL)
     else:
         with guest.usage():
-            vm = guest.build_arm(memory, workload=workload, rate=rate, seed=seed, blocks=False, image=None, percent=75)
+            how: dict[str, Any] = {"seed": seed, "blocks": False, "image": None, "percent": _FULL}
+            vm = guest.build_arm(memory, workload=workload, rate=rate, **how)
     with vm:
         yield vm
 

@@ -90,9 +90,8 @@ class ReferenceVCpu:
         if Cached.WRITABLE in cached or (cached and not write):
             return
         spurious = cached == {Cached.READ_ONLY}
-        if spurious:  # the fault takes the entry with it
-            for key in keys:
-                self.tlb.pop(key, None)
+        for key in keys:  # what takes its place is what the walk finds
+            self.tlb.pop(key, None)
         for _ in range(4):
             access = self._walk(s2, page, write=write)
             if access is Access.DONE:
