@@ -275,6 +275,8 @@ def array(value: Any, dtype: Any, name: str) -> None:
     TypeError: pages: an array of int64 is needed, not [1, 2]
     """
     kind = np.dtype(dtype)
+    if type(value) is np.ndarray and value.dtype is kind:  # nearly always; such a type is the machine's own
+        return
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: an array of {kind} is needed, not {_shown(value)}")
     if value.dtype != kind or not value.dtype.isnative or isinstance(value, np.ma.MaskedArray):

@@ -120,6 +120,8 @@ def _descriptors(value: Any, name: str) -> Any:
 
     Values of other libraries pass: the proofs run this code on symbols.
     """
+    if type(value) is int and 0 <= value <= _WORD:
+        return value
     if isinstance(value, np.ndarray) and value.ndim:
         if value.dtype not in (np.uint64, object) or isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} is an array of uint64, not of {value.dtype.str}")

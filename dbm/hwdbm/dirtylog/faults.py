@@ -140,7 +140,9 @@ def write_fault_steps(
     found = s2.leaf_at(pages)
     blocks, stale = _blocks(s2, found), list[tuple[int, int]]()
     lo, hi = int(pages[0]), int(pages[-1]) + 1
-    due = slot.changing(min([lo, *(start for start, _ in blocks)]), max([hi, *(stop for _, stop in blocks)]))
+    for start, stop in blocks:
+        lo, hi = min(lo, start), max(hi, stop)
+    due = slot.changing(lo, hi)
     if pfns is not None:
         stale = [*_runs(pages[found.level > 0]), *blocks]
         leaf = slot.leaf(write=False)  # clean: it is granted below, like any other

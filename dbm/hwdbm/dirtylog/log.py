@@ -952,7 +952,8 @@ def _stepwise(found: SlotLog, parts: list[Span]) -> Iterator[tuple[int, int]]:
 
 def _pages(found: SlotLog, pages: Pages) -> NDArray[np.int64]:
     """Return pages of a slot in order, each once."""
-    return np.unique(_listed(found, pages))
+    listed = _listed(found, pages)
+    return np.unique(listed) if listed.size > 1 else listed
 
 
 def _listed(found: SlotLog, pages: Pages) -> NDArray[np.int64]:

@@ -63,7 +63,9 @@ class Layout:
     def index(self, level: int, page: Ranges) -> Ranges: ...
     def index(self, level: int, page: int | Ranges) -> int | Ranges:
         """Return the entry of `level` that maps a page, or each page of an array."""
-        size, page = self._size(level), _pages(page, "page")
+        size = self._size(level)
+        if type(page) is not int:
+            page = _pages(page, "page")
         return (self.base_gfn + page) // size - self.base_gfn // size
 
     def count(self, level: int) -> int:
@@ -89,7 +91,9 @@ class Layout:
 
         For an array of entries they are the rows of an (n, 2) int64 array.
         """
-        size, index = self._size(level), _pages(index, "index")
+        size = self._size(level)
+        if type(index) is not int:
+            index = _pages(index, "index")
         start = index * size - self.base_gfn % size
         if isinstance(start, np.ndarray):
             return np.stack([start, start + size], axis=1)
@@ -171,6 +175,11 @@ def any_in(words: NDArray[np.uint64], ranges: Ranges) -> NDArray[np.bool_]:
     ends = words[head] & head_mask & inner | words[last] & last_mask & outer
     found: NDArray[np.bool_] = (ends != 0) | (before[last] > before[np.minimum(head + 1, last)])
     return found
+
+
+def distinct(numbers: Ranges) -> Ranges:
+    """Return numbers in order, each once: `np.unique`, which takes microseconds, where there is more than one."""
+    return np.unique(numbers) if numbers.size > 1 else numbers
 
 
 def runs_of(flags: NDArray[np.bool_]) -> Ranges:

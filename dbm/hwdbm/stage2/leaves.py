@@ -16,7 +16,7 @@ from hwdbm.check import instance, uint64s, zeros
 from hwdbm.errors import InvariantError
 from hwdbm.granule import LEAF_LEVELS
 from hwdbm.kernels import Kernels, Notes, Place, Tally
-from hwdbm.stage2.layout import Layout, any_in, runs_of
+from hwdbm.stage2.layout import Layout, any_in, distinct, runs_of
 
 Array = NDArray[np.uint64]
 Index = NDArray[np.int64]
@@ -365,7 +365,7 @@ class Leaves:
         """Put leaves in place of the entries `index` of `level`, under which nothing is, with tables above them."""
         pages = np.maximum(self.layout.span(level, index)[:, 0], 0)
         for above in range(1, level):
-            entries = np.unique(self.layout.index(above, pages))
+            entries = distinct(self.layout.index(above, pages))
             entries = entries[~pte.table(above)(self.level[above][entries])]
             self.exchange(above, entries, pte.TABLE, record)
         self.exchange(level, index, leaves, record)

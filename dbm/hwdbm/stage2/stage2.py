@@ -32,7 +32,7 @@ from hwdbm.errors import BitmapError, GfnError
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.kernels import Name, Tally, named
 from hwdbm.kernels import shared as shared_kernels
-from hwdbm.stage2.layout import Layout, merged
+from hwdbm.stage2.layout import Layout, distinct, merged
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record, every
 from hwdbm.stage2.saved import Saved
 
@@ -951,7 +951,7 @@ class Stage2:
         found, (level, size) = self._at(pages), self._leaf(level)
         if ((found + self.base_gfn) % size).any() or (found.size and int(found.max()) + size > self.npages):
             raise GfnError(f"pages {found[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
-        if np.unique(found).size != found.size:
+        if distinct(found).size != found.size:
             raise GfnError("a page to map is named twice")
         leaves = self._new_leaves(pfn, found.size, level, writable, dbm)(0, found.size)
         if not found.size:
@@ -965,7 +965,7 @@ class Stage2:
     def _make_room(self, pages: NDArray[np.int64], level: int, record: Record) -> None:
         """Split the blocks above leaves to be, and unmap what is mapped below them."""
         for above in range(1, level):
-            entries = np.unique(self.layout.index(above, pages))
+            entries = distinct(self.layout.index(above, pages))
             self._split(above, entries[pte.leaf(above)(self.level(above)[entries])])
         size = self.layout.sizes[level]
         if level < 3:
@@ -1050,10 +1050,11 @@ class Stage2:
         for level in (3, 2, 1):
             if not left:
                 break
-            index = found.index[found.level == level]
-            if index.size:
-                left -= index.size
-                index = np.unique(index) if index.size > 1 else index
+            of = found.level == level
+            count = int(np.count_nonzero(of))
+            if count:
+                left -= count
+                index = distinct(found.index if count == of.size else found.index[of])
                 changed += self._leaves.update_at(level, index, rule(level), record, 0, self.npages)
         return mapped, changed
 
