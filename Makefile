@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -P -m pip --disable-pip-version-check -qq
 
+# Containers often set it, and each of the thousands of processes that tests start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 CAPTURES = $(sort $(wildcard tests/data/captures/*/*.npz))
 
 .PHONY: help

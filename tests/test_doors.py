@@ -926,8 +926,15 @@ def walked(name: str) -> Iterator[str]:
     def new() -> Scene:
         return doors.scene(recipe, item, verb)
 
+    twins: dict[tuple[str, object], doors.Outcome] = {}
+
     def twin(parameter: str, wrong: Wrong) -> doors.Outcome:
-        return new().run(parameter, wrong.twin)
+        if type(wrong.twin) not in (bool, int):
+            return new().run(parameter, wrong.twin)
+        key = parameter, repr(wrong.twin)  # one plain number is the twin of many others
+        if key not in twins:
+            twins[key] = new().run(parameter, wrong.twin)
+        return twins[key]
 
     own = (verb or name.rpartition(".")[2]) in recipe.dry
     if verb in recipe.skip or (verb is None and "new" in recipe.skip):
