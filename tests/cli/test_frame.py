@@ -97,7 +97,7 @@ class TestInterrupt:
         done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=20)
         assert (done.returncode, done.stdout, done.stderr) == (130, b"True\n", b"hwdbm: interrupted\n")
 
-    @pytest.mark.parametrize("after", [0.6, 1.2, 2.4])
+    @pytest.mark.parametrize("after", [0.6, pytest.param(1.2, marks=pytest.mark.slow), 2.4])
     @pytest.mark.parametrize(
         "args", [["migrate", "--memory", "64M", "--bandwidth", "1M"], ["bench", "--memory", "4G"]], ids=lambda a: a[0]
     )
@@ -203,6 +203,10 @@ class TestStreams:
         assert err.startswith("hwdbm: stdout can't be written: ")
         assert err.count("\n") == 1
 
+    # The other kinds are those of `test_a_result`, too.
+    @pytest.mark.parametrize(
+        "stdout", ["full", "closed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])], indirect=True
+    )
     def test_a_migration_that_completed(self, stdout) -> None:
         process = start(*MIGRATE, **stdout)
         _, err = process.communicate(timeout=60)

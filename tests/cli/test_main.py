@@ -176,8 +176,11 @@ FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter(
     ("module", "code", "args", "status", "said"),
     [
         ("numba", "raise ImportError('numba needs\\nanother numpy')", SMALL, 0, "'vector' takes over"),
-        ("numba", "", SMALL, 0, "'vector' takes over"),
-        ("llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'"),
+        pytest.param("numba", "", SMALL, 0, "'vector' takes over", marks=pytest.mark.slow),
+        pytest.param(
+            "llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'",
+            marks=pytest.mark.slow,
+        ),
         ("llvmlite", "raise MemoryError", SMALL, 0, "here: MemoryError; 'vector' takes over"),
         ("zlib_ng", "raise ImportError('wrong ELF class')", ["migrate", "--help"], 0, ""),
         ("typer", "raise ImportError('wrong ELF class')", ["--help"], 1, "a library that this needs can't be imported"),

@@ -334,7 +334,7 @@ def test_a_little_bandwidth(run) -> None:
     assert (result.status, result.err) == (0, "")
 
 
-@pytest.mark.parametrize("width", [80, 40])
+@pytest.mark.parametrize("width", [pytest.param(80, marks=pytest.mark.slow), 40])
 def test_widths(run, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     result = run("migrate", *SMALL)
@@ -342,18 +342,6 @@ def test_widths(run, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     assert max(map(len, result.out.splitlines())) <= width
     digest = "".join(result.out.partition("sha256")[2].split())
     assert len(digest) == 64
-
-
-@pytest.mark.parametrize("stdout", ["full", "closed"])
-def test_stdout_that_takes_nothing(stdout: str) -> None:
-    """What was done is done."""
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*MAIN, "migrate", *SMALL], stderr=subprocess.PIPE, text=True, check=False, timeout=60,
-            stdout=full if stdout == "full" else None, preexec_fn=(lambda: os.close(1)) if stdout == "closed" else None,
-        )  # fmt: skip
-    assert done.returncode == 0
-    assert done.stderr.startswith("hwdbm: the migration completed, but stdout can't be written: ")
 
 
 def test_a_line_now_and_then(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,10 @@ def test_harvest_of_parts_equals_the_walkers(kernels, granule):
     check()
 
 
-FEW_PAGES = ((1, 0), (1, 511), (2, 0), (2, 1), (2, 511), (3, 511))
+FEW_PAGES = (
+    *((1, 0), (1, 511), (2, 511), (3, 511)),
+    *(pytest.param(2, base, marks=pytest.mark.slow) for base in (0, 1)),  # both in one table
+)
 MORE_PAGES = ((3, 0), (3, 510))
 
 

@@ -76,7 +76,9 @@ def test_map_at(kernels, s2, places, kind):
     s2.verify()
 
 
-@pytest.mark.parametrize("granule", Granule, ids=str)
+@pytest.mark.parametrize(
+    "granule", [Granule.K4, Granule.K16, pytest.param(Granule.K64, marks=pytest.mark.slow)], ids=str
+)
 def test_mapping_blocks_anywhere(kernels, granule):
     size = granule.pages_per_entry(2)
     s2 = Stage2(4 * size + 5, base_gfn=size - 3, granule=granule)
