@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from seen import as_seen
 
 from hwdbm.cli import fleet, migrate, plan, receive
@@ -136,3 +137,17 @@ def test_the_text_of_a_drain_was_looked_at(columns_, monkeypatch):
     nothing = dataclasses.replace(DRAINED, moves=(), left=(), ending=Ending("spread", 0.0, 0.0, 0))
     texts = [fleet._text(each, limits) for each in (DRAINED, nothing)]
     as_seen(f"texts/drained-{columns_}.txt", "\n\n".join(texts) + "\n")
+
+
+@pytest.mark.parametrize("columns_", [100, 76, 75])
+def test_what_a_terminal_shows_of_a_migration_was_looked_at(columns_):
+    console = Console(width=columns_, color_system=None)
+    one = Pass(1, 131072, 512 * MIB, normal=130000, duplicate=1072, transferred=500 * MIB, time=2.0)
+    with console.capture() as capture:
+        for status, remaining, passes in (
+            ("active", 384 * MIB, [one]), ("device", MIB, PASSES), ("completed", 0, PASSES), ("active", 0, []),
+            ("active", 0, [dataclasses.replace(one, remaining=0)]),
+        ):  # fmt: skip
+            report = Report(4096, 512 * MIB, 0.3, status, total_time=2.5, remaining=remaining, passes=passes)
+            console.print(migrate._picture(report, columns_))
+    as_seen(f"texts/terminal-{columns_}.txt", capture.get())

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from synthetic import Geometry, Tables
 
 from hwdbm.errors import ImageError
+from hwdbm.granule import Granule
 from hwdbm.image import Image, Slot, open_image
+from hwdbm.image.raw import RawTables
 
 CAPTURES = Path(__file__).parents[1] / "data" / "captures"
 CAPTURE = CAPTURES / "4k_ipa40" / "round1.npz"
@@ -563,6 +565,13 @@ def test_raw_image_of_no_table(tmp_path: Path) -> None:
         path.write_bytes(bytes(size))
         with pytest.raises(ImageError, match=f"has {size} bytes: not one 4K table"):
             open_image(path, ram_base=0, vttbr=0, vtcr=G.vtcr)
+
+
+def test_raw_image_that_ends_before_its_first_granule(tmp_path: Path) -> None:
+    path = tmp_path / "ram.img"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(ImageError, match="has 4096 bytes: not one 16K table"):
+        RawTables(path, 4096, Granule.K16)
 
 
 def test_raw_image_whose_base_is_not_a_granule(tmp_path: Path) -> None:
