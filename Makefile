@@ -35,7 +35,7 @@ migrate: $(VENV)/.user ## move a machine that keeps writing to another process, 
 test: $(VENV)/.dev ## run the tests, but for those that take long
 	$(BIN)/python -P -m pytest --numprocesses auto -m "not slow" $(PYTEST_ARGS)
 
-# Tests of the tests, tests that emulate an Arm machine, and some that only differ from others in what is drawn.
+# Tests of the tests, tests that emulate an Arm machine, and some that repeat a kind of `make test` at another point.
 .PHONY: slow
 slow: $(VENV)/.dev ## run the tests that take long
 	$(BIN)/python -P -m pytest --numprocesses auto -m slow $(PYTEST_ARGS)
