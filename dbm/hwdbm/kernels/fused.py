@@ -497,32 +497,25 @@ def _exchange(pte, runs, values, mask1, value1, mask2, value2, out, also):
 
 
 @njit(nogil=True)
-def _fill_one(words, lo, hi):
-    if lo >= hi:
+def _fill_one(words, start, stop, lo, hi):
+    """Set the bits of [start, stop) that are in [lo, hi)."""
+    start, stop = max(start, lo), min(stop, hi)
+    if start >= stop:
         return
     full = ~np.uint64(0)
-    head, last = lo // 64, (hi - 1) // 64
-    head_mask, last_mask = full << np.uint64(lo % 64), full >> np.uint64(63 - (hi - 1) % 64)
+    head, last = start // 64, (stop - 1) // 64
+    head_mask, last_mask = full << np.uint64(start % 64), full >> np.uint64(63 - (stop - 1) % 64)
     if head == last:
         words[head] |= head_mask & last_mask
     else:
         words[head] |= head_mask
-        words[head + 1 : last] = full
+        for w in range(head + 1, last):
+            words[w] = full
         words[last] |= last_mask
 
 
-@njit(nogil=True)
-def _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept):
-    """Set the bits of the pages of entry `i`, which was `d`."""
-    start = first + i * size
-    stop = start + size
-    if _hit(d, mask1, value1):
-        _fill_one(out, max(start, lo), min(stop, hi))
-        if kept.size:
-            _fill_one(kept, max(start, 0), min(stop, lo))
-            _fill_one(kept, max(start, hi), min(stop, end))
-    if _hit(d, mask2, value2):
-        _fill_one(also, max(start, lo), min(stop, hi))
+# The two that follow set bits in one array after the other: a function that is handed all three, for each entry, has
+# numba count references to them, which takes several times as long as the work.
 
 
 @compiled(*(_W, _INDEX, *_CHANGE, *_NOTES, *_PLACE, _W, _W, _W))
@@ -535,7 +528,15 @@ def _rewrite_at(
         if _hit(d, mask, value):
             entries[i] = (d & keep) | sets
             changed += 1
-            _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+            start = first + i * size
+            stop = start + size
+            if _hit(d, mask1, value1):
+                _fill_one(out, start, stop, lo, hi)
+                if kept.size:
+                    _fill_one(kept, start, stop, 0, lo)
+                    _fill_one(kept, start, stop, hi, end)
+            if _hit(d, mask2, value2):
+                _fill_one(also, start, stop, lo, hi)
     return changed
 
 
@@ -546,7 +547,15 @@ def _exchange_at(entries, index, values, mask1, value1, mask2, value2, first, si
         d = entries[i]
         entries[i] = values[k]
         values[k] = d
-        _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+        start = first + i * size
+        stop = start + size
+        if _hit(d, mask1, value1):
+            _fill_one(out, start, stop, lo, hi)
+            if kept.size:
+                _fill_one(kept, start, stop, 0, lo)
+                _fill_one(kept, start, stop, hi, end)
+        if _hit(d, mask2, value2):
+            _fill_one(also, start, stop, lo, hi)
 
 
 @compiled(*(_W, _INDEX, _R))
@@ -558,7 +567,7 @@ def _set_at(entries, index, bits):
 @compiled(*(_W, _RUNS))
 def _fill(words, ranges):
     for r in range(ranges.shape[0]):
-        _fill_one(words, ranges[r, 0], ranges[r, 1])
+        _fill_one(words, ranges[r, 0], ranges[r, 1], 0, words.size * 64)
 
 
 @compiled(*(_R, *_MATCH))
