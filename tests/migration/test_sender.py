@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hwdbm.migration import Pass
+from hwdbm.migration.precopy import Precopy
 from hwdbm.migration.sender import PageSender
 from hwdbm.migration.wire import ZERO_RUNS, Kind
 
@@ -46,3 +48,17 @@ def test_zeros_are_kept_until_a_frame_is_full(batches, frames):
 def test_a_run_goes_on_in_the_next_batch():
     batches = np.arange(10), np.arange(10, 15), np.array([15, 17]), np.array([18])
     assert Frames().of(*batches) == [[[7, 16], [24, 2]]]
+
+
+def test_what_remains_of_a_pass_is_what_was_not_sent():
+    sender = SimpleNamespace(normal=30, duplicate=20, zero_time=0.5)
+    report = SimpleNamespace(transferred=0, remaining=0)
+    going = SimpleNamespace(
+        _one=Pass(1, 100, 100 * PAGE), _sender=sender, _channel=SimpleNamespace(sent=5000), _pass_start=0.0,
+        _pass_sent=1000, _source=SimpleNamespace(page_size=PAGE), report=report,
+    )  # fmt: skip
+    Precopy._count(going)
+    assert (report.remaining, report.transferred, going._one.transferred) == (50 * PAGE, 5000, 4000)
+    sender.normal = 90  # a page may be sent twice
+    Precopy._count(going)
+    assert report.remaining == 0

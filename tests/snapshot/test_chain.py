@@ -836,3 +836,15 @@ def test_a_clock_that_is_set_back_makes_nothing_older(story, monkeypatch):
     story.chain.prune(2)
     assert [each.id for each in story.chain.snapshots()] == [newest.id, part.id]
     assert story.right() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("000012-0123abcd.mem", True), ("000012-0123abcd.bitmap", True), ("000012-0123abcd.state", True),
+        ("000012-0123abcd.json", True), ("any.json", True), ("rebase.journal", True),
+        ("000012-0123abcd.txt", False), ("12-0123abcd.mem", False), ("notes", False), ("other.journal", False),
+    ],
+)  # fmt: skip
+def test_names_of_a_chains_files(name: str, ours: bool) -> None:
+    assert chains._is_ours(name) is ours

@@ -1,6 +1,5 @@
 """``hwdbm bench``: what the engine costs on this machine, beside floors measured in the same run."""
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from hwdbm.bench import BENCHMARKS, Row, Setup, run
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import json_text, result
 
 EPILOG = """Times are in ms, of the processor where one thread works alone. The C loop calls a function for each
 descriptor, as a kernel's walker does.
@@ -69,7 +68,7 @@ def bench(
         for row in run(Setup(memory >> 12, repeat), names or None):
             rows.append(row)
             update(f"measured {row.what}: {row.ratio:.2f} times {row.floor}")
-    result(json.dumps([_record(row) for row in rows], indent=2) if as_json else _table(rows))
+    result(json_text([_record(row) for row in rows]) if as_json else _table(rows))
 
 
 def _table(rows: list[Row]) -> str:

@@ -1,6 +1,5 @@
 """``hwdbm bitmap``: dirty bitmaps in files, compared, combined, and in the forms of other programs."""
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from functools import reduce
@@ -13,7 +12,7 @@ from hwdbm import files
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.output import busy, hexadecimal
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import json_text, result
 from hwdbm.errors import BitmapError, ImageError
 from hwdbm.files import open_regular
 from hwdbm.image import exchange
@@ -304,7 +303,7 @@ def _say(
         report["file"] = str(output)
     done = "" if output is None else f"{output} was written"
     if as_json:
-        result(json.dumps(report, indent=2), done)
+        result(json_text(report), done)
         return
     lines = [f"{report['dirty']} of {found.npages} pages dirty, in {len(runs)} runs"]
     lines += [f"  {run['gpa']}  {run['size']} bytes" for run in shown]

@@ -1,6 +1,5 @@
 """``hwdbm doctor``: what this machine can do, and what to install for what is missing."""
 
-import json
 import os
 import platform
 import resource
@@ -18,7 +17,7 @@ import typer
 
 import hwdbm
 from hwdbm.cli import options
-from hwdbm.cli.streams import result, wrapped
+from hwdbm.cli.streams import json_text, result, wrapped
 from hwdbm.process import python
 
 _MISMATCH = 3  # the exit status
@@ -244,7 +243,7 @@ def doctor(
         "kernel": platform.release(),
         "architecture": platform.machine(),
     }
-    result(json.dumps(about | {"checks": _records(findings)}, indent=2) if as_json else _text(about, findings))
+    result(json_text(about | {"checks": _records(findings)}) if as_json else _text(about, findings))
     if names and not all(finding.usable for finding in findings.values()):
         raise typer.Exit(_MISMATCH)
 

@@ -1,6 +1,5 @@
 """``hwdbm fleet``: drain a host or a rack by forecast, against the naive orders."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from math import isfinite
@@ -11,7 +10,7 @@ import typer
 
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import json_text, result
 from hwdbm.files import NewFile
 from hwdbm.fleet import Drained, Ending, Fleet, drain, read_plan, tabulate
 from hwdbm.fleet.forecasts import Forecasts
@@ -106,7 +105,7 @@ def fleet(
         written = f"{plot} was written"
     limits = {each.name: (each.max_downtime, model.limit(each)) for each in found.guests}
     if as_json:
-        result(json.dumps(_as_json(str(plan), drained, limits), indent=2), written)
+        result(json_text(_as_json(str(plan), drained, limits)), written)
     else:
         result(_text(drained, limits), written)
     if drained.left:

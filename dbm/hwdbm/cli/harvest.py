@@ -1,6 +1,5 @@
 """``hwdbm harvest``: which pages are dirty, as bitmaps and as a summary."""
 
-import json
 import os
 from collections.abc import Callable
 from enum import StrEnum
@@ -13,7 +12,7 @@ from hwdbm import files
 from hwdbm.cli import options, pages, parse
 from hwdbm.cli.example import label
 from hwdbm.cli.output import columns, hexadecimal, progress, warn
-from hwdbm.cli.streams import note, result, wrapped
+from hwdbm.cli.streams import json_text, note, result, wrapped
 from hwdbm.errors import HwdbmError
 from hwdbm.granule import size_name
 from hwdbm.image import Image, Live
@@ -164,7 +163,7 @@ def harvest(
         if not as_json and "error" not in reports[-1]:
             result(_text(reports[-1]), "" if output is None else "the bitmaps were written")
     if as_json:
-        result(json.dumps({"images": reports}, indent=2), "" if output is None else "the bitmaps were written")
+        result(json_text({"images": reports}), "" if output is None else "the bitmaps were written")
     if any("error" in report for report in reports):
         raise typer.Exit(1)
     if any(slot.get("differs") for report in reports for slot in report["slots"]):

@@ -1,6 +1,5 @@
 """``hwdbm inspect``: registers, tables, leaves and slots of an image."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from hwdbm.cli import options, parse
 from hwdbm.cli.example import label
 from hwdbm.cli.output import columns, hexadecimal, progress
-from hwdbm.cli.streams import result, width
+from hwdbm.cli.streams import json_text, result, width
 from hwdbm.files import NewFile
 from hwdbm.granule import size_name
 from hwdbm.image import Image
@@ -88,7 +87,7 @@ def inspect(
         "levels": _levels(image, census),
         "slots": _slots(image, stage2s),
     }
-    result(json.dumps(report, indent=2) if as_json else _text(report))
+    result(json_text(report) if as_json else _text(report))
     if draw is not None:
         draw(label(path), image, stage2s)
 

@@ -1,6 +1,5 @@
 """``hwdbm migrate``: a running VM to another process, proved by digest."""
 
-import json
 import os
 import select
 import signal
@@ -41,7 +40,7 @@ from hwdbm.cli.guest import (
 )
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
 from hwdbm.cli.output import busy, columns, warn
-from hwdbm.cli.streams import note, result, width
+from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.files import NewFile, open_regular
 from hwdbm.forecast import RULES, Estimate
 from hwdbm.image.raw import check_raw
@@ -504,7 +503,7 @@ def _painter(picture: Path) -> Callable[[Report], None]:
 
 def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool) -> None:
     report = done.report
-    text = json.dumps(report.to_dict(), indent=2) if as_json else _text(report)
+    text = json_text(report.to_dict()) if as_json else _text(report)
     status = "the migration completed" if done.failure is None else "the migration failed"
     result(text, status)
     if draw is not None and report.passes:

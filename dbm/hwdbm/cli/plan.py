@@ -1,6 +1,5 @@
 """``hwdbm plan``: what a migration will take, from a trace of writes or from samples of one that goes on."""
 
-import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.example import label
 from hwdbm.cli.guest import MemoryOption, OnLimit, RateOption, SeedOption, Vm, WorkloadOption
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import result, width, wrapped
+from hwdbm.cli.streams import json_text, result, width, wrapped
 from hwdbm.files import NewFile, scratch
 from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
 from hwdbm.forecast.samples import MOST, read_sample_file
@@ -291,7 +290,7 @@ def _say(found: Forecast, outcomes: list[RuleOutcome], *, as_json: bool, rules: 
         record_ = found.to_dict()
         if rules:
             record_["rules"] = [each.to_dict() for each in outcomes]
-        result(json.dumps(record_, indent=2))
+        result(json_text(record_))
         return
     lines = [columns(_rows(found)), "", *textwrap.wrap(found.why, min(width() - 1, 100))]
     if rules:

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import importlib.util
-import json
 import sys
 import textwrap
 import time
@@ -15,7 +14,7 @@ import typer
 from hwdbm import files
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import columns
-from hwdbm.cli.streams import note, result, width
+from hwdbm.cli.streams import json_text, note, result, width
 
 if TYPE_CHECKING:
     from hwdbm.races import Finding, Protocol
@@ -139,7 +138,7 @@ def _all(*, as_json: bool) -> None:
             "mistakes": [{"name": r.name, "found": not r.proved, "steps": len(r.steps)} for r, _ in mistakes],
             "litmus": {"agree": agree, "of": len(TWENTY)},
         }
-        result(json.dumps(report, indent=2))
+        result(json_text(report))
     else:
         rows: list[list[object]] = [["protocol", "states", "ms", ""]]
         rows += [[r.name, r.states, f"{t:.0f}", "proved" if r.proved else "NOT PROVED"] for r, t in protocols]
@@ -207,7 +206,7 @@ def _one(report: "Finding", svg: Path | None, *, as_json: bool, about: str = "")
             "name": report.name, "states": report.states, "proved": report.proved, "wrong": report.wrong,
             "lost-at": report.lost_at, "steps": steps,
         }  # fmt: skip
-        result(json.dumps(found, indent=2), drawn)
+        result(json_text(found), drawn)
         return
     head = report.name + (f": {about}" if about else "")
     if report.proved:
@@ -279,7 +278,7 @@ def _litmus(folder: Path, kinds: Path | None, *, ets2: bool | None, as_json: boo
             "litmus": {"agree": len(found.agree), "of": of}, "states": found.states, "differ": found.differ,
             "unread": [{"name": name, "why": why} for name, why in found.unread.items()], "unjudged": found.unjudged,
         }  # fmt: skip
-        result(json.dumps(report, indent=2))
+        result(json_text(report))
     else:
         result(_agreement(found, of))
     if found.differ:

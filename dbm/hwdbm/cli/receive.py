@@ -1,6 +1,5 @@
 """``hwdbm receive``: the destination of a migration."""
 
-import json
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ from hwdbm import kernels
 from hwdbm.cli import guest, interrupt, options, parse
 from hwdbm.cli.guest import Endpoint, Insecure, KvmLog, KvmLogOption, Mode, ModeOption, Thp, TlsFolder, Vm
 from hwdbm.cli.output import busy, warn
-from hwdbm.cli.streams import note, result
+from hwdbm.cli.streams import json_text, note, result
 from hwdbm.files import NewFile
 from hwdbm.migration import Channel, Received, StreamError, transport
 from hwdbm.migration import receive as receive_vm
@@ -176,7 +175,7 @@ def receive(
             warn("the source couldn't be told that the guest runs here; it stays paused there")
         time.sleep(run or 0)
         there.pause()
-        result(json.dumps(_report(received), indent=2) if as_json else _text(received), done="the guest arrived")
+        result(json_text(_report(received)) if as_json else _text(received), done="the guest arrived")
 
 
 def _receive(channel: Channel, ready: Source | None, build: Callable[[MemoryMap], Source], limit: int) -> Received:

@@ -1,6 +1,5 @@
 """``hwdbm record``: a trace of which pages a VM writes."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import KvmLogOption, MemoryOption, ModeOption, RateOption, SeedOption, Thp, Vm, WorkloadOption
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy
-from hwdbm.cli.streams import result, wrapped
+from hwdbm.cli.streams import json_text, result, wrapped
 from hwdbm.memslot import Memslot
 from hwdbm.migration.report import mebibytes
 from hwdbm.trace import Trace, analyse, from_bitmaps, record_file
@@ -196,7 +195,7 @@ def _say(trace: Trace, times: str, *, as_json: bool) -> None:
             "written": int(found.pages.sum()),
             "touched": int(found.touched[-1]) if trace.intervals else 0,
         }
-        result(json.dumps(report, indent=2), done)
+        result(json_text(report), done)
         return
     how = {"clock": "", "names": ", which the names say", "interval": ", one for each file"}[times]
     touched = int(found.touched[-1]) * trace.page_size if trace.intervals else 0

@@ -1,6 +1,5 @@
 """``hwdbm snapshot``: chains of snapshots of guest memory."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import KvmLog, KvmLogOption, MemoryOption, Mode, RateOption, SeedOption, Vm, WorkloadOption
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy, columns, hexadecimal, warn
-from hwdbm.cli.streams import note, result
+from hwdbm.cli.streams import json_text, note, result
 from hwdbm.errors import ImageError, LayoutError, SnapshotError
 from hwdbm.files import NewFile, write
 from hwdbm.image import Slot
@@ -349,7 +348,7 @@ def _say_taken(
         report["migration"] = migration
     done = f"{len(taken)} snapshots were taken"
     if as_json:
-        result(json.dumps(report, indent=2), done)
+        result(json_text(report), done)
     else:
         lines = [_table(entries, chain.snapshots())]
         if migration is not None:
@@ -387,7 +386,7 @@ def _list(
     for entry, overlap in zip(entries, _overlaps(snapshots, pages), strict=True):
         entry["overlap"] = overlap
     text = _table(entries) if entries else f"{folder}: there is no snapshot in it"
-    result(json.dumps({"folder": str(folder), "snapshots": entries}, indent=2) if as_json else text)
+    result(json_text({"folder": str(folder), "snapshots": entries}) if as_json else text)
     if draw is not None:
         draw(snapshots, pages, [entry["disk"] for entry in entries])
     if report is not None:
@@ -454,7 +453,7 @@ def check(
             | ({"pages": flaw.pages} if flaw.pages else {})
             for flaw in flaws
         ]
-        result(json.dumps({"folder": str(folder), "sound": not wrong, "flaws": found}, indent=2))
+        result(json_text({"folder": str(folder), "sound": not wrong, "flaws": found}))
     else:
         lines = [f"{flaw.kind}: {flaw.text}" for flaw in flaws]
         many = f"{len(wrong)} flaw{'s' if len(wrong) > 1 else ''}"
@@ -517,7 +516,7 @@ def rebase(
         entry = _entry(chain, snapshot)
         done = f"{base} was changed"
         if as_json:
-            result(json.dumps({"folder": str(base), "snapshot": entry, "removed": removed}, indent=2), done)
+            result(json_text({"folder": str(base), "snapshot": entry, "removed": removed}), done)
             return
         result(
             f"{snapshot.name} is a full snapshot; {len(removed)} others were merged into it\n{_table([entry])}", done
@@ -535,7 +534,7 @@ def rebase(
     copied = {str(diff): size for diff, size in zip(diffs, sizes, strict=True)}
     done = f"{base} was changed"
     if as_json:
-        result(json.dumps({"base": str(base), "copied": copied}, indent=2), done)
+        result(json_text({"base": str(base), "copied": copied}), done)
         return
     result("\n".join(f"{diff}: {size} bytes copied to {base}" for diff, size in copied.items()), done)
 
@@ -605,7 +604,7 @@ def restore(
         )
     report |= {"snapshot": _entry(chain, found), "sha256": found.digest}
     done = "the snapshot was restored"
-    result(json.dumps(report, indent=2) if as_json else "\n".join([*lines, f"sha256 {found.digest}"]), done)
+    result(json_text(report) if as_json else "\n".join([*lines, f"sha256 {found.digest}"]), done)
 
 
 def _started(chain: Chain, snapshot: Snapshot, source: Vm, seconds: float) -> tuple[Snapshot, float]:
@@ -652,7 +651,7 @@ def prune(
     done = f"{folder} was changed" if removed else ""
     if as_json:
         report = {"folder": str(folder), "kept": kept, "removed": [each.id for each in removed]}
-        result(json.dumps(report, indent=2), done)
+        result(json_text(report), done)
         return
     result(f"{len(removed)} snapshots were removed, {len(kept)} stay", done)
 

@@ -4,10 +4,12 @@ A result that stdout can't take is a failure of the command, unless the command 
 not called failed. What stderr can't take is lost.
 """
 
+import json
 import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
+from typing import Any
 
 from hwdbm.errors import printable
 
@@ -95,6 +97,11 @@ def wrapped(line: str, indent: int = 0) -> list[str]:
     columns = width()
     after = " " * (indent if indent < columns // 2 else 2)
     return wrap(line, columns, subsequent_indent=after, break_long_words=False, break_on_hyphens=False) or [line]
+
+
+def json_text(value: Any) -> str:
+    """Return a value as the JSON that commands print."""
+    return json.dumps(value, indent=2)
 
 
 def result(text: str, done: str = "") -> None:

@@ -1,6 +1,5 @@
 """``hwdbm trace``: what a write trace says."""
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from hwdbm.cli import example, options, parse
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import result, wrapped
+from hwdbm.cli.streams import json_text, result, wrapped
 from hwdbm.files import NewFile
 from hwdbm.migration.report import mebibytes, mib
 from hwdbm.trace import Analysis, Trace, analyse, open_trace
@@ -62,7 +61,7 @@ def show(
             draw(found)
             found = analyse(opened)
     done = "" if plot is None else f"{plot} was written"
-    result(json.dumps(_report(trace, opened, found), indent=2) if as_json else _text(trace, opened, found), done)
+    result(json_text(_report(trace, opened, found)) if as_json else _text(trace, opened, found), done)
 
 
 def _painter(path: Path) -> Callable[[Analysis], None]:
