@@ -155,7 +155,7 @@ ASV = PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m asv
 .PHONY: asv
 asv: $(VENV)/.dev ## run each asv benchmark once, so that none can rot
 	cd asv_bench && $(ASV) machine --yes >/dev/null
-	cd asv_bench && $(ASV) run --quick --show-stderr --python=same
+	cd asv_bench && $(ASV) run --quick --show-stderr --python=same --launch-method forkserver
 
 .PHONY: asv-history
 asv-history: $(VENV)/.dev ## measure the landmarks of main by asv, and publish its site in build/asv
