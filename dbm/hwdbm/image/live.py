@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ from hwdbm.kernels import Notes, Place, Tally
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.layout import Layout
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record
-from hwdbm.stage2.saved import Saved
 
 Index = NDArray[np.int64]
 Spans = NDArray[np.int64]
@@ -736,10 +734,7 @@ class LiveStage2(Stage2):
         self.shared = kernels is None
         implementation = kernels_.shared() if kernels is None else kernels_.named(kernels)
         self._live = _LiveLeaves(live, self.layout, implementation, _Room(tables, free, flush))
-        self._leaves = self._live
-        self.saved = Saved(npages, implementation) if self.shared else Saved(npages)
-        self._host_dirty = DirtyBitmap(npages)
-        self._lock = Lock()
+        self._begin(self._live)
         self._live.tables = self._walked()
         self.contiguous = self._has_runs()
 

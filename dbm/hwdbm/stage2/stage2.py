@@ -121,8 +121,12 @@ class Stage2:
         if self.shared and kernels is not None:
             raise ValueError(f"kernels {kernels!r} are for private leaves")
         implementation = shared_kernels() if self.shared else None if kernels is None else named(kernels)
-        self._leaves = Leaves(self.layout, implementation, arrays)
-        self.saved = Saved(self.npages, self._leaves.kernels) if self.shared else Saved(self.npages)
+        self._begin(Leaves(self.layout, implementation, arrays))
+
+    def _begin(self, leaves: Leaves) -> None:
+        """Take the slot's leaves, wherever they lie; all else begins empty."""
+        self._leaves = leaves
+        self.saved = Saved(self.npages, leaves.kernels) if self.shared else Saved(self.npages)
         self._host_dirty = DirtyBitmap(self.npages)
         self._lock = Lock()  # what parallel passes share: the entries above level 3, and `saved`
         self._splits = 0  # how often blocks were split; changed with the lock held
