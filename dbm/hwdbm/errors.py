@@ -181,6 +181,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def has_no_thread(error: BaseException) -> bool:
+    """Return whether an error says that the system has no room for another thread, or doesn't allow one."""
+    return isinstance(error, RuntimeError) and "start new thread" in str(error)
+
+
 class PlanError(HwdbmError, ValueError):
     """A plan of a fleet is wrong, or doesn't fit together; the text has the place in the file, and the value there."""
 

@@ -114,3 +114,15 @@ def test_bash_itself(run, tmp_path: Path) -> None:
         ["bash", "-c", ask], check=True, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": path}
     )
     assert done.stdout == "4k_blocks|kvm||complete -o bashdefault -o default -F _hwdbm_completion hwdbm\n"
+
+
+@pytest.mark.parametrize("instruction", ["nope", "bash_source"])
+def test_a_wrong_instruction_for_typer_is_no_bug(instruction: str) -> None:
+    """It says what is wrong with it on its own."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "hwdbm", "doctor"], env=os.environ | {"_HWDBM_COMPLETE": instruction},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "please report it" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1

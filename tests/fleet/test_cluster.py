@@ -18,7 +18,7 @@ import hwdbm.fleet.cluster
 from hwdbm.fleet import Fleet, tabulate
 from hwdbm.fleet.curves import Curves
 
-pytest.importorskip("distributed")
+distributed = pytest.importorskip("distributed")
 TESTS = Path(__file__).parents[1]
 
 
@@ -97,6 +97,17 @@ def test_workers_that_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
         hwdbm.fleet.cluster.process, "python", lambda *_: [sys.executable, "-P", "-c", "raise SystemExit('no')"]
     )
     with pytest.raises(OSError, match="workers died, the last with status 1: no"):
+        tabulate(many(3), ["h0"], geometric, workers=1)
+
+
+def test_a_scheduler_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask has one error for whatever the system refuses it; that isn't a fault of ours."""
+
+    def refused(**_: object) -> None:
+        raise RuntimeError("Cluster failed to start: no room") from OSError("no room")
+
+    monkeypatch.setattr(distributed, "SpecCluster", refused)
+    with pytest.raises(OSError, match="no Dask scheduler can be started here: no room"):
         tabulate(many(3), ["h0"], geometric, workers=1)
 
 

@@ -556,3 +556,14 @@ def test_a_trace_that_fails_before_its_first_interval_leaves_nothing(tmp_path, t
     assert [*tmp_path.rglob("*")] == [path] * there
     with pytest.raises(ClosedError):
         writer.append(2, np.zeros(1, dtype=np.uint64))
+
+
+def test_a_system_without_room_for_a_thread_is_no_damage(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    with Writer(tmp_path / "trace", [Memslot(0, 0, 0, 64, 0)], 4096) as writer:
+        monkeypatch.setattr(group._zarr().Array, "resize", failing)
+        with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
+            writer.append(1, np.zeros(1, dtype=np.uint64))
+        monkeypatch.undo()

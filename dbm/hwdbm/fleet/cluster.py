@@ -197,11 +197,14 @@ def _cluster(workers: int) -> Iterator[tuple[Any, Callable[[], None]]]:
         folder = stack_.enter_context(files.scratch())
         settings = {"distributed.scheduler.http.routes": [], "temporary-directory": str(folder)}
         stack_.enter_context(dask.config.set(settings))
-        cluster = stack_.enter_context(
-            SpecCluster(
-                workers={}, scheduler={"cls": Scheduler, "options": options}, security=security, silence_logs=False
+        try:
+            cluster = stack_.enter_context(
+                SpecCluster(
+                    workers={}, scheduler={"cls": Scheduler, "options": options}, security=security, silence_logs=False
+                )
             )
-        )
+        except RuntimeError as error:  # Dask's word for whatever the system refuses it
+            raise OSError(f"no Dask scheduler can be started here: {error.__cause__ or error}") from error
         keys = {
             "tls_ca_file": security.tls_ca_file,
             "tls_worker_key": security.tls_worker_key,

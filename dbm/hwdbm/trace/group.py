@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hwdbm import check
 from hwdbm.bitmap import word_count
-from hwdbm.errors import ClosedError, TraceError, printable
+from hwdbm.errors import ClosedError, TraceError, has_no_thread, printable
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.trace.metadata import NOT_YET, Grid, Header, read_grid, read_header
 from hwdbm.vm import MemoryMap
@@ -568,6 +568,8 @@ def _failures(path: os.PathLike[str]) -> Iterator[None]:
     except (MemoryError, ModuleNotFoundError, TraceError):
         raise
     except Exception as error:
+        if has_no_thread(error):
+            raise
         raise TraceError(f"{os.fspath(path)}: it is damaged: {type(error).__name__}: {error}") from error
 
 
