@@ -12,6 +12,7 @@ __all__ = [
     "HwdbmError",
     "ImageError",
     "InvariantError",
+    "KernelsError",
     "KvmUnavailableError",
     "LayoutError",
     "PatternError",
@@ -90,6 +91,10 @@ class InvariantError(HwdbmError, AssertionError):
 
 class GuestExitError(HwdbmError, OSError):
     """A vCPU of a real VM stopped for good: its guest did what nothing here handles, or KVM failed (EIO)."""
+
+
+class KernelsError(HwdbmError, ValueError):
+    """There are no such kernels here: numba is missing, or can't compile them; the text says why."""
 
 
 class KvmUnavailableError(HwdbmError, OSError):

@@ -182,6 +182,7 @@ FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter(
             marks=pytest.mark.slow,
         ),
         ("llvmlite", "raise MemoryError", SMALL, 0, "here: MemoryError; 'vector' takes over"),
+        ("llvmlite", "raise MemoryError", ["migrate", "--source", "arm"], 1, "'atomic' can't be compiled here"),
         ("zlib_ng", "raise ImportError('wrong ELF class')", ["migrate", "--help"], 0, ""),
         ("typer", "raise ImportError('wrong ELF class')", ["--help"], 1, "a library that this needs can't be imported"),
         ("rich", "import no_such_library", ["harvest", ODD], 1, "this needs no_such_library, which isn't installed"),

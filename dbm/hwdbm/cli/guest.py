@@ -19,7 +19,7 @@ from hwdbm.arm.vm import memory_slots
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.cli import parse as sizes
 from hwdbm.cli.options import parser, words
-from hwdbm.errors import BitmapError
+from hwdbm.errors import BitmapError, KernelsError
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
 from hwdbm.kvm import KvmUnavailableError, KvmVm
@@ -330,6 +330,8 @@ def usage() -> Iterator[None]:
     """Have what the library calls a wrong value be wrong usage: it was given on the command line."""
     try:
         yield
+    except KernelsError:  # not what was given is wrong
+        raise
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -537,7 +539,7 @@ def arm_for(layout: MemoryMap, *, blocks: bool) -> ArmVm:
     """
     try:
         return ArmVm.from_slots(layout.page_size, layout.slots, blocks=blocks)
-    except ArmUnavailableError:
+    except (ArmUnavailableError, KernelsError):
         raise
     except ValueError as error:
         raise LayoutError(f"no Arm machine has this memory: {error}") from error

@@ -40,12 +40,14 @@ write outside of its arrays.
 import logging
 from importlib import import_module
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.check import array, inside, instance, uint64s
+from hwdbm.errors import KernelsError
 from hwdbm.pte import ANY, Match, Update, clean, dirty
 
 __all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
@@ -208,7 +210,7 @@ def use(name: Name) -> None:
 
     Raises
     ------
-    ValueError
+    KernelsError
         If there is no such implementation, or it can't be used here.
     """
     _active[:] = [named(name)]
@@ -219,7 +221,7 @@ def named(name: Name) -> Kernels:
     instance(name, str, "name")
     if name not in available():
         hint = "; the extra 'jit' brings numba" if name == "fused" else ""
-        raise ValueError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")
+        raise KernelsError(f"no kernels {name!r} here: there are {', '.join(available())}{hint}")
     return _imported(name)
 
 
@@ -228,11 +230,11 @@ def shared() -> Kernels:
 
     Raises
     ------
-    ValueError
+    KernelsError
         If there is no numba, or it can't compile here.
     """
     if "fused" not in available():
-        raise ValueError("shared arrays need atomic operations, and so numba: the extra 'jit' brings it")
+        raise KernelsError("shared arrays need atomic operations, and so numba: the extra 'jit' brings it")
     return _imported("atomic")
 
 
@@ -241,7 +243,7 @@ def _imported(name: str) -> Kernels:
         return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
     except Exception as error:  # whatever numba or LLVM raises where they don't work
         why = str(error) or type(error).__name__
-        raise ValueError(f"the kernels {name!r} can't be compiled here: {why}") from error
+        raise KernelsError(f"the kernels {name!r} can't be compiled here: {why}") from error
 
 
 def active() -> Kernels:
@@ -255,7 +257,7 @@ def active() -> Kernels:
                 use(name)
                 break
             except ValueError as error:
-                _log.warning("hwdbm: %s; 'vector' takes over", " ".join(str(error).split())[:200])
+                _log.warning("hwdbm: %s; 'vector' takes over", shorten(str(error), 200, placeholder=" ..."))
     return _active[0]
 
 
