@@ -502,3 +502,34 @@ def test_a_pass_of_a_huge_guest_goes_over_a_sample_of_it(intervals: int) -> None
     assert found.words is not None
     assert found.words.size <= 1 << 18
     assert found.pages == pytest.approx(nwords / 4 * 8, rel=0.02)
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=20))
+def test_a_forecast_is_the_value_that_is_off_least_as_a_part_of_what_it_may_be(values: list[float]) -> None:
+    def off(value: float) -> float:
+        return sum(abs(value - each) / each for each in values)
+
+    assert off(predict._likeliest(values)) <= min(map(off, values)) * (1 + 1e-9)
+
+
+def test_a_forecast_of_nothing_at_all_is_the_median() -> None:
+    assert predict._likeliest([0.0, 3.0, 5.0]) == 3.0
+
+
+@pytest.mark.parametrize("starts", [1, 2, 5, 15, 40])
+def test_bandwidths_are_spread_as_the_terms_say_from_each_moment(starts: int) -> None:
+    """From each moment some are tried, of which none is but one side; without a spread each once, at the bandwidth."""
+    begins = [float(i) for i in range(starts)]
+    plan = Course(Terms("own", spread=0.06), 100.0, 0.3)
+    drawn = predict._draws(plan, begins)
+    assert len(drawn) == max(starts, 15)
+    assert sorted({each.start for each in drawn}) == begins
+    rates = np.array([each.bandwidth for each in drawn])
+    assert rates.mean() == pytest.approx(100)
+    assert rates.std() == pytest.approx(6, rel=0.1)
+    if 15 // starts > 1:
+        for begin in begins:
+            mine = [each.bandwidth for each in drawn if each.start == begin]
+            assert min(mine) <= 100 <= max(mine)
+    still = predict._draws(replace(plan, terms=FREE), begins)
+    assert [(each.start, each.bandwidth) for each in still] == [(begin, 100.0) for begin in begins]
