@@ -548,12 +548,13 @@ def test_a_trace_that_fails_before_its_first_interval_leaves_nothing(tmp_path, t
     with pytest.raises(KeyError), Writer(path, [Memslot(0, 0, 0, 64, 0)], 4096):
         raise KeyError
     assert [*tmp_path.rglob("*")] == [path] * there
-    with pytest.raises(ValueError, match="1"), Writer(path, [Memslot(0, 0, 0, 64, 0)], 4096) as writer:  # noqa: PT012
+    with pytest.raises(ValueError, match="not at 1"), Writer(path, [Memslot(0, 0, 0, 64, 0)], 4096) as writer:  # noqa: PT012
         writer.append(1, np.zeros(1, dtype=np.uint64))
         writer.append(1, np.zeros(1, dtype=np.uint64))
     assert open_trace(path).intervals == 1
+    (path / "mine").touch()
     writer.discard()
-    assert [*tmp_path.rglob("*")] == [path] * there
+    assert [*tmp_path.rglob("*")] == [path, path / "mine"]  # what somebody put there stays
     with pytest.raises(ClosedError):
         writer.append(2, np.zeros(1, dtype=np.uint64))
 

@@ -4,13 +4,10 @@ Results go to stdout, in JSON with ``--json``; everything else goes to stderr. E
 well, 1 failure, 2 wrong usage, 3 a check found a mismatch, 130 interrupted.
 """
 
-import os
 import sys
 
 __all__ = ["main"]
 
-_USAGE = 2
-_COMPLETE = "_HWDBM_COMPLETE"  # how a shell asks for completions
 _EXTRAS = {
     "typer": "cli",
     "rich": "cli",
@@ -63,8 +60,6 @@ def _run() -> int:
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, it ends in one line
         if has_no_thread(error):
             return _failed("the system has no room for another thread, or doesn't allow one")
-        if isinstance(error, SystemExit) and _COMPLETE in os.environ:
-            return _USAGE  # typer has said what is wrong with the instruction
         return _bug(error)
 
 

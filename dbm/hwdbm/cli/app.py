@@ -1,5 +1,6 @@
 """The typer application that the commands are put together in. A command's module is imported when it is called."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -213,4 +214,8 @@ def run() -> int:
         with suppress(OSError):
             error.show()
         return _USAGE
+    except SystemExit:
+        if "_HWDBM_COMPLETE" not in os.environ:  # by which a shell asks typer
+            raise
+        return _USAGE  # typer has said what is wrong with what it was asked
     return status if isinstance(status, int) else 0

@@ -175,14 +175,17 @@ class _Migration:
 
     def _ask(self) -> str:
         """Return what the rule that was given says between two passes, and do the rest of it."""
-        assert self._plan.decide is not None  # noqa: S101 - it was looked at
-        self._asked = self._wall
-        self._verdict = verdict = self._plan.decide(self._samples)
+        self._verdict = verdict = self._decided()
         if verdict.limit is not None:
             self._limit = verdict.limit
         if verdict.throttle is not None:
             self._throttle = max(float(verdict.throttle), self._plan.throttle)
         return verdict.action
+
+    def _decided(self) -> Verdict:
+        assert self._plan.decide is not None  # noqa: S101 - it was looked at
+        self._asked = self._wall
+        return self._plan.decide(self._samples)
 
     def _until_asked(self) -> float:
         """Return the seconds until a rule is to be asked within a pass."""
@@ -195,13 +198,12 @@ class _Migration:
 
         It can only give up there: the guest is paused, or slowed down, when a pass is over.
         """
-        assert self._plan.decide is not None  # noqa: S101 - only then is it time to ask
-        self._asked, before = self._wall, self._samples[-1] if self._samples else None
+        before = self._samples[-1] if self._samples else None
         known = Sample(self._wall, 1, left, self._size, page_size=self._guest.page_size) if before is None else before
         self._samples.append(
             replace(known, time=self._wall, remaining=left, transferred=self._sent + sent, downtime_limit=self._limit)
         )
-        verdict = self._plan.decide(self._samples)
+        verdict = self._decided()
         if verdict.action == "abort":
             self._verdict = verdict
 

@@ -302,17 +302,20 @@ class Writer:
             self._group.attrs["intervals"] = self.intervals
 
     def discard(self) -> None:
-        """Remove the trace, as if it had never been begun; of one that was closed, too, unless by another process."""
+        """Remove the trace, as if it had never been begun, and nothing else that is in its folder.
+
+        It does nothing in a process that was forked.
+        """
         if os.getpid() != self._owner:
             return
         self._open = False
-        for each in self.path.iterdir():
-            if each.is_dir():
-                shutil.rmtree(each)
-            else:
-                each.unlink()
+        for name in ("words", "zeros", "times", "initial-zeros"):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+        (self.path / "zarr.json").unlink(missing_ok=True)
         if self._made:
-            self.path.rmdir()
+            with suppress(OSError):  # somebody else's files are there
+                self.path.rmdir()
 
     def __enter__(self) -> Self:
         return self
