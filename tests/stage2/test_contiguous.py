@@ -1,14 +1,20 @@
 """Contiguous runs as one leaf: every verb against the walker, and literals."""
 
-from itertools import pairwise
+import inspect
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steppedkernel import SteppedKernel
 
 from hwdbm import DirtyBitmap, Granule, Stage2, pte, walker
+from hwdbm.errors import GfnError
+from hwdbm.kernels import vector
+from hwdbm.pte import State
+from hwdbm.stage2.leaves import Leaves
 from hwdbm.testing import bitmaps, differences, stage2s
 
 CONT = np.uint64(pte.CONTIGUOUS)
@@ -146,3 +152,161 @@ def test_a_part_takes_apart_the_runs_that_it_touches_and_no_others(verb):
     kept = np.flatnonzero(s2.level(3) & np.uint64(pte.CONTIGUOUS))
     assert kept.tolist() == [*range(16, 32), *range(144, 160)]
     assert (s2.dirty() | s2.host_dirty | out).pages().tolist() == list(range(80, 96))
+
+
+# --- whoever sets the bit, beside a verb ----------------------------------------------------------------------
+
+RUN = range(16, 32)
+JOINED = {
+    "harvest": lambda s2, mask: s2.harvest(),
+    "a part's harvest": lambda s2, mask: s2.harvest(None, 0, 20),
+    "peek": lambda s2, mask: peek(s2),
+    "clean": lambda s2, mask: s2.clean(mask),
+    "track_part": lambda s2, mask: s2.track_part(mask),
+    "wrprotect_part": lambda s2, mask: s2.wrprotect_part(mask),
+    "enable_dbm": lambda s2, mask: s2.enable_dbm(mask),
+    "disable_dbm": lambda s2, mask: s2.disable_dbm(),
+    "wrprotect": lambda s2, mask: s2.wrprotect(3, 20),
+    "clear_dbm": lambda s2, mask: s2.clear_dbm(20, 1),
+    "set_dbm": lambda s2, mask: s2.set_dbm(20, 1),
+    "mkold": lambda s2, mask: s2.mkold(),
+}
+SETTLED = {  # the states of the leaves that were to be changed; those that are tracked may be written at once
+    "track_part": {State.WRITABLE_CLEAN, State.WRITABLE_DIRTY},
+    "enable_dbm": {State.WRITABLE_CLEAN, State.WRITABLE_DIRTY},
+    "disable_dbm": {State.UNTRACKED},
+    "wrprotect_part": {State.READ_ONLY},
+    "wrprotect": {State.READ_ONLY},
+    "clear_dbm": {State.READ_ONLY},
+}
+
+
+def peek(s2):
+    out = DirtyBitmap(s2.npages)
+    s2.peek_into(out, 0, 20)
+    return out
+
+
+class Kernel(SteppedKernel):
+    """Each pass ends with a step, too: one that finds nothing has no other."""
+
+    def __init__(self, hook):
+        super().__init__(hook)
+        self.find = self.then(vector.find)
+        self.rewrite_at, self.rewrite_within = self.then(super().rewrite_at), self.then(super().rewrite_within)
+
+    def then(self, work):
+        def both(*arguments, **options):
+            got = work(*arguments, **options)
+            self.hook()
+            return got
+
+        return both
+
+
+class Host:
+    """At some steps of a verb, the host makes leaves a run, from `first` on, and the guest writes by one `entry`.
+
+    By an entry that has the bit it writes the whole run. An entry that isn't tracked records nothing, and without the
+    permission nothing is written.
+    """
+
+    def __init__(self, s2, steps, entry, first):
+        self.s2, self.steps, self.entry, self.first = s2, steps, entry, first
+        self.written, self.recorded, self.step = set(), set(), 0
+
+    def __call__(self):
+        if self.step in self.steps:
+            self.join()
+        self.step += 1
+
+    def join(self):
+        entries = self.s2.level(3)
+        entries[self.first : RUN.stop] |= CONT
+        desc = int(entries[self.entry])
+        pages = RUN if desc & pte.CONTIGUOUS else [self.entry]
+        if desc & pte.DBM:
+            entries[self.entry] |= DIRTY
+            self.recorded.update(pages)
+        if desc & (pte.DBM | pte.S2AP_W):
+            self.written.update(pages if desc & pte.DBM else [self.entry])
+
+
+def joined(verb, steps, entry, first, dbm, dirty):
+    """Check what a verb leaves, at some steps of which a run is made; return how many steps it has."""
+    s2 = Stage2(40, contiguous=True)
+    s2.map(0, 40, pfn=0, dbm=dbm)
+    s2.level(3)[RUN.start : RUN.stop] |= CONT
+    s2.level(3)[dirty] |= DIRTY
+    host = Host(s2, steps, entry, first)
+    s2._leaves._kernels = Kernel(host)
+    mask = DirtyBitmap.from_pages([3, 18, 20, 21], 40)
+    got = JOINED[verb](s2, mask)
+    s2._leaves._kernels = vector
+    copied = (
+        got if isinstance(got, DirtyBitmap) else mask if verb in ("clean", "track_part", "wrprotect_part") else None
+    )
+    known = s2.dirty() if copied is None else s2.dirty() | copied
+    host_knows = s2.host_dirty | s2.dirty() | s2.writable()
+    lost = host.recorded - set(known.pages().tolist())
+    assert not lost, f"lost: {sorted(lost)}"
+    untold = host.written - set(host_knows.pages().tolist())
+    assert not untold, f"the host doesn't know of {sorted(untold)}"
+    if verb in SETTLED:
+        asked = {"wrprotect": range(3, 23), "clear_dbm": [20], "disable_dbm": range(40)}.get(
+            verb, mask.pages().tolist()
+        )
+        states = {pte.state(int(s2.level(3)[page]), 3) for page in asked}
+        assert states <= (SETTLED[verb] if dbm or verb != "clear_dbm" else {State.UNTRACKED}), f"escaped: {states}"
+    return host.step
+
+
+@pytest.mark.parametrize("verb", JOINED)
+def test_a_run_that_is_made_beside_a_verb(verb):
+    for entry, apart, dbm, dirty in (
+        (20, 0, True, 20),
+        (20, 0, False, 2),
+        *product((16, 20, 31), (0, 1, 7), [True], [2]),
+    ):
+        step, count = 0, 1
+        while step < count:
+            count = joined(verb, {step, step + apart}, entry, 16 + apart % 4, dbm, dirty)
+            step += 1
+
+
+@pytest.mark.parametrize("verb", SETTLED)
+def test_a_run_that_is_made_all_the_while(verb):
+    """The verb ends, and nothing that was recorded is lost."""
+    s2 = Stage2(40, contiguous=True)
+    s2.map(0, 40, pfn=0, dbm=True)
+    host = Host(s2, range(10**6), 20, 16)
+    s2._leaves._kernels = Kernel(host)
+    with pytest.raises(GfnError, match=r"gfn 0x\w+\.\.0x\w+: others make runs"):
+        JOINED[verb](s2, DirtyBitmap.from_pages([20], 40))
+    s2._leaves._kernels = vector
+    assert host.recorded == set(RUN) <= set(s2.dirty().pages().tolist())
+
+
+SILENT = "record if update is tracked else Record(record.out, record.also, out_of=None, also_of=None)"
+MUTANTS = {
+    "what is made a run again loses the bit, and nobody hears": (
+        Leaves,
+        "take_apart",
+        "update, record",
+        f"update, {SILENT}",
+    ),
+    "rules are for leaves of runs, too": (Stage2, "_in_no_run", "change(_alone)", "change(lambda rule: rule)"),
+    "nobody looks again": (Stage2, "_in_no_run", "if not self._in_runs(lo, hi):", "if True:"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_making_runs_beside_verbs_finds_mistakes(monkeypatch, mutant):
+    owner, name, old, new = MUTANTS[mutant]
+    source = inspect.getsource(getattr(owner, name))
+    assert source.count(old) == 1
+    names = dict(vars(inspect.getmodule(owner)))
+    exec("if True:\n" + source.replace(old, new), names)
+    monkeypatch.setattr(owner, name, names[name])
+    with pytest.raises(AssertionError, match=r"lost|escaped"):
+        test_a_run_that_is_made_beside_a_verb("wrprotect_part")

@@ -51,6 +51,20 @@ def test_nothing_is_lost_of_contiguous_runs():
     assert min(stress.rounds) > 2
 
 
+class RunsAllTheWhile(Runs):
+    """The host does nothing but make runs, of what the harvesters take apart."""
+
+    def verbs(self):
+        return (self.run_up,)
+
+
+def test_nothing_is_lost_while_runs_are_made():
+    stress = RunsAllTheWhile()
+    stress.run(SECONDS / 2)
+    print(stress)
+    assert min(stress.rounds) > 2
+
+
 def test_runs_taken_for_leaves_are_found_out():
     hunt(Runs, contiguous=False)
 

@@ -161,10 +161,10 @@ MUTANTS = {
     "the pages are passed after the blocks, without the lock": {
         "tally = pages()": "splits = self._splits",
         "if self._splits != splits:": "if splits is None:",
-        "return tally": "return tally + pages()",
+        "sinks)\n        return tally": "sinks)\n        return tally + pages()",
     },
     "the blocks are passed without the lock": {
-        "with self._lock:\n            self._take_apart": "if True:\n            self._take_apart"
+        "with self._lock:\n            tally +=": "if True:\n            tally +="
     },
 }
 

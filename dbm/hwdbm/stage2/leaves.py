@@ -312,12 +312,12 @@ class Leaves:
             entries[lo:hi] = rows[i, lo - start : hi - start]
 
     def take_apart(self, level: int, index: Index, record: Record) -> None:
-        """Clear the contiguous bit of the leaves `index` of `level`, which have it, and clean them."""
-        leaf, tracked = pte.leaf(level).also(ones=pte.CONTIGUOUS), pte.tracked(level).also(ones=pte.CONTIGUOUS)
-        both = pte.Update(tracked, clears=pte.CONTIGUOUS | pte.S2AP_W)
-        silent = Record(record.out, record.also, out_of=None, also_of=None)
-        self.update_at(level, index, both, record, 0, self.layout.npages)
-        self.update_at(level, index, pte.Update(leaf, clears=pte.CONTIGUOUS), silent, 0, self.layout.npages)
+        """Clear the contiguous bit of the leaves `index` of `level`, and clean those that are tracked."""
+        # What loses the bit while it is dirty goes to the record as such: it stands for its whole run.
+        run = pte.leaf(level).also(ones=pte.CONTIGUOUS)
+        tracked = pte.Update(run.also(ones=pte.DBM), clears=pte.CONTIGUOUS | pte.S2AP_W)
+        for update in tracked, pte.Update(run, clears=pte.CONTIGUOUS):
+            self.update_at(level, index, update, record, 0, self.layout.npages)
 
     def set_bits(self, level: int, index: Index, bits: Array) -> None:
         """Set `bits` in the entries `index` of `level`, which may repeat."""

@@ -18,6 +18,7 @@ thread may be writing. Every other verb has the Stage2 to itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from threading import Lock
 from typing import Self
 from weakref import ref
@@ -38,8 +39,20 @@ from hwdbm.stage2.saved import Saved
 
 Array = NDArray[np.uint64]
 ByLevel = Callable[[int], pte.Update]
+Limit = Callable[[ByLevel], ByLevel]
 _RUN_LEVELS = (1, 2, 3)
+_ROUNDS = 64  # of taking runs apart that others make meanwhile
 Pages = Iterable[int] | NDArray[np.integer]
+
+
+def _alone(rule: ByLevel) -> ByLevel:
+    """Return `rule` for leaves without the contiguous bit."""
+
+    def limited(level: int) -> pte.Update:
+        update = rule(level)
+        return replace(update, where=update.where.also(zeros=pte.CONTIGUOUS))
+
+    return limited
 
 
 class Stage2:
@@ -74,7 +87,8 @@ class Stage2:
         reported of the whole run: the aligned group of `Granule.contiguous_entries` leaves. A harvest or clean that
         touches a run cleans all of it, and a verb that replaces or protects a leaf of a run takes the run apart first:
         what it recorded is saved, and its leaves lose the bit. Each entry is decided on by what it is itself. Such a
-        verb has the Stage2 to itself, unless that is shared.
+        verb has the Stage2 to itself, unless that is shared: then others may set the bit at any moment, but for those
+        of map, unmap, split and collapse. Where they never cease to, the verb raises `GfnError`, and nothing is lost.
     saved : Saved
         Dirty state of leaves that were replaced, until a harvest takes it.
     host_dirty : DirtyBitmap
@@ -540,9 +554,9 @@ class Stage2:
         with self._lock:
             if self.contiguous:
                 return self._clean_runs(mask)
-            changed = self._update_part(pte.clean, mask, self._save_record(every, every))
+            tally = self._update_part(pte.clean, mask, self._save_record(every, every))
             self.saved.drop(mask, 0, self.host_dirty)
-            return changed
+            return tally.changed
 
     def take_host_dirty(self) -> DirtyBitmap:
         """Return the host pages' dirty flags and clear them, as the host does before it writes pages back."""
@@ -662,6 +676,30 @@ class Stage2:
                 self._leaves.kernels.fill(found.words, self._groups(level, found.pages()))
                 self._keep(found)
 
+    def _in_no_run(self, lo: int, hi: int, change: Callable[[Limit], Tally]) -> Tally:
+        """Take apart the runs that touch [lo, hi), and have `change` apply rules to leaves there. The lock is held.
+
+        What `change` is given limits a rule to leaves without the contiguous bit: in a shared Stage2, others may set it
+        after the taking apart, and what such a leaf recorded is its whole run's. Then both are done once more.
+        """
+        if not self.contiguous:
+            return change(lambda rule: rule)
+        tally = Tally()
+        for _ in range(_ROUNDS):
+            self._take_apart(lo, hi)
+            tally += change(_alone)
+            if not self._in_runs(lo, hi):
+                return tally
+        raise GfnError(
+            f"gfn {self.base_gfn + lo:#x}..{self.base_gfn + hi - 1:#x}: others make runs of it all the while"
+        )
+
+    def _in_runs(self, lo: int, hi: int) -> bool:
+        """Return whether a leaf that touches [lo, hi) has the contiguous bit."""
+        return any(
+            self._leaves.find(level, pte.leaf(level).also(ones=pte.CONTIGUOUS), lo, hi).size for level in _RUN_LEVELS
+        )
+
     # --- tracking and protection ---------------------------------------------------------------------------
 
     def enable_dbm(self, mask: DirtyBitmap | None = None) -> int:
@@ -687,8 +725,9 @@ class Stage2:
         if mask is not None:
             self._check(mask, "mask")
             with self._lock:
-                self._take_apart(0, self.npages)
-                return self._update_part(pte.arm, mask, record)
+                return self._in_no_run(
+                    0, self.npages, lambda limit: self._update_part(limit(pte.arm), mask, record)
+                ).changed
         with self._lock:
             return self._leaves.update(pte.arm, 0, self.npages, record).changed
 
@@ -696,8 +735,9 @@ class Stage2:
         """Stop recording: tracked leaves become untracked, their dirty state saved. Return how many they were."""
         with self._lock:
             record = self._saving(0, self.npages, told=every)
-            self._take_apart(0, self.npages)
-            return self._leaves.update(pte.disarm, 0, self.npages, record).changed
+            return self._in_no_run(
+                0, self.npages, lambda limit: self._leaves.update(limit(pte.disarm), 0, self.npages, record)
+            ).changed
 
     def set_dbm(self, gfn: int | None = None, npages: int | None = None) -> int:
         """Set DBM alone on untracked leaves, which become writable-dirty. Return how many they were.
@@ -766,8 +806,16 @@ class Stage2:
         sinks = self._sinks(out)
         lo, hi = self._part(mask, first)
 
-        def pages() -> Tally:
-            return sum((self._update_pages(rule, mask, lo, out, told) for rule, told in rules), Tally())
+        def pages(limit: Limit = lambda rule: rule) -> Tally:
+            return sum((self._update_pages(limit(rule), mask, lo, out, told) for rule, told in rules), Tally())
+
+        def rest(limit: Limit) -> Tally:
+            tally = Tally()
+            for rule, told in rules:
+                tally += self._update_blocks(limit(rule), mask, lo, self._save_record(told, told))
+            if self._splits != splits:
+                tally += pages(limit)
+            return tally
 
         # The pass over pages is the long one. It needs no lock: what it reads and writes is this part's alone, so that
         # nothing that other parts do comes between it and the blocks. Where others may change leaves of this part
@@ -780,11 +828,7 @@ class Stage2:
                 splits = self._splits
             tally = pages()
         with self._lock:
-            self._take_apart(lo, hi)
-            for rule, told in rules:
-                tally += self._update_blocks(rule, mask, lo, self._save_record(told, told))
-            if self._splits != splits:
-                tally += pages()
+            tally += self._in_no_run(lo, hi, rest)
             self.saved.drop(mask, lo, *sinks)
         return tally
 
@@ -847,14 +891,17 @@ class Stage2:
         lo, hi = self._range_or_all(gfn, npages)
         with self._lock:
             record = self._saving(lo, hi, told=told)
-            self._take_apart(lo, hi)
-            self._isolate(lo, hi)
-            return self._leaves.update(rule, lo, hi, record).changed
+            return self._in_no_run(lo, hi, lambda limit: self._exactly(limit(rule), lo, hi, record)).changed
 
-    def _update_part(self, rule: ByLevel, mask: DirtyBitmap, record: Record) -> int:
-        """Apply `rule` to the leaves of at least one page in `mask`, of the slot; return how many changed."""
-        changed = self._update_blocks(rule, mask, 0, record).changed
-        return changed + self._update_pages(rule, mask, 0, None, record.also_of).changed
+    def _exactly(self, rule: ByLevel, lo: int, hi: int, record: Record) -> Tally:
+        """Apply `rule` to the leaves of [lo, hi), and to no other page."""
+        self._isolate(lo, hi)
+        return self._leaves.update(rule, lo, hi, record)
+
+    def _update_part(self, rule: ByLevel, mask: DirtyBitmap, record: Record) -> Tally:
+        """Apply `rule` to the leaves of at least one page in `mask`, of the slot."""
+        tally = self._update_blocks(rule, mask, 0, record)
+        return tally + self._update_pages(rule, mask, 0, None, record.also_of)
 
     def _update_blocks(self, rule: ByLevel, mask: DirtyBitmap, first: int, record: Record) -> Tally:
         """Apply `rule` to the blocks of at least one page in `mask`; what they recorded is saved, the mask's too."""
