@@ -42,7 +42,8 @@ def test_a_migration_is_watched_to_its_end(run, monitor) -> None:
     assert set(server.asked) <= READS
 
 
-def test_as_text(run, monitor) -> None:
+def test_as_text(run, monitor, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     result = run("watch", "--qmp", monitor([*ANSWERS]).path, "--interval", "0.001")
     first, second, end = result.out.splitlines()
     assert first.startswith("pass 2 after 10.8 s, 80.0 MiB left: ")

@@ -15,16 +15,33 @@ def test_the_diagram_is_the_one_that_was_looked_at(report):
     as_seen("device-marks-first.svg", diagram(report) + "\n")
 
 
-@pytest.mark.parametrize("width", [40, 60, 79, 80, 81, 120])
+LOST = "the page is lost here: whatever comes next, no end is right"
+
+
+@pytest.mark.parametrize("width", [60, 79, 80, 81, 120])
 def test_the_text_fits(report, width):
     lines = timeline(report, width).splitlines()
-    (rule,) = [line for line in lines if "page is lost here" in line]
-    assert len(rule) == max(width, 5 + len(rule.strip(" -")) + 2)
-    wide = max(12, (width - 5) // 3 - 2)
+    rule = [line for line in lines if line.strip("- ") and line.strip("- ") in LOST]
+    assert " ".join(line.strip("- ") for line in rule) == LOST
+    assert rule[0] == f"     {f' {LOST} ':-^{width - 5}}" or width == 60
+    wide = (width - 5) // 3 - 2
     assert lines[0].index("S") == 5 + wide + 2
     assert lines[0].index("what") == 5 + 2 * (wide + 2)
-    rows = [line for line in lines[1 : lines.index("")] if line != rule]
+    rows = [line for line in lines[1 : lines.index("")] if line not in rule]
     assert all(len(line) <= 5 + 3 * wide + 4 for line in rows)
+    assert max(map(len, rule)) <= width
+
+
+@pytest.mark.parametrize("width", [20, 40, 46])
+def test_what_is_too_narrow_for_columns_has_a_line_for_each_step(report, width):
+    lines = timeline(report, width).splitlines()
+    assert max(map(len, lines)) <= width
+    said = " ".join(line.strip("- ") for line in lines if line)
+    for at, step in enumerate(report.steps):
+        assert f"{at + 1}  {step.actor}: {step.text}" in said
+        assert all(each in said for each in step.changed)
+    assert f"{LOST} {report.lost_at + 2}  " in said
+    assert said.endswith(report.wrong)
 
 
 def test_the_text_is_80_columns_wide_by_default(report):

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import hwdbm
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import Verbatim, result
 
 _USAGE = 2  # the exit status
 # typer brings a click of its own since 0.16, without public names for what it raises.
@@ -203,7 +203,7 @@ def common(
     """
     del version
     if context.invoked_subcommand is None:
-        result(context.get_help())
+        result(Verbatim(context.get_help()))
 
 
 def run() -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hwdbm.cli import options, parse
-from hwdbm.cli.streams import result
+from hwdbm.cli.streams import Verbatim, result
 
 EPILOG = """Examples:
 
@@ -99,7 +99,7 @@ def completion(
     elif shell is None:
         raise typer.BadParameter(f"name a shell: {', '.join(_Shell)}")
     else:
-        result(_SCRIPTS[shell])
+        result(Verbatim(_SCRIPTS[shell]))
 
 
 def _candidates(context: Any, line: str) -> Iterator[tuple[str, str]]:

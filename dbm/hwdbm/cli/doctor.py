@@ -257,9 +257,7 @@ def _records(findings: dict[str, _Found]) -> list[dict[str, Any]]:
 
 
 def _text(about: dict[str, str], findings: dict[str, _Found]) -> str:
-    lines = wrapped(
-        f"hwdbm {about['hwdbm']}, Python {about['python']}, Linux {about['kernel']}, {about['architecture']}"
-    )
+    lines = [f"hwdbm {about['hwdbm']}, Python {about['python']}, Linux {about['kernel']}, {about['architecture']}"]
     size = max(map(len, findings))
     for name, each in findings.items():
         head = f"{'yes' if each.usable else 'NO':<3}  {name:<{size}}  "

@@ -12,7 +12,7 @@ from hwdbm import files
 from hwdbm.cli import options, pages, parse
 from hwdbm.cli.example import label
 from hwdbm.cli.output import columns, hexadecimal, progress, warn
-from hwdbm.cli.streams import json_text, note, result, wrapped
+from hwdbm.cli.streams import json_text, note, result
 from hwdbm.errors import HwdbmError
 from hwdbm.granule import size_name
 from hwdbm.image import Image, Live
@@ -313,4 +313,4 @@ def _text(report: dict[str, Any]) -> str:
         f"{total['tables']} tables ({total['table-bytes']} bytes) read in {total['time']:.1f} ms",
     )
     table = columns(rows, left=(0, 1, 2, *range(6, len(heads))))
-    return "\n".join([*wrapped(head), table, *wrapped(summary[0]), *wrapped(summary[1])])
+    return "\n".join([head, table, *summary])

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hwdbm.cli import interrupt
-from hwdbm.cli.streams import note, width
+from hwdbm.cli.streams import note, width, wrapped
 from hwdbm.image.reader import Visitor
 from hwdbm.image.walk import Batch
 
@@ -64,7 +64,13 @@ def _records(cells: list[list[str]]) -> str:
     heads, *rows = cells
     longest = max(map(len, heads))
     return "\n\n".join(
-        "\n".join(f"{head:<{longest}}  {cell}" for head, cell in zip(heads, row, strict=True) if cell) for row in rows
+        "\n".join(
+            line
+            for head, cell in zip(heads, row, strict=True)
+            if cell
+            for line in wrapped(f"{head:<{longest}}  {cell}", longest + 2)
+        )
+        for row in rows
     )
 
 

@@ -18,7 +18,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.example import label
 from hwdbm.cli.guest import MemoryOption, OnLimit, RateOption, SeedOption, Vm, WorkloadOption
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import json_text, result, width, wrapped
+from hwdbm.cli.streams import json_text, result, width
 from hwdbm.files import NewFile, scratch
 from hwdbm.forecast import OWN, QEMU, Estimate, Forecast, RuleOutcome, Sample, Terms
 from hwdbm.forecast.samples import MOST, read_sample_file
@@ -295,7 +295,7 @@ def _say(found: Forecast, outcomes: list[RuleOutcome], *, as_json: bool, rules: 
     lines = [columns(_rows(found)), "", *textwrap.wrap(found.why, min(width() - 1, 100))]
     if rules:
         lines += ["", columns(_rule_rows(outcomes), left=(0, 1))]
-        lines += [each for one in outcomes for each in wrapped(f"{one.rule}: {one.why}", 2)]
+        lines += [f"{one.rule}: {one.why}" for one in outcomes]
     result("\n".join(lines))
 
 

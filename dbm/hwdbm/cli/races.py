@@ -212,7 +212,7 @@ def _one(report: "Finding", svg: Path | None, *, as_json: bool, about: str = "")
     if report.proved:
         result(f"{head}\nproved: nothing is wrong in any of its {report.states} states")
     else:
-        wide = max(min(width(), 100), 60)
+        wide = min(width(), 100)
         wrapped = "\n".join(textwrap.wrap(head, wide))
         result(f"{wrapped}\n\n{timeline(report, wide)}", drawn)
 

@@ -12,7 +12,7 @@ from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import KvmLogOption, MemoryOption, ModeOption, RateOption, SeedOption, Thp, Vm, WorkloadOption
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
 from hwdbm.cli.output import busy
-from hwdbm.cli.streams import json_text, result, wrapped
+from hwdbm.cli.streams import json_text, result
 from hwdbm.memslot import Memslot
 from hwdbm.migration.report import mebibytes
 from hwdbm.trace import Trace, analyse, from_bitmaps, record_file
@@ -203,4 +203,4 @@ def _say(trace: Trace, times: str, *, as_json: bool) -> None:
         f"{trace.path}: {trace.intervals} intervals in {found.seconds:.3g} s{how}; {mebibytes(touched)} of "
         f"{mebibytes(trace.npages * trace.page_size)} were written"
     )
-    result("\n".join(wrapped(text, 2)), done)
+    result(text, done)

@@ -86,22 +86,28 @@ def width() -> int:
 
 
 def wrapped(line: str, indent: int = 0) -> list[str]:
-    """Return a line as several that fit the terminal that stdout is; a word that doesn't stays whole.
+    """Return a line as several that fit the columns of stdout; a word that doesn't stays whole.
 
-    All but the first are indented by `indent` spaces, where there is room for that.
+    All but the first are indented by `indent` spaces, or by 2 where a word wouldn't fit after them.
     """
-    if "COLUMNS" not in os.environ and not sys.stdout.isatty():
+    columns = width()
+    if len(line) <= columns:
         return [line]
     from textwrap import wrap  # noqa: PLC0415  # an interrupt is answered first
 
-    columns = width()
-    after = " " * (indent if indent < columns // 2 else 2)
+    after = " " * (indent if indent + max(map(len, line.split()), default=0) <= columns else 2)
     return wrap(line, columns, subsequent_indent=after, break_long_words=False, break_on_hyphens=False) or [line]
 
 
-def json_text(value: Any) -> str:
-    """Return a value as the JSON that commands print."""
-    return json.dumps(value, indent=2)
+class Verbatim(str):
+    """Text for programs or to copy, whose lines are never wrapped."""
+
+    __slots__ = ()
+
+
+def json_text(value: Any, indent: int | None = 2) -> Verbatim:
+    """Return a value as the JSON that commands print; in one line without an `indent`."""
+    return Verbatim(json.dumps(value, indent=indent))
 
 
 def result(text: str, done: str = "") -> None:
@@ -110,7 +116,7 @@ def result(text: str, done: str = "") -> None:
     Parameters
     ----------
     text : str
-        One line or several.
+        One line or several. What is too wide for the columns of stdout is wrapped, unless it is `Verbatim`.
     done : str
         What the command did, be it told or not: "the migration completed".
 
@@ -119,8 +125,11 @@ def result(text: str, done: str = "") -> None:
     StdoutError
         If stdout can't take it, and nothing was done.
     """
+    lines = [printable(line) for line in text.split("\n")]
+    if not isinstance(text, Verbatim):
+        lines = [part for line in lines for part in wrapped(line, len(line) - len(line.lstrip()) + 2)]
     try:
-        sys.stdout.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
     except StdoutError as error:
         if not done:

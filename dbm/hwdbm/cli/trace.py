@@ -9,7 +9,7 @@ import typer
 
 from hwdbm.cli import example, options, parse
 from hwdbm.cli.output import busy, columns
-from hwdbm.cli.streams import json_text, result, wrapped
+from hwdbm.cli.streams import json_text, result
 from hwdbm.files import NewFile
 from hwdbm.migration.report import mebibytes, mib
 from hwdbm.trace import Analysis, Trace, analyse, open_trace
@@ -92,9 +92,9 @@ def _report(path: Path, trace: Trace, found: Analysis) -> dict[str, Any]:
 def _text(path: Path, trace: Trace, found: Analysis) -> str:
     page, total = found.page_size, found.npages * found.page_size
     cut = "" if trace.complete else ", whose writer didn't close it"
-    lines = wrapped(f"{example.label(path)}: {trace.intervals} intervals in {found.seconds:.4g} s{cut}", 2)
+    lines = [f"{example.label(path)}: {trace.intervals} intervals in {found.seconds:.4g} s{cut}"]
     about = f"{mebibytes(total)} in pages of {page >> 10} KiB: {trace.source or 'a VM'}, {trace.mechanism or 'a log'}"
-    lines += wrapped(about, 2)
+    lines.append(about)
     if not trace.intervals:
         return "\n".join([*lines, "", "There is no interval."])
     rows: list[list[object]] = [["period", "distinct MiB", "low", "high", "MiB/s", "of all"]]
@@ -111,9 +111,7 @@ def _text(path: Path, trace: Trace, found: Analysis) -> str:
         name = f"{amount.page_size >> 10} KiB" if amount.page_size < 1 << 20 else f"{amount.page_size >> 20} MiB"
         rows.append([name, mib(amount.nbytes / found.seconds), f"{amount.nbytes / least:.2f}"])
     lines += ["", columns(rows), ""]
-    for line in _rest(found, total):
-        lines += wrapped(line, 2)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rest(found, total)])
 
 
 def _rest(found: Analysis, total: int) -> list[str]:

@@ -17,7 +17,7 @@ import typer
 from hwdbm import forecast as forecasts
 from hwdbm.cli import options, parse
 from hwdbm.cli.interrupt import INTERRUPTED, as_event
-from hwdbm.cli.streams import note, result, width
+from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.forecast import Estimate, Forecast, Sample
 from hwdbm.migration.report import mib
 
@@ -261,10 +261,10 @@ class _Watched:
         except forecasts.SampleError:
             return  # they say too little
         if self._as_json:
-            result(json.dumps({
+            result(json_text({
                 "pass": sample.iteration, "time": round(sample.time * 1e3), "remaining": round(sample.remaining),
                 "forecast": found.to_dict(),
-            }))  # fmt: skip
+            }, indent=None))  # fmt: skip
             return
         total, down = _span(found.total_time, 1, 1), _span(found.downtime, 1e3, 0)
         said = f"{total} s in all, downtime {down} ms" if found.converges else "it doesn't converge"
@@ -274,7 +274,7 @@ class _Watched:
         known: Iterator[tuple[str, Any]] = ((key, answer.get(key)) for key in ("total-time", "downtime"))
         times = {key: at for key, at in known if type(at) in (int, float) and 0 <= at < _END}
         if self._as_json:
-            result(json.dumps({"status": answer["status"]} | times))
+            result(json_text({"status": answer["status"]} | times, indent=None))
             return
         if self._said is not None and not self._said.converges:
             result("\n".join(textwrap.wrap(self._said.why, min(width() - 1, 100))))

@@ -1,7 +1,7 @@
 """A counterexample to read: as a table with a column for each actor, and as a diagram."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from hwdbm.races.protocol import Finding
@@ -19,6 +19,8 @@ def _lost(report: Finding) -> str:
 
 def timeline(report: Finding, width: int = 80) -> str:
     """Return a counterexample as text: a column for each actor, and one for the shared state that changed.
+
+    Where the columns don't fit, each step is a line with its actor's name.
 
     Parameters
     ----------
@@ -47,8 +49,9 @@ def timeline(report: Finding, width: int = 80) -> str:
     a write to page x is lost: the copy is old, and nothing says that it is dirty
     """
     actors = _actors(report)
-    columns = len(actors) + 1
-    wide = max(_LEAST, (width - 5) // columns - 2)
+    wide = (width - 5) // (len(actors) + 1) - 2
+    if wide < _LEAST:
+        return "\n".join(_listed(report, width))
 
     def row(number: str, cells: Sequence[str]) -> list[str]:
         parts = [textwrap.wrap(cell, wide) or [""] for cell in cells]
@@ -63,8 +66,26 @@ def timeline(report: Finding, width: int = 80) -> str:
         cells = [step.text if actor == step.actor else "" for actor in actors]
         lines += row(str(at + 1), [*cells, ", ".join(step.changed)])
         if at == report.lost_at:
-            lines.append("     " + f" {_lost(report)} ".center(width - 5, "-"))
+            lines += _loss(report, width)
     return "\n".join([*lines, "", *textwrap.wrap(report.wrong, width)])
+
+
+def _listed(report: Finding, width: int) -> Iterator[str]:
+    """Yield the lines of a counterexample on a narrow screen."""
+    for at, step in enumerate(report.steps):
+        changed = f" [{', '.join(step.changed)}]" if step.changed else ""
+        yield from textwrap.wrap(f"{at + 1:>3}  {step.actor}: {step.text}{changed}", width, subsequent_indent="     ")
+        if at == report.lost_at:
+            yield from _loss(report, width)
+    yield ""
+    yield from textwrap.wrap(report.wrong, width)
+
+
+def _loss(report: Finding, width: int) -> list[str]:
+    line = f" {_lost(report)} ".center(width - 5, "-")
+    if len(line) <= width - 5:
+        return ["     " + line]
+    return textwrap.wrap(_lost(report), width, initial_indent="---- ", subsequent_indent="---- ")
 
 
 _STYLE = """
