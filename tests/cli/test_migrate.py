@@ -3,17 +3,21 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clocks import Clock
 
 from hwdbm import DirtyBitmap, snapshot
 from hwdbm.cli.guest import Endpoint, endpoint
+from hwdbm.errors import StreamError
 from hwdbm.memslot import Memslot
 from hwdbm.vm import MemoryMap, PlainGuest
 
@@ -481,12 +485,47 @@ def test_without_proof(run) -> None:
 def test_refusals_do_not_fill_a_log(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     from hwdbm.cli import receive
 
-    monkeypatch.setattr(receive, "_NOW_AND_THEN", 1e9)
+    clock = Clock()
+    monkeypatch.setattr(receive, "time", clock)
     tell = receive._refusals()
     for number in range(1000):
         tell(f"stranger {number}")
     said = capsys.readouterr().err.splitlines()
     assert said == [f"hwdbm: refused a connection: stranger {number}" for number in range(20)]
-    monkeypatch.setattr(receive, "_NOW_AND_THEN", 0)
+    clock.sleep(receive._NOW_AND_THEN - 1)
+    tell("too soon")
+    clock.sleep(1)
     tell("the last")
-    assert capsys.readouterr().err == "hwdbm: refused 981 connections, the last one: the last\n"
+    clock.sleep(receive._NOW_AND_THEN)
+    tell("alone")
+    assert capsys.readouterr().err.splitlines() == [
+        "hwdbm: refused 982 connections, the last one: the last",
+        "hwdbm: refused a connection: alone",
+    ]
+
+
+def test_a_receiver_that_does_not_come_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwdbm.cli import migrate
+
+    with subprocess.Popen(["sleep", "60"], stderr=subprocess.PIPE) as receiver:
+        try:
+            clock = Clock()
+            monkeypatch.setattr(migrate, "time", clock)
+            with pytest.raises(StreamError, match=f"the receiver didn't come up in {migrate._START:g} s"):
+                migrate._connect(receiver, folder / "socket", clock)  # type: ignore[arg-type]
+            assert clock.passed == pytest.approx(migrate._START, abs=0.05)
+            listener = socket.socket(socket.AF_UNIX)
+            clock = Clock(migrate._START - 1, lambda: (listener.bind(str(folder / "socket")), listener.listen()))
+            monkeypatch.setattr(migrate, "time", clock)
+            migrate._connect(receiver, folder / "socket", clock).close()  # type: ignore[arg-type]
+            listener.close()
+            interrupted = threading.Event()
+            interrupted.set()
+            with pytest.raises(StreamError, match="interrupted while the receiver came up"):
+                migrate._connect(receiver, folder / "socket", interrupted)
+        finally:
+            receiver.kill()
+    with subprocess.Popen("echo hwdbm: no room >&2", shell=True, stderr=subprocess.PIPE) as receiver:
+        receiver.wait()
+        with pytest.raises(StreamError, match="the receiver didn't come up: no room$"):
+            migrate._connect(receiver, folder / "socket", threading.Event())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clocks import Clock
 from rich.console import Console
 from seen import as_seen
 
@@ -95,13 +96,17 @@ def test_the_text_of_a_migration_was_looked_at(columns_, monkeypatch):
 
 
 def test_the_lines_of_a_log_were_looked_at(monkeypatch, capsys):
-    """Without a terminal there is one for each pass here, as nothing is too soon."""
-    monkeypatch.setattr(migrate, "_NOW_AND_THEN", 0)
+    """Without a terminal there is one now and then."""
+    clock = Clock()
+    monkeypatch.setattr(migrate, "time", clock)
     tell = migrate._lines()
+    tell(Report(4096, 512 * MIB, 0.3, passes=PASSES))  # too soon
     for status, passes in (("active", []), ("active", PASSES[:1]), ("device", PASSES[:2]), ("active", PASSES)):
+        clock.sleep(migrate._NOW_AND_THEN)
         tell(Report(4096, 512 * MIB, 0.3, status=status, total_time=12.5, remaining=3 * MIB, passes=passes))
+    clock.sleep(migrate._NOW_AND_THEN)
     tell(Report(4096, 512 * MIB, 0.3, passes=[Pass(1, 1, 4096, forecast=forecast(converges=False))]))
-    monkeypatch.setattr(migrate, "_NOW_AND_THEN", 1e9)
+    clock.sleep(migrate._NOW_AND_THEN - 0.1)
     tell(Report(4096, 512 * MIB, 0.3, passes=PASSES))
     as_seen("texts/log.txt", capsys.readouterr().err)
 

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from clocks import Clock
 from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -427,6 +428,20 @@ def test_another_call_has_the_folder(story, monkeypatch):
         assert len(Chain(story.chain.folder).snapshots()) == 4
         with pytest.raises(OSError, match="another call"):
             story.chain.prune(1)
+
+
+def test_another_call_is_waited_for(story, monkeypatch):
+    holder = ExitStack()
+    holder.enter_context(story.chain._locked())
+    clock = Clock(after=chains._PATIENCE - 1, done=holder.close)
+    monkeypatch.setattr(chains, "time", clock)
+    assert len(story.chain.snapshots()) == 4
+    assert clock.passed == pytest.approx(chains._PATIENCE - 1, abs=0.01)
+    clock = Clock()
+    monkeypatch.setattr(chains, "time", clock)
+    with story.chain._locked(), pytest.raises(OSError, match="another call"):
+        story.chain.prune(1)
+    assert clock.passed == pytest.approx(chains._PATIENCE, abs=0.01)
 
 
 # --- damage ------------------------------------------------------------------------------------------------
