@@ -978,6 +978,8 @@ FLOATS = (-inf, -5e-324, 0.0, 5e-324, 1.0, nextafter(1.0, 2.0), inf, nan)  # end
 def limits(name: str, kept: Mapping[str, list[int]]) -> Iterator[str]:
     """Yield what a door says to numbers at the edges of what it takes, beside them, and far from them.
 
+    Of an array of numbers it is the first that is another.
+
     Those numbers are the ones `kept` by parameter; where none are, the edges are looked for.
     """
     item, verb = DOORS[name]
@@ -990,24 +992,33 @@ def limits(name: str, kept: Mapping[str, list[int]]) -> Iterator[str]:
 
     def error(parameter: str, number: float) -> Exception | None:
         nonlocal scene
-        outcome = scene.run(parameter, number)
+        value: Any = scene.arguments[parameter]
+        outcome = scene.run(parameter, with_number(value, int(number)) if isinstance(value, np.ndarray) else number)
         if outcome.after != before:
             scene = doors.scene(recipe, item, verb)
         return outcome.error
 
     for parameter, value in scene.arguments.items():
-        if f"{verb or 'new'}.{parameter}" in recipe.skip or not (is_number(value) or isinstance(value, float)):
+        several = isinstance(value, np.ndarray) and value.dtype == np.int64 and value.ndim == 1 and value.size > 0
+        number = is_number(value) or isinstance(value, float)
+        if f"{verb or 'new'}.{parameter}" in recipe.skip or not (number or several):
             continue
         numbers: Iterable[float] = FLOATS
-        if is_number(value):
-            ways = (-FAR,) if parameter in recipe.amounts else (-FAR, FAR)
+        if not isinstance(value, float):
+            good, far = (value[0].item(), FAR >> 2) if several else (value, FAR)
+            ways = (-far,) if parameter in recipe.amounts else (-far, far * 2 - 1 if several else far)
             where = f"{name} {parameter}"
-            numbers = kept[where] if where in kept else edges(value, ways, partial(error, parameter))
+            numbers = kept[where] if where in kept else edges(good, ways, partial(error, parameter))
         for number in numbers:
             if parameter in recipe.amounts and number > 1 << 20:
                 continue
             said = error(parameter, number)
             yield f"{name} {parameter} = {number}: {'is taken' if said is None else said}"
+
+
+def with_number(value: np.ndarray, number: int) -> np.ndarray:
+    """Return an array with another first element, which may need 64 bits without a sign."""
+    return np.array([number, *value[1:].tolist()], dtype=np.uint64 if number >> 63 > 0 else np.int64)
 
 
 def edges(good: int, ways: Iterable[int], error: Callable[[int], Exception | None]) -> list[int]:

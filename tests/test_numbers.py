@@ -38,7 +38,7 @@ def _shown(value: object) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["migration.wire", "arm.abi", "kvm.abi", "pte", "vtcr", "memslot", "snapshot.manifest"]
+    "module", ["migration.wire", "arm.abi", "kvm.abi", "pte", "vtcr", "memslot", "snapshot.manifest", "image.raw"]
 )
 def test_numbers_are_the_ones_that_were_looked_at(module: str) -> None:
     as_seen(f"numbers/{module}.txt", "\n".join(numbers(module)) + "\n")

@@ -511,7 +511,7 @@ def test_a_receiver_that_does_not_come_up(folder: Path, monkeypatch: pytest.Monk
         try:
             clock = Clock()
             monkeypatch.setattr(migrate, "time", clock)
-            with pytest.raises(StreamError, match=f"the receiver didn't come up in {migrate._START:g} s"):
+            with pytest.raises(StreamError, match=rf"the receiver didn't come up in {migrate._START:g} s"):
                 migrate._connect(receiver, folder / "socket", clock)  # type: ignore[arg-type]
             assert clock.passed == pytest.approx(migrate._START, abs=0.05)
             listener = socket.socket(socket.AF_UNIX)
@@ -527,5 +527,5 @@ def test_a_receiver_that_does_not_come_up(folder: Path, monkeypatch: pytest.Monk
             receiver.kill()
     with subprocess.Popen("echo hwdbm: no room >&2", shell=True, stderr=subprocess.PIPE) as receiver:
         receiver.wait()
-        with pytest.raises(StreamError, match="the receiver didn't come up: no room$"):
+        with pytest.raises(StreamError, match=r"the receiver didn't come up: no room$"):
             migrate._connect(receiver, folder / "socket", threading.Event())

@@ -91,5 +91,3 @@ def test_programs_have_the_states_and_ends_that_they_had() -> None:
     assert len(programs) == COUNT
     now = [{**each, **explored(each)} for each in programs]
     as_seen(FILE, "".join(json.dumps(each) + "\n" for each in now))
-
-
