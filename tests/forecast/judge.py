@@ -46,6 +46,8 @@ READY = 0x600DBEEF  # what pattern.c writes when it has filled its memory
 BASE = 16 << 20  # and where its memory begins
 NETNS = f"hwdbm-judge-{os.getpid()}"
 FLAT = 15  # passes without progress after which our own migrations give up
+WRITTEN = 150  # MB/s of a guest that writes when terms are measured
+PAUSE = 1e-3  # seconds until the guest stands still
 CALIBRATION = 80  # MB/s of the link when its terms are measured
 REST = 6.0  # seconds before: memory that has rested is slower to look at, and that of guests that are judged has
 BUFFERS = 0.02  # seconds of the link that a socket's buffer holds
@@ -224,41 +226,54 @@ def trace_of(case: Case, setting: Setting, side: qemu.Side) -> content.Content:
 def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
     """Return QEMU's terms here, and those of a slow link, measured with guests that aren't judged.
 
-    One is of zeros, and one is full.
+    One is of zeros, one is full, and one writes: while it stands still, QEMU sends slower than before.
     """
-    net.be(None)
-    prefix = net.prefix if net.there else ()
-    fast, found, slowly, stopped = 100_000 * MB, {}, [], []
-    for name, memory, what in (("zeros", 512, "fill=1"), ("full", 256, "fill=232")):
-        case = Case("pattern", name, what, (), memory=memory)
-        with qemu.guest(machine_of(case, prefix), folder) as pair:
+
+    def runs_of(name: str, memory: int, what: str, *settings: Setting) -> list[list[qemu.Run]]:
+        """Return four runs of a guest at each setting."""
+        case, found = Case("pattern", name, what, (), memory=memory), []
+        with qemu.guest(machine_of(case, net.prefix if net.there else ()), folder) as pair:
             wait_ready(case, pair.side)
-            runs = []
-            for _ in range(4):
-                time.sleep(REST)
-                runs.append(pair.migrate(bandwidth=fast, downtime_limit=1, timeout=20))
-            if net.there and name == "full":
-                net.be(CALIBRATION * MB)
-                slowly = [pair.migrate(bandwidth=CALIBRATION * MB, downtime_limit=300, timeout=20) for _ in range(4)]
-                net.be(None)
-            quick = statistics.median(map(after_the_last, runs))
-            stopped += [run.stopped for run in runs]
-        assert all(run.status == "completed" for run in runs), runs
-        # What else went on here is none of QEMU's terms; how fast memory is, is.
-        found[name] = sorted(runs, key=lambda run: run.total_time)[len(runs) // 2 if name == "zeros" else 0]
-    zeros, full = found["zeros"], found["full"]
-    took = max((zeros.total_time - zeros.downtime) / 1e3, 1e-3)
-    zero_page = max(took - forecast.QEMU.setup, 0) / zeros.duplicate
-    seconds = max((full.total_time - full.downtime) / 1e3 - full.duplicate * zero_page, 1e-3)
+            for each in settings:
+                net.be(each.bandwidth * MB if each.link else None)
+                runs = []
+                for _ in range(4):
+                    time.sleep(0 if each.link else REST)
+                    runs.append(pair.migrate(bandwidth=each.bandwidth * MB, downtime_limit=each.limit, timeout=20))
+                assert all(run.status == "completed" for run in runs), runs
+                found.append(runs)
+        net.be(None)
+        return found
+
+    fast = _(100_000, 1)
+    (of_zeros,) = runs_of("zeros", 512, "fill=1", fast)
+    of_full, *slowly = runs_of("full", 256, "fill=232", fast, *([link(CALIBRATION, 300)] if net.there else []))
+    (of_written,) = runs_of("written", 256, "fill=128 uniform:0:48:3000", _(WRITTEN, 300))
+
+    # What else went on here is none of QEMU's terms; how fast memory is, is.
+    zeros, full = (sorted(runs, key=lambda run: run.total_time) for runs in (of_zeros, of_full))
+    zero, whole = zeros[len(zeros) // 2], full[0]
+    took = max((zero.total_time - zero.downtime) / 1e3, 1e-3)
+    zero_page = max(took - forecast.QEMU.setup, 0) / zero.duplicate
+    seconds = max((whole.total_time - whole.downtime) / 1e3 - whole.duplicate * zero_page, 1e-3)
+    handover = max(statistics.median(run.stopped for run in of_zeros + of_full) / 1e3 - PAUSE, 0.0)
+    last = statistics.median(last_pass(run, handover) for run in of_written)
     terms = replace(
         forecast.QEMU,
         zero_page=zero_page,
-        pause=1e-3,
-        handover=max(statistics.median(stopped) / 1e3 - 1e-3, 0.0),
-        last_bandwidth=full.transferred / seconds,
+        pause=PAUSE,
+        handover=handover,
+        last_bandwidth=min(last, whole.transferred / seconds),
     )
-    burst = max(statistics.median(map(after_the_last, slowly)) - quick, 0.0) if slowly else 0.0
-    return terms, replace(terms, last_bandwidth=None, burst=burst)
+    quick, *slow = (statistics.median(map(after_the_last, runs)) for runs in (of_full, *slowly))
+    return terms, replace(terms, last_bandwidth=None, burst=max(slow[0] - quick, 0.0) if slow else 0.0)
+
+
+def last_pass(run: qemu.Run, handover: float) -> float:
+    """Return the bytes a second that were sent while the guest stood still."""
+    assert run.stopped is not None, run
+    sent: int = run.samples[-1]["ram"]["downtime-bytes"]
+    return sent / max(run.stopped / 1e3 - handover - PAUSE, 1e-3)
 
 
 def after_the_last(run: qemu.Run) -> float:

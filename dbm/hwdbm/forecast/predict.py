@@ -18,7 +18,7 @@ from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 
 _STARTS = 5
 _DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't sure
-_GOLDEN = (5**0.5 - 1) / 2
+_GOLDEN, _SILVER = (5**0.5 - 1) / 2, 2**0.5 - 1
 _FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
@@ -191,21 +191,29 @@ def _forecast_of(
 
 
 def _draws(plan: Course, begins: Sequence[float]) -> list[Course]:
-    """Return the migrations that are tried: from each start some, with bandwidths that are spread as the terms say."""
-    if not plan.terms.spread:
-        return [replace(plan, start=begin) for begin in begins]
-    number = max(len(begins), _DRAWS)
-    normal = NormalDist(1.0, plan.terms.spread)
-    # Steps of the golden ratio, so that the bandwidths of each start, and of all of them, are spread as they should be.
-    order = sorted(range(number), key=lambda i: (i * _GOLDEN) % 1)
-    places = {i: (place + 0.5) / number for place, i in enumerate(order)}
+    """Return the migrations that are tried: from each start some, with what isn't known spread as it may be.
+
+    That is the bandwidth, of which the terms say how sure it is, and how much is in the sockets at the end.
+    """
+    number = max(len(begins), _DRAWS) if plan.terms.spread else len(begins)
+    # Steps of the golden ratio, and of another irrational number: the values of each start, and of all of them, are
+    # spread as they should be, and one doesn't go with the other.
+    bandwidths, held = _places(number, _GOLDEN), _places(number, _SILVER)
+    normal = NormalDist(1.0, plan.terms.spread) if plan.terms.spread else None
     return [
         replace(
-            plan, start=begins[i * len(begins) // number],
-            bandwidth=plan.bandwidth * max(normal.inv_cdf(places[i]), 0.05),
+            plan, start=begins[i * len(begins) // number], held=held[i],
+            bandwidth=plan.bandwidth * (max(normal.inv_cdf(bandwidths[i]), 0.05) if normal else 1.0),
         )
         for i in range(number)
     ]  # fmt: skip
+
+
+def _places(number: int, step: float) -> list[float]:
+    """Return the middles of as many equal parts of 0 to 1, in the order of what steps of `step`, modulo 1, give."""
+    order = sorted(range(number), key=lambda i: (i * step) % 1)
+    places = {i: (place + 0.5) / number for place, i in enumerate(order)}
+    return [places[i] for i in range(number)]
 
 
 def _likeliest(values: Sequence[float]) -> float:

@@ -40,6 +40,7 @@ class Course:
     horizon: float = 0.0  # seconds of the guest that are followed before it is called flat, where nothing gives up
     decide: Decide | None = None  # in place of the rule of the terms' structure
     begun: "Begun | None" = None  # where it is by now
+    held: float = 0.5  # how full QEMU's sockets are when the guest is stopped: 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,8 +448,10 @@ class _Migration:
         self._advance(terms.pause)
         dirty = self._guest.written(synced, self._now, left)
         self._advance(terms.sync(self._size), running=False)
-        # The guest runs at the destination when all that was handed over has come there.
-        rest = terms.burst - self._slack + self._seconds(dirty, self._last_bandwidth) + terms.handover
+        # The guest runs at the destination when all that was handed over has come there. How much that is depends on
+        # when in a turn it is stopped, and on who had the processors just then: any part of what the sockets hold.
+        held = (terms.burst - self._slack) * self._plan.held
+        rest = held + self._seconds(dirty, self._last_bandwidth) + terms.handover
         self._advance(rest, running=False)
         self._sent += self._bytes(dirty)
         return self._done(number + 1, terms.pause + terms.sync(self._size) + rest, converges=True)

@@ -38,7 +38,8 @@ class Terms:
         Bytes sent with each page, and for each page of zeros.
     burst : float
         Seconds of the bandwidth by which what was sent may be ahead of the link. Ours makes up for so long a gap
-        between two passes. For QEMU it is what the sockets hold: it takes that for sent, and the guest waits for it.
+        between two passes. For QEMU it is what the sockets hold at most: it takes that for sent, and the guest waits
+        for what is in them.
     tick : float
         The time that QEMU has a share of the bandwidth for: it sends it, waits for the end, and looks at what is left.
     look : float
