@@ -145,6 +145,7 @@ def kernel_calls(draw: Draw, implementation: Any) -> int:
         ("rewrite", entries, runs, draw.one(RULES)(3), out, also, draw.notes()),
         ("rewrite_within", entries, runs, draw.one(RULES)(3), within, out, also, draw.notes()),
         ("exchange", entries, runs, values, out, also, draw.notes()),
+        ("rewrite_all", draw.array(blocks), draw.one(RULES)(2), place, *wide, draw.notes()),
         ("rewrite_at", blocks, index, draw.one(RULES)(2), place, *wide, draw.notes()),
         ("exchange_at", blocks, index, at, place, *wide, draw.notes()),
         ("set_at", blocks, index, at),

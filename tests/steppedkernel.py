@@ -80,6 +80,18 @@ class SteppedKernel:
                 self._note(old, bit + i - start, notes, out, also)
                 at += 1
 
+    def rewrite_all(self, entries, update, place, out, also, kept, notes=BOTH):
+        _, size, lo, hi, _ = place
+        changed, words = 0, 0
+        for i in range(entries.size):
+            old = self._update(entries, i, update)
+            if old is not None:
+                self._note_at(old, i, place, out, also, kept, notes)
+                changed += 1
+                start = place.first + i * size
+                words += max(0, min(start + size, hi) - max(start, lo) + 63 >> 6)
+        return Tally(entries.size, changed, words)
+
     def rewrite_at(self, entries, index, update, place, out, also, kept, notes=BOTH):
         changed = 0
         for i in index.tolist():

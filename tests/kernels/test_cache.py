@@ -45,6 +45,7 @@ NAMES = (
     "_fill",
     "_find",
     "_rewrite",
+    "_rewrite_all",
     "_rewrite_at",
     "_rewrite_within",
     "_scan",

@@ -8,7 +8,7 @@ import operator
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations_with_replacement, pairwise, product
+from itertools import combinations_with_replacement, cycle, pairwise, product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import hwdbm
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
-from hwdbm.kernels import BOTH, Tally, fused, vector
+from hwdbm.kernels import BOTH, Notes, Place, Tally, fused, vector
 from hwdbm.pte import Match, Update
 from hwdbm.stage2.layout import runs_of
 
@@ -323,6 +323,96 @@ def test_tallies_add_up() -> None:
         operator.add(Tally(), (1, 2, 3))
 
 
+# --- all entries of a level ---------------------------------------------------------------------------------
+
+ENTRIES = (0, 1, 63, 64, 65, 130)
+PLACES = [  # the first page, pages of an entry, and how many pages before and after are not asked for
+    (0, 512, 0, 0), (-200, 512, 300, 200), (0, 1, 0, 0), (0, 1, 70, 3), (-15, 16, 40, 0), (-7, 100, 1, 2),
+    (0, 128, 150, 300), (0, 64, 1 << 60, 0), (0, 64, 64, 64), (3, 64, 64, 64), (-63, 128, 1000, 130),
+]  # fmt: skip
+TOLD = (BOTH, Notes(None, None), Notes(pte.dirty(2), pte.young(2)), Notes(pte.writable(2), None))
+
+
+def blocks(n: int, share: float) -> np.ndarray:
+    """Return entries of level 2: blocks of all kinds, tables, and nothing; `share` of them dirty."""
+    rng = np.random.default_rng([n, int(share * 100)])
+    dirty = pte.dirty(2).value
+    kinds = [0, pte.TABLE, dirty & ~pte.DBM, dirty & ~pte.S2AP_W, dirty | pte.TABLE]
+    made = np.where(rng.random(n) < share, np.uint64(dirty), rng.choice(np.array(kinds, dtype=np.uint64), n))
+    return made | rng.integers(0, ALL, n, dtype=np.uint64, endpoint=True) & np.uint64(ALL & ~pte.dirty(2).mask)
+
+
+def check_all(kernels: Any, n: int, share: float) -> None:
+    sinks = [(False, False), (True, False), (True, True)]
+    ways = cycle(product((pte.clean, pte.track, pte.mkold), sinks))
+    for (first, size, before, after), notes in product(PLACES, TOLD):
+        npages = max(first + n * size, 0)
+        lo, hi = min(before, npages), max(npages - after, min(before, npages))
+        place = Place(first, size, lo, hi, npages)
+        rule, sink = next(ways)
+        check_one_all(kernels, rule(2), blocks(n, share), place, notes, *sink)
+
+
+def check_one_all(
+    kernels: Any, update: Update, entries: np.ndarray, place: Place, notes: Notes, kept: bool, same: bool
+) -> None:
+    """Check a rewrite of all entries against a loop over them; with `same`, other pages are kept in `out`."""
+    first, size, lo, hi, end = place
+    out, also = words_of(end, 1), words_of(end, 2)
+    rest = (out if same else words_of(end, 3)) if kept else words_of(0, 3)
+    arrays = (out, also, rest)
+    expected = [sum(int(word) << 64 * i for i, word in enumerate(array.tolist())) for array in arrays]
+    if same:
+        expected[2] = expected[0]
+    before, words, changed = entries.tolist(), 0, 0
+    for i, desc in enumerate(before):
+        if not update.where(desc):
+            continue
+        before[i], changed = update(desc), changed + 1
+        start, stop = max(first + i * size, 0), min(first + (i + 1) * size, end)
+        inside = span(max(start, lo), min(stop, hi))
+        words += -(-inside.bit_count() // 64)
+        if notes.out is not None and notes.out(desc):
+            expected[0] |= inside
+            if kept:
+                expected[2] |= span(start, min(stop, lo)) | span(max(start, hi), stop)
+        if notes.also is not None and notes.also(desc):
+            expected[1] |= inside
+    if same:
+        expected[0] = expected[2] = expected[0] | expected[2]
+    assert kernels.rewrite_all(entries, update, place, *arrays, notes) == Tally(entries.size, changed, words)
+    assert entries.tolist() == before
+    assert [int.from_bytes(array.astype("<u8").tobytes(), "little") for array in arrays] == expected
+
+
+def span(lo: int, hi: int) -> int:
+    """Return a number with the bits [lo, hi) set."""
+    return (1 << hi) - (1 << lo) if lo < hi else 0
+
+
+@pytest.mark.parametrize("n", ENTRIES)
+@shares
+def test_rewrite_all(kernels: ModuleType, n: int, share: float) -> None:
+    check_all(kernels, n, share)
+
+
+@pytest.mark.parametrize("runs", [[(0, 323)], [(0, 64)], [(64, 128)], [(63, 65), (128, 192)], [(1, 320)], [(322, 323)]])
+def test_rewrite_all_of_runs(kernels: ModuleType, runs: Runs) -> None:
+    """Runs that begin and end with groups of 64 entries, and go on in the next."""
+    entries = pte.make_leaf(np.arange(323, dtype=np.uint64) << np.uint64(21), 2, dbm=True)
+    for start, stop in runs:
+        entries[start:stop] |= np.uint64(pte.S2AP_W)
+    for first, notes in product((0, -300), (BOTH, Notes(pte.dirty(2), pte.dirty(2)))):
+        npages = first + 323 * 512
+        place = Place(first, 512, 512, npages - 700, npages)
+        check_one_all(kernels, pte.clean(2), entries.copy(), place, notes, kept=True, same=False)
+
+
+def test_rewrite_all_in_small_blocks(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector, "_BLOCK", 64)
+    check_all(kernels, 150, 0.5)
+
+
 # --- threads, and memory ------------------------------------------------------------------------------------
 
 
@@ -524,6 +614,18 @@ def unjoined(entries: Any, match: Any) -> Any:
     return np.stack([index, index + 1], axis=1)
 
 
+def beyond_the_range(entries: Any, update: Any, place: Any, *bitmaps: Any) -> Tally:
+    return vector.rewrite_all(entries, update, place._replace(hi=min(place.hi + 1, place.end)), *bitmaps)
+
+
+def kept_by_nobody(entries: Any, update: Any, place: Any, out: Any, also: Any, kept: Any, notes: Any = BOTH) -> Tally:
+    return vector.rewrite_all(entries, update, place, out, also, kept[:0], notes)
+
+
+def told_alike(entries: Any, update: Any, place: Any, out: Any, also: Any, kept: Any, notes: Any = BOTH) -> Tally:
+    return vector.rewrite_all(entries, update, place, out, also, kept, Notes(notes.out, notes.out))
+
+
 MUTANTS = [
     (check_scan, "scan", assigned),
     (check_rewrite, "rewrite", whole_words),
@@ -539,12 +641,15 @@ MUTANTS = [
     (check_fill, "fill", last_in_word_wins),
     (check_fill, "fill", rounded_out),
     (check_find, "find", unjoined),
+    (check_all, "rewrite_all", beyond_the_range),
+    (check_all, "rewrite_all", kept_by_nobody),
+    (check_all, "rewrite_all", told_alike),
 ]
 
 
 @pytest.mark.parametrize(("check", "name", "mutant"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
 def test_check_catches(check: Callable[..., None], name: str, mutant: Callable[..., Any]) -> None:
-    case = (*MUTATED, 0.5) if check in PASSES else ()
+    case = (*MUTATED, 0.5) if check in PASSES else (65, 0.5) if check is check_all else ()
     with pytest.raises(AssertionError):
         check(broken(**{name: mutant}), *case)
 

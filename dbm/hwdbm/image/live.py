@@ -472,6 +472,8 @@ class _LiveLeaves(Leaves):
             )
         return tally
 
+    update_all = Leaves.update_found
+
     def update_at(self, level: int, index: Index, update: pte.Update, record: Record, lo: int, hi: int) -> int:
         changed, words = 0, self._words(record)
         for entries, numbers, place in self._by_table(level, index, lo, hi):

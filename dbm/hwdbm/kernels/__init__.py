@@ -12,7 +12,7 @@ Functions on runs take ``pte``, an (n,) uint64 array of level-3 descriptors; ``r
 far apart as they are, nothing matches, and a kernel may read there too.
 
 Functions at an index take the entries of any level, ``index``, an (n,) int64 array of entries, each once, and a
-`Place`, which says which pages they stand for.
+`Place`, which says which pages they stand for. ``rewrite_all`` takes no index: it is for all the entries of an array.
 
 What was there decides which bits are set (`Notes`), and bits are only ever set. From its first run to its last a call
 of ``vector`` or ``fused`` owns descriptors and words: no other thread may write them meanwhile. Calls that own disjoint
@@ -24,7 +24,8 @@ leaves each descriptor as it was, or changed with its bits set.
 ``rewrite``           change each descriptor that matches, set its bit
 ``rewrite_within``    the same, for descriptors whose bit is set in ``within`` only
 ``exchange``          put values in place of descriptors, set bits, return what was there
-``rewrite_at``        change entries that match, set the bits of their pages
+``rewrite_all``       change each entry that matches, set the bits of its pages
+``rewrite_at``        the same, for the entries of an index only
 ``exchange_at``       put values in place of entries, set the bits of their pages, return what was there
 ``set_at``            set bits in entries
 ``fill``              set all bits of the given ranges
@@ -138,6 +139,15 @@ class Kernels(Protocol):
     def exchange(self, pte: Array, runs: Runs, values: Array, out: Array, also: Array, notes: Notes = BOTH) -> None:
         """Swap descriptors, in the runs' order, with `values`; set the bits that `notes` asks of what was there."""
 
+    def rewrite_all(
+        self, entries: Array, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+    ) -> Tally:
+        """Apply `update` to the entries that match, and set the bits of their pages.
+
+        With an empty `kept` only the pages [lo, hi) of the place have bits set. The `words` are those of each entry's
+        pages in [lo, hi), part of one counting as one.
+        """
+
     def rewrite_at(
         self,
         entries: Array,
@@ -149,10 +159,7 @@ class Kernels(Protocol):
         kept: Array,
         notes: Notes = BOTH,
     ) -> int:
-        """Apply `update` to the entries `index`, set the bits of their pages, and return how many it changed.
-
-        With an empty `kept` only the pages [lo, hi) of the place have bits set.
-        """
+        """Do as `rewrite_all` for the entries `index`, and return how many it changed."""
 
     def exchange_at(
         self,
@@ -282,6 +289,7 @@ def warm_up() -> None:
     for within in (words, mask):
         kernels.rewrite_within(pte, runs, clean(3), within, words, words)
     kernels.exchange(pte, runs, pte.copy(), words, words)
+    kernels.rewrite_all(pte, clean(2), place, words, words, words)
     kernels.rewrite_at(pte, index, clean(2), place, words, words, words)
     kernels.exchange_at(pte, index, words.copy(), place, words, words, words)
     kernels.set_at(pte, index, words)
@@ -332,10 +340,8 @@ def check_at(
     entries: Array, index: Runs | None = None, place: Place | None = None, *words: Array, values: Array | None = None
 ) -> Runs:
     """Return `index`, contiguous, after checking that it lies in `entries`, and the pages of `place` in the words."""
-    uint64s(entries, "entries", writable=index is not None)
-    if index is None:
-        return _NO_INDEX
-    index = _indices(index, "index", 1)
+    uint64s(entries, "entries", writable=not (index is None and place is None))
+    index = _NO_INDEX if index is None else _indices(index, "index", 1)
     if not inside(index, 0, entries.size - 1):
         raise ValueError(f"index isn't inside of {entries.size} entries")
     if place is not None:

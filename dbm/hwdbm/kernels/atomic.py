@@ -67,6 +67,14 @@ def exchange(pte: Array, runs: Runs, values: Array, out: Array, also: Array, not
     _exchange(pte, runs, values, *_noted(notes), out, also)
 
 
+def rewrite_all(
+    entries: Array, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> Tally:
+    """Apply `update` to the entries that match, and set the bits of their pages."""
+    check_at(entries, None, place, out, also, kept)
+    return Tally(entries.size, *_rewrite_all(entries, *_masks(update), *_noted(notes), *place, out, also, kept))
+
+
 def rewrite_at(
     entries: Array, index: Runs, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
 ) -> int:
@@ -466,6 +474,26 @@ def _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, 
             _fill_one(kept, max(start, hi), min(stop, end))
     if _hit(d, mask2, value2):
         _fill_one(also, max(start, lo), min(stop, hi))
+
+
+@compiled(*(_W, *_CHANGE, *_NOTES, *_PLACE, _W, _W, _W))
+def _rewrite_all(
+    entries, mask, value, keep, sets, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept
+):
+    changed, words = 0, 0
+    for at in range(0, entries.size, 64):
+        word = _word(entries[at : min(at + 64, entries.size)], mask, value)
+        while word:
+            above = word & (word - np.uint64(1))
+            i = at + np.int64(_popcount((word ^ above) - np.uint64(1)))
+            word = above
+            d = _change(entries, i, mask, value, keep, sets)
+            if _hit(d, mask, value):
+                _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+                start = first + i * size
+                words += max(min(start + size, hi) - max(start, lo) + 63, 0) // 64
+                changed += 1
+    return changed, words
 
 
 @compiled(*(_W, _INDEX, *_CHANGE, *_NOTES, *_PLACE, _W, _W, _W))

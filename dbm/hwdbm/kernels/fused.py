@@ -65,6 +65,14 @@ def exchange(pte: Array, runs: Runs, values: Array, out: Array, also: Array, not
     _exchange(pte, runs, values, *_noted(notes), out, also)
 
 
+def rewrite_all(
+    entries: Array, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> Tally:
+    """Apply `update` to the entries that match, and set the bits of their pages."""
+    check_at(entries, None, place, out, also, kept)
+    return Tally(entries.size, *_rewrite_all(entries, *_masks(update), *_noted(notes), *place, out, also, kept))
+
+
 def rewrite_at(
     entries: Array, index: Runs, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
 ) -> int:
@@ -509,9 +517,63 @@ def _fill_one(words, start, stop, lo, hi):
         words[head] |= head_mask & last_mask
     else:
         words[head] |= head_mask
-        for w in range(head + 1, last):
-            words[w] = full
+        words[head + 1 : last] = full  # a loop over indices takes three times as long: LLVM makes no vectors of it
         words[last] |= last_mask
+
+
+@njit(nogil=True)
+def _fill_runs(words, bits, start, size, lo, hi):
+    """Set the bits of the pages in [lo, hi) of entries whose bits are set: `size` pages each, the first at `start`."""
+    while bits:
+        skip = _lowest(bits)
+        bits >>= skip
+        run = _lowest(~bits) if ~bits else np.uint64(64)
+        first = start + np.int64(skip) * size
+        start = first + np.int64(run) * size
+        _fill_one(words, first, start, lo, hi)
+        bits = bits >> run if ~bits else np.uint64(0)
+
+
+@njit(nogil=True)
+def _covered(bits, start, size, lo, hi):
+    """Return in how many words the pages in [lo, hi) of the entries of `bits` are, counted by entry."""
+    if lo <= start and start + 64 * size <= hi:
+        return np.int64(_popcount(bits)) * ((size + 63) // 64)
+    words = 0
+    while bits:
+        first = start + np.int64(_lowest(bits)) * size
+        words += max(min(first + size, hi) - max(first, lo) + 63, 0) // 64
+        bits &= bits - np.uint64(1)
+    return words
+
+
+@compiled(*(_W, *_CHANGE, *_NOTES, *_PLACE, _W, _W, _W))
+def _rewrite_all(
+    entries, mask, value, keep, sets, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept
+):
+    changed, words = np.uint64(0), 0
+    for at in range(0, entries.size, 64):
+        group = entries[at : min(at + 64, entries.size)]
+        word = _word(group, mask, value)
+        if word:
+            noted, start, after = word, first + at * size, first + (at + group.size) * size
+            if mask1 | value1:
+                noted &= _word(group, mask1, value1)
+            _fill_runs(out, noted, start, size, lo, hi)
+            if kept.size and (start < lo or hi < after):
+                _fill_runs(kept, noted, start, size, 0, lo)
+                _fill_runs(kept, noted, start, size, hi, end)
+            _fill_runs(also, word & _word(group, mask2, value2) if mask2 | value2 else word, start, size, lo, hi)
+            changed += _popcount(word)
+            words += _covered(word, start, size, lo, hi)
+            if group.size == 64:
+                _change64(entries, at, word, keep, sets)
+                continue
+            while word:
+                i = np.int64(_lowest(word))
+                group[i] = (group[i] & keep) | sets
+                word &= word - np.uint64(1)
+    return np.int64(changed), words
 
 
 # The two that follow set bits in one array after the other: a function that is handed all three, for each entry, has

@@ -20,26 +20,33 @@ Bools = NDArray[np.bool_]
 _BLOCK = 1 << 15  # descriptors: 256 KiB of them, and 32 KiB of booleans
 _FEW = 24  # where one descriptor in so many changes, or fewer, they are changed by their index
 _GAP = 1 << 12  # descriptors: a shorter gap between two runs is bridged
+_SHORT = 24  # words: where ranges are shorter, on average, they are filled together, and otherwise one by one
 _ALL = (1 << 64) - 1
 
 
 def scan(pte: Array, runs: Runs, match: Match, out: Array) -> None:
     """Set in `out` the bit of each descriptor that matches."""
     runs = check_runs(pte, runs, out)
-    room = _Room(pte.size)
+    room, some = _Room(pte.size), False
     for block, words, shift in _blocks(runs):
-        hit = room.hit(pte[block], match)
-        if hit.any():
+        entries = pte[block]
+        if not some and _none(entries, match):
+            continue
+        hit = room.hit(entries, match)
+        some = bool(hit.any())
+        if some:
             _set(out[words], _packed(hit, shift))
 
 
 def rewrite(pte: Array, runs: Runs, update: Update, out: Array, also: Array, notes: Notes = BOTH) -> Tally:
     """Apply `update`, and set in `out` and `also` the bits of the descriptors that it changed."""
     runs = check_runs(pte, runs, out, also, change=True)
-    room, read, changed, found = _Room(pte.size), 0, 0, 0
+    room, read, changed, found, count = _Room(pte.size), 0, 0, 0, 0
     for block, words, shift in _blocks(runs):
         entries = pte[block]
         read += entries.size
+        if not count and _none(entries, update.where):
+            continue
         hit = room.hit(entries, update.where)
         count = int(np.count_nonzero(hit))
         if count:
@@ -88,6 +95,26 @@ def exchange(pte: Array, runs: Runs, values: Array, out: Array, also: Array, not
         at += entries.size
 
 
+def rewrite_all(
+    entries: Array, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
+) -> Tally:
+    """Apply `update` to the entries that match, and set the bits of their pages."""
+    check_at(entries, None, place, out, also, kept)
+    room, changed, found = _Room(entries.size), 0, 0
+    for start in range(0, entries.size, _BLOCK):
+        block = entries[start : start + _BLOCK]
+        hit = room.hit(block, update.where)
+        count = int(np.count_nonzero(hit))
+        if count:
+            changed, found = changed + count, found + _covered(hit, start, place)
+            for match, words in zip(notes, (out, also), strict=True):
+                if match is not None:
+                    noted = hit if match == ANY else match(block) & hit
+                    _mark(_edges(noted) + start, place, words, kept if words is out else None)
+            room.change(block, hit, count, update)
+    return Tally(entries.size, changed, found)
+
+
 def rewrite_at(
     entries: Array, index: Runs, update: Update, place: Place, out: Array, also: Array, kept: Array, notes: Notes = BOTH
 ) -> int:
@@ -122,8 +149,9 @@ def fill(words: Array, ranges: Runs) -> None:
     """Set the bits of each row [start, stop) of `ranges`."""
     ranges = check_ranges(words, ranges)
     ranges = ranges[ranges[:, 0] < ranges[:, 1]]
-    for start in range(0, len(ranges), _BLOCK):
-        _fill(words, ranges[start : start + _BLOCK])
+    step = _BLOCK // 8
+    for start in range(0, len(ranges), step):
+        _fill(words, ranges[start : start + step])
 
 
 def merge(words: Array, bits: Array) -> None:
@@ -141,8 +169,7 @@ def remove(words: Array, bits: Array) -> None:
 def find(entries: Array, match: Match) -> Runs:
     """Return the runs [start, stop) of entries that match."""
     check_at(entries)
-    edges = np.flatnonzero(np.diff(match(entries), prepend=False, append=False))
-    return edges.astype(np.int64).reshape(-1, 2)
+    return _edges(match(entries))
 
 
 class _Room:
@@ -196,6 +223,21 @@ def _blocks(runs: Runs, gap: int | None = None) -> Iterator[tuple[slice, slice, 
             start, at = stop, at + stop - start
 
 
+def _none(entries: Array, match: Match) -> bool:
+    """Return whether no entry can match, as a bit that is asked for is set in none: one pass, in place of three.
+
+    It is worth that pass where there was nothing in the block before.
+    """
+    return bool(match.value and ~int(np.bitwise_or.reduce(entries)) & match.value)
+
+
+def _edges(hit: Bools) -> Runs:
+    """Return the runs [start, stop) of true elements."""
+    framed = np.zeros(hit.size + 2, dtype=np.bool_)
+    framed[1:-1] = hit
+    return np.flatnonzero(framed[1:] != framed[:-1]).astype(np.int64, copy=False).reshape(-1, 2)
+
+
 def _flips(update: Update) -> np.uint64 | None:
     """Return the bits in which what matches differs from what it becomes, or None if that isn't the same for all."""
     where, bits = update.where, update.sets | update.clears
@@ -224,14 +266,35 @@ def _publish(entries: Array, hit: Bools, hits: Array, notes: Notes, shift: int, 
 
 def _note_at(old: Array, index: Runs, notes: Notes, place: Place, out: Array, also: Array, kept: Array) -> None:
     """Set the bits of the pages of the entries `index`, which were `old`."""
-    first, size, lo, hi, end = place
     for match, words in zip(notes, (out, also), strict=True):
-        chosen = index[:0] if match is None else index[match(old)]
-        spans = np.stack([first + chosen * size, first + (chosen + 1) * size], axis=1)
-        fill(words, np.clip(spans, lo, hi))
-        if words is out and kept.size:
-            fill(kept, np.clip(spans, 0, lo))
-            fill(kept, np.clip(spans, hi, max(end, hi)))
+        if match is not None:
+            chosen = index if match == ANY else index[match(old)]
+            _mark(np.stack([chosen, chosen + 1], axis=1), place, words, kept if words is out else None)
+
+
+def _covered(hit: Bools, start: int, place: Place) -> int:
+    """Return in how many words the pages in [lo, hi) are of entries that `hit`, counted by entry, the first `start`."""
+    first, size, lo, hi, _ = place
+    first += start * size
+    # Of those that are neither wholly inside nor outside there are two at most: the one before and the one after.
+    begin = min(max(-(-(lo - first) // size), 0), hit.size)
+    end = min(max((hi - first) // size, begin), hit.size)
+    words = int(np.count_nonzero(hit[begin:end])) * (size + 63 >> 6)
+    for i in (begin - 1, end):
+        if 0 <= i < hit.size and hit[i]:
+            words += max(min(first + (i + 1) * size, hi) - max(first + i * size, lo) + 63 >> 6, 0)
+    return words
+
+
+def _mark(runs: Runs, place: Place, words: Array, kept: Array | None) -> None:
+    """Set the bits of the pages of runs of entries [start, stop): of [lo, hi) in `words`, of others in `kept`."""
+    first, size, lo, hi, end = place
+    spans = first + runs * size
+    fill(words, np.clip(spans, lo, hi))
+    if kept is not None and kept.size:
+        spans = spans[(spans[:, 0] < lo) | (spans[:, 1] > hi)]
+        fill(kept, np.clip(spans, 0, lo))
+        fill(kept, np.clip(spans, hi, max(end, hi)))
 
 
 def _fill(words: Array, ranges: Runs) -> None:
@@ -243,6 +306,13 @@ def _fill(words: Array, ranges: Runs) -> None:
     np.bitwise_or.at(words, head[one], head_mask[one] & last_mask[one])
     np.bitwise_or.at(words, head[~one], head_mask[~one])
     np.bitwise_or.at(words, last[~one], last_mask[~one])
-    for start, stop in zip((head + 1).tolist(), last.tolist(), strict=True):
+    inner, count = head + 1, np.maximum(last - head - 1, 0)
+    total = int(count.sum())
+    if total < _SHORT * count.size:
+        where = np.repeat(inner - (np.cumsum(count) - count), count)
+        where += np.arange(total)
+        words[where] = full
+        return
+    for start, stop in zip(inner.tolist(), last.tolist(), strict=True):
         if start < stop:
             words[start:stop] = full

@@ -33,7 +33,7 @@ _GONE = pte.Update(pte.ANY, clears=_ALL)
 
 
 def _all_tables(entries: Array) -> bool:
-    """Return whether entries, at least one, are all tables, as most often they are: faster than to ask of each."""
+    """Return whether entries are all tables, as most often they are: faster than to ask of each."""
     common = entries[0] if entries.size == 1 else np.bitwise_and.reduce(entries)
     return int(common) & pte.TABLE == pte.TABLE
 
@@ -214,7 +214,7 @@ class Leaves:
         read = 0
         for level in (1, 2):
             entries = self.level[level][self.layout.entries(level, lo, hi)]
-            if not _all_tables(entries) and pte.leaf(level)(entries).any():
+            if not _all_tables(entries) and len(self.kernels.find(entries, pte.leaf(level))):
                 return None
             read += entries.size
         return read
@@ -225,9 +225,11 @@ class Leaves:
         # them. For the same reason it does no harm to read some of those too, where that makes one run of two.
         where = self.layout.entries(2, lo, hi)
         entries = self.level[2][where]
-        if entries.size and _all_tables(entries):
+        if lo < hi and _all_tables(entries):
             return np.array([[lo, hi, lo]], dtype=np.int64)
         runs = self.kernels.find(entries, pte.table(2))
+        if not len(runs):
+            return np.empty((0, 3), dtype=np.int64)
         if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
             apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
             runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)
@@ -248,23 +250,37 @@ class Leaves:
 
     def update_blocks(self, rule: ByLevel, lo: int, hi: int, record: Record, mask: DirtyBitmap | None = None) -> Tally:
         """Apply `rule` to the blocks that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`."""
-        tally = Tally()
-        for level in (1, 2):
-            where, update = self.layout.entries(level, lo, hi), rule(level)
-            index = self.find(level, update.where, lo, hi)
-            if mask is not None and index.size:
-                index = index[any_in(mask.words, np.clip(self.layout.span(level, index), lo, hi) - lo)]
-            changed = self.update_at(level, index, update, record, lo, hi)
-            words = 0
-            if changed:
-                inside = np.clip(self.layout.span(level, index), lo, hi)
-                words = int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum())
-            tally += Tally(where.stop - where.start, changed, words)
-        return tally
+        if mask is None:
+            return self.update_all(1, rule(1), lo, hi, record) + self.update_all(2, rule(2), lo, hi, record)
+        return sum((self.update_found(level, rule(level), lo, hi, record, mask) for level in (1, 2)), Tally())
+
+    def update_all(self, level: int, update: pte.Update, lo: int, hi: int, record: Record) -> Tally:
+        """Apply `update` to the entries of `level` that touch [lo, hi)."""
+        where = self.layout.entries(level, lo, hi)
+        entries = self.level[level][where]
+        if _all_tables(entries):
+            return Tally(entries.size)
+        place = self._place(level, lo, hi, where.start)
+        return self.kernels.rewrite_all(entries, update, place, *self._words(record), record.notes(level))
+
+    def update_found(
+        self, level: int, update: pte.Update, lo: int, hi: int, record: Record, mask: DirtyBitmap | None = None
+    ) -> Tally:
+        """Do as `update_all`, with a mask as `update_blocks` has it, by the index of the entries."""
+        where, index = self.layout.entries(level, lo, hi), self.find(level, update.where, lo, hi)
+        if mask is not None and index.size:
+            index = index[any_in(mask.words, np.clip(self.layout.span(level, index), lo, hi) - lo)]
+        changed, words = self.update_at(level, index, update, record, lo, hi), 0
+        if changed:
+            inside = np.clip(self.layout.span(level, index), lo, hi)
+            words = int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum())
+        return Tally(where.stop - where.start, changed, words)
 
     def update_pages(self, update: pte.Update, lo: int, hi: int, record: Record) -> Tally:
         """Apply `update` to the level-3 entries of [lo, hi)."""
         runs = self.table_runs(lo, hi)
+        if not len(runs):
+            return Tally()
         return self.kernels.rewrite(self.level[3], runs, update, record.out.words, record.also.words, record.notes(3))
 
     def update_within(self, update: pte.Update, mask: DirtyBitmap, first: int, record: Record) -> Tally:
@@ -327,9 +343,10 @@ class Leaves:
         place = self._place(level, 0, self.layout.npages)
         self.kernels.exchange_at(self.level[level], index, values, place, *self._words(record), record.notes(level))
 
-    def _place(self, level: int, lo: int, hi: int) -> Place:
+    def _place(self, level: int, lo: int, hi: int, first: int = 0) -> Place:
+        """Return which pages the entries of `level` from `first` on stand for."""
         size = self.layout.sizes[level]
-        return Place(-(self.layout.base_gfn % size), size, lo, hi, self.layout.npages)
+        return Place(first * size - self.layout.base_gfn % size, size, lo, hi, self.layout.npages)
 
     @staticmethod
     def _words(record: Record) -> tuple[Array, Array, Array]:

@@ -450,12 +450,11 @@ class Stage2:
     def _harvest_blocks(self, lo: int, hi: int, out: DirtyBitmap) -> Tally:
         # Words outside of the range may be another thread's: the harvest of those pages takes the bits from `saved`.
         for level in (1, 2):
-            where = self.layout.entries(level, lo, hi)
-            if where.start < where.stop:
-                first, stop = self.layout.span(level, where.start)[0], self.layout.span(level, where.stop - 1)[1]
-                self.saved.widen(max(first, 0), lo)
-                self.saved.widen(hi, min(stop, self.npages))
-        return self._leaves.update_blocks(pte.clean, lo, hi, Record(out, self.host_dirty, self.saved.bitmap))
+            if self._leaves.straddles(level, lo):
+                self.saved.widen(max(self.layout.span(level, self.layout.index(level, lo))[0], 0), lo)
+            if self._leaves.straddles(level, hi):
+                self.saved.widen(hi, min(self.layout.span(level, self.layout.index(level, hi))[1], self.npages))
+        return self._leaves.update_blocks(pte.clean, lo, hi, Record(out, self._host_dirty, self.saved.bitmap))
 
     def peek_into(self, out: DirtyBitmap, first: int = 0, npages: int | None = None) -> Tally:
         """Do as `harvest_into`, but leave dirty leaves dirty. What is in `saved` is taken.
