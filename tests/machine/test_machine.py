@@ -324,6 +324,22 @@ def test_a_read_only_slot(make):
     machine.verify()
 
 
+@pytest.mark.parametrize("blocks", Blocks)
+def test_a_read_only_slot_is_that_after_a_log(make, blocks):
+    """What makes blocks again lets the guest write what the host lets it write."""
+    machine = make(blocks=blocks)
+    size = 4 << 20
+    slot = machine.add_memslot(size, GPA + (8 << 20), readonly=True)
+    gpas = np.arange(GPA + (8 << 20), GPA + (8 << 20) + size, PAGE)
+    machine.vcpus[0].load(gpas)
+    for _ in range(2):
+        machine.start_log()
+        machine.vcpus[0].load(gpas)
+        machine.stop_log()
+        with machine.log.locked(slot.id) as s2:
+            assert not s2.writable().any()
+
+
 def test_an_access_is_aligned(make):
     machine = make()
     with pytest.raises(ValueError, match="0x40000004 is not a multiple of 8"):

@@ -4,6 +4,7 @@ import base64
 import json
 import tracemalloc
 import zlib
+from math import nextafter
 
 import numpy as np
 import pytest
@@ -77,6 +78,14 @@ def test_zipf_falls_by_rank():
     assert found[0] > 0.08
     assert found[0] / found[9] == pytest.approx(7, rel=0.4)
     assert np.count_nonzero(found) > 990
+
+
+@pytest.mark.parametrize(("npages", "exponent"), [(64, 0.0), (64, 0.99), (3, 1.5), (1 << 20, 1.01)])
+def test_zipf_has_no_rank_beyond_the_last(npages, exponent, monkeypatch):
+    """Where the greatest number under 1 would round to a rank that there isn't."""
+    monkeypatch.setattr(Zipf, "_uniform", lambda *_: np.array([1 - 1e-10, nextafter(1, 0)]))
+    before, last = Zipf(exponent=exponent).offsets(0, 2, npages * PAGE)
+    assert last // PAGE == before // PAGE
 
 
 def test_rates():

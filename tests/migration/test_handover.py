@@ -357,6 +357,20 @@ def test_progress_that_raises_after_the_handover(vm, disk, tmp_path, caplog):
     destination.close()
 
 
+def test_a_source_that_can_not_be_put_away_after_the_handover(vm, disk, tmp_path, caplog, monkeypatch):
+    throttle = vm.throttle
+    monkeypatch.setattr(vm, "throttle", lambda percent: throttle(percent) if percent else 1 // 0)
+    with listen("tcp", tmp_path) as listener:
+        destination = Destination(listener, disk, timeout=5)
+        with connect("tcp", listener.address, 5) as source:
+            report = migrate(vm, source, SETTINGS)
+        destination.join()
+    assert (report.status, vm.running, destination.running) == ("completed", False, True)
+    assert "the source couldn't be put away after the handover" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    destination.close()
+
+
 def test_a_lease_that_went_stale(vm, disk, tmp_path):
     """A log that was lost on the way isn't found out by a digest that nobody asked for; so it is looked at."""
 

@@ -10,6 +10,9 @@ is a copy of one module with one change; the tests of its line run, those of its
 one fails, in a fork of a process that has imported everything but the package. What numba compiles leaves no trace, nor
 does what runs in another process or at an import: so the other tests of the room run as well, where none has failed.
 
+What no test can tell by its kind isn't drawn: a change of a type or of a protocol's class, of a zip's ``strict``, of
+``is`` to ``==`` where members of enumerations or types are compared, and what Python refuses.
+
 The sample goes by a hash of each line's text, so that it stays, but for the lines that changed, as the package grows.
 Results are appended to build/mutants/results-SEED.jsonl, and a run goes on where the one before it ended. What
 survives is looked for in harmless.toml, which argues for each mutant there why no test can catch it.
@@ -23,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -104,6 +108,7 @@ def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
     """Return the mutations of a module by place and kind: binary operators alone have eleven others each."""
     source = path.read_text()
     tree, dead = get_ast(source), set(_dead_places(ast.parse(source)))
+    members = set(_member_places(ast.parse(source)))
     places: dict[tuple[int, int, str], list[tuple[str, int]]] = defaultdict(list)
     by_type = defaultdict(list)
     for node in ast_nodes(tree):
@@ -116,7 +121,7 @@ def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
         kind, count = name.partition("/")[2].partition("_")[0], 0
         for node in by_type[_NODES.get(kind, "")]:
             for start, _ in operator.mutation_positions(node):
-                if start not in dead:
+                if start not in dead and not (name.endswith(_SAME) and start in members):
                     places[*start, kind].append((name, count))
                 count += 1
     return places
@@ -125,8 +130,8 @@ def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
 def _dead_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
     """Yield the places where a change says nothing about the tests.
 
-    Those are types, which only mypy reads, and the strict of a zip: as an assertion, it says what holds for any input,
-    so without it nothing is different.
+    Those are types, which only mypy reads, and the classes of a protocol, whose methods are never run; and the strict
+    of a zip: as an assertion, it says what holds for any input, so without it nothing is different.
     """
     for node in ast.walk(tree):
         dead: list[ast.AST | None] = []
@@ -136,6 +141,8 @@ def _dead_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
             dead = [node.returns, *(each.annotation for each in every if each)]
             if any("overload" in ast.unparse(each) for each in node.decorator_list):
                 dead = [node, *node.decorator_list]
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(each) == "Protocol" for each in node.bases):
+            dead = [node, *node.decorator_list]
         elif isinstance(node, ast.AnnAssign):
             dead = [node.annotation]
         elif isinstance(node, ast.Assign) and _is_type(node.value):
@@ -151,6 +158,24 @@ def _dead_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
                 first = each.col_offset if line == each.lineno else 0  # type: ignore[attr-defined]
                 last = each.end_col_offset if line == each.end_lineno else 200  # type: ignore[attr-defined]
                 yield from ((line, column) for column in range(max(first - 1, 0), last + 1))
+
+
+_SAME = ("_Is_Eq", "_IsNot_NotEq")
+_MEMBER = re.compile(r"[A-Z]\w*[a-z]\w*\.[A-Z][A-Z0-9_]*|type\(\w+\)").fullmatch
+
+
+def _member_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
+    """Yield the places where something is compared with a member of an enumeration, as ``Granule.K64``, or a type.
+
+    None but itself is equal to a member or to a type, so that ``is`` and ``==`` are the same there.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            left = node.left
+            for right in node.comparators:
+                if left.end_lineno == right.lineno and any(map(_MEMBER, map(ast.unparse, (left, right)))):
+                    yield from ((right.lineno, column) for column in range(left.end_col_offset or 0, right.col_offset))
+                left = right
 
 
 def _is_type(value: ast.expr) -> bool:

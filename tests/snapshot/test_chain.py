@@ -520,6 +520,8 @@ def test_what_is_missing_since_when(story):
     want = slot.npages - (pages[third.id][slot.id] | pages[last.id][slot.id]).weight()
     said = next(each for each in chain.check() if each.kind == "missing" and f"slot {slot.id}" in each.text)
     assert (said.pages, said.snapshot) == (want, last.id)
+    missing = ~(pages[third.id][slot.id] | pages[last.id][slot.id])
+    assert said.text.endswith(f"; the first is at gpa {(slot.base_gfn + missing.pages()[0]) * 4096:#018x}")
     assert f"since before {third.name}.json, whose parent isn't there" in said.text
     with pytest.raises(SnapshotError, match=r"its parent .* isn't there"):
         chain.rebase()
