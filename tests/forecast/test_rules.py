@@ -2,11 +2,13 @@
 
 import inspect
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seen import as_seen
 
 from hwdbm.forecast import (
     QEMU,
@@ -193,6 +195,56 @@ def test_each_rule_says_something_of_any_samples(made) -> None:
         assert verdict.action in {"continue", "switch", "abort"}
         assert rule(samples) == verdict  # a function of the samples
     assert len(passes(samples)) == len({each.iteration for each in samples})
+
+
+# What is left after passes of 16 s at 64 MB/s, in MB: numbers that are exact, so that ties are ties.
+HISTORIES = {
+    "falls to the limit": (4096, 1024, 256, 64, 32, 31),
+    "stays": (4096, *[64] * 12),
+    "stays, not far": (4096, *[48] * 12),
+    "waves": (4096, 80, 64, 96, 63, 100, 61.4375, 70, 66, 60, 61, 62, 59, 80, 80),
+    "creeps": (4096, *(100 * 0.97**i for i in range(12))),
+}
+OPTIONS: dict[str, list[dict[str, object]]] = {
+    "ours": [{}, {"max_downtime": 0.5}, *({"on_limit": how, "max_iterations": 3} for how in ("abort", "wait", "pause"))],
+    "qemu": [{}, {"max_downtime": 0.5}],
+    "qemu-auto-converge": [{}, {"max_downtime": 0.5}],
+    "kubevirt": [
+        {}, {"max_downtime": 0.5}, {"max_downtime": 0.75, "progress_timeout": 32.0}, {"max_downtime": 1.0, "decay": 0.25},
+        {"max_downtime": 0.5, "possible_factor": 2.0, "search_local_minima": False},
+        {"timeout_per_gib": 16.0}, {"stall_margin": 0.5, "ewma_alpha": 0.25, "progress_timeout": 16.0},
+    ],
+    "cloud-hypervisor": [{}, {"max_downtime": 0.5}, {"timeout": 64.0}, {"timeout": 64.0, "on_timeout": "ignore"}],
+}  # fmt: skip
+
+
+def told(rule: str, samples: list[Sample]) -> Iterator[str]:
+    """Yield what a rule with each of its options decides after each sample, once where it stays the same."""
+    for options in OPTIONS[rule]:
+        verdicts = [RULES[rule](samples[: i + 1], **options) for i in range(len(samples))]
+        yield f"  {rule} {options or ''}".rstrip()
+        for number, each in enumerate(verdicts):
+            if number == 0 or each != verdicts[number - 1]:
+                yield f"    {number + 1}: {each.action}, {each.why}; limit {each.limit}, throttle {each.throttle}"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_rules_decide_was_looked_at(rule: str) -> None:
+    lines = []
+    for name, left in HISTORIES.items():
+        samples = iterations(*left, every=16.0, bandwidth=64 * MB)
+        lines += [name, *told(rule, samples)]
+        # As a monitor has it: twice a pass, with what was sent, and a bandwidth that isn't the same.
+        often = [
+            Sample(
+                each.time + more, each.iteration, each.remaining * (1 - more / 32), each.total,
+                bandwidth=(60 + 4 * (number % 3)) * MB, transferred=(each.time + more) * 64 * MB, dirty_rate=3 * number * MB,
+            )
+            for number, each in enumerate(samples)
+            for more in (0, 8)
+        ]  # fmt: skip
+        lines += [f"{name}, asked often", *told(rule, often)]
+    as_seen(f"rules/{rule}.txt", "\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("name", RULES)
