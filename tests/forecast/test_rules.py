@@ -206,11 +206,14 @@ HISTORIES = {
     "creeps": (4096, *(100 * 0.97**i for i in range(12))),
 }
 OPTIONS: dict[str, list[dict[str, object]]] = {
-    "ours": [{}, {"max_downtime": 0.5}, *({"on_limit": how, "max_iterations": 3} for how in ("abort", "wait", "pause"))],
+    "ours": [
+        {}, {"max_downtime": 0.5}, *({"on_limit": how, "max_iterations": 3} for how in ("abort", "wait", "pause"))
+    ],
     "qemu": [{}, {"max_downtime": 0.5}],
     "qemu-auto-converge": [{}, {"max_downtime": 0.5}],
     "kubevirt": [
-        {}, {"max_downtime": 0.5}, {"max_downtime": 0.75, "progress_timeout": 32.0}, {"max_downtime": 1.0, "decay": 0.25},
+        {}, {"max_downtime": 0.5}, {"max_downtime": 0.75, "progress_timeout": 32.0},
+        {"max_downtime": 1.0, "decay": 0.25},
         {"max_downtime": 0.5, "possible_factor": 2.0, "search_local_minima": False},
         {"timeout_per_gib": 16.0}, {"stall_margin": 0.5, "ewma_alpha": 0.25, "progress_timeout": 16.0},
     ],
@@ -238,7 +241,8 @@ def test_what_rules_decide_was_looked_at(rule: str) -> None:
         often = [
             Sample(
                 each.time + more, each.iteration, each.remaining * (1 - more / 32), each.total,
-                bandwidth=(60 + 4 * (number % 3)) * MB, transferred=(each.time + more) * 64 * MB, dirty_rate=3 * number * MB,
+                bandwidth=(60 + 4 * (number % 3)) * MB, transferred=(each.time + more) * 64 * MB,
+                dirty_rate=3 * number * MB,
             )
             for number, each in enumerate(samples)
             for more in (0, 8)

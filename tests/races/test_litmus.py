@@ -1,11 +1,13 @@
 """The machine against verdicts, the broken machines against the tests, and the reader of herd's format."""
 
 import pytest
+from seen import as_seen
 
 from hwdbm.errors import UnreadError
 from hwdbm.races.litmus import Litmus, compare, read_folder, read_kinds
 from hwdbm.races.machine import BROKEN
 from hwdbm.races.program import Scene
+from hwdbm.races.search import explore
 from hwdbm.races.twenty import TWENTY
 
 STORE_AND_SWAP = r"""AArch64 STRx+SWPptex
@@ -130,3 +132,89 @@ def test_arithmetic(register, value):
     for other in range(17):
         yes, no, _ = Litmus.read(f"{ARITHMETIC}exists (0:X{register}={other})").outcomes()
         assert (yes, no) == ((1, 0) if other == value else (0, 1))
+
+
+INIT = "0:X1=x; 0:X2=PTE(x); 0:X3=3; 0:X4=(oa:PA(x), valid:0); 1:X1=x; 1:X3=PTE(x); 1:X5=y; y=4; x=6"
+INSTRUCTIONS = (
+    "LDR X6,[X1]", "LDAR X6,[X1]", "STR X3,[X1]", "STLR X3,[X1]", "STR X3,[X1,#0]", "STR X3,[X1,W9,SXTW]",
+    "LDR X6,[X1,#8]",
+    "SWP X3,X6,[X1]", "SWPAL X4,X6,[X2]", "LDADDA X3,X6,[X1]", "LDSETL X3,XZR,[X1]", "LDCLR X3,X6,[X1]",
+    "STADD X3,[X1]",
+    "STSETL X3,[X1]", "STCLR X3,[X1]", "LDEOR X3,X6,[X1]", "STEOR X3,[X1]", "CAS X3,X6,[X1]", "LDR X6,X1",
+    "LDR X6,[Q1]",
+    "NOP", "MOV X6,#-0x10", "MOV XZR,#1", "MOV X6,SP", "CMP X3,#1", "CSET X6,EQ", "CSET X6,LT", "ADD X6,X3,X3,SXTW",
+    "ADD X6,X3,X3,LSL", "EOR X6,X1,X1", "LSR X6,X1,#12", "AND X6,X1,X3", "ORR X6,XZR,X1", "FOO X1",
+    "DMB", "DMB SY", "DMB ISHLD", "DMB ISHST", "DSB", "DSB ISH", "DSB LD", "DSB ST", "ISB",
+    "TLBI VMALLE1IS", "TLBI VAE1IS,X1", "TLBI VAALE1OS,X1", "TLBI VALE1,X1", "TLBI ALLE2,X1",
+)  # fmt: skip
+ENDS = (
+    "exists x=3", "~ exists x=3", "forall x=3", "exists [x]=1", "exists 1:X6=1", "exists P1:X6=1", "exists y=4",
+    "exists 0:X6=4",
+    r"exists (x=3 /\ 1:X6=0)", r"exists (x=3 \/ y=4) /\ ~(1:X6=0)", "exists not x=3", "exists pte_x=(oa:PA(x), af:0)",
+    "exists PTE(x)=(valid:0)", "exists pte_x=(oa:PA(y))", "exists [PTE(x)]=(dbm:1)", "exists pte_x=0",
+    "exists 0:X2=pte_x",
+    "exists Fault(P0)", "exists Fault(P0:L0,x)", "exists fault(P0:L0,y)", "exists Fault(P1,x,MMU:Translation)",
+    "exists Fault(P1,MMU:AccessFlag)", "exists Fault(P0:L9)", "locations [x; 1:X6;]\nexists x=3",
+    "exists", "exists x", "exists x=", "exists (x=3", "exists x=3)", "exists x=3 y=2", "exists Fault(x)",
+    "exists Fault(P0,MMU:So)",
+    "exists Fault(P0,x,y)", "exists x=3 => y=2", "exists 0:Q1=1", "exists pte_x=(oa:x)", "exists pte_x=(el0:1)",
+    "filter x=3",
+)  # fmt: skip
+BEGINNINGS = (
+    "uint64_t x=3;", "int y;", "xs;", "pteval_t 0:X6;", "x=0x10;", "[x]=2;", "[PTE(x)]=(oa:PA(y), af:0);",
+    "PTE(x)=(valid:0);",
+    "[PTE(x)]=(db:0, dbm:0);", "TTD(x)=(oa:PA(x), dbm:1, db:1);", "0:X6=(valid:0);", "0:X6=-1;", "0:X6=PTE(y);",
+    "x=one;", "x.a=1;", "0:Q1=1;", "pte_9=(valid:0);", "[PTE(x)]=(valid:2);", "0:X6=9a;",
+)  # fmt: skip
+HEADS = (
+    "TTHM=HA",
+    "TTHM=HD",
+    "TTHM=P0:HD P1:HA",
+    "TTHM=P1:HA,P1:HD",
+    "",
+    "Variant=vmsa,ets2",
+    "variant=precise",
+    "Variant=kvm",
+)
+
+
+def herd(
+    instruction: str = "STR X3,[X1]",
+    end: str = "exists x=3",
+    more: str = "",
+    head: str = "TTHM=HA HD",
+    threads: str = "P0|P1",
+) -> str:
+    """Return a test of two threads: the instruction, where the page is clean, beside an unmap and a load."""
+    return (
+        f"AArch64 T\n{head}\n{{\n [PTE(x)]=(oa:PA(x), db:0, dbm:1); {INIT}; {more}\n}}\n{threads};\n"
+        f"L0: {instruction} | SWP XZR,X4,[X3];\n | LDR X6,[X5];\n{end}\n"
+    )
+
+
+def test_what_is_read_was_looked_at():
+    """Each instruction, condition, initial value and option has its ends, or is refused, as it was looked at."""
+    texts = {each: herd(each) for each in INSTRUCTIONS} | {each: herd(end=each) for each in ENDS}
+    texts |= {f"{{{each}}}": herd(more=each) for each in BEGINNINGS} | {
+        f"with {each}": herd(head=each) for each in HEADS
+    }
+    texts |= {"three threads": herd(threads="P0|P1|P2"), "P0|Q1": herd(threads="P0|Q1"), "no end": herd(end="")}
+    texts |= {
+        "no brace": herd().replace("{", "("),
+        "no body": "AArch64 T\n{\n",
+        "another": herd().replace("AArch64", "X86_64"),
+    }
+    lines = []
+    for name, text in texts.items():
+        try:
+            test = Litmus.read(text)
+            yes, no, states = test.outcomes()
+            ended = filter(test.machine.ended, explore(test.machine.start(test.mem), test.machine.steps))
+            ends = {f"  memory {' '.join(map(hex, state.mem))}, X6 {test.register(state, 0, 'X6')}" for state in ended}
+            lines += [
+                f"{name!r}: {yes} yes, {no} no, {states} states",
+                *(sorted(ends) if text.endswith("x=3\n") else ()),
+            ]
+        except UnreadError as error:
+            lines.append(f"{name!r}: {error}")
+    as_seen("races/read.txt", "\n".join(lines) + "\n")
