@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     # The command leaves its own handlers behind, and a thread, as its process is about to end.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(interrupt, "nudge", lambda: None)
     # What a log is told now and then would be told here where a machine is slow.
     monkeypatch.setattr(output, "_EVERY", inf)

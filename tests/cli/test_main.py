@@ -1,6 +1,7 @@
 """The command as a process: help, version, missing extras, what goes where."""
 
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,8 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
     ("name", "value", "args", "said"),
     [
         ("NUMBA_DISABLE_JIT", "1", SMALL, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
+        ("NUMBA_CPU_NAME", "nope", SMALL, "'nope' is not a recognized processor"),
+        ("NUMBA_CPU_FEATURES", "+nope", SMALL, "'+nope' is not a recognized feature"),
         ("NUMBA_NUM_THREADS", "many", SMALL, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
         ("MPLBACKEND", "none", ["inspect", ODD, "--plot", "a.svg"], ""),
         ("MPLCONFIGDIR", "/proc/none", ["inspect", ODD, "--plot", "a.svg"], ""),
@@ -218,6 +221,72 @@ def test_a_library_that_is_told_something_odd(name: str, value: str, args, said:
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == (said != ""), done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["harvest", "example:4k_ipa40"], SMALL, ["trace", "show", "example:machine-hot"],
+     ["record", "--ram-file", ODD, "--duration", "10ms", "--interval", "5ms", "--page-size", "4K"]],
+    ids=lambda args: args[0],
+)  # fmt: skip
+def test_a_current_folder_that_was_deleted(args, tmp_path: Path) -> None:
+    """What names no file in it works as elsewhere; the libraries that numba imports where they are there don't."""
+    if args[0] == "record":
+        (tmp_path / "ram").write_bytes(bytes(1 << 16))
+        args = ["record", "--ram-file", tmp_path / "ram", *args[3:], "--output", tmp_path / "trace"]
+    gone = "import os, tempfile; name = tempfile.mkdtemp(); os.chdir(name); os.rmdir(name); "
+    done = process(gone + MAIN, *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize("files", range(6, 14))
+@pytest.mark.parametrize(
+    "args", [["harvest", ODD], SMALL, ["trace", "show", "example:machine-hot"]], ids=lambda a: a[0]
+)
+def test_a_limit_is_named(args, files: int) -> None:
+    """With ever fewer files that may be open, a command works, or says which limit it met and how to raise it."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); "
+    done = process(limit + MAIN, *args)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1), done.stderr
+    said = f"Too many open files (the limit is {files} open files: ulimit -n raises it)\n"
+    assert done.returncode == 0 or said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "limit", "said"),
+    [
+        (OSError(24, "x"), resource.RLIMIT_NOFILE, " (the limit is 8192 open files: ulimit -n raises it)"),
+        (OSError(27, "x"), resource.RLIMIT_FSIZE, " (the limit is 8 KiB in a file: ulimit -f raises it)"),
+        (MemoryError(), resource.RLIMIT_AS, " (the limit is 8 KiB of address space: ulimit -v raises it)"),
+        (OSError(12, "x"), resource.RLIMIT_AS, " (the limit is 8 KiB of address space: ulimit -v raises it)"),
+        (OSError(2, "x"), None, ""),
+        (ValueError("x"), None, ""),
+    ],
+)
+def test_limits(error: Exception, limit: int | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda number: asked.append(number) or (8192, -1))
+    assert pages.see(error) == said
+    assert asked == ([] if limit is None else [limit])
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert pages.see(error) == ""
+
+
+@pytest.mark.parametrize("where", ["del_", "thread"])
+def test_what_fails_where_nobody_can_catch_it_is_one_line(where: str, tmp_path: Path) -> None:
+    """A finalizer, a thread."""
+    code = (
+        "class Odd:\n    def __del__(self): raise ValueError('one\\ntwo')\n"
+        "def del_(): Odd()\n"
+        "def thread():\n"
+        "    import threading; one = threading.Thread(target=lambda: int('x')); one.start(); one.join()\n"
+        f"from hwdbm.cli import doctor; doctor.CHECKS = {{'it': ('it', {where})}}\n"
+    )
+    broken = process(code + MAIN, "doctor", "it")
+    assert len(broken.stderr.splitlines()) == 2, broken.stderr  # and that None is no finding
+    assert broken.stderr.startswith("hwdbm: warning: ValueError: ")
 
 
 @pytest.mark.parametrize("columns", ["", "x", "-3", "0", "1", "19", "40", "\u0664\u0660", "9" * 30, "9" * 5000])

@@ -38,7 +38,8 @@ def main() -> None:
 
 
 def _run() -> int:
-    from hwdbm.cli import streams  # noqa: PLC0415
+    # What says what failed is here before it: where no file can be opened, it would be too late.
+    from hwdbm.cli import pages, streams  # noqa: F401, PLC0415
     from hwdbm.errors import has_no_thread  # noqa: PLC0415
 
     try:
@@ -51,7 +52,7 @@ def _run() -> int:
     except ImportError as error:
         return _not_imported(error)
     except MemoryError as error:
-        return _failed(": ".join(filter(None, ("out of memory", str(error)))))
+        return _failed(": ".join(filter(None, ("out of memory", str(error)))), error)
     except OSError as error:
         what = error.strerror or (str(error) if error.errno is None and error.args else type(error).__name__)
         return _failed(f"{error.filename}: {what}" if error.filename is not None else what, error)
@@ -74,7 +75,7 @@ def _not_imported(error: ImportError) -> int:
 
 
 def _failed(message: str, error: BaseException | None = None) -> int:
-    """Say what failed, and which page of the documentation helps with such an error."""
+    """Say what failed, and what helps with such an error."""
     from hwdbm.cli import pages, streams  # noqa: PLC0415
 
     streams.note(message + ("" if error is None else pages.see(error)))

@@ -53,8 +53,12 @@ def prepare() -> None:
 
 
 def tame() -> None:
-    """Have warnings and logs, the libraries' too, be one line each; and keep the libraries to what this is for."""
+    """Have warnings, logs, and what fails in a finalizer or a thread be one line each, the libraries' too.
+
+    And keep the libraries to what this is for.
+    """
     import logging  # noqa: PLC0415  # an interrupt is answered first
+    import threading  # noqa: PLC0415
     import warnings  # noqa: PLC0415
 
     class Notes(logging.Handler):
@@ -64,6 +68,11 @@ def tame() -> None:
     def show(message: Warning | str, *_: object, **__: object) -> None:
         note(f"warning: {str(message).strip().partition(chr(10))[0]}")
 
+    def show_error(args: Any) -> None:
+        note(f"warning: {args.exc_type.__name__}: {args.exc_value}")
+
+    if not sys.flags.dev_mode:
+        sys.unraisablehook = threading.excepthook = show_error
     logging.lastResort = Notes(logging.WARNING)
     warnings.showwarning = show
     # Pictures go into files: what matplotlib would have in windows, or keep from one run to the next, is no matter.

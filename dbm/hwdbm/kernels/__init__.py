@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 
 from hwdbm.check import array, inside, instance, uint64s
 from hwdbm.errors import KernelsError
+from hwdbm.kernels._numba import ready
 from hwdbm.pte import ANY, Match, Update, clean, dirty
 
 __all__ = ["BOTH", "Kernels", "Notes", "Place", "Tally", "active", "available", "current", "use", "warm_up"]
@@ -247,6 +248,8 @@ def shared() -> Kernels:
 
 def _imported(name: str) -> Kernels:
     try:
+        if name != "vector":
+            ready()
         return cast(Kernels, import_module(f"hwdbm.kernels.{name}"))
     except Exception as error:  # whatever numba or LLVM raises where they don't work
         why = str(error) or type(error).__name__

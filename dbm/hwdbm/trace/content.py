@@ -3,15 +3,20 @@
 ``compare`` is compiled by numba where that is installed (the extra ``jit``), and numpy otherwise. Both say the same.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from textwrap import shorten
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap, word_count
+from hwdbm.kernels._numba import ready
+
+_log = logging.getLogger("hwdbm")
 
 Words = NDArray[np.uint64]
 Compare = Callable[[Words, Words, Words, Words], None]
@@ -56,8 +61,11 @@ def _best() -> Compare:
     """Return the compiled comparison, or numpy's where numba is missing or can't compile."""
     if find_spec("numba") is not None:
         try:
+            ready()
             from hwdbm.trace._compiled import compare_pages  # noqa: PLC0415  # numba takes a second to import
-        except (ImportError, RuntimeError):  # a numba that doesn't go with this numpy, or is switched off
+        except Exception as error:  # noqa: BLE001  # whatever numba or LLVM raises where they don't work
+            why = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+            _log.warning("hwdbm: the comparison of pages can't be compiled here: %s; NumPy takes over", why)
             return by_numpy
         compiled: Compare = compare_pages
         return compiled
