@@ -304,6 +304,21 @@ def test_a_pause_that_takes_too_long_is_given_up() -> None:
     assert not done.converges
 
 
+@pytest.mark.parametrize(
+    ("interval", "passes", "seconds"), [(60.0, (30, 900), (3600, 18_000)), (1.0, (1000, 1500), (60, 1800))]
+)
+def test_a_flat_migration_is_not_followed_for_years(
+    interval: float, passes: tuple[int, int], seconds: tuple[int, int]
+) -> None:
+    """Long passes are followed for an hour of the guest's, short ones for a thousand without progress."""
+    guest = TraceWrites(trace([set(range(i, i + 100)) for i in range(0, 600, 100)], 640, interval))
+    plan = Course(Terms("qemu"), 100 * PAGE / interval, interval / 10, on_limit="wait", horizon=3e8)
+    done = run(guest, plan)
+    assert not done.converges
+    assert passes[0] <= done.passes <= passes[1]
+    assert seconds[0] <= done.guest <= seconds[1]
+
+
 def test_a_timeout_is_no_convergence() -> None:
     forecast = replay(trace([{1}] * 4, 100), bandwidth=10 * PAGE, terms=FREE, timeout=5)
     assert not forecast.converges

@@ -160,6 +160,7 @@ GOOD = qmp(1000, 1, 1 << 29)
         ([GOOD, "", '{"a" 5}'], "line 3: no JSON object"),
         ([GOOD, qmp(999, 1, 5)], "line 2: time goes backwards, from 1000 to 999 ms"),
         ([qmp(5, 3, 5), qmp(6, 2, 5)], "line 2: the iteration goes backwards, from 3 to 2"),
+        ([GOOD, qmp(1001, 1, 2e9)], "line 2: 2000000000 bytes are said to remain of 1073741824 bytes of memory"),
         ([GOOD, qmp(1001, 1, 5, total=5)], "line 2: the memory changes, from 1073741824 to 5 bytes"),
         ([qmp(float("nan"), 1, 5)], "line 1: total-time is a number of 0 or more, not nan"),
         ([qmp(5, 1, float("inf"))], "line 1: remaining is a number of 0 or more, not inf"),

@@ -18,7 +18,8 @@ from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
 
 _STARTS = 5
 _DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't sure
-_GOLDEN, _SILVER = (5**0.5 - 1) / 2, 2**0.5 - 1
+_GOLDEN = (5**0.5 - 1) / 2
+_SILVER = 2**0.5 - 1
 _FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that

@@ -11,6 +11,7 @@ from hwdbm import check, files
 from hwdbm.errors import SampleError, printable
 
 _MIB = float(1 << 20)
+_ROUNDED = 1.01  # ratio by which sizes in texts may be off
 _LONGEST = 1 << 20  # characters of a line
 MOST = 64 << 20
 """Bytes of a file of samples."""
@@ -105,8 +106,8 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
     Raises
     ------
     SampleError
-        If a line can't be read, a number is none, or negative, or time or the iteration goes backwards; and if there
-        is no sample.
+        If a line can't be read, a number is none, or negative, more remains than there is memory, or time or the
+        iteration goes backwards; and if there is no sample.
 
     Examples
     --------
@@ -168,6 +169,10 @@ def _add(samples: list[Sample], number: int, read: Callable[[Any, list[Sample]],
     except (TypeError, ValueError) as error:
         raise SampleError(f"line {number}: {error}") from error
     for sample in more:
+        if sample.total and sample.remaining > sample.total * _ROUNDED:
+            raise SampleError(
+                f"line {number}: {sample.remaining:.0f} bytes are said to remain of {sample.total:.0f} bytes of memory"
+            )
         if samples:
             _check_order(samples[-1], sample, number)
         samples.append(sample)

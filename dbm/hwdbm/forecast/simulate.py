@@ -14,6 +14,7 @@ from hwdbm.forecast.writes import Dirty, GuestWrites
 
 _PROGRESS = 0.95  # of what remained: less is progress
 _MOST = 10_000  # passes that are followed
+_FLAT, _PATIENCE = 1000, 3600.0  # passes without progress, and seconds of the guest, after which it is called flat
 _SHORTEST = 1e-3  # seconds of a pass: no harvest is quicker, however little there is to send
 _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migrations goes on for another pass
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
@@ -155,7 +156,9 @@ class _Migration:
     def _hopeless(self) -> bool:
         if self._flat < self._plan.max_iterations:
             return False
-        return self._plan.on_limit != "wait" or self._now - self._plan.start >= self._plan.horizon
+        if self._plan.on_limit != "wait" or self._flat >= _FLAT:
+            return True
+        return self._now - self._plan.start >= min(self._plan.horizon, _PATIENCE)
 
     def _sample(self, number: int, remaining: float, rate: float, bandwidth: float | None, zeros: float) -> None:
         self._samples.append(
