@@ -40,6 +40,8 @@ def test_leaf_at(kernels, s2, places):
         want = walker._walk(s2, page)
         got = int(found.level[i]), int(found.index[i]), int(found.desc[i])
         assert got == ((want.level, want.entry, want.desc) if want else (0, page, int(s2.level(3)[page])))
+    levels = found.level.tolist()
+    assert (found.mapped, found.small) == (len(levels) - levels.count(0), levels.count(3))
 
 
 @FEW

@@ -149,8 +149,7 @@ def write_fault_steps(
         s2.map_at(pages, pfns, writable=leaf.writable, dbm=leaf.dbm)
         found, blocks = s2.leaf_at(pages), []
     dirty = pages
-    mapped = int(np.count_nonzero(found.level))
-    if blocks or mapped < pages.size:
+    if blocks or found.mapped < pages.size:
         result.absent, dirty = pages[found.level == 0], pages[found.level == 3]
     for start, stop in blocks:
         inside = pages[(start <= pages) & (pages < stop)]
@@ -167,7 +166,7 @@ def write_fault_steps(
         mark(slot.feeds.sink(live), dirty)
         slot.spread(dirty)
     slot.grant(found)
-    slot.shared.meter.fault(mapped)
+    slot.shared.meter.fault(found.mapped)
     yield Point.FLUSH
     slot.flush(due, needed=bool(stale), spans=stale)
 
@@ -211,7 +210,7 @@ def _split(slot: SlotLog, pages: Pages, *, whole: bool) -> int:
 
 def _blocks(s2: Stage2, found: LeafAt) -> list[tuple[int, int]]:
     """Return the blocks among some leaves as pages [start, stop), what lies in the slot."""
-    if np.count_nonzero(found.level == 3) == np.count_nonzero(found.level):  # most often
+    if found.small == found.mapped:  # most often
         return []
     rows = [s2.layout.span(level, np.unique(found.index[found.level == level])) for level in (1, 2)]
     return [(start, stop) for start, stop in np.clip(np.concatenate(rows), 0, s2.npages).tolist()]

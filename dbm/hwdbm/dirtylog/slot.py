@@ -40,6 +40,7 @@ Span = tuple[int, int]
 """Pages [lo, hi) of a slot."""
 Steps = Iterator["Point"]
 Place = Callable[[], Span]
+_LARGE = pte.leaf(1)
 
 
 class Point(Enum):
@@ -218,13 +219,12 @@ class SlotLog:
         """Return pages out to where leaves end that could be there."""
         if lo == hi:
             return lo, hi
-        s2 = self.stage2
-        start, stop, top = lo, hi, s2.level(1)
+        layout, top = self.stage2.layout, self.stage2.level(1)
+        start, stop = lo, hi
         for page in (lo, hi - 1) if hi - lo > 1 else (lo,):
-            large = pte.leaf(1)(int(top[s2.layout.index(1, page)]))
-            level = 1 if large else 2
-            first, after = s2.layout.span(level, s2.layout.index(level, page))
-            start, stop = min(start, first), max(stop, after)
+            size = layout.sizes[1 if _LARGE(int(top[layout.index(1, page)])) else 2]
+            first = page - (layout.base_gfn + page) % size
+            start, stop = min(start, first), max(stop, first + size)
         return max(start, 0), min(stop, self.npages)
 
     def pages(self, first: int, npages: int) -> Span:

@@ -88,11 +88,17 @@ class LeafAt:
         The leaf's entry of its level; where there is none, the level-3 entry.
     desc : (n,) uint64 array
         The descriptors, each read once; where there is none, the level-3 entry.
+    mapped : int
+        How many of the pages have a leaf.
+    small : int
+        How many have one at level 3.
     """
 
     level: NDArray[np.uint8]
     index: Index
     desc: Array
+    mapped: int
+    small: int
 
 
 class Leaves:
@@ -188,8 +194,9 @@ class Leaves:
         desc = self.level[3][pages]
         leaf = pte.leaf(3)(desc)
         level = leaf.view(np.uint8) * np.uint8(3)
-        if np.count_nonzero(leaf) == pages.size:  # most often
-            return LeafAt(level, pages, desc)
+        small = int(np.count_nonzero(leaf))
+        if small == pages.size:  # most often
+            return LeafAt(level, pages, desc, small, small)
         index = pages.copy()
         for above in (2, 1):
             (rest,) = (level == 0).nonzero()
@@ -200,7 +207,7 @@ class Leaves:
             leaf = pte.leaf(above)(found)
             rest = rest[leaf]
             level[rest], index[rest], desc[rest] = above, entry[leaf], found[leaf]
-        return LeafAt(level, index, desc)
+        return LeafAt(level, index, desc, int(np.count_nonzero(level)), small)
 
     def extent(self, level: int, index: Index) -> Spans:
         """Return the pages of the slot that each of some leaves stands for, as rows [start, stop)."""

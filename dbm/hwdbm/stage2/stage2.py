@@ -1089,24 +1089,20 @@ class Stage2:
     def _update_at(self, pages: Pages | LeafAt, rule: ByLevel) -> tuple[int, int]:
         """Apply `rule` to the leaves of pages; return how many pages have one, and how many leaves changed."""
         found = pages if isinstance(pages, LeafAt) else self.leaf_at(pages)
-        mapped = int(np.count_nonzero(found.level))
         if self.contiguous and rule is not pte.mkyoung:
             for level in _RUN_LEVELS:
                 of = (found.level == level) & (found.desc & np.uint64(pte.CONTIGUOUS) != 0)
                 for lo, hi in self._groups(level, self._leaves.extent(level, found.index[of])[:, 0]).tolist():
                     with self._lock:
                         self._take_apart(lo, hi)
-        left, changed, record = mapped, 0, self._silent
-        for level in (3, 2, 1):
-            if not left:
-                break
-            of = found.level == level
-            count = int(np.count_nonzero(of))
-            if count:
-                left -= count
-                index = distinct(found.index if count == of.size else found.index[of])
-                changed += self._leaves.update_at(level, index, rule(level), record, 0, self.npages)
-        return mapped, changed
+        record, end = self._silent, self.npages
+        if found.small == found.index.size:  # most often
+            return found.small, self._leaves.update_at(3, distinct(found.index), rule(3), record, 0, end)
+        changed = 0
+        for level in LEAF_LEVELS:
+            index = distinct(found.index[found.level == level])
+            changed += self._leaves.update_at(level, index, rule(level), record, 0, end)
+        return found.mapped, changed
 
     def mmu_update(self, level: int, index: NDArray[np.integer], bits: NDArray[np.uint64]) -> None:
         """Set bits of descriptors as the MMU does at an access: AF and S2AP[1], and no others.
