@@ -188,6 +188,49 @@ def test_broken(name, pair):
         os.close(fd)
 
 
+def full() -> int:
+    fd = os.eventfd(0)
+    os.eventfd_write(fd, (1 << 64) - 2)
+    return fd
+
+
+def unread() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    "count", [full, unread, lambda: os.open("/dev/null", os.O_RDONLY), lambda: os.open("/", os.O_RDONLY), memory],
+    ids=["full", "unread", "read only", "a folder", "a file"],
+)  # fmt: skip
+def test_a_count_that_is_none(count, pair):
+    """What can't be raised is the other side's fault; what can be, though it is no count, is its own loss."""
+    source, destination = pair
+    fds = (memory(), count())
+    offered(source, SHARING, *fds)
+    source.sock.sendall(shared(1, (16 << 12, 4096)) + shared(2, (16 << 12, 4096)))
+    source.sock.shutdown(socket.SHUT_WR)
+    match = (
+        "the stream ends inside of frame 3" if count is memory else "the count that a HELLO shares can't be raised: "
+    )
+    with pytest.raises(StreamError, match=match):
+        receive(destination, PlainGuest)
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_count_that_the_other_side_reads_itself(pair, monkeypatch):
+    """Then it says that it took something, and there is nothing: the source waits on, until it is too long."""
+    source, _ = pair
+    source.timeout = 0.2
+    with SharedStaging(source) as shares:
+        real = os.eventfd_read
+        monkeypatch.setattr(os, "eventfd_read", lambda fd: (real(fd), real(fd))[1])
+        with pytest.raises(StreamError, match="the other side took nothing for"):
+            shares.buffer()
+
+
 def test_a_batch_larger_than_its_buffer(pair):
     source, destination = pair
     fds = (memory(), os.eventfd(0))

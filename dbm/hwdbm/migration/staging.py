@@ -6,6 +6,7 @@ belong, with the checksum over all of it. The buffers are the destination's agai
 those that it is done with.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -127,8 +128,9 @@ class SharedStaging:
         while not self._free:
             ready = dict(self._poll.poll(_SLICE * 1e3))
             if self._open[1] in ready:
-                self._free = os.eventfd_read(self._open[1])
-                break
+                with contextlib.suppress(BlockingIOError):  # the other side read it itself: then it took nothing
+                    self._free = os.eventfd_read(self._open[1])
+                    break
             if ready:
                 self._channel.heed()  # a sign of life, or it raises
                 until = time.monotonic() + self._channel.timeout
@@ -197,7 +199,10 @@ class SharedMemory:
         """Say that the batch was taken."""
         self._next = (self._next + 1) % BUFFERS
         if self._next % _RETURNED == 0:
-            os.eventfd_write(self._done_fd, _RETURNED)
+            try:
+                os.eventfd_write(self._done_fd, _RETURNED)
+            except OSError as error:
+                raise StreamError(f"the count that a HELLO shares can't be raised: {error.strerror}") from error
 
 
 def _mapped(fd: int) -> NDArray[np.uint8]:
