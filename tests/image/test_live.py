@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ class Both:
             for page in (0, self.flat.npages - 1):
                 assert self.placed.mapped(page, 1) == (page in self.flat.scan(pte.leaf))
         self.placed.verify()
+        pages, runs = self.placed.level(3), self.placed._live.table_runs(0, self.flat.npages).tolist()
+        for word, end, page in runs:
+            assert (self.live.words[word:end] == pages[page : page + end - word]).all()
+        for (word, end, page), (next_word, _, next_page) in pairwise(runs):
+            assert (next_word, next_page - page) != (end, next_word - word)  # else they are one
 
     def changed(self):
         """The words of RAM that are others now."""
