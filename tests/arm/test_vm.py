@@ -154,6 +154,11 @@ def test_it_goes_on_where_it_arrives(granule, blocks):
             there.pause()
             assert there.guests.stores > stores
             there.check()
+            vm.mark_imported(0, 3, 1)
+            vm.stop_log()
+            vm.start_log()
+            with vm.dirty(0) as lease:
+                assert not lease.bitmap.any()  # what a log had isn't the next one's
             vm.stop_log()
             if blocks:
                 assert vm.stage2(0).block_spans().tolist() == [[0, MEMORY // vm.page_size]]

@@ -1,9 +1,15 @@
-"""What a terminal shows while a migration goes on: the report's numbers under their heads."""
+"""What a terminal shows while something goes on: a migration's numbers under their heads, how much was read."""
 
+import io
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from clocks import Clock
 from rich.console import Console
 
-from hwdbm.cli import migrate
+from hwdbm.cli import migrate, output
 from hwdbm.migration import Pass, Report
 
 MIB = 1 << 20
@@ -48,3 +54,25 @@ def test_the_last_passes_are_shown():
     many = [Pass(number, 1, 4096) for number in range(1, migrate._PASSES + 5)]
     report = Report(4096, 512 * MIB, 0.3, "completed", passes=many)
     assert migrate._picture(report, 80).row_count == migrate._PASSES
+
+
+def test_where_there_is_no_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(output, "time", clock)
+    with output.progress("the image") as (count,):
+        for seconds in (output._EVERY - 1, 1, 1, output._EVERY - 1, output._EVERY - 1):
+            clock.sleep(seconds)
+            count(SimpleNamespace(entries=np.zeros(25 << 16)))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"hwdbm: reading the image: {done} MiB of tables" for done in (25, 50)]
+
+
+def test_on_a_terminal_it_is_shown_all_the_time(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    told = []
+    monkeypatch.setattr(output, "Console", lambda **_: console)
+    monkeypatch.setattr(console, "status", lambda text: nullcontext(SimpleNamespace(update=told.append)))
+    with output.progress("[red]") as (count,):
+        for _ in range(2):
+            count(SimpleNamespace(entries=np.zeros(1 << 18)))
+    assert told == [rf"reading \[red]: {done} MiB of tables" for done in (2, 4)]

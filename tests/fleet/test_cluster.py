@@ -92,6 +92,12 @@ def sockets(pid: int) -> set[str]:
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
 
 
+@pytest.mark.parametrize("workers", [-1, 4097])
+def test_there_are_only_so_many_workers(workers: int) -> None:
+    with pytest.raises(ValueError, match=f"^workers is 0 to 4096, not {workers}$"):
+        tabulate(many(3), ["h0"], geometric, workers=workers)
+
+
 def test_workers_that_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         hwdbm.fleet.cluster.process, "python", lambda *_: [sys.executable, "-P", "-c", "raise SystemExit('no')"]
