@@ -157,3 +157,18 @@ def test_dataclasses_are_values(name):
             assert cls.__dataclass_params__.frozen == (node.name not in FILLED_IN | STATEFUL), cls
             if not issubclass(cls, Workload):
                 assert hasattr(cls, "__slots__"), cls
+
+
+# Threads that are joined before their call returns, however it ends.
+JOINED = {"hwdbm-record", "hwdbm-migration"}
+DAEMONS = {"self.name", "hwdbm-until-eof", "hwdbm-meet", "hwdbm-alive"}
+
+
+def test_no_thread_keeps_a_process_from_its_end():
+    found = {}
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Thread", "threading.Thread"):
+                given = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                found[given["name"].strip("'")] = given.get("daemon")
+    assert found == dict.fromkeys(JOINED) | dict.fromkeys(DAEMONS, "True")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hwdbm import DirtyBitmap, Stage2, pte
+from hwdbm import DirtyBitmap, Stage2, pte, testing
 from hwdbm.testing import Stage2Machine
 
 NPAGES, BASE = 600, 512
@@ -143,3 +143,33 @@ def test_the_machine_takes_each_of_its_steps_and_checks_after_each():
     changes = {"map", "unmap", "wrprotect", "change", "switch"}
     assert marked("stateful_rule") == changes | {"write", "write_run", "read", "migrate", "clear", "host_takes"}
     assert marked("stateful_invariant") == {"no_lost_write", "read_only_stays", "two_consumers", "sound"}
+
+
+def test_leaves_have_each_state_that_tables_can_have():
+    """Each bit that isn't the address is set in some and clear in others; what isn't asked to be absent is there."""
+    rng, addresses = np.random.default_rng(1), np.arange(4000, dtype=np.uint64) << np.uint64(12)
+    free = pte.S2AP_W | pte.DBM | pte.AF | pte.CONTIGUOUS | testing.JUNK & (1 << 63) - 1
+    some = testing._leaves(rng, 3, addresses) ^ pte.make_leaf(addresses, 3)
+    assert int(np.bitwise_or.reduce(some)) == free
+    assert int(np.bitwise_and.reduce(some)) == 0
+    assert 0.4 < (some & np.uint64(pte.DBM) != 0).mean() < 0.6
+    valid = testing._leaves(rng, 3, addresses, absent=True) & np.uint64(pte.VALID)
+    assert 0.75 < valid.mean() < 0.85
+
+
+def test_leaves_that_are_alike_differ_in_what_a_collapse_allows_and_at_times_in_one_that_it_does_not():
+    addresses = np.arange(512, dtype=np.uint64) << np.uint64(12)
+    kinds, others = [], []
+    for seed in range(300):
+        leaves = testing._alike(np.random.default_rng(seed), addresses) ^ addresses
+        dbm = np.median(leaves & np.uint64(pte.DBM))
+        allowed = np.uint64(pte.AF | (pte.S2AP_W if dbm else 0))
+        kinds.append((bool(dbm), bool(np.median(leaves & np.uint64(pte.S2AP_W))) or bool(dbm)))
+        plain = leaves & ~allowed
+        usual = np.sort(plain)[256]
+        others += [int(each ^ usual) for each in plain[plain != usual]]
+        assert int(np.bitwise_or.reduce(leaves) & ~np.bitwise_and.reduce(leaves)) & int(allowed) == allowed
+    assert set(kinds) == {(True, True), (False, True), (False, False)}
+    assert 0.4 < sum(dbm for dbm, _ in kinds) / 300 < 0.6
+    assert 60 < len(others) < 140
+    assert set(others) == {1, 1 << 12, 1 << 55, 1 << 51}
