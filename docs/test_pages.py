@@ -156,7 +156,7 @@ class Shell:
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shell, kernel = Shell(tmp_path), hwdbm.kernels.active().__name__.rpartition(".")[2]
-    names: dict[str, object] = {"hwdbm": hwdbm, "Path": Path, "kvm": KVM, "__name__": "__main__"}
+    names: dict[str, object] = {"__name__": "__main__"}  # what a reader has who types the lines: they import the rest
     runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
     try:
         for kind, options, body, line in blocks(page.read_text(encoding="utf-8")):
