@@ -325,6 +325,15 @@ def test_a_timeout_is_no_convergence() -> None:
     assert "in 5 s" in forecast.why
 
 
+@pytest.mark.parametrize("structure", ["own", "qemu"])
+def test_the_downtime_there_would_have_been_is_of_what_was_written_meanwhile(structure: str) -> None:
+    """The time is over when a pass is: all that was sent, and what the guest wrote since is still to be sent."""
+    writes = trace([set(range(10))] * 100, 100, 0.1)
+    done = replay(writes, bandwidth=50 * PAGE, max_downtime=0.05, terms=Terms(structure), timeout=1.9, needs=False)  # type: ignore[arg-type]
+    assert not done.converges
+    assert 0.2 <= done.downtime.value < 0.26  # ten pages, and what was left of the first pass
+
+
 @pytest.mark.parametrize("terms", [OWN, QEMU])
 def test_more_bandwidth_is_no_slower(terms: Terms) -> None:
     rng = np.random.default_rng(0)

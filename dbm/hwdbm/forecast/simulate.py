@@ -356,10 +356,8 @@ class _Migration:
             dirty = Dirty(begun.remaining / page, 0.0)
         while True:
             dirty, at, sent = self._until_few(dirty, at)
-            if self._gave_up:
+            if self._gave_up or self._wall > plan.timeout or number >= _MOST:
                 return self._given_up(number, self._guest.written(synced, self._now, dirty))
-            if self._wall > plan.timeout or number >= _MOST:
-                return self._given_up(number, dirty)
             self._advance(max(_SHORTEST - (self._now - synced), 0.0))
             before, synced = synced, self._now
             left = dirty
