@@ -12,8 +12,10 @@ def _interrupted(*_: object) -> None:
         os._exit(130)
 
 
-# From here on an interrupt is answered, also during the imports that follow.
-_signal.signal(_signal.SIGINT, _interrupted)
+# From here on an interrupt is answered, also during the imports that follow; nohup ignores some.
+for _number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+    if _number == _signal.SIGINT or _signal.getsignal(_number) != _signal.SIG_IGN:
+        _signal.signal(_number, _interrupted)
 
 # For -m Python puts the current folder first, where any file could take the place of a library.
 if __name__ == "__main__" and not sys.flags.safe_path:

@@ -57,6 +57,22 @@ class TestInterrupt:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "hwdbm: interrupted\n")
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    @pytest.mark.parametrize("module", ["hwdbm.cli", "hwdbm.process", "numpy"])
+    def test_other_signals_during_imports(self, module: str, number: int) -> None:
+        """They are answered as Ctrl-C is, unless they are ignored, as by nohup."""
+        for ignored in (False, True):
+            code = (
+                "import os, signal, sys\n"
+                f"if {ignored}: signal.signal({int(number)}, signal.SIG_IGN)\n"
+                f"kill = lambda event, args: args[:1] == ({module!r},) and os.kill(os.getpid(), {int(number)})\n"
+                "sys.addaudithook(kill)\n"
+                "from hwdbm.__main__ import main; main()"
+            )
+            command = [sys.executable, "-P", "-W", "error", "-c", code, "harvest", str(ODD), "--json"]
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+            assert (done.returncode, done.stderr) == ((0, "") if ignored else (130, "hwdbm: interrupted\n"))
+
     def test_nothing_is_imported_before_an_interrupt_is_answered(self) -> None:
         """The script's own imports, up to the first that takes longer than a builtin's."""
         hook = (

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ def ready() -> None:
     if _ready:
         return
     with _no_coverage_without_folder():
-        config: Any = import_module("numba.core.config")
+        import numba  # noqa: PLC0415
+    config: Any = numba.config
     if config.CPU_NAME or config.CPU_FEATURES:
         said = _said(config.CPU_NAME or "", config.CPU_FEATURES or "")
         if said:
