@@ -18,20 +18,21 @@ INTERVALS, WORDS = 80, 128
 COSTLY = Terms("own", page_overhead=31.0, zero_bytes=9.0, pause=0.05, verify_gib=0.5)
 
 
-def guest(hot: int, cold: int, seed: int, *, every: int = 1, zeros: bool = False) -> MemoryWrites:
-    """Return a guest of 32 MiB that writes pages of a hot set, and others, in each of some intervals of 0.1 s."""
-    random, words = np.random.default_rng(seed), np.zeros((INTERVALS, WORDS), dtype=np.uint64)
+def guest(hot: int, cold: int, seed: int, *, every: int = 1, zeros: bool = False, width: int = WORDS) -> MemoryWrites:
+    """Return a guest, by default of 32 MiB, that writes pages of a hot set, and others, in intervals of 0.1 s."""
+    random, words = np.random.default_rng(seed), np.zeros((INTERVALS, width), dtype=np.uint64)
     for number in range(0, INTERVALS, every):
-        pages = np.concatenate((random.integers(0, hot, hot), random.integers(0, WORDS * 64, cold)))
+        pages = np.concatenate((random.integers(0, hot, hot), random.integers(0, width * 64, cold)))
         np.bitwise_or.at(words[number], pages >> 6, np.uint64(1) << (pages & 63).astype(np.uint64))
     empty = words & words << np.uint64(1) if zeros else None
-    return MemoryWrites(words, 0.1, WORDS * 64 - 7, zeros=empty, initial_zeros=None if empty is None else empty[0])
+    return MemoryWrites(words, 0.1, width * 64 - 7, zeros=empty, initial_zeros=None if empty is None else empty[0])
 
 
 GUESTS = {
     "hot": guest(300, 2, 1),
     "spread": guest(20, 90, 2, zeros=True),
     "bursts": guest(900, 10, 3, every=25),
+    "small": guest(20, 2, 4, width=3, zeros=True),  # less than says what the bandwidth is
 }
 PLANS: dict[str, dict[str, Any]] = {
     "fast": {"bandwidth": 60e6},
