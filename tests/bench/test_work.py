@@ -1,13 +1,15 @@
 """The benchmarks do the work that their rows name; how long it takes is no matter of a test."""
 
+import hashlib
 import inspect
 import socket
 import threading
 
 import numpy as np
 import pytest
+from seen import as_seen
 
-from hwdbm import pte
+from hwdbm import kernels, pte
 from hwdbm.bench import Setup, stream, suite
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.stage2 import Stage2
@@ -39,6 +41,49 @@ def test_sparse_compares_as_many_stripes(npages, monkeypatch):
     (row,) = suite.sparse(Setup(npages, 1))
     assert row.ratio == 1.0
     assert found["sparse"] == found["full"] == 512 * -(-(npages - 511) // (512 * 64))
+
+
+def held(act) -> dict[str, str]:
+    """Return digests of the slots, bitmaps and arrays that a piece of work has, by its own names for them."""
+    if not inspect.isfunction(act):
+        owned = {"self": act.__self__}
+    else:
+        names = inspect.signature(act).parameters
+        owned = {**inspect.getclosurevars(act).nonlocals, **{name: each.default for name, each in names.items()}}
+    found = {}
+    for name, value in sorted(owned.items()):
+        parts = [value.level(level) for level in (1, 2, 3)] if isinstance(value, Stage2) else []
+        parts += [each.words for each in (getattr(value, "host_dirty", value),) if isinstance(each, DirtyBitmap)]
+        parts += [value] if isinstance(value, np.ndarray) else []
+        if parts:
+            found[name] = hashlib.sha256(b"".join(each.tobytes() for each in parts)).hexdigest()[:12]
+    return found
+
+
+OTHERS = {"stream", "unmapped", "workers", "clients"}  # they measure in other ways, or leave more than arrays behind
+
+
+@pytest.mark.skipif("fused" not in kernels.available(), reason="what was looked at has both kernels")
+@pytest.mark.parametrize("name", sorted({*suite.BENCHMARKS} - OTHERS))
+def test_what_a_benchmark_times_was_looked_at(name, monkeypatch):
+    """Each piece of work, what it works on before and after it, and what it is compared with."""
+    lines = []
+
+    def once(work, before=None, repeat=9, **how):
+        for label, act in work.items():
+            if label != "C loop":  # there is one where there is a compiler
+                if before is not None:
+                    before()
+                lines.append(f"  {label}: {held(act)}")
+                act()
+                lines.append(f"    then {held(act)}")
+        lines.append(f"  {repeat} times, {sorted(how)}")
+        return {label: float(number) for number, label in enumerate(work, 1)}
+
+    monkeypatch.setattr(suite, "smallest", once)
+    rows = [row for row in suite.BENCHMARKS[name](Setup(3 << 12, 2)) if "C loop" not in row.what]
+    lines += [f"{row.what} {row.cost} over {row.floor} {row.floor_cost}, limit {row.limit}" for row in rows]
+    as_seen(f"bench/{name}.txt", "\n".join(lines) + "\n")
 
 
 def test_memory_to_migrate_is_random_and_has_no_zeros(monkeypatch):
