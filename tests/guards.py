@@ -148,6 +148,7 @@ def kernel_calls(draw: Draw, implementation: Any) -> int:
         ("rewrite_all", draw.array(blocks), draw.one(RULES)(2), place, *wide, draw.notes()),
         ("rewrite_at", blocks, index, draw.one(RULES)(2), place, *wide, draw.notes()),
         ("exchange_at", blocks, index, at, place, *wide, draw.notes()),
+        ("change_at", blocks, index, draw.one(RULES)(2)),
         ("set_at", blocks, index, at),
         ("fill", out, draw.array(ranges)),
         ("find", blocks, draw.one(MATCHES)(2)),

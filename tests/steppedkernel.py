@@ -101,6 +101,9 @@ class SteppedKernel:
                 changed += 1
         return changed
 
+    def change_at(self, entries, index, update):
+        return sum(self._update(entries, i, update) is not None for i in index.tolist())
+
     def exchange_at(self, entries, index, values, place, out, also, kept, notes=BOTH):
         for k, i in enumerate(index.tolist()):
             old = self._and_or(entries, i, 0, int(values[k]))

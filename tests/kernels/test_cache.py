@@ -40,6 +40,7 @@ for name in sorted(name for name in vars(fused) if hasattr(getattr(fused, name),
         print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 NAMES = (
+    "_change_at",
     "_exchange",
     "_exchange_at",
     "_fill",

@@ -390,6 +390,25 @@ def span(lo: int, hi: int) -> int:
     return (1 << hi) - (1 << lo) if lo < hi else 0
 
 
+def check_change_at(kernels: Any, n: int, share: float) -> None:
+    rng = np.random.default_rng(n)
+    for rule, part in product((pte.clean, pte.relax, pte.relax_dirty, pte.mkold), (0, 0.3, 1)):
+        entries, update = blocks(n, share), rule(2)
+        index = rng.permutation(np.flatnonzero(rng.random(n) < part))
+        before = entries.tolist()
+        changed = [i for i in index.tolist() if update.where(before[i])]
+        for i in changed:
+            before[i] = update(before[i])
+        assert kernels.change_at(entries, index, update) == len(changed)
+        assert entries.tolist() == before
+
+
+@pytest.mark.parametrize("n", ENTRIES)
+@shares
+def test_change_at(kernels: ModuleType, n: int, share: float) -> None:
+    check_change_at(kernels, n, share)
+
+
 @pytest.mark.parametrize("n", ENTRIES)
 @shares
 def test_rewrite_all(kernels: ModuleType, n: int, share: float) -> None:
@@ -626,6 +645,15 @@ def told_alike(entries: Any, update: Any, place: Any, out: Any, also: Any, kept:
     return vector.rewrite_all(entries, update, place, out, also, kept, Notes(notes.out, notes.out))
 
 
+def counted_asked(entries: Any, index: Any, update: Any) -> int:
+    vector.change_at(entries, index, update)
+    return int(index.size)
+
+
+def changed_all(entries: Any, index: Any, update: Any) -> int:
+    return vector.change_at(entries, np.arange(entries.size), update)
+
+
 MUTANTS = [
     (check_scan, "scan", assigned),
     (check_rewrite, "rewrite", whole_words),
@@ -641,6 +669,8 @@ MUTANTS = [
     (check_fill, "fill", last_in_word_wins),
     (check_fill, "fill", rounded_out),
     (check_find, "find", unjoined),
+    (check_change_at, "change_at", counted_asked),
+    (check_change_at, "change_at", changed_all),
     (check_all, "rewrite_all", beyond_the_range),
     (check_all, "rewrite_all", kept_by_nobody),
     (check_all, "rewrite_all", told_alike),
@@ -649,7 +679,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize(("check", "name", "mutant"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
 def test_check_catches(check: Callable[..., None], name: str, mutant: Callable[..., Any]) -> None:
-    case = (*MUTATED, 0.5) if check in PASSES else (65, 0.5) if check is check_all else ()
+    case = (*MUTATED, 0.5) if check in PASSES else (65, 0.5) if check in (check_all, check_change_at) else ()
     with pytest.raises(AssertionError):
         check(broken(**{name: mutant}), *case)
 

@@ -27,6 +27,7 @@ leaves each descriptor as it was, or changed with its bits set.
 ``rewrite_all``       change each entry that matches, set the bits of its pages
 ``rewrite_at``        the same, for the entries of an index only
 ``exchange_at``       put values in place of entries, set the bits of their pages, return what was there
+``change_at``         change entries that match, and no bitmap
 ``set_at``            set bits in entries
 ``fill``              set all bits of the given ranges
 ``merge``             set in words the bits of others
@@ -175,6 +176,9 @@ class Kernels(Protocol):
     ) -> None:
         """Swap the entries `index` with `values`; set the bits of their pages that `notes` asks of what was there."""
 
+    def change_at(self, entries: Array, index: Runs, update: Update) -> int:
+        """Apply `update` to the entries `index`, and return how many it changed."""
+
     def set_at(self, entries: Array, index: Runs, bits: Array) -> None:
         """Set `bits` in the entries `index`, which may repeat."""
 
@@ -295,6 +299,7 @@ def warm_up() -> None:
     kernels.rewrite_all(pte, clean(2), place, words, words, words)
     kernels.rewrite_at(pte, index, clean(2), place, words, words, words)
     kernels.exchange_at(pte, index, words.copy(), place, words, words, words)
+    kernels.change_at(pte, index, clean(2))
     kernels.set_at(pte, index, words)
     kernels.merge(words, mask)
     kernels.remove(words, mask)

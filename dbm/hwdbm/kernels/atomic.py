@@ -91,6 +91,12 @@ def exchange_at(
     _exchange_at(entries, index, values, *_noted(notes), *place, out, also, kept)
 
 
+def change_at(entries: Array, index: Runs, update: Update) -> int:
+    """Apply `update` to the entries `index`, and return how many it changed."""
+    index = check_at(entries, index)
+    return int(_change_at(entries, index, *_masks(update)))
+
+
 def set_at(entries: Array, index: Runs, bits: Array) -> None:
     """Set `bits` in the entries `index`, which may repeat."""
     index = check_at(entries, index, values=bits)
@@ -516,6 +522,14 @@ def _exchange_at(entries, index, values, mask1, value1, mask2, value2, first, si
         d = _put(entries, i, values[k])
         values[k] = d
         _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept)
+
+
+@compiled(*(_W, _INDEX, *_CHANGE))
+def _change_at(entries, index, mask, value, keep, sets):
+    changed = 0
+    for i in index:
+        changed += _hit(_change(entries, i, mask, value, keep, sets), mask, value)
+    return changed
 
 
 @compiled(*(_W, _INDEX, _R))

@@ -89,6 +89,12 @@ def exchange_at(
     _exchange_at(entries, index, values, *_noted(notes), *place, out, also, kept)
 
 
+def change_at(entries: Array, index: Runs, update: Update) -> int:
+    """Apply `update` to the entries `index`, and return how many it changed."""
+    index = check_at(entries, index)
+    return int(_change_at(entries, index, *_masks(update)))
+
+
 def set_at(entries: Array, index: Runs, bits: Array) -> None:
     """Set `bits` in the entries `index`, which may repeat."""
     index = check_at(entries, index, values=bits)
@@ -618,6 +624,17 @@ def _exchange_at(entries, index, values, mask1, value1, mask2, value2, first, si
                 _fill_one(kept, start, stop, hi, end)
         if _hit(d, mask2, value2):
             _fill_one(also, start, stop, lo, hi)
+
+
+@compiled(*(_W, _INDEX, *_CHANGE))
+def _change_at(entries, index, mask, value, keep, sets):
+    changed = 0
+    for i in index:
+        d = entries[i]
+        if _hit(d, mask, value):
+            entries[i] = (d & keep) | sets
+            changed += 1
+    return changed
 
 
 @compiled(*(_W, _INDEX, _R))

@@ -122,9 +122,8 @@ def rewrite_at(
     index = check_at(entries, index, place, out, also, kept)
     index = index[update.where(entries[index])]
     if index.size:
-        old = entries[index]
-        _note_at(old, index, notes, place, out, also, kept)
-        entries[index] = old & np.uint64(~update.clears & _ALL) | np.uint64(update.sets)
+        _note_at(entries[index], index, notes, place, out, also, kept)
+        _change_at(entries, index, update)
     return int(index.size)
 
 
@@ -137,6 +136,14 @@ def exchange_at(
     _note_at(old, index, notes, place, out, also, kept)
     values[:] = old
     entries[index] = new
+
+
+def change_at(entries: Array, index: Runs, update: Update) -> int:
+    """Apply `update` to the entries `index`, and return how many it changed."""
+    index = check_at(entries, index)
+    index = index[update.where(entries[index])]
+    _change_at(entries, index, update)
+    return int(index.size)
 
 
 def set_at(entries: Array, index: Runs, bits: Array) -> None:
@@ -189,8 +196,7 @@ class _Room:
         """Apply `update` where `hit`, which is true `count` times, with one call that writes to `entries`."""
         flips, keep, sets = _flips(update), np.uint64(~update.clears & _ALL), np.uint64(update.sets)
         if count * _FEW < entries.size:
-            (index,) = hit.nonzero()
-            entries[index] = entries[index] & keep | sets
+            _change_at(entries, np.flatnonzero(hit), update)
             return
         some = self._entries[: entries.size]
         if flips is None:
@@ -262,6 +268,11 @@ def _publish(entries: Array, hit: Bools, hits: Array, notes: Notes, shift: int, 
     for match, words in zip(notes, (out, also), strict=True):
         if match is not None:
             _set(words, hits if match == ANY else _packed(match(entries) & hit, shift))
+
+
+def _change_at(entries: Array, index: Runs, update: Update) -> None:
+    """Apply `update` to the entries `index`, all of which match, with one call that writes to `entries`."""
+    entries[index] = entries[index] & np.uint64(~update.clears & _ALL) | np.uint64(update.sets)
 
 
 def _note_at(old: Array, index: Runs, notes: Notes, place: Place, out: Array, also: Array, kept: Array) -> None:

@@ -304,6 +304,8 @@ class Leaves:
         """Apply `update` to the entries `index` of `level`, each once; return how many it changed."""
         if not index.size:
             return 0
+        if record.out_of is None and record.also_of is None:
+            return self.kernels.change_at(self.level[level], index, update)
         return self.kernels.rewrite_at(
             self.level[level], index, update, self._place(level, lo, hi), *self._words(record), record.notes(level)
         )
