@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 import hwdbm
+from hwdbm.cli import migrate, record, snapshot
 
 ROOT = Path(__file__).parents[2]
 ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
@@ -98,6 +100,27 @@ class TestInterrupt:
         )
         done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=20)
         assert (done.returncode, done.stderr) == (130, b"hwdbm: interrupted\n")
+
+    @pytest.mark.parametrize(
+        ("module", "args"),
+        [
+            (migrate, MIGRATE),
+            (record, ["record", "--memory", "1M", "--workload", "idle", "--output", "trace"]),
+            (snapshot, ["snapshot", "save", "new", "--source", "machine", "--memory", "1M"]),
+            (snapshot, ["snapshot", "restore", "chain", "--source", "machine"]),
+        ],
+        ids=lambda each: " ".join(each[:2]) if isinstance(each, list) else "",
+    )
+    def test_a_command_that_ends_early_says_so(self, run, module, args, tmp_path: Path, monkeypatch) -> None:
+        """It asked for an event, which is set already; what it did until then it has told."""
+        monkeypatch.chdir(tmp_path)
+        made = run("snapshot", "save", "chain", "--source", "machine", "--memory", "1M", "--count", "0")
+        assert made.status == 0
+        event = threading.Event()
+        event.set()
+        monkeypatch.setattr(module, "as_event", lambda: nullcontext(event))
+        found = run(*args)
+        assert (found.status, found.err) == (130, "hwdbm: interrupted\n")
 
     def test_while_its_locks_are_held(self) -> None:
         """The handler runs in the thread that has them."""

@@ -75,7 +75,9 @@ def test_an_interrupt_leaves_a_whole_trace(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert all(line.startswith("hwdbm: recording: ") for line in err.decode().splitlines())
+    *before, last = err.decode().splitlines()
+    assert all(line.startswith("hwdbm: recording: ") for line in before)
+    assert last == "hwdbm: interrupted"
     trace = open_trace(tmp_path / "trace")
     assert trace.complete
     assert json.loads(out)["intervals"] == trace.intervals

@@ -39,7 +39,7 @@ from hwdbm.cli.guest import (
     Vm,
 )
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
-from hwdbm.cli.output import busy, columns, warn
+from hwdbm.cli.output import busy, columns, leave, warn
 from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.files import NewFile, open_regular
 from hwdbm.forecast import RULES, Estimate
@@ -334,8 +334,7 @@ def migrate(
                 done = _attempts(vm, attempts, attempt, cancel, hold)
         except StreamError:
             if cancel.is_set():
-                note("interrupted")
-                raise typer.Exit(INTERRUPTED) from None
+                leave()
             raise
         _say(done, draw, as_json=as_json)
         if done.failure is not None:

@@ -4,7 +4,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Never
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -77,6 +79,12 @@ def _records(cells: list[list[str]]) -> str:
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     note(f"warning: {message}")
+
+
+def leave() -> Never:
+    """End a command that an interrupt ended early, and which has cleaned up and said what it did."""
+    note("interrupted")
+    raise typer.Exit(interrupt.INTERRUPTED) from None
 
 
 @contextmanager

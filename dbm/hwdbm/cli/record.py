@@ -10,8 +10,8 @@ import typer
 from hwdbm import kernels
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import KvmLogOption, MemoryOption, ModeOption, RateOption, SeedOption, Thp, Vm, WorkloadOption
-from hwdbm.cli.interrupt import INTERRUPTED, as_event
-from hwdbm.cli.output import busy
+from hwdbm.cli.interrupt import as_event
+from hwdbm.cli.output import busy, leave
 from hwdbm.cli.streams import json_text, result
 from hwdbm.memslot import Memslot
 from hwdbm.migration.report import mebibytes
@@ -161,7 +161,7 @@ def record(
                               on_interval=_telling(tell, seconds))  # fmt: skip
     _say(trace, "clock", as_json=as_json)
     if cancel.is_set():
-        raise typer.Exit(INTERRUPTED)
+        leave()
 
 
 def _slots(given: list[Any] | None, page: int) -> list[Memslot] | None:

@@ -16,8 +16,8 @@ from hwdbm.arm import ArmVm
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.cli import guest, options, parse
 from hwdbm.cli.guest import KvmLog, KvmLogOption, MemoryOption, Mode, RateOption, SeedOption, Vm, WorkloadOption
-from hwdbm.cli.interrupt import INTERRUPTED, as_event
-from hwdbm.cli.output import busy, columns, hexadecimal, warn
+from hwdbm.cli.interrupt import as_event
+from hwdbm.cli.output import busy, columns, hexadecimal, leave, warn
 from hwdbm.cli.streams import json_text, note, result
 from hwdbm.errors import ImageError, LayoutError, SnapshotError
 from hwdbm.files import NewFile, write
@@ -225,7 +225,7 @@ def save(
         taken = _record(vm, folder, pause, count, cancel, digest=digest, receiver=receiver)
         _say_taken(Chain(folder), taken.snapshots, paused=taken.paused, migration=taken.migration, as_json=as_json)
         if cancel.is_set():
-            raise typer.Exit(INTERRUPTED)
+            leave()
 
 
 class _Taken:
@@ -629,7 +629,7 @@ def _started(chain: Chain, snapshot: Snapshot, source: Vm, seconds: float) -> tu
             vm.prove()
         vm.pause()
         if cancel.is_set():
-            raise typer.Exit(INTERRUPTED)
+            leave()
         return found, time.monotonic() - begun
 
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from errno import EIO
 from pathlib import Path
-from typing import Annotated, Any, Never, Self
+from typing import Annotated, Any, Self
 
 import typer
 
 from hwdbm import forecast as forecasts
 from hwdbm.cli import options, parse
-from hwdbm.cli.interrupt import INTERRUPTED, as_event
+from hwdbm.cli.interrupt import as_event
+from hwdbm.cli.output import leave
 from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.forecast import Estimate, Forecast, Sample
 from hwdbm.migration.report import mib
@@ -121,12 +122,7 @@ def watch(
             if not watched.samples and time.monotonic() > until:
                 raise OSError(EIO, f"no migration began within {wait:g} s", str(qmp))
             cancel.wait(interval)
-    _leave()
-
-
-def _leave() -> Never:
-    note("interrupted")
-    raise typer.Exit(INTERRUPTED)
+    leave()
 
 
 class _Monitor:
@@ -203,7 +199,7 @@ class _Monitor:
     def _receive(self, silent: str, until: float) -> bytes:
         while time.monotonic() < until:
             if self._cancel.is_set():
-                _leave()
+                leave()
             if select.select([self._socket], [], [], _TURN)[0]:
                 try:
                     part = self._socket.recv(1 << 16)
