@@ -10,9 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from clocks import Clock
 from qmptools import ANSWERS, MIB, Monitor, active
+
+from hwdbm.cli import watch
 
 READS = {"qmp_capabilities", "query-migrate", "query-migrate-parameters", "query-status"}
 
@@ -215,3 +219,27 @@ def test_a_real_qemu(run, tmp_path: Path) -> None:
     end = json.loads(result.out.splitlines()[-1])
     assert end["status"] == "completed"
     assert end["total-time"] > 0
+
+
+def test_a_silent_monitor_is_waited_for_some_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events don't end the wait, and don't prolong it."""
+    ours, theirs = socket.socketpair()
+    one = watch._Monitor(tmp_path / "qmp", threading.Event())
+    one._socket.close()
+    one._socket = ours
+    clock = Clock()
+
+    def select(*waits) -> tuple[list[object], ...]:
+        clock.sleep(waits[-1])
+        said = round(clock.passed / watch._TURN) % 5 == 0
+        if said:
+            theirs.sendall(b'{"event": "MIGRATION_PASS"}\n')
+        return ([ours] if said else [], [], [])
+
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(watch, "select", SimpleNamespace(select=select))
+    with ours, theirs:
+        with pytest.raises(OSError, match=f"no answer to query-migrate within {watch._PATIENCE:g} s"):
+            one.ask("query-migrate")
+        assert clock.passed == pytest.approx(watch._PATIENCE, abs=2 * watch._TURN)
+        assert theirs.recv(99) == b'{"execute": "query-migrate"}\r\n'
