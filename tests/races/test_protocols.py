@@ -37,6 +37,12 @@ def test_protocols_are_the_ones_that_were_looked_at():
     for name, make in PRODUCTION.items():
         protocol = make()
         lines += [f"{name}: {protocol.summary}", "  memory " + " ".join(map(hex, protocol.scene.mem))]
+        slot = protocol.slot
+        if slot is not None:  # of its own log
+            log, s2 = slot.log, slot.log.stage2
+            what = "shared" if s2.shared else "private", "logs" if log.live is not None else "doesn't log"
+            leaves = " ".join(f"{number}:{s2.leaf_level(number)}" for number in slot.pages.values())
+            lines.append(f"  {slot.npages} pages, {log.mechanism.name}, {', '.join(what)}; levels {leaves}")
         for actor in protocol.actors:
             what = [word for word in ("bounded", "last") if getattr(actor, word)]
             lines.append(f"  {actor.name} {'' if actor.handles is None else actor.handles} {' '.join(what)}".rstrip())
