@@ -1,6 +1,7 @@
 """What a terminal shows while something goes on: a migration's numbers under their heads, how much was read."""
 
 import io
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -76,3 +77,20 @@ def test_on_a_terminal_it_is_shown_all_the_time(monkeypatch):
         for _ in range(2):
             count(SimpleNamespace(entries=np.zeros(1 << 18)))
     assert told == [rf"reading \[red]: {done} MiB of tables" for done in (2, 4)]
+
+
+def test_a_migration_is_shown_on_stderr_and_leaves_nothing_there(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    made, told = [], []
+
+    def live(*first, **how):
+        made.append((first, how))
+        return nullcontext(SimpleNamespace(update=told.append))
+
+    monkeypatch.setattr(migrate, "Console", lambda **how: made.append(how) or console)
+    monkeypatch.setattr(migrate, "Live", live)
+    with migrate._display() as tell:
+        tell(Report(4096, 512 * MIB, 0.3, total_time=2.5, passes=PASSES))
+    how = {"console": console, "refresh_per_second": 8, "transient": True, "redirect_stdout": False}
+    assert made == [{"file": sys.stderr, "stderr": True}, (("waiting for the other side",), how)]
+    assert [each.row_count for each in told] == [2]

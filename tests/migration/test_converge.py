@@ -1,13 +1,14 @@
 """What a migration that doesn't converge says would have helped."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from migrationvm import FakeVm
 
 from hwdbm.forecast import RULES, Verdict
 from hwdbm.forecast.rules import passes
-from hwdbm.migration import ConvergenceError, Precopy, Settings, migrate
+from hwdbm.migration import ConvergenceError, Pass, Precopy, Settings, StreamError, migrate
 from hwdbm.migration import precopy as precopy_module
 from hwdbm.migration.converge import Progress
 from hwdbm.vm import PlainGuest
@@ -105,3 +106,31 @@ def test_a_rule_gives_up_within_a_pass(inside, monkeypatch: pytest.MonkeyPatch, 
     assert asked[-1] == (at, True)
     assert (1, True) in asked
     assert len(precopy.report.passes) == at
+
+
+@pytest.mark.parametrize("limit", [0.25, 2.0])
+@pytest.mark.parametrize("on_limit", ["abort", "wait", "pause"])
+@pytest.mark.parametrize("ran", [True, False])
+def test_how_long_a_last_pass_may_take(limit: float, on_limit: str, ran: bool) -> None:
+    """Over the limit by as much again, or half a second, the guest goes on; later the migration ends."""
+    vm, goes_on_at = FakeVm(), limit + max(limit, 0.5)
+
+    def said(paused: float) -> tuple[bool, str, float]:
+        vm.pause()
+        one = Pass(2, 1, 4096, expected_downtime=0.5)
+        report = SimpleNamespace(status="device", converged=True)
+        precopy = SimpleNamespace(
+            _settings=Settings(limit, on_limit=on_limit), _channel=SimpleNamespace(timeout=4.0), _ran=ran, _source=vm,
+            report=report, _paused=1.0,
+        )  # fmt: skip
+        Precopy._limit_pause(precopy, one, paused)
+        assert (precopy._paused is None, report.converged) == (vm.running, not vm.running)
+        return vm.running, report.status, one.paused
+
+    goes_on = ran and on_limit != "pause"
+    assert said(goes_on_at) == (False, "device", 0.0)
+    after = goes_on_at + 0.125
+    assert said(after) == ((True, "active", after) if goes_on else (False, "device", 0.0))
+    said(limit + 5.0)
+    with pytest.raises(StreamError, match=f"the last pass isn't over after {limit + 5.125:.1f} s"):
+        said(limit + 5.125)
