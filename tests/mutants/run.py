@@ -555,10 +555,9 @@ def tried(
         def attempt(mutant: Mutant) -> None:
             if time.monotonic() > end:
                 return
-            with lock:
-                workshop = free.pop()
+            with lock:  # Python 3.11 mustn't read programs in two threads at once (gh-106905)
+                workshop, tests = free.pop(), coverage.select(mutant)
             try:
-                tests = coverage.select(mutant)
                 result = workshop.try_mutant(mutant, tests) if tests else {
                     **asdict(mutant), "caught": False, "by": "", "judged": True, "tests": 0, "seconds": 0.0,
                 }  # fmt: skip

@@ -198,6 +198,7 @@ def test_what_is_read_was_looked_at():
     texts |= {f"{{{each}}}": herd(more=each) for each in BEGINNINGS} | {
         f"with {each}": herd(head=each) for each in HEADS
     }
+    texts["an entry that is only read"] = herd("LDR X6,[X7]", more="0:X7=PTE(y);")
     texts |= {"three threads": herd(threads="P0|P1|P2"), "P0|Q1": herd(threads="P0|Q1"), "no end": herd(end="")}
     texts |= {
         "no brace": herd().replace("{", "("),

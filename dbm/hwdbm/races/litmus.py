@@ -465,7 +465,7 @@ class _Condition:
 
     def read(self, text: str) -> tuple[str, Holds]:
         text = re.sub(r"\bP(\d+)\s*:\s*([XW]\d)", r"\1:\2", text)
-        found = re.match(r"(exists|~\s*exists|forall)", text)
+        found = re.match(r"exists|~\s*exists|forall", text)
         if found is None:
             raise UnreadError(f"the condition {text[:40]!r}")
         rest = _entry_name(text[found.end() :])
@@ -479,7 +479,7 @@ class _Condition:
         holds = self._either()
         if self.tokens:
             raise UnreadError(f"the condition's {self.tokens[0]!r}")
-        return re.sub(r"\s", "", found[1]), holds
+        return re.sub(r"\s", "", found[0]), holds
 
     def _next(self) -> str:
         if not self.tokens:
