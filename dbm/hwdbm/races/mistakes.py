@@ -683,8 +683,7 @@ def _block_kept(view: View) -> str | None:
     return None
 
 
-def _children(desc: int, state: str) -> Iterator[Act]:
-    del desc
+def _children(state: str) -> Iterator[Act]:
     for number, page in enumerate("xy"):
         yield store(f"pte:{page}", descriptor(state, 512 + number), f"fills in {page} as {state}")
 
@@ -694,7 +693,7 @@ def _children(desc: int, state: str) -> Iterator[Act]:
 def _(wrong: bool) -> Made:
     def split() -> Acts:
         old = yield load("pte:block")
-        yield from _children(old, "clean")
+        yield from _children("clean")
         if wrong:
             yield store("pte:block", pte.TABLE, "puts the table there")
         else:
@@ -711,7 +710,7 @@ def _(wrong: bool) -> Made:
 def _(wrong: bool) -> Made:
     def split() -> Acts:
         yield fetch_set("log", 3, "marks all its pages")
-        yield from _children(0, "dirty" if wrong else "readonly")
+        yield from _children("dirty" if wrong else "readonly")
         yield exchange("pte:block", pte.TABLE, "exchanges the table for the block")
         yield from flush("x", "y")
 
