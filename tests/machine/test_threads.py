@@ -110,9 +110,11 @@ def test_pause_means_that_nothing_is_written(make):
     before = machine.digest()
     sleep(0.02)
     assert machine.digest() == before
-    machine.resume()
-    sleep(0.02)
-    machine.pause()
+    last = monotonic() + 60
+    while machine.digest() == before and monotonic() < last:  # a busy machine may give the vCPU no turn in that time
+        machine.resume()
+        sleep(0.02)
+        machine.pause()
     assert machine.digest() != before
 
 
