@@ -102,3 +102,26 @@ def test_without_words_to_keep_pages_in_there_is_no_end_to_them() -> None:
         else:
             with pytest.raises(ValueError, match="aren't inside"):
                 kernels.check_at(entries, index, place, *words)
+
+
+@pytest.mark.parametrize("frozen", ["pte", "out", "also", "within", "values"])
+def test_what_is_written_may_be(frozen: str) -> None:
+    arrays = {name: np.zeros(4, dtype=np.uint64) for name in ("out", "also", "within")}
+    arrays |= {name: np.zeros(256, dtype=np.uint64) for name in ("pte", "values")}
+    arrays[frozen].flags.writeable = False
+    runs = np.array([[0, 256, 0]], dtype=np.int64)
+
+    def check(*, change: bool) -> np.ndarray:
+        more = {name: arrays[name] for name in ("within", "values")}
+        return kernels.check_runs(arrays["pte"], runs, arrays["out"], arrays["also"], change=change, **more)
+
+    if frozen in ("out", "also", "values"):
+        for change in (True, False):
+            with pytest.raises(ValueError, match="read-only"):
+                check(change=change)
+    elif frozen == "pte":
+        with pytest.raises(ValueError, match="read-only"):
+            check(change=True)
+        assert check(change=False).tolist() == runs.tolist()
+    else:  # it is only read
+        assert check(change=True).tolist() == runs.tolist()
