@@ -4,13 +4,14 @@ import re
 import resource
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 import hwdbm
 from hwdbm import errors
-from hwdbm.cli import app, output, pages, parse
+from hwdbm.cli import app, output, pages, parse, streams
 from hwdbm.cli.output import columns
 from hwdbm.machine.workload import WORKLOADS
 
@@ -128,7 +129,9 @@ def test_errors_name_a_page_that_is_there(run, tmp_path: Path) -> None:
     (tmp_path / "ram").write_bytes(bytes(8192))
     image = ["harvest", tmp_path / "ram", "--ram-base", "0", "--vttbr", "0", "--vtcr", "0x806a3558", "--slot", "0:0:2M"]
     assert run(*image).err.endswith(" (docs: formats#memory-images)\n")
-    assert run("migrate", "--memory", "1M", "--to", f"unix:{tmp_path}/s").err.count("docs: ") == 0  # no such file
+    assert run("inspect", tmp_path / "s").err.count("docs: ") == 0  # no such file
+    nobody = run("migrate", "--memory", "1M", "--to", f"unix:{tmp_path}/s").err
+    assert nobody.endswith("/s: No such socket: nobody listens there (docs: howto/migrate-tls#when-it-fails)\n")
     for name in errors.__all__:
         kind = getattr(errors, name)
         if isinstance(kind, type) and name != "CancelledMigrationError":  # which the user asked for
@@ -312,6 +315,8 @@ def test_a_missing_module_of_our_own_is_no_missing_extra() -> None:
         ("4KiB", 4096),
         ("2MB", 2 << 20),
         ("0.5G", 1 << 29),
+        ("1.2G", 1288490188),
+        ("1.0001K", 1024),
         ("1T", 1 << 40),
         (" 8K ", 8192),
         ("0x10", 16),
@@ -321,7 +326,7 @@ def test_size(text: str, size: int) -> None:
     assert parse.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "4X", "4 K", "-4K", "1.0001K", "0x4K", "1e3"])
+@pytest.mark.parametrize("text", ["", "K", "4X", "4 K", "-4K", "0x4K", "1e3"])
 def test_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
         parse.size(text)
@@ -345,6 +350,45 @@ def test_columns_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "28")
     first, second = ["slot  0", f"of    {a}", f"at    {b}", f"by    {c}"], ["slot  1", "at    d", "by    2"]
     assert columns(table).splitlines() == [*first, "", *second]
+
+
+def test_columns_with_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the heads, and behind them where the table is turned."""
+    table, units = [["vm", "start", "sent"], ["database", "1.5", "20"]], ("", "s", "MiB")
+    monkeypatch.setenv("COLUMNS", "21")
+    assert columns(table, units=units).splitlines() == [
+        "vm        start  sent", "              s   MiB", "database    1.5    20",
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "20")
+    assert columns(table, units=units).splitlines() == [
+        "vm        database",
+        "start s        1.5",
+        "sent MiB        20",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_message_fits_a_terminal_and_is_one_line_elsewhere(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    said = StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setenv("COLUMNS", "30")
+    streams.note("guest.sock: No such socket: nobody listens there")
+    lines = ["hwdbm: guest.sock: No such", "  socket: nobody listens there"]
+    assert said.getvalue().splitlines() == (lines if terminal else [" ".join(map(str.strip, lines))])
+
+
+def test_wrong_usage_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "argv", ["hwdbm", "migrate", "--to", "guest.sock"])
+    monkeypatch.setenv("COLUMNS", "60")
+    assert app.run() == 2
+    lines = said.getvalue().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "'guest.sock' is not HOST:PORT" in " ".join(map(str.strip, lines))
+    assert "nor unix:PATH" in " ".join(map(str.strip, lines))
 
 
 def test_a_log_is_told_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,8 @@ def test_an_image(run, tmp_path: Path) -> None:
         (["--insecure"], "--insecure has no effect without --to HOST:PORT"),
         (["--tls-dir", "x"], "--tls-dir has no effect without --to HOST:PORT"),
         (["--to", "localhost"], "is not HOST:PORT"),
+        (["--to", "guest.sock"], "nor unix:PATH"),
+        (["--rule", "vmware"], "'vmware' is no rule: there are ours, qemu"),
         (["--to", "unix:"], "has no path"),
         (["--to", "unix:x", "--insecure"], "--insecure has no effect over a Unix socket"),
         (["--to", "localhost:1"], "TCP needs certificates (--tls-dir), or --insecure on a loopback address"),

@@ -70,6 +70,8 @@ def test_a_file_from_the_first_to_the_last(said, run, ram, tmp_path):
     assert [each["overlap"] for each in listed] == [1, 0, 0]
     assert b"<svg" in (tmp_path / "chain.svg").read_bytes()
     assert said("check", chain, "--whole") == {"folder": str(chain), "sound": True, "flaws": []}
+    (tmp_path / "empty").mkdir()
+    assert " ".join(run("snapshot", "check", tmp_path / "empty").out.split()).endswith(": there is no snapshot in it")
     for each, memory in zip(listed, moments, strict=True):
         restored = said("restore", chain, "--snapshot", each["name"][:6], "--output", tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == memory

@@ -124,7 +124,8 @@ def test_what_is_wrong_is_said(run, tmp_path):
         assert why in " ".join(done.err.split())
     (tmp_path / "there").write_text("")
     done = run("record", "--output", tmp_path / "there", *QUICK)
-    assert (done.status, done.err) == (1, f"hwdbm: {tmp_path / 'there'}: there is something already\n")
+    said = f"hwdbm: {tmp_path / 'there'}: there is something already: remove it, or choose another name\n"
+    assert (done.status, done.err) == (1, said)
     done = run("trace", "show", tmp_path / "none")
     assert (done.status, done.err) == (1, f"hwdbm: {tmp_path / 'none'}: no such trace\n")
     done = run("trace", "show", "example:none")
@@ -231,7 +232,8 @@ def test_a_migration_is_recorded(run, tmp_path):
 def test_a_migration_whose_trace_cant_begin_doesnt_either(run, tmp_path):
     (tmp_path / "trace").write_text("")
     done = run("migrate", "--memory", "1M", "--record", tmp_path / "trace")
-    assert (done.status, done.out, done.err) == (1, "", f"hwdbm: {tmp_path / 'trace'}: there is something already\n")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == f"hwdbm: {tmp_path / 'trace'}: there is something already: remove it, or choose another name\n"
 
 
 def test_a_migration_to_nobody_leaves_no_trace(run, tmp_path):

@@ -90,6 +90,8 @@ def test_query_migrate() -> None:
         2.5, 3, 204800, 1 << 30, 5, 1e8, 409600, 7, 4096, source="qemu"
     )  # fmt: skip
     assert read_samples(['{"return": ' + qmp(2500, 3, 204800) + "}"]) == [sample]
+    others = ['{"QMP": {"version": {}, "capabilities": []}}', '{"return": {}}', '{"event": "MIGRATION", "data": {}}']
+    assert read_samples([*others, qmp(2500, 3, 204800), others[2]]) == [sample]
     assert read_samples(['{"status": "setup"}', "", '{"status": "none"}', qmp(2500, 3, 204800)]) == [sample]
 
 
@@ -315,6 +317,13 @@ def test_one_that_does_not_converge() -> None:
     )  # fmt: skip
     assert again.converges
     assert "hot set of" in found.why
+
+
+def test_a_guest_without_a_hot_set_is_said_to_have_none() -> None:
+    done = run(ModelWrites(Model(hot=0.0, tau=1.0, cold=5e6), 1 << 30, 4096), Course(OWN, 30e6, 0.1))
+    found = from_samples(done.samples[:6], max_downtime=0.1, terms=OWN)
+    assert "has no hot set, and dirties" in found.why
+    assert "0.0 MiB" not in found.why
 
 
 def test_a_bandwidth_that_varies_widens_the_interval() -> None:

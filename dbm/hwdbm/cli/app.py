@@ -4,16 +4,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import hwdbm
-from hwdbm.cli.streams import Verbatim, result
+from hwdbm.cli.streams import Verbatim, error_line, result
 
 _USAGE = 2  # the exit status
 # typer brings a click of its own since 0.16, without public names for what it raises.
@@ -27,13 +27,17 @@ def _help(command: Any, context: Any) -> str:
     """Return a command's help, which fits the terminal whatever its width, and names no type of Python."""
     formatter = context.make_formatter()
     formatter.width = max(min(shutil.get_terminal_size().columns, _WIDEST) - 2, 20)
-    write_dl = formatter.write_dl
+    write_dl, write_text = formatter.write_dl, formatter.write_text
 
     def write(rows: Sequence[tuple[str, str]]) -> None:
         named = [(re.sub(r" <[^>]*>$", "", term), text) for term, text in rows]
         write_dl(named, 30 if formatter.width >= _NARROW else 4)
 
-    formatter.write_dl = write
+    def write_even(text: str) -> None:  # click keeps the spaces that a paragraph's further lines begin with
+        paragraphs = text.split("\n\n")
+        write_text("\n\n".join(p if "\b" in p else re.sub(r"(?<=\S)\n +", "\n", p) for p in paragraphs))
+
+    formatter.write_dl, formatter.write_text = write, write_even
     command.format_help(context, formatter)
     return str(formatter.getvalue()).rstrip("\n")
 
@@ -211,8 +215,10 @@ def run() -> int:
     try:
         status = app(prog_name="hwdbm", standalone_mode=False)
     except _UsageError as error:
-        with suppress(OSError):
-            error.show()
+        said = StringIO()
+        error.show(said)
+        for line in said.getvalue().splitlines():
+            error_line(line)
         return _USAGE
     except SystemExit:
         if "_HWDBM_COMPLETE" not in os.environ:  # by which a shell asks typer

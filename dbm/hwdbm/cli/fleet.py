@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hwdbm.cli import options, parse
-from hwdbm.cli.output import busy, columns
+from hwdbm.cli.output import busy, columns, milliseconds
 from hwdbm.cli.streams import json_text, result
 from hwdbm.files import NewFile
 from hwdbm.fleet import Drained, Ending, Fleet, drain, read_plan, tabulate
@@ -182,18 +182,17 @@ def _ms(seconds: float) -> float:
 def _text(drained: Drained, limits: Limits) -> str:
     parts = []
     if drained.moves:
-        rows: list[list[object]] = [
-            ["vm", "from", "to", "start s", "end s", "guaranteed MiB/s", "mean MiB/s", "downtime ms", "limit ms"]
-        ]
+        rows: list[list[object]] = [["vm", "from", "to", "start", "end", "guaranteed", "mean", "downtime", "limit"]]
         rows += [
             [
                 move.guest, move.source, move.destination, f"{move.start:.1f}", f"{move.end:.1f}",
                 f"{move.guaranteed / _MIB:,.1f}", f"{move.mean / _MIB:,.1f}", f"{move.downtime * 1e3:,.0f}",
-                f"{limits[move.guest][0] * 1e3:g}",
+                milliseconds(limits[move.guest][0]),
             ]
             for move in drained.moves
         ]  # fmt: skip
-        parts.append(columns(rows, left=(0, 1, 2)))
+        units = ("", "", "", "s", "s", "MiB/s", "MiB/s", "ms", "ms")
+        parts.append(columns(rows, left=(0, 1, 2), units=units))
     if drained.left:
         parts.append("\n".join(f"{each.guest} stays on {each.host}: {each.why}" for each in drained.left))
     endings = [["plan", "moved", "ends after s", "mean end s", "never end"]]

@@ -297,7 +297,10 @@ def place(text: str) -> Endpoint:
     Endpoint(host='localhost', port=4444, path=None)
     """
     if not text.startswith("unix:"):
-        return endpoint(text)
+        try:
+            return endpoint(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor unix:PATH") from None
     if text == "unix:":
         raise ValueError("'unix:' has no path, as in unix:/run/guest")
     return Endpoint(path=socket_path(text[5:]))

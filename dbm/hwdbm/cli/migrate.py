@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from errno import ENOENT
 from math import inf
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ from hwdbm.cli.guest import (
     Vm,
 )
 from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
-from hwdbm.cli.output import busy, columns, leave, warn
+from hwdbm.cli.output import busy, columns, leave, milliseconds, warn
 from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.files import NewFile, open_regular
 from hwdbm.forecast import RULES, Estimate
@@ -50,6 +51,7 @@ from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, 
 from hwdbm.migration.report import mebibytes, mib
 from hwdbm.process import child, python
 from hwdbm.trace import record as record_vm
+from hwdbm.trace.group import check_free
 
 _MISMATCH = 3  # the exit status
 _START = 30.0  # seconds that the receiver has to come up
@@ -107,7 +109,7 @@ def _bandwidth(text: str) -> int:
 
 def _rule(text: str) -> str:
     if text not in RULES:
-        raise ValueError(f"{text!r} is none of {', '.join(RULES)}")
+        raise ValueError(f"{text!r} is no rule: there are {', '.join(RULES)}")
     return text
 
 
@@ -296,6 +298,8 @@ def migrate(
     settings = Settings(
         max_downtime / 1e3, max_iterations or 30, bandwidth, auto_converge, verify, on_limit.value, rule or "ours"
     )
+    if record is not None:
+        check_free(record)  # before a destination hears of it
     content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
     guest.check_room(memory)
     if memory_image is not None:
@@ -513,7 +517,7 @@ def _say(done: Precopy, draw: Callable[[Report], None] | None, *, as_json: bool)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; but {status}", error.filename) from error
     if report.downtime is not None and report.downtime > report.limit:
-        warn(f"the guest stood still for {report.downtime * 1e3:,.0f} ms, longer than {report.limit * 1e3:g} ms")
+        warn(f"the guest stood still for {report.downtime * 1e3:,.0f} ms, longer than {milliseconds(report.limit)} ms")
     if report.guest_resumed is False:
         note(report.error)
         raise typer.Exit(1)
@@ -533,9 +537,9 @@ def _text(report: Report) -> str:
     lines = [columns(rows), ""] if report.passes else []
     told = [f"{report.status} in {report.total_time:.2f} s"]
     if report.downtime is not None:
-        told[0] += f", downtime {report.downtime * 1e3:.1f} ms of {report.limit * 1e3:g} ms"
+        told[0] += f", downtime {report.downtime * 1e3:,.1f} ms of {milliseconds(report.limit)} ms"
     if report.verify_time is not None:
-        told[0] += f" (and {report.verify_time * 1e3:.0f} ms for the digests)"
+        told[0] += f" (and {report.verify_time * 1e3:,.0f} ms for the digests)"
     if report.downtime is not None and not report.converged:
         told.append("the guest was paused though the rest didn't fit into that")
     if report.guest_resumed:
@@ -669,7 +673,11 @@ def _connected(
 ) -> Iterator[Channel]:
     with ExitStack() as stack:
         if to is not None and to.path is not None:
-            yield stack.enter_context(transport.connect_unix(to.path))
+            try:
+                channel = transport.connect_unix(to.path)
+            except FileNotFoundError as error:
+                raise ConnectionRefusedError(ENOENT, "No such socket: nobody listens there", str(to.path)) from error
+            yield stack.enter_context(channel)
             return
         if to is not None:
             with guest.usage():

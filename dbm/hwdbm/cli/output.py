@@ -23,7 +23,12 @@ def hexadecimal(value: int) -> str:
     return f"{value:#018x}"
 
 
-def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:
+def milliseconds(seconds: float) -> str:
+    """Return a limit as it was given, in ms: without a fraction where it has none."""
+    return f"{round(seconds * 1e3, 3):,}".removesuffix(".0")
+
+
+def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,), units: Sequence[str] = ()) -> str:
     """Return rows as text in columns, the first row being the heads.
 
     Parameters
@@ -32,17 +37,21 @@ def columns(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str
         All of the same length; their elements are printed with `str`.
     left : sequence of int
         The columns that are aligned to the left; the others, of numbers, are to the right.
+    units : sequence of str
+        The unit of each column, or nothing. They stand below the heads, and behind them where the table is turned.
     """
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    upright = [cells[0], list(units), *cells[1:]] if units else cells
+    widths = [max(map(len, column)) for column in zip(*upright, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) > width():
-        return _turned(cells)
+        heads = [f"{head} {unit}".rstrip() for head, unit in zip(cells[0], units or [""] * len(widths), strict=True)]
+        return _turned([heads, *cells[1:]])
     lines = (
         "  ".join(
             cell.ljust(size) if i in left else cell.rjust(size)
             for i, (cell, size) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in cells
+        for row in upright
     )
     return "\n".join(lines)
 

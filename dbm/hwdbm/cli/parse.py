@@ -184,6 +184,8 @@ def seconds(text: str) -> float:
 def size(text: str) -> int:
     """Return the bytes that `text` means: a number, or one with K, M, G or T for powers of 1024.
 
+    A part of a byte is dropped.
+
     Raises
     ------
     ValueError
@@ -191,8 +193,8 @@ def size(text: str) -> int:
 
     Examples
     --------
-    >>> size("4K"), size("2M"), size("0x1000"), size("1.5G")
-    (4096, 2097152, 4096, 1610612736)
+    >>> size("4K"), size("2M"), size("0x1000"), size("1.2G")
+    (4096, 2097152, 4096, 1288490188)
     """
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
@@ -200,12 +202,8 @@ def size(text: str) -> int:
             return address(text)
         except ValueError:
             raise ValueError(f"{text!r} is not a size like 4096, 4K, 2M or 1G") from None
-    value = float(match[1]) * (1 << _SUFFIXES[match[2].upper()])
-    if "." not in match[1]:
-        value = int(match[1]) << _SUFFIXES[match[2].upper()]
-    if value != int(value):
-        raise ValueError(f"{text!r} is not a whole number of bytes")
-    return int(value)
+    unit = 1 << _SUFFIXES[match[2].upper()]
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def page_size(text: str) -> int:

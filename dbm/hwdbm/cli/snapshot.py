@@ -457,7 +457,9 @@ def check(
     else:
         lines = [f"{flaw.kind}: {flaw.text}" for flaw in flaws]
         many = f"{len(wrong)} flaw{'s' if len(wrong) > 1 else ''}"
-        result("\n".join([*lines, f"{folder}: {many if wrong else 'sound'}"]))
+        if not wrong:
+            many = "sound" if chain.snapshots() else "there is no snapshot in it"
+        result("\n".join([*lines, f"{folder}: {many}"]))
     if wrong:
         raise typer.Exit(_MISMATCH)
 

@@ -84,22 +84,22 @@ def tame() -> None:
             os.environ.pop(name, None)
 
 
-def width() -> int:
-    """Return the columns of stdout, 20 or more: COLUMNS says it first, and 80 is what a file has."""
+def width(descriptor: int = 1) -> int:
+    """Return the columns of stdout, or of stderr (2), 20 or more: COLUMNS says it first, and 80 is what a file has."""
     with suppress(KeyError, ValueError):
         return max(int(os.environ["COLUMNS"]), 20)
     try:
-        return max(os.get_terminal_size(1).columns or 80, 20)
+        return max(os.get_terminal_size(descriptor).columns or 80, 20)
     except OSError:
         return 80
 
 
-def wrapped(line: str, indent: int = 0) -> list[str]:
-    """Return a line as several that fit the columns of stdout; a word that doesn't stays whole.
+def wrapped(line: str, indent: int = 0, columns: int = 0) -> list[str]:
+    """Return a line as several that fit `columns`, or those of stdout; a word that doesn't stays whole.
 
     All but the first are indented by `indent` spaces, or by 2 where a word wouldn't fit after them.
     """
-    columns = width()
+    columns = columns or width()
     if len(line) <= columns:
         return [line]
     from textwrap import wrap  # noqa: PLC0415  # an interrupt is answered first
@@ -148,8 +148,14 @@ def result(text: str, done: str = "") -> None:
 
 def note(message: str) -> None:
     """Print one line on stderr, with the command's name."""
+    error_line(f"hwdbm: {printable(' '.join(message.split()))}")
+
+
+def error_line(line: str) -> None:
+    """Print a line on stderr: on a terminal as several that fit it, elsewhere whole, for who looks for it in a log."""
     with suppress(OSError):
-        sys.stderr.write(f"hwdbm: {printable(' '.join(message.split()))}\n")
+        lines = wrapped(line, 2, width(2)) if sys.stderr.isatty() else [line]
+        sys.stderr.write("".join(f"{each}\n" for each in lines))
         sys.stderr.flush()
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from errno import EIO
+from errno import EIO, ENOENT
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -146,6 +146,9 @@ class _Monitor:
             self._socket.connect(str(self._path))
         except ConnectionRefusedError:
             raise self._wrong("nobody listens at it: it is no monitor of a QEMU that runs") from None
+        except FileNotFoundError:
+            made = "QEMU makes it if it is started with -qmp unix:PATH,server=on,wait=off"
+            raise OSError(ENOENT, f"No such socket: {made}", str(self._path)) from None
         except OSError as error:
             raise OSError(error.errno or EIO, error.strerror or str(error), str(self._path)) from error
         if "QMP" not in self._next("it says nothing: has it another client?"):

@@ -340,8 +340,7 @@ class _Reader:
         value = found
         if isinstance(found, str) and (match := _SIZE.fullmatch(found)):
             power = _POWERS[match[2]]
-            value = float(match[1]) * (1 << power) if "." in match[1] else int(match[1]) << power
-            value = int(value) if value == int(value) else None
+            value = int(float(match[1]) * (1 << power)) if "." in match[1] else int(match[1]) << power
         if type(value) is not int or not 1 <= value < _END:
             self.refuse(place, f"is bytes, as 4096 or '1.5G', of 1 to 2^53 - 1, not {_shown(found)}")
         return value

@@ -26,6 +26,7 @@ _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
 _CLOSE = 1.02  # ratio at which a search ends
 _FASTEST = 1e13  # bytes a second
 _MIB = float(1 << 20)
+_SEEN = 0.05  # MiB: a hot set that isn't printed as 0.0
 
 
 def replay(
@@ -420,10 +421,11 @@ def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: i
         all_ = [getattr(each, name) for each in alike]
         return Estimate(all_[0].value, min(each.low for each in all_), max(each.high for each in all_))
 
-    why = forecast.why + (
-        f" The samples say that the guest has a hot set of {best.hot / _MIB:,.1f} MiB, of which it writes most in "
-        f"{best.tau:.2g} s, and dirties {best.cold / _MIB:,.1f} MiB/s beside it."
-    )
+    hot, cold = best.hot / _MIB, f"dirties {best.cold / _MIB:,.1f} MiB/s"
+    told = f"has a hot set of {hot:,.1f} MiB, of which it writes most in {best.tau:.2g} s, and {cold} beside it"
+    if hot < _SEEN:
+        told = f"has no hot set, and {cold}"
+    why = f"{forecast.why} The samples say that the guest {told}."
     if len(alike) <= len(wide):
         why += " Other values of these fit nearly as well, and some of them say otherwise."
     return replace(

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from errno import EEXIST, EIO
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -49,6 +50,12 @@ def _zarr() -> Any:
 
 
 @cache
+def check_free(path: Path) -> None:
+    """Refuse a path where a trace can't begin: it is there, and isn't an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(EEXIST, "there is something already: remove it, or choose another name", str(path))
+
+
 def _end_patiently() -> None:
     """Have zarr's thread end before the process does, however slow the machine is: zarr waits 0.2 s, and complains."""
     from zarr.core import sync  # noqa: PLC0415  # as _zarr
@@ -163,8 +170,7 @@ class Writer:
             self.path.mkdir(mode=0o700)
             self._made = True
         except FileExistsError:
-            if not self.path.is_dir() or any(self.path.iterdir()):
-                raise FileExistsError(EEXIST, "there is something already", str(self.path)) from None
+            check_free(self.path)
         with _failures(self.path):
             self._group = zarr.create_group(zarr.storage.LocalStore(self.path), attributes=header.to_json(),
                                             zarr_format=3)  # fmt: skip
