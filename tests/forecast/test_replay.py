@@ -531,6 +531,18 @@ def test_a_pass_of_a_huge_guest_goes_over_a_sample_of_it(intervals: int) -> None
     assert found.pages == pytest.approx(nwords / 4 * 8, rel=0.02)
 
 
+def test_the_last_bandwidth_is_spread_apart_from_the_others() -> None:
+    terms = Terms("qemu", spread=0.06, last_bandwidth=1e9, last_spread=0.35)
+    drawn = predict._draws(Course(terms, 100.0, 0.3), [0.0, 1.0, 2.0])
+    rates = np.array([each.terms.last_bandwidth for each in drawn])
+    assert rates.mean() == pytest.approx(1e9, rel=0.01)
+    assert rates.std() == pytest.approx(0.35e9, rel=0.1)
+    for other in ([each.bandwidth for each in drawn], [each.held for each in drawn]):
+        assert abs(np.corrcoef(rates, other)[0, 1]) < 0.3
+    wild = predict._draws(Course(replace(terms, last_bandwidth=1.0, last_spread=1.0), 100.0, 0.3), [0.0])
+    assert min(each.terms.last_bandwidth for each in wild) == 1.0  # the least that there is
+
+
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=20))
 def test_a_forecast_is_the_value_that_is_off_least_as_a_part_of_what_it_may_be(values: list[float]) -> None:
     def off(value: float) -> float:
@@ -563,6 +575,7 @@ def test_bandwidths_and_what_sockets_hold_are_spread_from_each_moment(starts: in
             assert min(each.bandwidth for each in mine) <= 100 <= max(each.bandwidth for each in mine)
             assert min(each.held for each in mine) < 0.5 < max(each.held for each in mine)
     assert abs(np.corrcoef(rates, [each.held for each in drawn])[0, 1]) < 0.3
+    assert {each.terms for each in drawn} == {plan.terms}
     still = predict._draws(replace(plan, terms=FREE), begins)
     assert [(each.start, each.bandwidth) for each in still] == [(begin, 100.0) for begin in begins]
     for each in drawn, still:

@@ -20,6 +20,7 @@ _STARTS = 5
 _DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't sure
 _GOLDEN = (5**0.5 - 1) / 2
 _SILVER = 2**0.5 - 1
+_THIRD = 3**0.5 - 1
 _FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
@@ -195,20 +196,27 @@ def _forecast_of(
 def _draws(plan: Course, begins: Sequence[float]) -> list[Course]:
     """Return the migrations that are tried: from each start some, with what isn't known spread as it may be.
 
-    That is the bandwidth, of which the terms say how sure it is, and how much is in the sockets at the end.
+    That is the bandwidths, of which the terms say how sure they are, and how much is in the sockets at the end.
     """
-    number = max(len(begins), _DRAWS) if plan.terms.spread else len(begins)
-    # Steps of the golden ratio, and of another irrational number: the values of each start, and of all of them, are
-    # spread as they should be, and one doesn't go with the other.
-    bandwidths, held = _places(number, _GOLDEN), _places(number, _SILVER)
-    normal = NormalDist(1.0, plan.terms.spread) if plan.terms.spread else None
+    terms = plan.terms
+    number = max(len(begins), _DRAWS) if terms.spread else len(begins)
+    # Steps of irrational numbers: the values of each start, and of all of them, are spread as they should be, and one
+    # doesn't go with another.
+    bandwidths, held, lasts = (_places(number, step) for step in (_GOLDEN, _SILVER, _THIRD))
     return [
         replace(
             plan, start=begins[i * len(begins) // number], held=held[i],
-            bandwidth=plan.bandwidth * (max(normal.inv_cdf(bandwidths[i]), 0.05) if normal else 1.0),
+            bandwidth=plan.bandwidth * _factor(terms.spread, bandwidths[i]),
+            terms=replace(terms, last_bandwidth=max(terms.last_bandwidth * _factor(terms.last_spread, lasts[i]), 1.0))
+            if terms.last_bandwidth and terms.last_spread else terms,
         )
         for i in range(number)
     ]  # fmt: skip
+
+
+def _factor(spread: float, place: float) -> float:
+    """Return what a part of all values is below, of those that are 1 on average, and spread so much."""
+    return max(NormalDist(1.0, spread).inv_cdf(place), 0.05) if spread else 1.0
 
 
 def _places(number: int, step: float) -> list[float]:
