@@ -292,6 +292,14 @@ def test_what_fails_where_nobody_can_catch_it_is_one_line(where: str, tmp_path: 
     assert broken.stderr.startswith("hwdbm: warning: ValueError: ")
 
 
+def test_a_thread_that_ends_itself_says_nothing() -> None:
+    code = (
+        "def leaves():\n    import sys, threading; one = threading.Thread(target=sys.exit); one.start(); one.join()\n"
+        "from hwdbm.cli import doctor; doctor.CHECKS = {'it': ('it', leaves)}\n"
+    )
+    assert "SystemExit" not in process(code + MAIN, "doctor", "it").stderr
+
+
 @pytest.mark.parametrize("columns", ["", "x", "-3", "0", "1", "19", "40", "\u0664\u0660", "9" * 30, "9" * 5000])
 def test_any_width_will_do(run, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)

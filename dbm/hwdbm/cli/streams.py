@@ -69,7 +69,8 @@ def tame() -> None:
         note(f"warning: {str(message).strip().partition(chr(10))[0]}")
 
     def show_error(args: Any) -> None:
-        note(f"warning: {args.exc_type.__name__}: {args.exc_value}")
+        if args.exc_type is not SystemExit:  # by which a thread ends
+            note(f"warning: {args.exc_type.__name__}: {args.exc_value}")
 
     if not sys.flags.dev_mode:
         sys.unraisablehook = threading.excepthook = show_error
