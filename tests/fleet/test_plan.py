@@ -166,13 +166,13 @@ JSON = st.recursive(
 def test_anything_in_any_place(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """It is read, or refused as a plan; nothing else is raised."""
     plan = json.loads(json.dumps(PLAN))
-    at, key = {"": plan}, ""
+    root = {"": plan}
+    at, key = root, ""
     while isinstance(at[key], dict | list) and at[key] and data.draw(st.booleans()):
         at = at[key]
         key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else list(range(len(at)))))
     at[key] = data.draw(JSON)
-    holder = at if "" in at else {"": plan}
-    path = written(tmp_path_factory.mktemp("plan"), holder[""])
+    path = written(tmp_path_factory.mktemp("plan"), root[""])
     with suppress(PlanError):
         read_plan(path)
 
