@@ -1,12 +1,13 @@
 """What `hwdbm.testing` is for: each of its checks notices a table that is wrong in its way, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from seen import as_seen
 
-from hwdbm import DirtyBitmap, Stage2, pte, testing
+from hwdbm import DirtyBitmap, Granule, Stage2, pte, testing
 from hwdbm.testing import Stage2Machine
 
 NPAGES, BASE = 600, 512
@@ -173,3 +174,68 @@ def test_leaves_that_are_alike_differ_in_what_a_collapse_allows_and_at_times_in_
     assert 0.4 < sum(dbm for dbm, _ in kinds) / 300 < 0.6
     assert 60 < len(others) < 140
     assert set(others) == {1, 1 << 12, 1 << 55, 1 << 51}
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------
+
+
+def made_of(strategy, *choices: object) -> tuple[list[str], object]:
+    """Return from what a composite strategy draws, in order, and what it makes of some choices."""
+    asked, left = [], list(choices)
+
+    def draw(each):
+        asked.append(repr(each))
+        return left.pop(0)
+
+    made = strategy.wrapped_strategy
+    return asked, made.definition(draw, *made.args, **made.kwargs)
+
+
+def drawn() -> Iterator[str]:
+    """Yield a line for each strategy of a rule, and for each that slots and tables are drawn from."""
+    for name, call in vars(Stage2Machine).items():
+        for mark, rule in getattr(call, "__dict__", {}).items():
+            if mark.endswith("stateful_rule"):
+                yield from (f"{name} {argument}: {strategy!r}" for argument, strategy in rule.arguments.items())
+    for most in (1, 64, 511, 1600):
+        yield f"ragged({most}): {testing.ragged(most)!r}"
+    for granule in Granule:
+        asked, slot = made_of(testing.slots(granule), 2, 291, 65)
+        yield f"slots({granule.name}): {asked}, of 2, 291 and 65 {slot.npages} pages from {slot.base_gfn}"
+        asked, slot = made_of(testing.stage2s(granule), Stage2(600, 291, granule), 7, *granule_choices(granule))
+        yield f"stage2s({granule.name}): {asked[1:]}"
+
+
+def granule_choices(granule: Granule, mix: int = 0, whole: int = 1) -> list[object]:
+    """Return what `stage2s` is told beside the slot and the seed: whether one block is all, and the shares of kinds."""
+    return [*([whole] if 1 in granule.block_levels() else []), testing.MIXES[mix]]
+
+
+def test_what_is_drawn_from_was_looked_at() -> None:
+    as_seen("strategies/drawn.txt", "\n".join(drawn()) + "\n")
+
+
+def tables() -> Iterator[str]:
+    """Yield the entries of tables that are made, but for level 3's within a stripe: a slot for each mix of kinds."""
+    for mix, base in enumerate((0, 291, 511, 64)):
+        _, slot = made_of(testing.stage2s(), Stage2(2600, base), mix, *granule_choices(Granule.K4, mix))
+        edges = {page + beside for page in range(-base % 512, 2600, 512) for beside in (-2, -1, 0, 1)}
+        for level, entries in ((1, range(1)), (2, range(slot.level(2).size)), (3, sorted(edges & set(range(2600))))):
+            for entry in entries:
+                if desc := int(slot.level(level)[entry]):
+                    yield f"{base} {level}[{entry}]: {pte.describe(desc, level)}"
+    _, slot = made_of(testing.stage2s(), Stage2(2600, 291), 5, *granule_choices(Granule.K4, whole=0))
+    yield f"whole: {pte.describe(int(slot.level(1)[0]), 1)}, {int(slot.level(2).any())}, {int(slot.level(3).any())}"
+
+
+def test_tables_that_are_made_were_looked_at() -> None:
+    as_seen("strategies/tables.txt", "\n".join(tables()) + "\n")
+
+
+def test_bitmaps_are_of_pages_at_random_with_runs_between_edges() -> None:
+    made = testing.bitmaps(200).wrapped_strategy.pack
+    assert not made((3, 0.0, [])).any()
+    assert made((3, 1.0, [])).weight() == 200
+    assert made((3, 0.0, [200, 190, 7, 9, 50])).ranges().tolist() == [[7, 2], [190, 10]]
+    assert 80 < made((3, 0.5, [])).weight() < 120
+    assert made((4, 0.5, [])) != made((3, 0.5, []))

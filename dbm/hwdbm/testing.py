@@ -52,7 +52,7 @@ def stage2s(draw: st.DrawFn, granule: Granule = Granule.K4, most: int = 1600) ->
     s2.level(1)[:] = pte.TABLE
     for index, kind in enumerate(kinds):
         start, stop = s2.layout.span(2, index)
-        frames = np.arange(max(start, 0), min(stop, s2.npages)) + (start < 0) * 0
+        frames = np.arange(max(start, 0), min(stop, s2.npages))
         address = (frames - start + granule.pages_per_entry(2) * (index + 1)).astype(np.uint64) << np.uint64(shift)
         if kind == "block":
             s2.level(2)[index] = _leaves(

@@ -1,0 +1,40 @@
+"""Which leaves a block takes together: a bit of the descriptor that differs in one of them, or is set in all."""
+
+import numpy as np
+import pytest
+
+from hwdbm import Stage2, pte, walker
+
+ADDRESS = 1 << 39
+LEAVES = pte.make_leaf(ADDRESS + (np.arange(512, dtype=np.uint64) << np.uint64(12)), 3, dbm=True)
+BITS = (0, 1, 2, 5, 6, 7, 8, 10, 11, 12, 13, 20, 21, 47, 51, 52, 53, 55, 58, 63)  # each field's first or last
+
+
+def is_block(bit: int, *, in_all: bool) -> bool:
+    """Return whether tracked leaves make up a block after a bit was turned over, in one of them or in all."""
+    if 1 << bit in (pte.AF, pte.CONTIGUOUS, pte.S2AP_W):  # a block's own; which pages were written is saved
+        return True
+    if bit in (0, 1) or 12 <= bit < 21:  # no leaf of level 3, or one that has the address of another page
+        return False
+    return in_all
+
+
+@pytest.mark.parametrize("page", [0, 511, None], ids=["first", "last", "all"])
+@pytest.mark.parametrize("bit", BITS)
+def test_bits_by_which_the_leaves_of_a_block_may_differ(bit: int, page: int | None) -> None:
+    made = LEAVES.copy()
+    if page is None:  # set, or clear, in all: below a block's size each has address bits of its own
+        made = made & ~np.uint64(1 << bit) | ~LEAVES[0] & np.uint64(1 << bit)
+    else:
+        made[page] ^= np.uint64(1 << bit)
+    expected, blocks = is_block(bit, in_all=page is None), []
+    for collapse in (Stage2.collapse, walker.collapse):
+        slot = Stage2(512)
+        slot.level(1)[:], slot.level(2)[:], slot.level(3)[:] = pte.TABLE, pte.make_table(1 << 12), made
+        assert collapse(slot, 0, 512) == expected, collapse.__module__
+        assert np.array_equal(slot.level(3), np.zeros(512) if expected else made)
+        blocks.append(int(slot.level(2)[0]))
+    assert blocks[0] == blocks[1]
+    if expected:
+        given = int(np.bitwise_or.reduce(made)) & pte.AF | int(made[0]) & ~(pte.AF | pte.CONTIGUOUS | pte.S2AP_W | 3)
+        assert blocks[0] == given | (int(made[0]) & pte.S2AP_W if 1 << bit == pte.DBM else 0) | pte.VALID
