@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ class Asked:
                     raise AttributeError(verb)
                 return asked.stands_for(f"{name}.{verb}")
 
-            def __enter__(self) -> "Vm":
+            def __enter__(self) -> Self:
                 return self
 
             def __exit__(self, *_: object) -> None:
@@ -271,15 +271,18 @@ def test_a_guest_that_is_restored_runs_and_is_checked(kind: str, run, asked, mon
     made, ran = asked.calls[:-5], asked.calls[-5:]
     assert ran == [f"restore({name}, 'it')", *(f"{name}.{verb}()" for verb in ("resume", "prove", "pause", "close"))]
     slots = "[0:0x10+32, 3:0x40+8]"
-    assert made == {
-        "machine": [
-            "Machine(granule=<Granule.K4: 12>, hw_dbm=True, thp=False, vcpus=1)",
-            "Machine.add_memslot(131072, 65536, slot=0, readonly=False)",
-            "Machine.add_memslot(32768, 262144, slot=3, readonly=False)",
-        ],
-        "kvm": [f"KvmVm.from_slots(4096, {slots}, ring=None, manual_protect='off')"],
-        "arm": [f"ArmVm.from_slots(4096, {slots}, blocks=False)"],
-    }[kind]
+    assert (
+        made
+        == {
+            "machine": [
+                "Machine(granule=<Granule.K4: 12>, hw_dbm=True, thp=False, vcpus=1)",
+                "Machine.add_memslot(131072, 65536, slot=0, readonly=False)",
+                "Machine.add_memslot(32768, 262144, slot=3, readonly=False)",
+            ],
+            "kvm": [f"KvmVm.from_slots(4096, {slots}, ring=None, manual_protect='off')"],
+            "arm": [f"ArmVm.from_slots(4096, {slots}, blocks=False)"],
+        }[kind]
+    )
 
 
 BUILDERS = {

@@ -586,3 +586,50 @@ def test_verify_sees_what_must_not_be():
     log._slots[0].stage2 = type(log.stage2(0))(200, 0x41)
     with pytest.raises(InvariantError, match="isn't where the slot is"):
         log.verify()
+
+
+# --- pages that are held ----------------------------------------------------------------------------------------
+
+
+def run_leaves(slot, place):
+    ran = []
+    slot.run_leaves(place, lambda lo, hi: iter([ran.append((lo, hi))]))
+    return ran
+
+
+def hold_leaves(slot, place):
+    with slot.hold_leaves(place) as held:
+        return [held]
+
+
+@pytest.mark.parametrize("hold", [run_leaves, hold_leaves])
+@pytest.mark.parametrize(
+    ("changes", "claimed"),
+    [
+        ([], [(0, 512)]),
+        (["block"], [(0, 512), (0, 600)]),
+        (["block", "table"], [(0, 512), (0, 600), (0, 512)]),
+        (["page"], [(0, 512), (512, 600)]),
+        (["page", "block"], [(0, 512), (512, 600), (0, 600)]),
+    ],
+)
+def test_what_changes_before_pages_are_held_is_looked_at_again(hold, changes, claimed, monkeypatch):
+    """Leaves that end elsewhere, and other pages, while others hold them: each time anew, and once as it stays."""
+    slot, at, left, claims = make(600, base=0)._slots[0], 5, list(changes), []
+    kinds = {"block": pte.make_leaf(0, 1), "table": pte.TABLE}
+    slot.stage2.level(1)[:] = pte.TABLE
+
+    def wait(claim):
+        nonlocal at
+        assert claim.held.locked()
+        assert claim.mine.locked()
+        claims.append((claim.lo, claim.hi))
+        change = left.pop(0) if left else None
+        if change == "page":
+            at += 512
+        elif change:
+            slot.stage2.level(1)[:] = kinds[change]
+
+    monkeypatch.setattr(slot, "_wait", wait)
+    assert hold(slot, lambda: (at, at + 1)) == [(at, at + 1)]
+    assert claims == claimed
