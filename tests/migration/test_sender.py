@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from clocks import Clock
 
-from hwdbm.migration import Pass
+from hwdbm.migration import Pass, sender
 from hwdbm.migration.precopy import Precopy
-from hwdbm.migration.sender import PageSender
+from hwdbm.migration.sender import Limiter, PageSender
 from hwdbm.migration.wire import ZERO_RUNS, Kind
 
 PAGE = 4096
@@ -62,3 +63,39 @@ def test_what_remains_of_a_pass_is_what_was_not_sent():
     sender.normal = 90  # a page may be sent twice
     Precopy._count(going)
     assert report.remaining == 0
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "frame"), [(1e5, 40), (1e6, 4_096), (1e6, 1 << 21), (5e7, 70_000), (5e7, 1 << 21), (2e8, 1 << 21)]
+)
+def test_a_pass_takes_what_its_bytes_take(monkeypatch: pytest.MonkeyPatch, bandwidth: float, frame: int) -> None:
+    """Each frame goes as early as it may: what a guest that stands still waits for hangs on nothing that was before.
+
+    20 ms of the bandwidth may be ahead, and 20 may be made up for. A nap is a millisecond, or the clock's grain.
+    """
+    clock = Clock()
+    monkeypatch.setattr(sender, "time", clock)
+    limiter, ahead, looked = Limiter(bandwidth), 0.04, [0.0]
+
+    def look() -> None:
+        assert clock.passed - looked[-1] <= 0.05 + 1e-6
+        looked.append(clock.passed)
+
+    for number, gap in enumerate((0.0, 0.0, 0.003, 0.015, 0.5)):
+        clock.passed += gap
+        ahead = min(ahead + gap, 0.04)
+        begun, sent = clock.passed, 0
+        while sent < bandwidth * 0.3:
+            looked[-1] = clock.passed
+            limiter.wait(frame, look)
+            sent += frame
+            due = max(sent / bandwidth - ahead, 0.0)
+            assert due - 1e-6 <= clock.passed - begun <= due + 1e-3 + 1e-6, (number, sent)
+        ahead -= sent / bandwidth - (clock.passed - begun)
+    assert 1 < len(looked) <= 1 + clock.passed / 1e-3  # it isn't awake for each few bytes
+
+
+def test_no_bandwidth_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "time", clock := Clock())
+    Limiter(None).wait(1 << 40, pytest.fail)
+    assert not clock.passed

@@ -14,7 +14,7 @@ from hwdbm.migration.wire import HEAD_SIZE, PAYLOAD, ZERO_RUNS, Kind
 from hwdbm.vm import Source
 
 _WINDOW = 1 << 18  # pages of a slot looked at together where a listing costs 8 bytes a page: 2 MiB
-_SLICE = 0.05  # seconds of sleep between two looks at whether to go on
+_NAP, _SLICE = 0.001, 0.05  # seconds of sleep between two looks at whether to go on, at least and at most
 _BURST = 0.02  # seconds of the bandwidth that may be made up for at once
 _FRAME = 0.25  # seconds of the bandwidth that a frame takes, if that is a page or more
 
@@ -43,7 +43,7 @@ class Limiter:
         now = time.monotonic()
         self._due = max(self._due, now - _BURST) + nbytes / self.bandwidth
         while (left := self._due - time.monotonic()) > _BURST:
-            time.sleep(min(left, _SLICE))
+            time.sleep(min(max(left - _BURST, _NAP), _SLICE))  # no longer: the guest may be paused meanwhile
             check()
 
 
