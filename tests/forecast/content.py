@@ -5,7 +5,7 @@ some hundred MiB, so it compares all of the memory, where it lies.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,23 @@ class Content:
 
     def zeros(self, lo: int, hi: int) -> np.ndarray:
         return self.zero[lo:hi]
+
+
+def beside(trace: Content, pages: int, filled: int) -> Content:
+    """Return a trace with memory behind the guest's that nobody writes: so many pages, of which some aren't zero."""
+    columns = -(-pages // 64)
+    zero = DirtyBitmap(columns * 64)
+    zero.set_range(0, pages)
+    zero -= DirtyBitmap.from_pages(np.linspace(0, pages - 1, filled).astype(np.int64), columns * 64)
+    still = np.zeros((len(trace.changed), columns), dtype=np.uint64)
+    assert trace.npages % 64 == 0, trace.npages
+    return replace(
+        trace,
+        changed=np.hstack((trace.changed, still)),
+        zero=np.hstack((trace.zero, still)),
+        initial_zeros=np.concatenate((trace.initial_zeros, zero.words)),
+        npages=trace.npages + pages,
+    )
 
 
 def record(memory: np.ndarray, duration: float, interval: float = 0.1) -> Content:

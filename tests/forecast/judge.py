@@ -215,19 +215,22 @@ def long_enough(case: Case, memory: np.ndarray, setting: Setting) -> float:
     return min(max(1.2 * filled / (setting.bandwidth * MB), case.trace), TRACE[1])
 
 
-def trace_of(case: Case, setting: Setting, side: qemu.Side) -> content.Content:
+def trace_of(case: Case, setting: Setting, side: qemu.Side, firmware: tuple[int, int]) -> content.Content:
     memory = side.memory()
-    return content.record(memory, long_enough(case, memory, setting), interval=0.1)
+    trace = content.record(memory, long_enough(case, memory, setting), interval=0.1)
+    return content.beside(trace, *firmware)
 
 
 # --- the terms ---------------------------------------------------------------------------------------------
 
 
-def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
+def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms, tuple[int, int]]:
     """Return QEMU's terms here, and those of a slow link, measured with guests that aren't judged.
 
-    One is of zeros, one is full, and one writes: while it stands still, QEMU sends slower than before.
+    One is of zeros, one is full, and one writes: while it stands still, QEMU sends slower than before. Also return how
+    many pages QEMU has beside the guest's memory, its firmware's, and how many of them aren't zero.
     """
+    more: list[tuple[int, int]] = []
 
     def runs_of(name: str, memory: int, what: str, *settings: Setting) -> list[list[qemu.Run]]:
         """Return four runs of a guest at each setting."""
@@ -242,6 +245,10 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
                     runs.append(pair.migrate(bandwidth=each.bandwidth * MB, downtime_limit=each.limit, timeout=20))
                 assert all(run.status == "completed" for run in runs), runs
                 found.append(runs)
+                memory = pair.side.memory()
+                pages = runs[0].samples[-1]["ram"]["total"] // PAGE - len(memory)
+                filled = min(run.normal for run in runs) - int(np.count_nonzero(memory.any(axis=1)))
+                more.append((pages, min(max(filled, 0), pages)))
         net.be(None)
         return found
 
@@ -264,9 +271,21 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms]:
         pause=PAUSE,
         handover=handover,
         last_bandwidth=min(last, whole.transferred / seconds),
+        spread=spread_of([each["ram"]["mbps"] for run in of_written for each in turns(run)]),
     )
     quick, *slow = (statistics.median(map(after_the_last, runs)) for runs in (of_full, *slowly))
-    return terms, replace(terms, last_bandwidth=None, burst=max(slow[0] - quick, 0.0) if slow else 0.0)
+    burst = max(slow[0] - quick, 0.0) if slow else 0.0
+    return terms, replace(terms, last_bandwidth=None, burst=burst, spread=forecast.QEMU.spread), min(more)
+
+
+def turns(run: qemu.Run) -> list[dict[str, Any]]:
+    """Return the samples that say what QEMU sent in one of its turns: it has a share of the bandwidth for each."""
+    return [each for each in run.samples if each["status"] == "active" and each["ram"]["mbps"]]
+
+
+def spread_of(rates: list[float]) -> float:
+    """Return the standard deviation of rates, as a part of them: a limit is kept far better than a network is."""
+    return statistics.pstdev(rates) / statistics.mean(rates)
 
 
 def last_pass(run: qemu.Run, handover: float) -> float:
@@ -376,7 +395,7 @@ def compact(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def judged_qemu(
-    case: Case, net: Link, folder: Path, terms: forecast.Terms, slow: forecast.Terms
+    case: Case, net: Link, folder: Path, terms: forecast.Terms, slow: forecast.Terms, firmware: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
     settings = [setting for setting in case.settings if net.there or not setting.link]
     if not settings:
@@ -385,7 +404,7 @@ def judged_qemu(
         wait_ready(case, pair.side)
         for setting in settings:
             time.sleep(0.7)  # a QEMU that is new translates the guest's code first
-            trace = trace_of(case, setting, pair.side)
+            trace = trace_of(case, setting, pair.side, firmware)
             own = slow if setting.link else terms
             capped = replace(setting, bandwidth=min(setting.bandwidth, (terms.last_bandwidth or 1e12) / MB))
             said = before(trace, capped, own)
@@ -447,6 +466,7 @@ def calibrate_own(folder: Path) -> forecast.Terms:
         setup_gib=0.0,
         verify_gib=statistics.median(each.verify_time for each in reports) / (size / 2**30),
         handover=max(statistics.median(each.downtime for each in reports) - known, 0.0),
+        spread=spread_of([each.passes[0].transferred / each.passes[0].time for each in reports]),
     )
 
 
@@ -522,12 +542,17 @@ def judge(cases: tuple[Case, ...], output: Path | None, repeat: int, keep: Path 
             print(f"no link of its own ({net.why}): {left * repeat} runs that need it are left out", flush=True)
         out = stack.enter_context(output.open("w")) if output else None
         warm_up()
-        terms, slow = calibrate(net, folder)
+        terms, slow, firmware = calibrate(net, folder)
         own = calibrate_own(folder) if any(case.kind == "own" for case in cases) else forecast.OWN
         print(f"QEMU's terms here: {told(terms)}\non a link: {told(slow)}\nour own: {told(own)}")
+        print(f"beside a guest's memory QEMU has {firmware[0]} pages, of which {firmware[1]} aren't zero")
         print(HEAD, flush=True)
         for case in cases * repeat:
-            runs = judged_own(case, folder, own) if case.kind == "own" else judged_qemu(case, net, folder, terms, slow)
+            runs = (
+                judged_own(case, folder, own)
+                if case.kind == "own"
+                else judged_qemu(case, net, folder, terms, slow, firmware)
+            )
             for found in runs:
                 setting = found.pop("setting")
                 kept(keep, len(lines), found.pop("record"))
