@@ -7,9 +7,11 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
+import forked
 import pytest
 import typer
 
+from hwdbm import process
 from hwdbm.cli import interrupt, main, migrate, output
 
 
@@ -30,6 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(interrupt, "nudge", lambda: None)
+    monkeypatch.setattr(process, "subprocess", forked.MODULE)
     # What a log is told now and then would be told here where a machine is slow.
     monkeypatch.setattr(output, "_EVERY", inf)
     monkeypatch.setattr(migrate, "_NOW_AND_THEN", inf)

@@ -3,6 +3,7 @@
 import dis
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import resource
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -273,6 +273,7 @@ def _wrong_arrays(value: np.ndarray) -> Iterator[Wrong]:
 # --- states -----------------------------------------------------------------------------------------------------
 
 _OPAQUE = (threading.Thread, ModuleType, FunctionType, MethodType, type)
+_ITSELF = {type(None), bool, int, str, bytes}
 
 
 def state(item: Any, without: frozenset[str] = frozenset()) -> object:
@@ -282,11 +283,11 @@ def state(item: Any, without: frozenset[str] = frozenset()) -> object:
 
 def _state(item: Any, seen: dict[int | str, int]) -> object:
     kind = type(item)
-    if item is None or kind in (bool, int, str, bytes):
+    if kind in _ITSELF:
         return kind.__name__, item
-    if kind is float or isinstance(item, complex | np.generic):
+    if kind is float or isinstance(item, (complex, np.generic)):  # millions of times; so below
         return kind.__name__, repr(item)
-    if isinstance(item, Enum | range | slice):
+    if isinstance(item, (Enum, range, slice)):
         return repr(item)
     if isinstance(item, _OPAQUE) or (callable(item) and not hasattr(item, "__dict__")):
         return getattr(item, "__qualname__", kind.__name__)
@@ -294,8 +295,8 @@ def _state(item: Any, seen: dict[int | str, int]) -> object:
         return "again", seen[id(item)]
     seen[id(item)] = len(seen)
     if isinstance(item, np.ndarray):
-        place = f"{item.ctypes.data} {item.nbytes}"  # two views of guest memory say the same
         if item.nbytes > _LARGE:
+            place = f"{item.ctypes.data} {item.nbytes}"  # two views of guest memory say the same
             if place in seen:
                 return "again", item.dtype.str, item.shape
             seen[place] = 0
@@ -304,13 +305,13 @@ def _state(item: Any, seen: dict[int | str, int]) -> object:
         return item.tobytes()
     if isinstance(item, DirtyBitmap):
         return "bitmap", item.npages, _state(item.words, seen)
-    if isinstance(item, bytearray | memoryview):
+    if isinstance(item, (bytearray, memoryview)):
         return bytes(item)
-    if isinstance(item, Mapping):
+    if kind is dict or isinstance(item, Mapping):
         return kind.__name__, [(_state(key, seen), _state(value, seen)) for key, value in item.items()]
-    if isinstance(item, list | tuple | deque):
+    if isinstance(item, (list, tuple, deque)):
         return kind.__name__, [_state(each, seen) for each in item]
-    if isinstance(item, set | frozenset):
+    if isinstance(item, (set, frozenset)):
         return kind.__name__, sorted(repr(_state(each, seen)) for each in item)
     if isinstance(item, weakref.ref):
         return kind.__name__
@@ -340,6 +341,11 @@ class UnboundedError(Exception):
     """A call took too long."""
 
 
+@cache
+def _statm() -> int:
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
 @contextmanager
 def _bounded(name: str | None) -> Iterator[None]:
     """Bound what a call takes: nothing that a caller gives may make it go on for ever, or take all memory."""
@@ -348,7 +354,7 @@ def _bounded(name: str | None) -> Iterator[None]:
         raise UnboundedError(f"{name} makes it go on for ever")
 
     before, (soft, hard) = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(os.pread(_statm(), 64, 0).split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, hard))
     signal.setitimer(signal.ITIMER_REAL, _SECONDS)
     try:
@@ -417,10 +423,17 @@ class Scene:
 
     subject: Any
     call: Callable[..., Any]
+    parameters: "Parameters"
     arguments: dict[str, Any]
-    optional: frozenset[str]
-    several: frozenset[str]  # those that may be one number, or many
     unlike: frozenset[str]
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return self.parameters.optional
+
+    @property
+    def several(self) -> frozenset[str]:
+        return self.parameters.several
 
     def run(self, name: str | None = None, value: Any = None) -> "Outcome":
         """Make the call with one argument replaced."""
@@ -430,7 +443,7 @@ class Scene:
         """Make the call with some arguments replaced."""
         arguments, name = {**self.arguments, **replaced}, ", ".join(replaced)
         try:
-            bound = inspect.signature(self.call).bind_partial()
+            bound = self.parameters.signature.bind_partial()
             bound.arguments.update(self._grouped(arguments))
             with _bounded(name):
                 returned = _used(self.call(*bound.args, **bound.kwargs))
@@ -444,7 +457,7 @@ class Scene:
 
     def _grouped(self, arguments: dict[str, Any]) -> dict[str, Any]:
         ordered: dict[str, Any] = {}
-        for parameter in inspect.signature(self.call).parameters.values():
+        for parameter in self.parameters.signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 ordered[parameter.name] = {
                     key.partition("**")[2]: value for key, value in arguments.items() if "**" in key
@@ -480,15 +493,39 @@ def _used(result: Any) -> Any:
     return list(result) if inspect.isgenerator(result) else result
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Those of a verb, of the making of an object, or of a function: those that may be None, and those of many."""
+
+    signature: inspect.Signature
+    optional: frozenset[str]
+    several: frozenset[str]  # those that may be one number, or many
+
+
+_PARAMETERS: dict[tuple[Any, str | None], Parameters] = {}
+
+
+def parameters(item: Any, verb: str | None, call: Callable[..., Any]) -> Parameters:
+    if (item, verb) not in _PARAMETERS:
+        signature = inspect.signature(call)
+        named = signature.parameters.items()
+        _PARAMETERS[item, verb] = Parameters(
+            signature,
+            frozenset(name for name, one in named if one.default is None or "None" in str(one.annotation)),
+            frozenset(name for name, one in named if "ndarray" in str(one.annotation)),
+        )
+    return _PARAMETERS[item, verb]
+
+
 def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
     """Return a new scene of a verb, of the making of an object, or of a function."""
     subject = recipe.make() if verb is not None else None
     call = item if verb is None else getattr(subject, verb)
     given = recipe.given(subject)
     own = verb or ("new" if inspect.isclass(item) else item.__name__)
-    arguments, optional, several = {}, set(), set()
+    arguments, known = {}, parameters(item, verb, call)
     given = {**given}
-    for name, parameter in inspect.signature(call).parameters.items():
+    for name, parameter in known.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             for key, value in given[f"{own}.**"].items():
                 arguments[f"**{key}"] = value
@@ -502,11 +539,7 @@ def scene(recipe: Recipe, item: Any, verb: str | None) -> Scene:
                 continue
             raise LookupError(f"there is no good argument for {own}'s parameter {name!r}: give its recipe one")
         arguments[name] = given[key] if key in given else given[name]
-        if parameter.default is None or "None" in str(parameter.annotation):
-            optional.add(name)
-        if "ndarray" in str(parameter.annotation):
-            several.add(name)
-    return Scene(subject, call, arguments, frozenset(optional), frozenset(several), recipe.unlike)
+    return Scene(subject, call, known, arguments, recipe.unlike)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import forked
 import numpy as np
 
 from hwdbm.memslot import Memslot
@@ -79,7 +80,8 @@ from hwdbm.vm import PlainGuest
 with transport.listen_unix(Path(sys.argv[1])) as listener:
     channel = listener.accept()
 try:
-    print(receive(channel, lambda layout: PlainGuest(layout, Path(sys.argv[2]) if sys.argv[2:] else None)).sha256)
+    with channel:
+        print(receive(channel, lambda layout: PlainGuest(layout, Path(sys.argv[2]) if sys.argv[2:] else None)).sha256)
 except OSError as error:
     sys.exit(f"receiver: {error}")
 """
@@ -91,7 +93,7 @@ class ReceiverProcess:
     def __init__(self, folder: Path, *args: object) -> None:
         self._path = folder / f"{random.randrange(1 << 30):x}.sock"
         command = [sys.executable, "-P", "-c", RECEIVER, str(self._path), *map(str, args)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def connect(self) -> Channel:
         while True:

@@ -27,6 +27,14 @@ REFERENCES = {
 Arrays = dict[int, NDArray[np.uint64]]
 
 
+class Looked(Arrays):
+    """The arrays of leaves, with views that can only be read."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        super().__init__(arrays)
+        self.views = {level: read_only(array) for level, array in arrays.items()}
+
+
 def may_write(frame: FrameType) -> bool:
     """Return whether a caller is a method of `Leaves`, one of the references, or outside of the package."""
     module = frame.f_globals.get("__name__", "")
@@ -44,16 +52,16 @@ class Level:
         self.handed = 0  # how often they were handed out to be written
 
     def __set__(self, leaves: Leaves, arrays: Arrays) -> None:
-        leaves.__dict__["level"] = arrays
+        leaves.__dict__["level"] = Looked(arrays)
 
     def __get__(self, leaves: Leaves | None, owner: type) -> "Arrays | Level":
         if leaves is None:
             return self
-        arrays: Arrays = leaves.__dict__["level"]
+        arrays: Looked = leaves.__dict__["level"]
         if may_write(sys._getframe(1)):
             self.handed += 1
             return arrays
-        return {level: read_only(array) for level, array in arrays.items()}
+        return arrays.views
 
 
 def read_only(array: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -967,8 +967,7 @@ def walked(name: str) -> Iterator[str]:
             for complaint in judged(wrong, outcome, before, partial(twin, parameter, wrong), named=named):
                 yield f"{parameter} = {wrong.label}: {complaint}"
             if outcome.error is None or outcome.after != before:
-                scene = new()
-                before = scene.state()
+                scene = new()  # whose state is the one before: twins are compared, too
 
 
 FAR = 1 << 65  # beyond any number that is taken for what it is
@@ -1162,7 +1161,6 @@ def test_several_wrong_arguments_at_once(name: str) -> None:
             assert outcome.after == before, (labels, outcome.error)
         if outcome.error is None or outcome.after != before:
             scene = doors.scene(recipe, item, verb)
-            before = scene.state()
 
 
 # Verbs of a closed object: its end again, and what vCPUs that come to theirs may still call.

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 
 from hwdbm.kvm import KvmVm
@@ -49,10 +50,9 @@ def test_memory_that_is_ready(tmp_path: Path) -> None:
     """A receiver that has its memory before it listens takes a guest with as much, and no other."""
     for size, status in (("16M", 0), ("32M", 1)):
         command = [*MAIN, "receive", "--vm", "kvm", "--memory", size, "--listen", "127.0.0.1:0", "--insecure", "--json"]
-        receiver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        receiver = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         where = receiver.stderr.readline().split()[-1]
-        source = subprocess.run([*MAIN, "migrate", *SMALL, "--to", where, "--insecure", "--json"],
-                                capture_output=True, text=True, check=False)  # fmt: skip
+        source = forked.run([*MAIN, "migrate", *SMALL, "--to", where, "--insecure", "--json"])
         out, err = receiver.communicate(timeout=30)
         assert (source.returncode, receiver.returncode) == (status, status), source.stderr + err
         if status:
@@ -99,10 +99,9 @@ def test_what_it_cannot_do(run) -> None:
 def test_a_guest_that_does_not_run_there(tmp_path: Path) -> None:
     """Where only its memory can arrive, the command says so, and doesn't call it well."""
     command = [*MAIN, "receive", "--file", str(tmp_path / "ram"), "--listen", "127.0.0.1:0", "--insecure"]
-    receiver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    receiver = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     where = receiver.stderr.readline().split()[-1]
-    source = subprocess.run([*MAIN, "migrate", *SMALL, "--to", where, "--insecure", "--json"],
-                            capture_output=True, text=True, check=False)  # fmt: skip
+    source = forked.run([*MAIN, "migrate", *SMALL, "--to", where, "--insecure", "--json"])
     receiver.communicate(timeout=30)
     assert (source.returncode, receiver.returncode) == (1, 0)
     assert source.stderr == "hwdbm: the guest at the destination: it is memory, and doesn't run\n"

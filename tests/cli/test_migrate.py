@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from clocks import Clock
 
@@ -28,7 +29,7 @@ SMALL = ["--memory", "16M", "--rate", "5000", "--max-downtime", "5000"]
 
 
 def start(*args: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         [*MAIN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
         env=os.environ | (environment or {}),
     )  # fmt: skip
@@ -404,7 +405,7 @@ def test_on_a_terminal() -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    done = subprocess.Popen(
+    done = forked.Popen(
         [*MAIN, "migrate", *SMALL, "--bandwidth", "20M", "--json"],
         stdout=subprocess.PIPE, stderr=theirs, text=True, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
     )  # fmt: skip

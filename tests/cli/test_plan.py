@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -146,7 +146,7 @@ def test_what_is_no_trace_and_no_samples(run, tmp_path: Path, trace: Path) -> No
 def test_an_interrupt_leaves_no_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "hwdbm", "plan", "--source", "machine", "--memory", "16M"]
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen([*command, "--duration", "60s", "--bandwidth", "9M"], env=env) as process:
+    with forked.Popen([*command, "--duration", "60s", "--bandwidth", "9M"], env=env) as process:
         try:
             while not any(tmp_path.glob("hwdbm-*")):
                 assert process.poll() is None

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import forked
 import jsonschema
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_bench(run) -> None:
 
 def test_migrate_and_receive(run) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        receiver = subprocess.Popen(
+        receiver = forked.Popen(
             [*MAIN, "receive", "--unix", f"{folder}/s", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 
@@ -66,7 +67,7 @@ def test_bitmaps_and_ram_files_are_recorded(run, tmp_path):
 
 def test_an_interrupt_leaves_a_whole_trace(tmp_path):
     command = [*MAIN, "record", "--output", tmp_path / "trace", "--memory", "2M", "--interval", "20ms"]
-    with subprocess.Popen(
+    with forked.Popen(
         [*command, "--duration", "1min", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         until = time.monotonic() + 60

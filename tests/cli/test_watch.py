@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 from clocks import Clock
 from qmptools import ANSWERS, MIB, Monitor, active
@@ -144,7 +145,7 @@ def test_an_interrupt_ends_the_wait_for_a_silent_monitor(tmp_path: Path, greetin
         server.bind(str(tmp_path / "qmp"))
         server.listen()
         command = [sys.executable, "-P", "-m", "hwdbm", "watch", "--qmp", str(tmp_path / "qmp")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             client, _ = server.accept()
             with client:
                 if greeting:

@@ -11,6 +11,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import handovertools
 import pytest
 from handovertools import (
@@ -224,7 +225,7 @@ receive(channel, lambda layout: DestinationVm(layout, Path(disk)))
 
 def process(*args: object) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(Path(handovertools.__file__).parent)}
-    return subprocess.Popen([sys.executable, "-P", *map(str, args)], stdout=subprocess.PIPE, text=True, env=environment)
+    return forked.Popen([sys.executable, "-P", *map(str, args)], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -260,7 +261,7 @@ def test_the_destination_is_killed(vm, disk, tmp_path, name, kind, when):
 def test_the_source_is_killed(disk, tmp_path, name, kind, when):
     with listen(name, tmp_path) as listener:
         destination = Destination(listener, disk, timeout=5)
-        source = process(handovertools.__file__, name, listener.address, disk, kind.name, 1, when)
+        source = process("-m", "handovertools", name, listener.address, disk, kind.name, 1, when)
         with source:
             if (kind, when) == (Kind.HELLO, "before"):
                 return  # it never was a source

@@ -1,0 +1,186 @@
+"""Processes of this Python that begin at once: one that has imported everything is forked for each.
+
+To import a command's libraries and to load its kernels costs more than all that a small migration does. Tests of how a
+process begins, of what it imports or of its interpreter start one by `subprocess` itself.
+"""
+
+import atexit
+import gc
+import inspect
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Sequence
+from ctypes import CDLL
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LONGEST = 1 << 18  # bytes of a request
+_PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+_ARGUMENTS = inspect.signature(subprocess.Popen._execute_child)
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, which forks where the command is this Python's, for a module or for code.
+
+    There, warnings are errors. The process is a child of this one all the same.
+    """
+
+    def _execute_child(self, *args: Any) -> None:
+        given = _ARGUMENTS.bind(self, *args).arguments
+        python, *command = map(os.fspath, given["args"])
+        while command[:1] in (["-P"], ["-W"], ["error"]):
+            del command[0]
+        if python != sys.executable or command[0] not in {"-c", "-m"} or given["pass_fds"] or given["preexec_fn"]:
+            super()._execute_child(*args)
+            return
+        environment = dict(os.environ if given["env"] is None else given["env"])
+        where = str(given["cwd"] or Path.cwd())
+        ends = (given["p2cread"], given["c2pwrite"], given["errwrite"])
+        streams = [number if end < 0 else end for number, end in enumerate(ends)]
+        self.pid = _server().start(command, where, environment, given["start_new_session"], streams)
+        self._child_created = True
+        self._close_pipe_fds(*(given[name] for name in _PIPES))
+
+
+MODULE = SimpleNamespace(**vars(subprocess) | {"Popen": Popen})
+"""What a module that starts processes may have in place of `subprocess`."""
+
+
+def run(command: Sequence[object], timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+    """Run a process to its end, and return its status and its output."""
+    with Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+class _Server:
+    """The process that is forked; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._channel, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:  # threads and fork() don't go together
+            command = [sys.executable, "-P", "-W", "error", __file__, str(there.fileno())]
+            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment)
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._channel.close()
+        self._process.wait()
+
+    def start(self, *request: Any) -> int:
+        """Start a process, which is a child of this one, and return its id."""
+        *what, streams = request
+        with self._lock:
+            _take_orphans(yes=True)
+            try:
+                socket.send_fds(self._channel, [json.dumps(what).encode()], streams)
+                answer = self._channel.recv(_LONGEST)
+            finally:
+                _take_orphans(yes=False)
+        assert answer, "the process that is forked ended"
+        return int(answer)
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+def _take_orphans(*, yes: bool) -> None:
+    """Have processes below this one that lose their parent become this one's children, or else the system's first's."""
+    CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+
+
+# --- the process that is forked ------------------------------------------------------------------------------
+
+
+def serve(channel: socket.socket) -> None:
+    """Fork for each request, until nobody is left to ask."""
+    while True:
+        raw, streams, _, _ = socket.recv_fds(channel, _LONGEST, 3)
+        if not raw:
+            return
+        reader, writer = os.pipe()
+        between = os.fork()
+        if not between:
+            child = os.fork()
+            if child:  # it loses its parent, and so is given to the process that asked
+                os.write(writer, str(child).encode())
+                os._exit(0)
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            for each in (channel.detach(), reader, writer, *streams):
+                os.close(each)
+            run_as(*json.loads(raw))
+        os.waitpid(between, 0)
+        channel.send(os.read(reader, 64))
+        for each in (reader, writer, *streams):
+            os.close(each)
+
+
+def run_as(command: list[str], folder: str, environment: dict[str, str], new_session: bool) -> None:
+    """Be a process that was started with a command, in a folder, and with an environment."""
+    if new_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # which was of another environment
+    # What they are depends on what is behind them: a terminal, a pipe, a file.
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    how, what, *arguments = command
+    sys.argv, status = ["-c" if how == "-c" else what, *arguments], 0
+    try:
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001  # as the interpreter does
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)  # to take down an interpreter that was forked costs more than most tests
+
+
+def import_everything() -> None:
+    """Import what commands need, and load the kernels."""
+    from hwdbm import kernels
+    from hwdbm.cli import app
+
+    for name in app._TASK:
+        import_module(f"hwdbm.cli.{name}")
+    kernels.warm_up()
+    gc.collect()
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    import_everything()
+    with socket.socket(fileno=int(sys.argv[1])) as channel_:
+        serve(channel_)
