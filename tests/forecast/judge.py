@@ -260,13 +260,14 @@ def calibrate(net: Link, folder: Path) -> tuple[forecast.Terms, forecast.Terms, 
     # What else went on here is none of QEMU's terms; how fast memory is, is.
     zeros, full = (sorted(runs, key=lambda run: run.total_time) for runs in (of_zeros, of_full))
     zero, whole = zeros[len(zeros) // 2], full[0]
-    took = max((zero.total_time - zero.downtime) / 1e3, 1e-3)
-    zero_page = max(took - forecast.QEMU.setup, 0) / zero.duplicate
+    setup = statistics.median(run.setup_time for run in of_zeros + of_full) / 1e3
+    zero_page = max((zero.total_time - zero.downtime) / 1e3 - setup, 0) / zero.duplicate
     seconds = max((whole.total_time - whole.downtime) / 1e3 - whole.duplicate * zero_page, 1e-3)
     handover = max(statistics.median(run.stopped for run in of_zeros + of_full) / 1e3 - PAUSE, 0.0)
     last = statistics.median(last_pass(run, handover) for run in of_written)
     terms = replace(
         forecast.QEMU,
+        setup=setup,
         zero_page=zero_page,
         pause=PAUSE,
         handover=handover,
@@ -284,7 +285,7 @@ def turns(run: qemu.Run) -> list[dict[str, Any]]:
 
 
 def spread_of(rates: list[float]) -> float:
-    """Return the standard deviation of rates, as a part of them: a limit is kept far better than a network is."""
+    """Return the standard deviation of rates, as a part of them: limits are kept better than networks are."""
     return statistics.pstdev(rates) / statistics.mean(rates)
 
 
@@ -466,7 +467,7 @@ def calibrate_own(folder: Path) -> forecast.Terms:
         setup_gib=0.0,
         verify_gib=statistics.median(each.verify_time for each in reports) / (size / 2**30),
         handover=max(statistics.median(each.downtime for each in reports) - known, 0.0),
-        spread=spread_of([each.passes[0].transferred / each.passes[0].time for each in reports]),
+        spread=spread_of([each.transferred / each.total_time for each in reports]),
     )
 
 
