@@ -2,10 +2,15 @@
 
 import json
 import os
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from seen import as_seen
 
 from hwdbm.cli import doctor
 
@@ -93,6 +98,51 @@ def test_no_kvm(run, monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = run("doctor", "kvm")
     assert lacking.status == 3
     assert "nested virtualisation" in lacking.out
+
+
+LIMITS = ((4096, 65536), (256, 1 << 20), (255, 1023), (257, -1), (-1, 0))  # open files, and bytes locked in memory
+HUGE = ("always [madvise] never", "[always] madvise never", "always madvise [never]", None)
+SHMEM = ("always within_size advise [never] deny force", "[advise] never", None, None)
+
+
+def machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yield what is found on machines with other memory, limits, huge pages and kernels, around each edge."""
+    limits: dict[int, int] = {}
+    monkeypatch.setattr(doctor, "Path", lambda name: folder / Path(name).name)
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (limits[which], 0))
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {1, 2, 3})
+    for free, most in ((1 << 20, -1), ((1 << 20) - 1, -1), (1 << 22, 4 << 30), (1 << 22, (4 << 30) - 1), (5, 5 << 30)):
+        (folder / "meminfo").write_text(f"MemTotal:  {5 << 20} kB\nMemAvailable: {free} kB\nHugePages_Total:  0\n")
+        limits[resource.RLIMIT_AS] = most
+        yield f"{free} KiB, {most}: {doctor._memory()}"
+    for limits[resource.RLIMIT_NOFILE], limits[resource.RLIMIT_MEMLOCK] in LIMITS:
+        yield f"{limits[resource.RLIMIT_NOFILE]}, {limits[resource.RLIMIT_MEMLOCK]}: {doctor._limits()}"
+    (folder / "transparent_hugepage").mkdir()
+    for texts in zip(HUGE, SHMEM, strict=True):
+        for name, text in zip(("enabled", "shmem_enabled"), texts, strict=True):
+            (folder / "transparent_hugepage" / name).unlink(missing_ok=True)
+            if text is not None:
+                (folder / "transparent_hugepage" / name).write_text(text)
+        yield f"{texts}: {doctor._huge_pages()}"
+
+
+def test_what_is_found_on_other_machines_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{line}\n" for line in machines(tmp_path, monkeypatch))
+    as_seen("asked/doctor.txt", text.replace(str(tmp_path), "FOLDER"))
+
+
+@pytest.mark.parametrize("lacking", [[], ["NR_MEMSLOTS"], None])
+def test_what_a_kernel_has(run, lacking: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwdbm import kvm
+    from hwdbm.kvm.abi import Cap
+
+    has = [name for name in doctor._CAPS if lacking is not None and name not in lacking]
+    asked = SimpleNamespace(check_extension=lambda cap: int(Cap(cap).name in has))
+    monkeypatch.setattr(kvm, "Kvm", lambda: nullcontext(asked))
+    lacks = [name for name in doctor._CAPS if name not in has]
+    said = f"has {', '.join(has) or 'none'}" + (f"; lacks {', '.join(lacks)}" if lacks else "")
+    result = run("doctor", "kvm")
+    assert (result.status, result.out.splitlines()[1:]) == (0, [f"yes  kvm  {said}"])
 
 
 def test_there_is_no_such_check(run) -> None:

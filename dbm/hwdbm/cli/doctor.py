@@ -191,8 +191,9 @@ def _limits() -> _Found:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     usable = files == resource.RLIM_INFINITY or files >= _FILES
-    amount = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
-    said = f"{files} open files, {amount} of locked memory, {len(os.sched_getaffinity(0))} processors"
+    most = "unlimited" if files == resource.RLIM_INFINITY else f"{files}"
+    amount = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB of"
+    said = f"{most} open files, {amount} locked memory, {len(os.sched_getaffinity(0))} processors"
     return _Found(usable, said, "" if usable else f"ulimit -n {_FILES} or more")
 
 
