@@ -239,3 +239,68 @@ def test_bitmaps_are_of_pages_at_random_with_runs_between_edges() -> None:
     assert made((3, 0.0, [200, 190, 7, 9, 50])).ranges().tolist() == [[7, 2], [190, 10]]
     assert 80 < made((3, 0.5, [])).weight() < 120
     assert made((4, 0.5, [])) != made((3, 0.5, []))
+
+
+# --- what the rules do ------------------------------------------------------------------------------------------
+
+STEPS = {
+    "map": lambda made: (made.map((2, 5), 9, 2, 1), made.map((2, 5), 1, 3, 2), made.map((3, 4), 0, 3, 0)),
+    "map nothing": lambda made: made.map((7, 7), 1, 3, 0),
+    "unmap": lambda made: made.unmap((3, 1)),
+    "wrprotect": lambda made: made.wrprotect((12, 11)),
+    "split": lambda made: made.change((0, 1), "split"),
+    "switch": lambda made: (made.switch(False), made.switch(True)),
+    "write": lambda made: made.write([0, 599, 600, 1201, 65536]),
+    "write twice": lambda made: (made.write([7, 7]), made.tlb.clear(), made.write([7])),
+    "write_run": lambda made: (made.write_run((1, 2)), made.write_run((12, 12)), made.write_run((4, 9))),
+    "write untracked": lambda made: (made.map((4, 5), 1, 3, 1), made.write([199, 200, 249, 250])),
+    "read": lambda made: (made.s2.mkold(BASE, 600), made.read(65000)),
+    "migrate": lambda made: (made.write([1, 55, 330]), made.migrate((1, 9), [55, 66, 1], False)),
+    "migrate nothing": lambda made: (made.write([1, 55, 330]), made.migrate((1, 9), [], True)),
+    "clear": lambda made: (made.write([1, 55, 330]), made.clear(drawing([55, 56]), [55, 1])),
+    "host_takes": lambda made: (made.write([1, 55]), made.migrate((0, 1), [], False), made.host_takes()),
+}  # fmt: skip
+
+
+def drawing(pages: list[int]) -> SimpleNamespace:
+    return SimpleNamespace(draw=lambda *_, **__: DirtyBitmap.from_pages(pages, NPAGES))
+
+
+def after(made: Stage2Machine) -> Iterator[str]:
+    """Yield what a machine holds that isn't as it was when everything was mapped."""
+    for name in ("memory", "copied"):
+        versions = getattr(made, name)
+        each = {int(v): DirtyBitmap.from_pages(np.flatnonzero(versions == v), NPAGES) for v in np.unique(versions)}
+        yield f"  {name}: { {v: pages.ranges().tolist() for v, pages in each.items() if v} }"
+    for name in ("log", "allowed", "host_written"):
+        yield f"  {name}: {getattr(made, name).ranges().tolist()}"
+    dirty, young = made.s2.dirty(), made.s2.scan(pte.young)
+    cached = DirtyBitmap.from_pages(np.array(sorted(made.tlb), dtype=np.int64), NPAGES)
+    yield f"  tlb: {cached.ranges().tolist()}, dirty: {dirty.ranges().tolist()}, young: {young.ranges().tolist()}"
+    yield f"  writable: {made.s2.writable().ranges().tolist()}, saved: {made.s2.saved.bitmap.ranges().tolist()}"
+
+
+def test_what_each_rule_does_was_looked_at() -> None:
+    lines = []
+    for name, steps in STEPS.items():
+        made = machine(Plain, compare=False)
+        steps(made)
+        lines += [f"{name}:", *after(made)]
+    as_seen("strategies/rules.txt", "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("base", [512, 513, 1000, 1023])
+def test_parts_of_a_slot_end_where_leaves_do(base: int) -> None:
+    """Outward to whole leaves, and inward where these reach beyond the slot."""
+    made = Stage2Machine()
+    made.s2 = Stage2(2400, base)
+    every = range(13)
+    for low in every:
+        for high in every:
+            for size in (1, 512):
+                start, npages = made.pages((low, high), size)
+                lo, hi = (base + 2400 * each // 12 for each in sorted((low, high)))
+                leaves = [leaf for leaf in range(0, base + 3000, size) if leaf + size > lo and leaf < hi]
+                inside = [leaf for leaf in leaves if leaf >= base and leaf + size <= base + 2400]
+                assert npages == len(inside) * size
+                assert not inside or start == inside[0]

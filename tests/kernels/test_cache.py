@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hwdbm
+from hwdbm.kernels import atomic, fused
 
 SOURCE = Path(hwdbm.__file__).parents[1]
 
@@ -182,3 +183,12 @@ def test_vector_takes_over_from_what_cannot_be_compiled() -> None:
     assert (done.returncode, done.stdout) == (0, "vector [128]\n"), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "'vector' takes over" in done.stderr
+
+
+def test_compiled_functions_let_other_threads_run() -> None:
+    """Those that Python calls; what they call is compiled into them."""
+    called = [
+        each for module in (fused, atomic) for each in vars(module).values() if not getattr(each, "_can_compile", True)
+    ]
+    assert len(called) > 20
+    assert all(each.targetoptions["nogil"] for each in called)

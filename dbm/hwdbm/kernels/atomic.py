@@ -198,7 +198,7 @@ def _popcount(word):
     return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _change(entries, i, mask, value, keep, sets):
     """Change an entry if it matches, and return it as it was then: whether that matches says whether it was changed."""
     d = _load(entries, i)
@@ -213,14 +213,14 @@ def _change(entries, i, mask, value, keep, sets):
     return d
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _put(entries, i, new):
     """Put `new` in place of an entry, and return what was there."""
     d = _load(entries, i)
     return d if d == new else _swap(entries, i, new)
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _set(words, w, bits):
     """Set bits of a word."""
     if bits & ~_load(words, w):
@@ -230,7 +230,7 @@ def _set(words, w, bits):
 # --- groups of 64 descriptors, and a word of each bitmap ---------------------------------------------------------
 
 
-@njit(nogil=True)
+@njit
 def _word(pte, mask, value):
     """Return the word of a group of up to 64 descriptors."""
     word = np.uint64(0)
@@ -243,7 +243,7 @@ def _word(pte, mask, value):
     return word
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _any(pte, mask, value):
     """Return whether any of four groups matches."""
     some = np.uint64(0)
@@ -252,7 +252,7 @@ def _any(pte, mask, value):
     return some != 0
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_word(pte, word, mask, value, keep, sets, mask1, value1, mask2, value2, shift, out, also, w):
     """Rewrite the descriptors of `word` in a group of which the first is bit `shift`; return those that matched."""
     done = first = second = np.uint64(0)
@@ -273,7 +273,7 @@ def _rewrite_word(pte, word, mask, value, keep, sets, mask1, value1, mask2, valu
     return done
 
 
-@njit(nogil=True)
+@njit
 def _scan_groups(pte, mask, value, out):
     for w in range(pte.size // 64):
         word = np.uint64(0)
@@ -283,7 +283,7 @@ def _scan_groups(pte, mask, value, out):
             _set(out, w, word)
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_groups(pte, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
     changed, words, full, zero = np.uint64(0), 0, pte.size // 64, np.uint64(0)
     four = np.empty(4, np.uint64)  # as in `fused`: a branch on each word would be mispredicted too often
@@ -311,13 +311,13 @@ def _rewrite_groups(pte, mask, value, keep, sets, mask1, value1, mask2, value2, 
     return changed, words
 
 
-@njit(nogil=True)
+@njit
 def _asked(pte, asked, mask, value):
     """Return which of a group's descriptors that are asked for may match."""
     return asked if _popcount(asked) < np.uint64(_FEW) else asked & _word(pte, mask, value)
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
     changed, words, read, zero = np.uint64(0), 0, 0, np.uint64(0)
     for w in range(within.size):
@@ -334,7 +334,7 @@ def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, v
     return read, changed, words
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _cut(lo, hi, bit):
     """Return where the whole words of a run begin and end, and the first of them."""
     head = min(-bit % 64, hi - lo)
@@ -414,7 +414,7 @@ def _rewrite_within(pte, runs, mask, value, keep, sets, mask1, value1, mask2, va
     return read, np.int64(changed), words
 
 
-@njit(nogil=True)
+@njit
 def _swap_group(pte, values, mask1, value1, mask2, value2, shift, out, also, w):
     """Swap a group of up to 64 descriptors of which the first is bit `shift`."""
     first = second = np.uint64(0)
@@ -453,7 +453,7 @@ def _exchange(pte, runs, values, mask1, value1, mask2, value2, out, also):
 # --- entries of any level ----------------------------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@njit
 def _fill_one(words, lo, hi):
     if lo >= hi:
         return
@@ -468,7 +468,7 @@ def _fill_one(words, lo, hi):
         _set(words, last, last_mask)
 
 
-@njit(nogil=True)
+@njit
 def _note_at(d, i, mask1, value1, mask2, value2, first, size, lo, hi, end, out, also, kept):
     """Set the bits of the pages of entry `i`, which was `d`."""
     start = first + i * size

@@ -212,7 +212,7 @@ def _splat(builder: Any, number: Any) -> Any:
 # --- runs of descriptors --------------------------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@njit
 def _word(pte, mask, value):
     """Return the word of a group of up to 64 descriptors."""
     if pte.size == 64:
@@ -223,7 +223,7 @@ def _word(pte, mask, value):
     return word
 
 
-@njit(nogil=True)
+@njit
 def _publish(pte, word, mask1, value1, mask2, value2, shift, out, also):
     """Set the bits of a group in which the descriptors of `word` match, in the one word of `out` and of `also`."""
     first = second = word
@@ -235,7 +235,7 @@ def _publish(pte, word, mask1, value1, mask2, value2, shift, out, also):
     also[0] |= second << shift
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_few(pte, mask, value, keep, sets, mask1, value1, mask2, value2, asked, shift, out, also):
     """Rewrite a group of up to 64 descriptors of which the first is bit `shift`; return the word of those it was."""
     word = _word(pte, mask, value) & asked
@@ -249,7 +249,7 @@ def _rewrite_few(pte, mask, value, keep, sets, mask1, value1, mask2, value2, ask
     return word
 
 
-@njit(nogil=True)
+@njit
 def _scan_groups(pte, mask, value, out):
     for four in range(pte.size // 256):  # as in `_rewrite_groups`
         w = four * 4
@@ -266,7 +266,7 @@ def _scan_groups(pte, mask, value, out):
         out[w] |= _word64(pte, w * 64, mask, value)
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_groups(pte, mask, value, keep, sets, out, also):
     """Rewrite whole groups, and set the bits of all that change."""
     changed, words = np.uint64(0), np.int64(0)
@@ -303,7 +303,7 @@ def _rewrite_groups(pte, mask, value, keep, sets, out, also):
     return changed, words
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_noted(pte, mask, value, keep, sets, mask1, value1, mask2, value2, out, also):
     """Rewrite whole groups, and set the bits that the notes ask for."""
     changed, words = np.uint64(0), 0
@@ -323,7 +323,7 @@ def _rewrite_noted(pte, mask, value, keep, sets, mask1, value1, mask2, value2, o
     return changed, words
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also, at):
     """Rewrite the descriptors whose bits are set, one by one; `at` has room for their positions."""
     # Three passes where one would do: where few bits are set each descriptor is a cache miss. The loads of the second
@@ -358,7 +358,7 @@ def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, 
     return read, np.uint64(hits), words
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_asked(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
     """Rewrite the descriptors whose bits are set, by groups: all 64 of each are read."""
     changed, words, read, zero = np.uint64(0), 0, 0, np.uint64(0)
@@ -374,7 +374,7 @@ def _rewrite_asked(pte, mask, value, keep, sets, mask1, value1, mask2, value2, w
     return read, changed, words
 
 
-@njit(nogil=True)
+@njit
 def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
     changed, words, read = np.uint64(0), 0, 0
     at = np.empty(_SOME * 8, np.uint64)
@@ -396,7 +396,7 @@ def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, v
     return read, changed, words
 
 
-@njit(nogil=True, inline="always")
+@njit(inline="always")
 def _cut(lo, hi, bit):
     """Return where the whole words of a run begin and end, and the first of them."""
     head = min(-bit % 64, hi - lo)
@@ -477,7 +477,7 @@ def _rewrite_within(pte, runs, mask, value, keep, sets, mask1, value1, mask2, va
     return read, np.int64(changed), words
 
 
-@njit(nogil=True)
+@njit
 def _swap(pte, values, mask1, value1, mask2, value2, shift, out, also):
     """Swap a group of up to 64 descriptors of which the first is bit `shift`."""
     out[0] |= _word(pte, mask1, value1) << shift
@@ -510,7 +510,7 @@ def _exchange(pte, runs, values, mask1, value1, mask2, value2, out, also):
             at, w = at + stop - start, w + 1
 
 
-@njit(nogil=True)
+@njit
 def _fill_one(words, start, stop, lo, hi):
     """Set the bits of [start, stop) that are in [lo, hi)."""
     start, stop = max(start, lo), min(stop, hi)
@@ -527,7 +527,7 @@ def _fill_one(words, start, stop, lo, hi):
         words[last] |= last_mask
 
 
-@njit(nogil=True)
+@njit
 def _fill_runs(words, bits, start, size, lo, hi):
     """Set the bits of the pages in [lo, hi) of entries whose bits are set: `size` pages each, the first at `start`."""
     while bits:
@@ -540,7 +540,7 @@ def _fill_runs(words, bits, start, size, lo, hi):
         bits = bits >> run if ~bits else np.uint64(0)
 
 
-@njit(nogil=True)
+@njit
 def _covered(bits, start, size, lo, hi):
     """Return in how many words the pages in [lo, hi) of the entries of `bits` are, counted by entry."""
     if lo <= start and start + 64 * size <= hi:
