@@ -38,3 +38,13 @@ def test_bits_by_which_the_leaves_of_a_block_may_differ(bit: int, page: int | No
     if expected:
         given = int(np.bitwise_or.reduce(made)) & pte.AF | int(made[0]) & ~(pte.AF | pte.CONTIGUOUS | pte.S2AP_W | 3)
         assert blocks[0] == given | (int(made[0]) & pte.S2AP_W if 1 << bit == pte.DBM else 0) | pte.VALID
+
+
+@pytest.mark.parametrize("bit", [12, 20, 21, 29, 30])
+def test_blocks_that_have_an_address_of_their_own_are_no_larger_one(bit: int) -> None:
+    """The bits below a small block's size are no address, and those above a large one's are the large one's."""
+    made = pte.make_leaf(ADDRESS + (np.arange(512, dtype=np.uint64) << np.uint64(21)), 2) | np.uint64(1 << bit)
+    for collapse in (Stage2.collapse, walker.collapse):
+        slot = Stage2(512 * 512)
+        slot.level(1)[:], slot.level(2)[:] = pte.TABLE, made
+        assert collapse(slot, 0, 512 * 512, 1) == (bit not in (21, 29)), collapse.__module__
