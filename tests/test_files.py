@@ -221,3 +221,26 @@ def test_only_what_can_be_read_to_its_end_is_opened(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=str(path)) as raised:
             files.open_regular(path)
         assert raised.value.errno == errno
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_files_that_are_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The last one can't be written, or synced: none of them is new."""
+    places = [tmp_path / name for name in "abc"]
+    places[0].write_bytes(b"old")
+    calls, real = [], getattr(os, call)
+
+    def full(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == len(places):
+            raise OSError(28, "no space")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="no space") as error:
+            files.write_together(dict.fromkeys(places, b"new"))
+    assert error.value.filename == str(places[2])
+    assert held(tmp_path) == {"a": b"old"}
+    files.write_together(dict.fromkeys(places, b"new"))
+    assert held(tmp_path) == dict.fromkeys("abc", b"new")

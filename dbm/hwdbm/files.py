@@ -7,14 +7,16 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from errno import EEXIST, EINVAL, EISDIR, EOPNOTSUPP
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 from weakref import WeakSet
 
-__all__ = ["NewFile", "abandon", "open_regular", "scratch", "write"]
+from hwdbm.errors import HwdbmError
+
+__all__ = ["NewFile", "abandon", "naming", "open_regular", "scratch", "write", "write_together"]
 
 _NO_UNNAMED = (EINVAL, EISDIR, EOPNOTSUPP)  # what a file system or kernel without O_TMPFILE says
 _PREFIX, _SUFFIX = ".hwdbm-", ".tmp"  # of a file that has a name before it has its place
@@ -137,6 +139,19 @@ class NewFile:
         self._name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         _named.add(self)
 
+    def put(self, data: bytes) -> None:
+        """Write bytes at its end.
+
+        Raises
+        ------
+        OSError
+            The system's, with the name of the place.
+        """
+        view = memoryview(data)
+        with naming(self.path):
+            while view:
+                view = view[os.write(self.fd, view) :]
+
     def commit(self) -> None:
         """Put the file in its place, for good: when this returns, it is there after a loss of power too; and close it.
 
@@ -215,12 +230,41 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         If it can't be written, with its name. What was in its place is there still.
     """
     with NewFile(path) as file:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(file.fd, view) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(file.path)) from error
+        file.put(data)
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write files that are one answer, as `write`: none takes its place before all of them are written and synced.
+
+    Raises
+    ------
+    OSError
+        If one can't be written, with its name. What was in the places is there still.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(NewFile(path)) for path in contents]
+        for file, data in zip(files, contents.values(), strict=True):
+            file.put(data)
+            with naming(file.path):
+                os.fsync(file.fd)
+        for file in files:
+            file.commit()
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have errors of the system that name no file name the one that was meant.
+
+    Yields
+    ------
+    None
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None or isinstance(error, HwdbmError):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

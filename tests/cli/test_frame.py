@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 import hwdbm
+from hwdbm import kernels
 from hwdbm.cli import migrate, record, snapshot
+from hwdbm.trace import content
 
 ROOT = Path(__file__).parents[2]
 ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz"
@@ -108,17 +110,30 @@ class TestInterrupt:
             (record, ["record", "--memory", "1M", "--workload", "idle", "--output", "trace"]),
             (snapshot, ["snapshot", "save", "new", "--source", "machine", "--memory", "1M"]),
             (snapshot, ["snapshot", "restore", "chain", "--source", "machine"]),
+            (record, ["record", "--ram-file", "ram", "--output", "trace"]),
         ],
         ids=lambda each: " ".join(each[:2]) if isinstance(each, list) else "",
     )
     def test_a_command_that_ends_early_says_so(self, run, module, args, tmp_path: Path, monkeypatch) -> None:
-        """It asked for an event, which is set already; what it did until then it has told."""
+        """It asked for an event, which is set already; what it did until then it has told.
+
+        Nothing is left to be compiled by then, which would keep an interrupt waiting.
+        """
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "ram").write_bytes(bytes(4096))
         made = run("snapshot", "save", "chain", "--source", "machine", "--memory", "1M", "--count", "0")
         assert made.status == 0
+        loaded = []
+        monkeypatch.setattr(kernels, "warm_up", lambda: loaded.append("kernels"))
+        monkeypatch.setattr(content, "warm_up", lambda: loaded.append("comparison"))
         event = threading.Event()
         event.set()
-        monkeypatch.setattr(module, "as_event", lambda: nullcontext(event))
+
+        def as_event() -> AbstractContextManager:
+            assert loaded == ["comparison" if "--ram-file" in args else "kernels"]
+            return nullcontext(event)
+
+        monkeypatch.setattr(module, "as_event", as_event)
         found = run(*args)
         assert (found.status, found.err) == (130, "hwdbm: interrupted\n")
 

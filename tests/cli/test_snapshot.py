@@ -176,7 +176,7 @@ def test_files_without_manifests(said, run, tmp_path):
     assert "has a manifest" in done.err
 
 
-def test_a_machine_that_runs(said, tmp_path):
+def test_a_machine_that_runs(run, said, tmp_path):
     chain = tmp_path / "chain"
     how = ["--source", "machine", "--memory", "2M", "--every", "10", "--count", "3", "--digest"]
     taken = said("save", chain, *how)["snapshots"]
@@ -186,6 +186,10 @@ def test_a_machine_that_runs(said, tmp_path):
     found = said("restore", chain, "--source", "machine", "--seconds", "0.05", "--state", tmp_path / "state")
     assert found["ran"] >= 50
     assert found["sha256"] == taken[-1]["sha256"]
+    (tmp_path / "folder").mkdir()
+    done = run("snapshot", "restore", chain, "--output", tmp_path / "out", "--state", tmp_path / "folder")
+    assert (done.status, "folder: Is a directory" in done.err) == (1, True)
+    assert not (tmp_path / "out").exists()  # no memory whose registers aren't there
 
 
 @pytest.mark.parametrize("source", ["machine", pytest.param("kvm", marks=KVM)])

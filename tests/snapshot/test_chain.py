@@ -733,6 +733,64 @@ def test_whatever_the_order(tmp_path_factory, steps, seed):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("verb", ["prune", "in place", "restore"])
+def test_errors_of_the_system_name_their_file(tmp_path, monkeypatch, verb):
+    """The first call of each kind for each file fails: the error names that file, and no half of a snapshot stays."""
+    story = Story(tmp_path / "chain", steps=1, layout=MemoryMap(4096, (Memslot(0, 0, 0, 3, 0),)))
+    story.recorder.close()
+    verbs = {
+        "prune": lambda chain: chain.prune(1),
+        "in place": lambda chain: chain.rebase(in_place=True),
+        "restore": lambda chain: chain.restore(tmp_path / "out" / "ram"),
+    }
+
+    def fail_at(number: int, patch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+        """Have the first call of the kind and file that come as `number` fail, and return which they were."""
+        seen = []
+
+        def failing(name, real):
+            def call(*args, **options):
+                fd = options.get("dir_fd", options.get("dst_dir_fd", args[0]))
+                file = Path(f"/proc/self/fd/{fd}").readlink() / (args[-1] if options else "")
+                if len(seen) < number and (name, file) not in seen:
+                    seen.append((name, file))
+                    if len(seen) == number:
+                        raise OSError(errno.EIO, "broken", *([args[0]] if options else []))
+                return None if name == "fsync" else real(*args, **options)
+
+            return call
+
+        for name in ("preadv", "pwrite", "write", "truncate", "fsync", "link", "unlink"):
+            patch.setattr(os, name, failing(name, getattr(os, name)))
+        return seen
+
+    met = set()
+    for number in range(1, 100):
+        for name in ("copy", "out"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.copytree(story.chain.folder, tmp_path / "copy")
+        (tmp_path / "out").mkdir()
+        chain = Chain(tmp_path / "copy")
+        with monkeypatch.context() as patch:
+            seen = fail_at(number, patch)
+            try:
+                verbs[verb](chain)
+            except OSError as error:
+                found = Path(error.filename)
+            else:
+                break
+        name, file = seen[-1]
+        met.add(name)
+        # A new file has no name yet; and where its folder can't be synced, it is named.
+        assert found == file or (file.name[:1] in "#." and found.parent == file.parent) or found.parent == file
+        if verb != "in place" and name != "unlink" and file != chain.folder:
+            assert kinds(chain, whole=True) == []
+        assert file.parent != tmp_path / "out" or not list(file.parent.iterdir())
+    assert len(seen) < number
+    assert {"preadv", "pwrite", "fsync"} <= met
+    assert verb == "restore" or "unlink" in met
+
+
 @settings(max_examples=20 * EFFORT, deadline=None)
 @given(st.data())
 def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
@@ -766,7 +824,7 @@ def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
             def use(slot, start, part):
                 read[start : start + part.size] = part.tobytes()
 
-            assert moving.get_pages([file.fileno()], runs, use) == digest
+            assert moving.get_pages([(file.fileno(), path)], runs, use) == digest
             assert read == want
     finally:
         moving._BATCH, moving._ZEROS, moving._LONG = before

@@ -94,7 +94,8 @@ def shown() -> Iterator[None]:
 def as_event() -> Iterator[threading.Event]:
     """Yield an event that the first interrupt sets; the second ends the process.
 
-    A command that sees the event set exits with `INTERRUPTED` when it has cleaned up.
+    A command that sees the event set exits with `INTERRUPTED` when it has cleaned up. What takes long and doesn't look
+    at the event comes before: kernels are loaded by then, since a guest's thread that compiles them can't be paused.
     """
     import threading  # noqa: PLC0415
 

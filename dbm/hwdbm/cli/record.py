@@ -15,7 +15,7 @@ from hwdbm.cli.output import busy, leave
 from hwdbm.cli.streams import json_text, result
 from hwdbm.memslot import Memslot
 from hwdbm.migration.report import mebibytes
-from hwdbm.trace import Trace, analyse, from_bitmaps, record_file
+from hwdbm.trace import Trace, analyse, content, from_bitmaps, record_file
 from hwdbm.trace import record as record_vm
 
 EPILOG = """Examples:
@@ -144,6 +144,7 @@ def record(
         (where,) = slot if slot and len(slot) == 1 else (None,)
         if slot and (where is None or where.size != ram_file.stat().st_size):
             raise typer.BadParameter("--slot: a RAM file is one slot, of its size")
+        content.warm_up()
         with as_event() as cancel, busy(f"recording {ram_file}") as tell:
             trace = record_file(ram_file, output, page_size=page, gpa=where.gpa if where else 0, interval=interval,
                                 duration=seconds, cancel=cancel, on_interval=_telling(tell, seconds))  # fmt: skip

@@ -20,7 +20,7 @@ from hwdbm.cli.interrupt import as_event
 from hwdbm.cli.output import busy, columns, hexadecimal, leave, warn
 from hwdbm.cli.streams import json_text, note, result
 from hwdbm.errors import ImageError, LayoutError, SnapshotError
-from hwdbm.files import NewFile, write
+from hwdbm.files import NewFile
 from hwdbm.image import Slot
 from hwdbm.image.ram import open_ram
 from hwdbm.kvm import KvmVm
@@ -589,13 +589,15 @@ def restore(
         raise SnapshotError(f"{folder / found.name}.json has no state")
     report: dict[str, Any] = {"folder": str(folder)}
     lines = []
-    if output is not None:
-        with busy(f"writing {output}"):
-            found = chain.restore(output, found.id)
-        report["file"] = str(output)
-        lines.append(f"{output}: {found.layout.total} bytes")
+    with ExitStack() as placed:  # the registers take their place when the memory has
+        if state is not None:
+            placed.enter_context(NewFile(state)).put(chain.state(found) or b"")
+        if output is not None:
+            with busy(f"writing {output}"):
+                found = chain.restore(output, found.id)
+            report["file"] = str(output)
+            lines.append(f"{output}: {found.layout.total} bytes")
     if state is not None:
-        write(state, chain.state(found) or b"")
         report["state"] = str(state)
         lines.append(f"{state}: registers and devices")
     if source is not None:
@@ -616,14 +618,18 @@ def _started(chain: Chain, snapshot: Snapshot, source: Vm, seconds: float) -> tu
         )
     layout = snapshot.layout
     vm: Any
-    if source is Vm.KVM:
-        vm = guest.kvm_for(layout, log=KvmLog.BITMAP)
-    elif source is Vm.ARM:
-        vm = guest.arm_for(layout, blocks=False)
-    else:
-        vm = guest.machine_for(layout, mode=Mode.HW_DBM, thp=False)
-    with vm, as_event() as cancel:
+    with busy("the guest is made ready"), ExitStack() as made:
+        if source is Vm.KVM:
+            vm = guest.kvm_for(layout, log=KvmLog.BITMAP)
+        elif source is Vm.ARM:
+            vm = guest.arm_for(layout, blocks=False)
+        else:
+            vm = guest.machine_for(layout, mode=Mode.HW_DBM, thp=False)
+        made.enter_context(vm)
+        kernels.warm_up()
         found = chain.restore(vm, snapshot.id)
+        made.pop_all()
+    with vm, as_event() as cancel:
         begun = time.monotonic()
         vm.resume()
         cancel.wait(seconds)

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, SnapshotError
-from hwdbm.files import NewFile, write
+from hwdbm.files import NewFile, naming, write
 from hwdbm.snapshot.manifest import Snapshot, bitmap_size, open_beside, read_manifest
-from hwdbm.snapshot.pages import Bytes, get_pages, naming, put, put_pages, put_sparse, runs_of
+from hwdbm.snapshot.pages import Bytes, get_pages, put, put_pages, put_sparse, runs_of
 from hwdbm.vm import MemoryMap, Source
 from hwdbm.vm.memory import digest as digest_of
 
@@ -86,14 +86,18 @@ class Layer:
             raise SnapshotError(f"{where / snapshot.memory}: it has {size} bytes, and {snapshot.size} by its manifest")
 
     @property
+    def file(self) -> tuple[int, Path]:
+        """Its memory file, and the name of that."""
+        return self.fd, self.where / self.snapshot.memory
+
+    @property
     def runs(self) -> NDArray[np.int64]:
         """The runs of its pages."""
         return runs_of(self.snapshot.layout, self.snapshot.offsets, self.pages)
 
     def verify(self) -> None:
         """Raise `SnapshotError` if a page that it holds isn't what it was."""
-        with naming(self.where / self.snapshot.memory):
-            found = get_pages([self.fd], self.runs)
+        found = get_pages([self.file], self.runs)
         if found != self.snapshot.pages_digest:
             raise SnapshotError(f"{self.where / self.snapshot.memory}: its pages are damaged: their SHA-256 is {found}")
 
@@ -598,7 +602,8 @@ class Chain:
                             EBUSY, "another call works on this chain for half a minute", str(self.folder)
                         ) from None
                     time.sleep(0.005)
-            yield folder
+            with naming(self.folder):
+                yield folder
         finally:
             os.close(folder)
 
@@ -609,7 +614,13 @@ class Chain:
             self._finish(folder)
             self._remove_merged(folder)
             self._sweep(folder)
-            yield folder
+            try:
+                yield folder
+            except BaseException:
+                # What did not become a part of the chain goes, as far as it can: the next call takes the rest.
+                with suppress(OSError, SnapshotError):
+                    self._sweep(folder)
+                raise
 
     def _manifests(self, folder: int) -> list[str]:
         return sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
@@ -673,8 +684,7 @@ class Chain:
         last = layers[-1].snapshot
         if missing:
             raise SnapshotError(f"{self.folder / last.name}.json: {missing} pages are in none of its layers")
-        with naming(self.folder / last.memory):
-            digest = get_pages([layer.fd for layer in layers], runs, use)
+        digest = get_pages([layer.file for layer in layers], runs, use)
         if last.digest not in (None, digest):
             where = self.folder / f"{last.name}.json"
             raise SnapshotError(f"{where}: the SHA-256 of what its layers give is {digest}, and not {last.digest}")
@@ -745,7 +755,7 @@ class Chain:
             fd = open_beside(folder, _JOURNAL, self.folder)
         except FileNotFoundError:
             return None
-        with os.fdopen(fd, "rb") as file:
+        with naming(self.folder / _JOURNAL), os.fdopen(fd, "rb") as file:
             raw = file.read(4 << 20)
         try:
             found = json.loads(raw)
@@ -792,15 +802,16 @@ class Chain:
             fd = open_beside(folder, base.memory, self.folder, os.O_RDWR)
             stack.callback(os.close, fd)
             runs, _ = _composed(layers)
-            with naming(self.folder / base.memory):
+            file = fd, self.folder / base.memory
+            with naming(file[1]):
                 get_pages(
-                    [layer.fd for layer in layers],
+                    [layer.file for layer in layers],
                     runs[runs[:, 4] > 0],
                     lambda slot, start, part: put(fd, part, base.offsets[slot] + start),
                 )
                 os.fsync(fd)
-                found = get_pages([fd], runs_of(base.layout, base.offsets, all_pages(base.layout)))
-            by_address = get_pages([fd], _by_address(base)) if not _in_order(base) else found
+                found = get_pages([file], runs_of(base.layout, base.offsets, all_pages(base.layout)))
+            by_address = get_pages([file], _by_address(base)) if not _in_order(base) else found
         if by_address != digest:
             raise SnapshotError(f"{self.folder / base.memory}: its SHA-256 is {by_address}, and {digest} was to be")
         whole = replace(
@@ -825,15 +836,22 @@ class Chain:
             if each in known:
                 self._remove(folder, known[each])
         self._sweep(folder)
-        os.unlink(_JOURNAL, dir_fd=folder)
+        self._unlink(folder, _JOURNAL)
         os.fsync(folder)
 
     # --- removing ------------------------------------------------------------------------------------------
 
     def _remove(self, folder: int, snapshot: Snapshot) -> None:
         """Remove a snapshot: its manifest, and by that all of it. `_sweep` takes the files."""
-        with suppress(FileNotFoundError):
-            os.unlink(f"{snapshot.name}.json", dir_fd=folder)
+        self._unlink(folder, f"{snapshot.name}.json")
+
+    def _unlink(self, folder: int, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def _remove_merged(self, folder: int) -> None:
         """Remove what a rebase put into another snapshot, unless something else is a difference to it."""
@@ -850,8 +868,7 @@ class Chain:
         if any(each.parent is not None and each.parent not in known for each in known.values()):
             return
         for name in _leftovers(folder, known.values()):
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=folder)
+            self._unlink(folder, name)
         os.fsync(folder)
 
 

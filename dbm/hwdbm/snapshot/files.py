@@ -8,7 +8,7 @@ first, it gives the memory of its moment. A page that is dirty and zero is data,
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import EEXIST, EINVAL, EIO, ENOENT, ENXIO
 from itertools import pairwise
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance
-from hwdbm.errors import HwdbmError, StaleLeaseError
-from hwdbm.files import NewFile, open_regular
+from hwdbm.errors import StaleLeaseError
+from hwdbm.files import NewFile, naming, open_regular
 from hwdbm.vm.source import Pages, Source
 
 _CHUNK = 1 << 20  # bytes, a multiple of every page
@@ -135,14 +135,14 @@ def rebase_all(base: Path, diffs: Sequence[Path]) -> list[int]:
             if list(extents(file.fileno())) == [(0, os.fstat(file.fileno()).st_size)]:
                 raise _untrusted(path, "it has no holes: was it copied by something that fills them with zeros?")
         new = stack.enter_context(NewFile(base))
-        size = os.fstat(files[0].fileno()).st_size
-        os.truncate(new.fd, size)
         copied = []
-        with _naming(base):
-            for file in files:
-                found = list(extents(file.fileno()))
+        with naming(base):
+            os.truncate(new.fd, os.fstat(files[0].fileno()).st_size)
+            for path, file in zip((base, *diffs), files, strict=True):
+                with naming(path):
+                    found = list(extents(file.fileno()))
                 for start, stop in found:
-                    _copy(file.fileno(), new.fd, start, stop)
+                    _copy(file.fileno(), path, new.fd, start, stop)
                 copied.append(sum(stop - start for start, stop in found))
             # Its place in the order, for the next one.
             os.utime(new.fd, ns=(os.fstat(new.fd).st_atime_ns, os.fstat(files[-1].fileno()).st_mtime_ns))
@@ -209,7 +209,7 @@ def _write(source: Source, path: Path, put: Put) -> Written:
                     lent[slot.id] = source.dirty(slot.id)
                 pages = {slot_id: lease.bitmap for slot_id, lease in lent.items()}
                 size = sum(slot.npages for slot in source.slots) * source.page_size
-                with _naming(path):
+                with naming(path):
                     os.truncate(file.fd, size)
                     put(file.fd, source, pages)
                     data = sum(stop - start for start, stop in extents(file.fd))
@@ -294,22 +294,12 @@ def _put(fd: int, part: NDArray[np.uint8], at: int) -> None:
         done += count
 
 
-def _copy(source: int, target: int, start: int, stop: int) -> None:
+def _copy(source: int, path: Path, target: int, start: int, stop: int) -> None:
     at = start
     while at < stop:
-        chunk = os.pread(source, min(_CHUNK, stop - at), at)
-        if not chunk:
-            raise OSError(EIO, f"the diff ends at {at}, inside of its data")
+        with naming(path):
+            chunk = os.pread(source, min(_CHUNK, stop - at), at)
+            if not chunk:
+                raise OSError(EIO, f"it ends at {at}, inside of its data")
         _put(target, np.frombuffer(chunk, dtype=np.uint8), at)
         at += len(chunk)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Have errors of the system name the file that was meant."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or isinstance(error, HwdbmError):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -12,6 +12,7 @@ from typing import Any, Never
 
 from hwdbm.bitmap import word_count
 from hwdbm.errors import LayoutError, SnapshotError
+from hwdbm.files import naming
 from hwdbm.memslot import Memslot
 from hwdbm.vm import MemoryMap
 
@@ -153,7 +154,7 @@ def read_manifest(folder: int, where: Path, name: str) -> Snapshot:
         If it can't be read.
     """
     path = where / f"{name}.json"
-    with os.fdopen(open_beside(folder, path.name, where), "rb") as file:
+    with naming(path), os.fdopen(open_beside(folder, path.name, where), "rb") as file:
         raw = file.read(_MOST + 1)
     return parse(raw, path)
 

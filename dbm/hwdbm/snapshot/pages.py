@@ -4,8 +4,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from errno import EIO
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.files import naming
 from hwdbm.vm import MemoryMap
 
 Bytes = NDArray[np.uint8]
@@ -171,19 +172,24 @@ def put(fd: int, part: Bytes, at: int) -> None:
 
 
 def get_pages(
-    files: Sequence[int], runs: NDArray[np.int64], use: Callable[[int, int, Bytes], object] | None = None
+    files: Sequence[tuple[int, Path]], runs: NDArray[np.int64], use: Callable[[int, int, Bytes], object] | None = None
 ) -> str:
     """Read runs of files, and return the SHA-256 of them all, one after another.
 
     Parameters
     ----------
-    files : sequence of int
-        The file of each layer.
+    files : sequence of (int, Path)
+        The file of each layer, and its name for errors.
     runs : (n, 5) int64 array
         As `runs_of` has them.
     use : callable, optional
         Called with which slot, where in it, and the bytes there, which are the callee's until it returns. Runs that
         follow each other in a slot come together.
+
+    Raises
+    ------
+    OSError
+        If a file can't be read, with its name; and whatever `use` raises.
     """
     # Two buffers in turn: one is hashed while the other is filled.
     buffers = (np.empty(_BATCH, dtype=np.uint8), np.empty(_BATCH, dtype=np.uint8))
@@ -191,11 +197,16 @@ def get_pages(
         for number, batch in enumerate(_read_batches(runs)):
             buffer, filled = buffers[number & 1], 0
             joined: list[list[int]] = []  # slot, where in it, where in the buffer
-            for at, length, slot, start, layer in batch:
-                get(files[layer], buffer[filled : filled + length], at)
-                if not joined or joined[-1][0] != slot or start - joined[-1][1] != filled - joined[-1][2]:
-                    joined.append([slot, start, filled])
-                filled += length
+            layer = 0
+            try:
+                for at, length, slot, start, layer in batch:
+                    get(files[layer][0], buffer[filled : filled + length], at)
+                    if not joined or joined[-1][0] != slot or start - joined[-1][1] != filled - joined[-1][2]:
+                        joined.append([slot, start, filled])
+                    filled += length
+            except OSError:
+                with naming(files[layer][1]):
+                    raise
             if use is not None:
                 for (slot, start, first), stop in zip(joined, [*(each[2] for each in joined[1:]), filled], strict=True):
                     use(slot, start, buffer[first:stop])
@@ -233,14 +244,3 @@ def get(fd: int, part: Bytes, at: int) -> None:
         if not count:
             raise OSError(EIO, f"it ends at byte {at + done}")
         done += count
-
-
-@contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Have errors of the system name the file that was meant."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error

@@ -56,6 +56,11 @@ def compare(memory: Words, copy: Words) -> tuple[Words, Words]:
     return changed, zero
 
 
+def warm_up() -> None:
+    """Load the comparison, compiling it if it never was."""
+    _best()
+
+
 @cache
 def _best() -> Compare:
     """Return the compiled comparison, or numpy's where numba is missing or can't compile."""
