@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from synthetic import Geometry, Tables
 
-from hwdbm import DirtyBitmap
+from hwdbm import DirtyBitmap, Stage2
+from hwdbm.image import open_live
 
 CAPTURES = Path(__file__).parents[1] / "data" / "captures"
 ALL = sorted(CAPTURES.glob("*/round*.npz"))
@@ -348,6 +349,73 @@ class TestOneShape:
         assert json.loads(result.out)["images"] == [
             {"image": f"{tmp_path}/none", "error": f"{tmp_path}/none: No such file or directory"}
         ]
+
+
+class TestTwoSlots:
+    """Of a raw image, with old bitmaps in the folder: what is written, and when."""
+
+    SLOTS = ("--slot", "0:0x80600000:128K", "--slot", "1:0x80620000:128K")
+
+    @pytest.fixture
+    def both(self, raw: list[object], tmp_path: Path) -> list[object]:
+        old = DirtyBitmap.from_pages([9], 32)
+        (tmp_path / "out").mkdir()
+        for number in (0, 1):
+            old.save(tmp_path / "out" / f"slot{number}.bitmap")
+        return [*raw, *self.SLOTS, "--output", tmp_path / "out"]
+
+    @staticmethod
+    def held(tmp_path: Path) -> list[list[int]]:
+        files = [tmp_path / "out" / f"slot{number}.bitmap" for number in (0, 1)]
+        return [DirtyBitmap.load(file, 32).pages().tolist() for file in files]
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_both_bitmaps_or_none(self, run, both, number, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Slot 0's new bitmap beside slot 1's old one would be an answer that was never right."""
+        left, real = [number], os.write
+
+        def write(fd: int, data: bytes) -> int:
+            left[0] -= len(data) == 8
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(fd, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write)
+            done = run("harvest", *both)
+        assert done.status == 1
+        assert f"slot{number - 1}.bitmap: No space left on device" in done.err
+        assert self.held(tmp_path) == [[9], [9]]
+        assert run("harvest", *both).status == 0
+        assert self.held(tmp_path) == [[3], []]
+
+    def test_cleaned_when_the_bitmaps_are_there(self, run, both, tmp_path: Path, monkeypatch) -> None:
+        """Whatever ends the process, at any moment, a page that was dirty is in a bitmap or in the tables."""
+        pytest.importorskip("numba")
+        live, registers = Path(both[0]), dict(zip(both[1:7:2], both[2:8:2], strict=True))
+        names = {name.removeprefix("--").replace("-", "_"): int(str(value), 0) for name, value in registers.items()}
+        seen = []
+
+        def look() -> None:
+            dirty = open_live(live, **names, readonly=True).dirty(0x80600, 64).pages().tolist()
+            seen.append((dirty, self.held(tmp_path)[0]))
+
+        def looking(real):
+            def call(*args, **options):
+                look()
+                result = real(*args, **options)
+                look()
+                return result
+
+            return call
+
+        for owner, name in ((os, "fsync"), (os, "link"), (os, "rename"), (Stage2, "clean")):
+            monkeypatch.setattr(owner, name, looking(getattr(owner, name)))
+        done = run("harvest", *both, "--live", "--clean")
+        assert done.status == 0, done.err
+        assert seen[0] == ([3], [9])
+        assert seen[-1] == ([], [3])
+        assert all(3 in dirty or 3 in held for dirty, held in seen)
 
 
 def test_the_files_of_an_earlier_run_are_removed(run, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """``hwdbm harvest``: which pages are dirty, as bitmaps and as a summary."""
 
 import os
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,17 +195,13 @@ def _harvested(
         found = harvest_slots(image, ask, visitors)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        put_back: list[Callable[[], None]] = []
-        try:
-            for one in found.slots:
-                if clean is not None:
-                    put_back.append(clean_slot(clean, one, contiguous=ask.contiguous))
-                one.file = folder / f"slot{one.slot.id}.bitmap"
-                files.write(one.file, one.bitmap.to_bytes())
-        except BaseException:
-            for back in put_back:
-                back()
-            raise
+        # Reported first, and cleaned then: whatever ends the command, each page is in a bitmap or in the tables.
+        cleanings = [clean_slot(clean, one, contiguous=ask.contiguous) for one in found.slots] if clean else []
+        for one in found.slots:
+            one.file = folder / f"slot{one.slot.id}.bitmap"
+        files.write_together({one.file: one.bitmap.to_bytes() for one in found.slots if one.file is not None})
+        for each in cleanings:
+            each()
         if clean is not None:
             note(f"{label(path)}: these pages are clean now: flush the guest's TLB before one of them is copied")
         # Those of an earlier run, which had other slots, would be taken for this one's.

@@ -160,7 +160,7 @@ def harvest_slots(image: Image, ask: Ask, visitors: Iterable[Visitor] = ()) -> F
 
 
 def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Callable[[], None]:
-    """Clean a slot's pages in the tables of a machine that runs; what was dirty then is what was found.
+    """Look once more at a slot of a machine that runs, to clean there what is dirty now when it was reported.
 
     Parameters
     ----------
@@ -174,7 +174,8 @@ def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Call
     Returns
     -------
     callable
-        Makes the pages dirty again, where the result could not be reported.
+        Cleans these pages, and no others, in the machine's tables. Whatever ends the process before it is called, no
+        page is forgotten. Pages that were written meanwhile are in the bitmap, or stay dirty.
 
     Raises
     ------
@@ -183,27 +184,27 @@ def clean_slot(live: Live, found: FoundSlot, *, contiguous: bool = True) -> Call
     """
     first, npages = found.slot.frames(live.granule)
     stage2 = live.stage2(first, npages)
-    dirty = DirtyBitmap(npages)
+    stage2.clean(DirtyBitmap(npages))  # of no page: what can't be cleaned is to be known before it is reported
+    dirty = stage2.dirty()
+    report = dirty.copy()
+    if contiguous:
+        widen(report, stage2)
+    found.bitmap = cut(report, found.slot, live.granule, found.page_size)
+    found.dirty, found.ranges = found.bitmap.weight(), _range_count(found.bitmap)
+    found.leaves = _leaves_of(stage2, dirty)
 
-    def put_back() -> None:
-        leaves = stage2.leaf_at(dirty.pages())
+    def clean() -> None:
+        stage2.clean(dirty)
+        # Of a block that came since, for pages that weren't reported.
+        others = DirtyBitmap(npages)
+        stage2.take_saved_into(others)
+        leaves = stage2.leaf_at(others.pages())
         for level in LEAF_LEVELS:
             # Only what is tracked still: on another leaf the bit would grant the write.
             index = np.unique(leaves.index[(leaves.level == level) & pte.tracked(level)(leaves.desc)])
             stage2.mmu_update(level, index, np.full(index.size, pte.S2AP_W, dtype=np.uint64))
 
-    try:
-        stage2.harvest_into(dirty)
-        report = dirty.copy()
-        if contiguous:
-            widen(report, stage2)
-        found.bitmap = cut(report, found.slot, live.granule, found.page_size)
-        found.dirty, found.ranges = found.bitmap.weight(), _range_count(found.bitmap)
-        found.leaves = _leaves_of(stage2, dirty)
-    except BaseException:
-        put_back()
-        raise
-    return put_back
+    return clean
 
 
 def _range_count(bitmap: DirtyBitmap) -> int:
