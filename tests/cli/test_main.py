@@ -173,13 +173,14 @@ def test_missing_extra(missing: str, extra: str, args: list[object], tmp_path: P
 
 
 SMALL = ["migrate", "--memory", "1M", "--workload", "idle", "--max-downtime", "20000"]
+SAVE = ["snapshot", "save", "new", "--source", "machine", "--memory", "1M", "--count", "0"]  # which loads kernels, too
 FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter('default'); "
 
 
 @pytest.mark.parametrize(
     ("module", "code", "args", "status", "said"),
     [
-        ("numba", "raise ImportError('numba needs\\nanother numpy')", SMALL, 0, "'vector' takes over"),
+        ("numba", "raise ImportError('numba needs\\nanother numpy')", SAVE, 0, "'vector' takes over"),
         pytest.param("numba", "", SMALL, 0, "'vector' takes over", marks=pytest.mark.slow),
         pytest.param(
             "llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'",
@@ -211,10 +212,10 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
 @pytest.mark.parametrize(
     ("name", "value", "args", "said"),
     [
-        ("NUMBA_DISABLE_JIT", "1", SMALL, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
-        ("NUMBA_CPU_NAME", "nope", SMALL, "'nope' is not a recognized processor"),
-        ("NUMBA_CPU_FEATURES", "+nope", SMALL, "'+nope' is not a recognized feature"),
-        ("NUMBA_NUM_THREADS", "many", SMALL, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
+        ("NUMBA_DISABLE_JIT", "1", SAVE, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
+        ("NUMBA_CPU_NAME", "nope", SAVE, "'nope' is not a recognized processor"),
+        ("NUMBA_CPU_FEATURES", "+nope", SAVE, "'+nope' is not a recognized feature"),
+        ("NUMBA_NUM_THREADS", "many", SAVE, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
         ("MPLBACKEND", "none", ["inspect", ODD, "--plot", "a.svg"], ""),
         ("MPLCONFIGDIR", "/proc/none", ["inspect", ODD, "--plot", "a.svg"], ""),
     ],
@@ -243,7 +244,10 @@ def test_a_current_folder_that_was_deleted(args, tmp_path: Path) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("files", range(6, 14))
+LIMITS = [files if files in (6, 9, 12) else pytest.param(files, marks=pytest.mark.slow) for files in range(6, 14)]
+
+
+@pytest.mark.parametrize("files", LIMITS)
 @pytest.mark.parametrize(
     "args", [["harvest", ODD], SMALL, ["trace", "show", "example:machine-hot"]], ids=lambda a: a[0]
 )

@@ -108,8 +108,11 @@ def test_more_batches_than_buffers(size, pair):
     assert got[0].sha256 == report.source_sha256
 
 
-def offered(source: Channel, flags: int, *fds: int, layout: MemoryMap = SMALL) -> None:
+def offered(source: Channel, flags: int, *fds: int, layout: MemoryMap = SMALL, then: bytes = b"") -> None:
+    """Say HELLO, with descriptors, and what comes after it, and no more: the other side waits for nothing."""
     socket.send_fds(source.sock, [hello(layout, flags=flags)], fds)
+    source.sock.sendall(then)
+    source.sock.shutdown(socket.SHUT_WR)
 
 
 def memory(size: int = BUFFERS * PAYLOAD, *, sealed: bool = True) -> int:
@@ -149,7 +152,6 @@ def test_descriptors_nobody_asked_for(pair):
     fds = (memory(), os.eventfd(0))
     before = descriptors()
     offered(source, 0, *fds)
-    source.sock.shutdown(socket.SHUT_WR)
     with pytest.raises(StreamError, match="are missing"):
         receive(destination, PlainGuest)
     destination.close()
@@ -179,9 +181,7 @@ def test_broken(name, pair):
     source, destination = pair
     flags, raw, match = BROKEN[name]
     fds = (memory(), os.eventfd(0))
-    offered(source, flags, *fds)
-    source.sock.sendall(raw)
-    source.sock.shutdown(socket.SHUT_WR)
+    offered(source, flags, *fds, then=raw)
     with pytest.raises(StreamError, match=match):
         receive(destination, PlainGuest)
     for fd in fds:
@@ -208,9 +208,7 @@ def test_a_count_that_is_none(count, pair):
     """What can't be raised is the other side's fault; what can be, though it is no count, is its own loss."""
     source, destination = pair
     fds = (memory(), count())
-    offered(source, SHARING, *fds)
-    source.sock.sendall(shared(1, (16 << 12, 4096)) + shared(2, (16 << 12, 4096)))
-    source.sock.shutdown(socket.SHUT_WR)
+    offered(source, SHARING, *fds, then=shared(1, (16 << 12, 4096)) + shared(2, (16 << 12, 4096)))
     match = (
         "the stream ends inside of frame 3" if count is memory else "the count that a HELLO shares can't be raised: "
     )
@@ -235,8 +233,7 @@ def test_a_batch_larger_than_its_buffer(pair):
     source, destination = pair
     fds = (memory(), os.eventfd(0))
     layout = MemoryMap(4096, (Memslot(0, 0, 0, 1024, 0),))
-    offered(source, SHARING, *fds, layout=layout)
-    source.sock.sendall(shared(1, (0, PAYLOAD + 4096)))
+    offered(source, SHARING, *fds, layout=layout, then=shared(1, (0, PAYLOAD + 4096)))
     with pytest.raises(StreamError, match="the runs' 513 pages are more than 2097152 bytes"):
         receive(destination, PlainGuest)
     for fd in fds:
@@ -247,8 +244,7 @@ def test_what_lies_there_is_checked(pair):
     source, destination = pair
     fds = (memory(), os.eventfd(0))
     os.pwrite(fds[0], b"x", 4095)
-    offered(source, SHARING, *fds)
-    source.sock.sendall(shared(1, (16 << 12, 4096)))  # summed over zeros
+    offered(source, SHARING, *fds, then=shared(1, (16 << 12, 4096)))  # summed over zeros
     with pytest.raises(StreamError, match="frame 1, SHARED: its body is damaged"):
         receive(destination, PlainGuest)
     for fd in fds:

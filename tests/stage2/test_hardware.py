@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hardware import CONTROL, RUN, STOP, Stress, StressError, join, vcpu
 
-SECONDS = float(os.environ.get("HWDBM_STRESS", "3"))
+SECONDS = float(os.environ.get("HWDBM_STRESS", "1.5"))
 CAUGHT = 60  # seconds: in which each mistake must be found
 
 
