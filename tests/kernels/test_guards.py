@@ -3,12 +3,14 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from effort import EFFORT
+from seen import as_seen
 
 from hwdbm import kernels, pte
 
@@ -125,3 +127,47 @@ def test_what_is_written_may_be(frozen: str) -> None:
         assert check(change=False).tolist() == runs.tolist()
     else:  # it is only read
         assert check(change=True).tolist() == runs.tolist()
+
+
+RULE, MATCH, PLACE = pte.clean(3), pte.dirty(3), kernels.Place(0, 1, 0, 256, 256)
+CALLS: dict[str, tuple[Any, ...]] = {  # a name is the array's of that name
+    "scan": ("pte", "runs", MATCH, "out"),
+    "rewrite": ("pte", "runs", RULE, "out", "also"),
+    "rewrite_within": ("pte", "runs", RULE, "within", "out", "also"),
+    "exchange": ("pte", "runs", "values", "out", "also"),
+    "rewrite_all": ("pte", RULE, PLACE, "out", "also", "kept"),
+    "rewrite_at": ("pte", "index", RULE, PLACE, "out", "also", "kept"),
+    "exchange_at": ("pte", "index", "few", PLACE, "out", "also", "kept"),
+    "change_at": ("pte", "index", RULE),
+    "set_at": ("pte", "index", "few"),
+    "fill": ("out", "ranges"),
+    "find": ("pte", MATCH),
+    "merge": ("out", "also"),
+    "remove": ("out", "also"),
+}
+
+
+def read_only(implementation: kernels.Kernels) -> Iterator[str]:
+    """Yield of each function what it says of each of its arrays that can't be written."""
+    for name, arguments in CALLS.items():
+        for frozen in (each for each in arguments if isinstance(each, str)):
+            arrays = {each: np.zeros(4, dtype=np.uint64) for each in ("out", "also", "within", "kept")}
+            arrays |= {each: np.full(256, MATCH.value, dtype=np.uint64) for each in ("pte", "values")}
+            arrays |= {"few": np.zeros(2, dtype=np.uint64), "index": np.array([3, 64])}
+            arrays |= {"runs": np.array([[0, 256, 0]]), "ranges": np.array([[3, 70]])}
+            arrays[frozen].flags.writeable = False
+            try:
+                given = (arrays[each] if isinstance(each, str) else each for each in arguments)
+                getattr(implementation, name)(*given)
+                answer = "is only read"
+            except ValueError as error:
+                answer = str(error)
+            except TypeError:  # numba's own
+                answer = "isn't of the type that was compiled"
+            yield f"{name} {frozen}: {answer}\n"
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_which_arrays_may_be_read_only_was_looked_at(implementation: Callable[[], kernels.Kernels]) -> None:
+    made = implementation()
+    as_seen(f"limits/{made.__name__.rpartition('.')[2]}.txt", "".join(read_only(made)))

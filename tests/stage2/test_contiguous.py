@@ -154,6 +154,25 @@ def test_a_part_takes_apart_the_runs_that_it_touches_and_no_others(verb):
     assert (s2.dirty() | s2.host_dirty | out).pages().tolist() == list(range(80, 96))
 
 
+@pytest.mark.parametrize(
+    ("page", "level", "apart"), [(20, 3, (16, 32)), (40, 3, (32, 48)), (16 * 512 + 20, 2, (16, 32)), (60, 3, ())]
+)
+@pytest.mark.parametrize("verb", ["relax_at", "allow_at", "mkyoung_at"])
+def test_pages_take_apart_the_runs_of_their_own_leaves(verb, page, level, apart):
+    """Runs of leaves and of blocks beside each other: an entry's number at one level is none at another."""
+    s2 = Stage2(64 * 512, contiguous=True)
+    s2.map(0, 16 * 512, pfn=0)
+    s2.map(16 * 512, 48 * 512, pfn=16 * 512, level=2)
+    for each in (2, 3):
+        s2.level(each)[16:48] |= CONT
+    before = {each: s2.level(each) & CONT for each in (2, 3)}
+    if verb != "mkyoung_at":
+        before[level][slice(*apart) if apart else slice(0)] = 0
+    getattr(s2, verb)(np.array([page]))
+    for each in (2, 3):
+        assert np.array_equal(s2.level(each) & CONT, before[each])
+
+
 # --- whoever sets the bit, beside a verb ----------------------------------------------------------------------
 
 RUN = range(16, 32)
