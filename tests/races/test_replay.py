@@ -169,7 +169,9 @@ def test_verbs_of_shared_leaves_keep_what_the_mistake_loses(name):
 
 @pytest.mark.parametrize("name", ["unmap-give", "age", "start", "device"])
 def test_production_is_proved_on_shared_leaves(name):
-    report = check(PRODUCTION[name](shared=True))
+    protocol = PRODUCTION[name](shared=True)
+    assert protocol.slot.log.stage2.shared
+    report = check(protocol)
     assert report.proved, report
     assert report.states == check(PRODUCTION[name]()).states
 
