@@ -66,6 +66,8 @@ class GuestMemory:
     >>> memory.close()
     """
 
+    fd = -1
+
     def __init__(self, size: int, name: str = "hwdbm", *, fd: int | None = None, private: bool = False) -> None:
         self.size, self.fd = check.integer(size, "size", 1), -1
         check.instance(name, str, "name")
@@ -120,6 +122,11 @@ class GuestMemory:
             self.fd = -1
         for name in _MAPPED:
             self.__dict__.pop(name, None)
+
+    def __del__(self) -> None:
+        # An interrupt may come before anybody has it to close.
+        if self.fd >= 0:
+            self.close()
 
     def __getattr__(self, name: str) -> Never:
         if name in _MAPPED:
