@@ -11,8 +11,8 @@ one fails, in a fork of a process that has imported everything but the package. 
 does what runs in another process or at an import: so the other tests of the room run as well, where none has failed.
 
 What no test can tell by its kind isn't drawn: a change of a type or of a protocol's class, of a zip's ``strict``, of
-``is`` to ``==`` where members of enumerations or types are compared, of one length below 0 to another in a reshape, of the
-star among a private function's parameters, and what Python refuses.
+``is`` to ``==`` where members of enumerations or types are compared, of one length below 0 to another in a reshape, of
+the star among a private function's parameters, and what Python refuses.
 
 The sample goes by a hash of each line's text, so that it stays, but for the lines that changed, as the package grows.
 Results are appended to build/mutants/results-SEED.jsonl, and a run goes on where the one before it ended. What
