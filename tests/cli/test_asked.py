@@ -268,8 +268,12 @@ def test_a_guest_that_is_restored_runs_and_is_checked(kind: str, run, asked, mon
     result = run("snapshot", "restore", "chain", "--source", kind, "--seconds", 0)
     name = {"machine": "Machine", "kvm": "KvmVm", "arm": "ArmVm"}[kind]
     assert (result.status, result.err) == (0, "")
-    made, ran = asked.calls[:-5], asked.calls[-5:]
-    assert ran == [f"restore({name}, 'it')", *(f"{name}.{verb}()" for verb in ("resume", "prove", "pause", "close"))]
+    made, ran = asked.calls[:-6], asked.calls[-6:]
+    assert ran == [
+        "warm_up()",
+        f"restore({name}, 'it')",
+        *(f"{name}.{verb}()" for verb in ("resume", "prove", "pause", "close")),
+    ]
     slots = "[0:0x10+32, 3:0x40+8]"
     assert (
         made
