@@ -52,6 +52,7 @@ def _own_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 SHARED_TOO = {
+    "test_anywhere",
     "test_contiguous",
     "test_kernels",
     "test_runs",

@@ -12,7 +12,8 @@ does what runs in another process or at an import: so the other tests of the roo
 
 What no test can tell by its kind isn't drawn: a change of a type or of a protocol's class, of a zip's ``strict``, of
 ``is`` to ``==`` where members of enumerations or types are compared, of one length below 0 to another in a reshape, of
-the star among a private function's parameters, and what Python refuses.
+the star among a private function's parameters, of where a slice of one word ends in compiled code, and what Python
+refuses.
 
 The sample goes by a hash of each line's text, so that it stays, but for the lines that changed, as the package grows.
 Results are appended to build/mutants/results-SEED.jsonl, and a run goes on where the one before it ended. What
@@ -109,6 +110,8 @@ def mutants_of(path: Path) -> dict[tuple[int, int, str], list[tuple[str, int]]]:
     """Return the mutations of a module by place and kind: binary operators alone have eleven others each."""
     source = path.read_text()
     tree, dead = get_ast(source), set(_dead_places(ast.parse(source)))
+    if "@compiled" in source:
+        dead |= set(_end_places(ast.parse(source)))
     members = set(_member_places(ast.parse(source)))
     places: dict[tuple[int, int, str], list[tuple[str, int]]] = defaultdict(list)
     by_type = defaultdict(list)
@@ -161,6 +164,18 @@ def _dead_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
                 first = each.col_offset if line == each.lineno else 0  # type: ignore[attr-defined]
                 last = each.end_col_offset if line == each.end_lineno else 200  # type: ignore[attr-defined]
                 yield from ((line, column) for column in range(max(first - 1, 0), last + 1))
+
+
+def _end_places(tree: ast.Module) -> Iterator[tuple[int, int]]:
+    """Yield the places of the ends of slices of one word, in compiled code.
+
+    The word that such a slice begins with is all that is read and written, and nothing there looks at where it ends.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Slice) and node.lower and node.upper:
+            end = node.upper
+            if ast.unparse(end) == f"{ast.unparse(node.lower)} + 1":
+                yield from ((end.lineno, column) for column in range(end.col_offset, end.end_col_offset or 0))
 
 
 def _star_places(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,7 @@
 """The machine against verdicts, the broken machines against the tests, and the reader of herd's format."""
 
+from contextlib import suppress
+
 import pytest
 from seen import as_seen
 
@@ -219,3 +221,24 @@ def test_what_is_read_was_looked_at():
         except UnreadError as error:
             lines.append(f"{name!r}: {error}")
     as_seen("races/read.txt", "\n".join(lines) + "\n")
+
+
+def operation(op):
+    """Return what an operation is, what its place and value come from, and what it orders."""
+    marks = [name for name in ("acquire", "release", "returns") if getattr(op, name)]
+    sources = f"{sorted(op.place_from)} and {sorted(op.value_from)}"
+    return f"  {op.kind.name} {' '.join(marks)}, {op.scope}, from {sources} {op.label}".rstrip()
+
+
+def test_what_instructions_become_was_looked_at():
+    """Those that are read: an atomic operation whose result nobody keeps returns none, for one."""
+    atomics = ("SWP", "LDADD", "LDSETA", "LDCLRL", "LDEORAL")
+    more = [
+        f"{name} {register}3,{result},[X1]" for name in atomics for register, result in (("X", "XZR"), ("W", "WZR"))
+    ]
+    lines = []
+    for each in (*INSTRUCTIONS, *more):
+        with suppress(UnreadError):
+            (ops, *_) = Litmus.read(herd(each)).machine.programs
+            lines += [each, *map(operation, ops)]
+    as_seen("races/operations.txt", "\n".join(lines) + "\n")
