@@ -161,7 +161,7 @@ def test_dataclasses_are_values(name):
 
 # Threads that are joined before their call returns, however it ends.
 JOINED = {"hwdbm-record", "hwdbm-migration"}
-DAEMONS = {"self.name", "hwdbm-until-eof", "hwdbm-meet", "hwdbm-alive"}
+DAEMONS = {"self.name", "hwdbm-until-eof", "hwdbm-meet", "hwdbm-alive", "hwdbm-elsewhere"}
 
 
 def test_no_thread_keeps_a_process_from_its_end():

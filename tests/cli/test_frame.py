@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 import hwdbm
 from hwdbm import kernels
-from hwdbm.cli import migrate, record, snapshot
+from hwdbm.cli import interrupt, migrate, record, snapshot
 from hwdbm.trace import content
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,46 @@ class TestInterrupt:
         monkeypatch.setattr(module, "as_event", as_event)
         found = run(*args)
         assert (found.status, found.err) == (130, "hwdbm: interrupted\n")
+
+    def test_while_a_name_is_looked_up(self, run, monkeypatch) -> None:
+        """No signal ends that wait, nor one for a peer, so it is another thread's."""
+        event, end, threads = threading.Event(), threading.Event(), []
+
+        def resolve(*_: object, **__: object) -> None:
+            threads.append(threading.current_thread())
+            if args[0] == "migrate":
+                event.set()
+                end.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(migrate, "as_event", lambda: nullcontext(event))
+        try:
+            for args, status, said in (
+                (["receive", "--memory", "1M", "--listen"], 1, "hwdbm: nowhere:1: no answer"),
+                ([*MIGRATE, "--to"], 130, "hwdbm: interrupted\n"),
+            ):
+                found = run(*args, "nowhere:1", "--tls-dir", ROOT / "tests" / "data" / "tls")
+                assert (found.status, found.err[: len(said)]) == (status, said)
+        finally:
+            end.set()
+        assert len(threads) == 2
+        assert threading.main_thread() not in threads
+
+    def test_what_comes_when_nobody_waits_any_more(self) -> None:
+        """It is closed."""
+        cancel, end, closed = threading.Event(), threading.Event(), threading.Event()
+
+        class Late:
+            close = closed.set
+
+        cancel.set()
+        with pytest.raises(InterruptedError):
+            interrupt.elsewhere(lambda: end.wait(20) and Late(), cancel)
+        end.set()
+        assert closed.wait(20)
+        late = Late()
+        assert interrupt.elsewhere(lambda: late) is late
 
     def test_while_its_locks_are_held(self) -> None:
         """The handler runs in the thread that has them."""

@@ -312,3 +312,35 @@ def test_a_socket_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         transport.connect_unix(tmp_path / "none")
     assert (raised.value.strerror, raised.value.filename) == ("No such file or directory", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("end", ["silent", "damaged"])
+def test_what_tls_says(end):
+    """A peer that goes no further, in the handshake and after it: no place in Python's own code is named."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        said = []
+
+        def serve():
+            sock = stack.enter_context(listener.accept()[0])
+            if end == "silent":
+                sock.recv(1 << 16)
+                return
+            with TlsDir(TLS).server().wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as secured:
+                os.write(secured.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))  # a record that nobody encrypted
+                secured.settimeout(10)
+                with suppress(OSError):
+                    secured.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = listener.getsockname()[1]
+        with pytest.raises(StreamError) as error:  # noqa: SIM117
+            with transport.connect_tcp(
+                "localhost", port, TlsDir(TLS), timeout=0.2 if end == "silent" else 10
+            ) as channel:
+                channel.expect(Kind.READY)
+        said.append(str(error.value))
+        thread.join()
+    (text,) = said
+    assert text.startswith("no TLS with the other side: it took too long" if end == "silent" else "the link broke: ")
+    assert "_ssl.c" not in text

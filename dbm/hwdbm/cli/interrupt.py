@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
     from types import FrameType
+    from typing import Protocol, TypeVar
+
+    class _Closable(Protocol):
+        def close(self) -> object: ...
+
+    T = TypeVar("T", bound=_Closable)
 
 
 INTERRUPTED = 130
@@ -25,6 +31,8 @@ INTERRUPTED = 130
 
 _NUDGE = signal.SIGURG  # ends a wait, and nothing else: without a handler it is ignored
 _NUDGES = (0.05, 0.5, 2.0)  # seconds before each
+
+_LOOK = 0.05  # seconds until it is looked whether there was an interrupt
 
 _CLEAR = b"\r\x1b[2K\x1b[?25h"  # the line, and the cursor is back
 
@@ -112,6 +120,54 @@ def as_event() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def elsewhere(what: Callable[[], T], cancel: threading.Event | None = None) -> T:
+    """Return what a call returns, which waits in another thread: no signal ends the search for a host's name.
+
+    Parameters
+    ----------
+    what : callable
+        The call. What it returns when nobody wants it any more is closed.
+    cancel : Event, optional
+        As `as_event` yields it: ends the wait.
+
+    Raises
+    ------
+    InterruptedError
+        If `cancel` was set first.
+    """
+    from queue import Empty, SimpleQueue  # noqa: PLC0415
+    from threading import Lock, Thread  # noqa: PLC0415
+
+    answers: SimpleQueue[T | BaseException] = SimpleQueue()
+    lock, wanted = Lock(), True
+
+    def call() -> None:
+        answer: T | BaseException
+        try:
+            answer = what()
+        except BaseException as error:  # noqa: BLE001  # it is raised where it is waited for
+            answer = error
+        with lock:
+            if wanted:
+                answers.put(answer)
+                return
+        if not isinstance(answer, BaseException):
+            answer.close()
+
+    Thread(target=call, name="hwdbm-elsewhere", daemon=True).start()
+    while True:
+        with suppress(Empty):
+            answer = answers.get(timeout=_LOOK)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+        if cancel is not None and cancel.is_set():
+            with lock:
+                wanted = False
+            if answers.empty():
+                raise InterruptedError
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

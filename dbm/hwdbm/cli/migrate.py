@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import ENOENT
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ from hwdbm.cli.guest import (
     TlsFolder,
     Vm,
 )
-from hwdbm.cli.interrupt import INTERRUPTED, as_event, shown
+from hwdbm.cli.interrupt import INTERRUPTED, as_event, elsewhere, shown
 from hwdbm.cli.output import busy, columns, leave, milliseconds, warn
 from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.files import NewFile, open_regular
@@ -674,14 +675,15 @@ def _connected(
     with ExitStack() as stack:
         if to is not None and to.path is not None:
             try:
-                channel = transport.connect_unix(to.path)
+                channel = _reached(partial(transport.connect_unix, to.path), cancel)
             except FileNotFoundError as error:
                 raise ConnectionRefusedError(ENOENT, "No such socket: nobody listens there", str(to.path)) from error
             yield stack.enter_context(channel)
             return
         if to is not None:
             with guest.usage():
-                channel = transport.connect_tcp(to.host, to.port, tls, insecure=insecure)
+                connect = partial(transport.connect_tcp, to.host, to.port, tls, insecure=insecure)
+                channel = _reached(connect, cancel)
             yield stack.enter_context(channel)
             return
         path = stack.enter_context(transport.private_socket())
@@ -692,6 +694,13 @@ def _connected(
         # Its stdin ends with this process, however that ends, or with this block.
         stack.callback(receiver.stdin.close if receiver.stdin else lambda: None)
         yield stack.enter_context(_connect(receiver, path, cancel))
+
+
+def _reached(connect: Callable[[], Channel], cancel: threading.Event) -> Channel:
+    try:
+        return elsewhere(connect, cancel)
+    except InterruptedError as error:
+        raise StreamError("interrupted while the destination was called") from error
 
 
 def _connect(receiver: subprocess.Popen[bytes], path: Path, cancel: threading.Event) -> Channel:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,7 +194,8 @@ def _accepted(where: Endpoint, tls: transport.TlsDir | None, *, insecure: bool, 
         listener = transport.listen_unix(where.path)
     else:
         with guest.usage():
-            listener = transport.listen_tcp(where.host, where.port, tls, insecure=insecure)
+            listen = partial(transport.listen_tcp, where.host, where.port, tls, insecure=insecure)
+            listener = interrupt.elsewhere(listen)
     with listener, interrupt.on_interrupt(listener.close):
         if not quiet:
             note(f"listening on {listener.address}")

@@ -39,6 +39,14 @@ class _BrokenError(StreamError):
     """The socket said that the link is gone."""
 
 
+def why(error: OSError) -> str:
+    """Return what an error of a socket or of OpenSSL says, without the place in Python's own code."""
+    if isinstance(error, TimeoutError):
+        return "it took too long"
+    words = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.strerror or str(error)
+    return printable(str(words))
+
+
 class Channel:
     """One end of a stream. It owns the socket.
 
@@ -154,13 +162,15 @@ class Channel:
             if now >= self._until:
                 raise StreamError(self._until_what)
             if now >= until:
+                if now - began < self.timeout / 2:  # some of it came or went meanwhile
+                    raise StreamError(f"{nbytes} bytes of a frame took longer than {now - start:.1f} s")
                 raise StreamError(f"{silence} for {now - began:.1f} s")
             try:
                 return operation()
             except TimeoutError:
                 pass  # the slice is over; what `check` raises is not to be taken for an error of the socket
             except OSError as error:
-                raise _BrokenError(f"the link broke: {error.strerror or error}") from error
+                raise _BrokenError(f"the link broke: {why(error)}") from error
             if time.monotonic() - start > grace:
                 self.check()
 

@@ -20,7 +20,7 @@ from typing import Self
 
 from hwdbm import files
 from hwdbm.errors import StreamError, printable
-from hwdbm.migration.channel import TIMEOUT, Channel
+from hwdbm.migration.channel import TIMEOUT, Channel, why
 from hwdbm.migration.wire import Hello
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
@@ -377,8 +377,7 @@ def _secured(
     except OSError as error:
         with contextlib.suppress(OSError):
             sock.close()
-        reason = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.strerror or error
-        raise StreamError(f"no TLS with the other side: {printable(str(reason))}") from error
+        raise StreamError(f"no TLS with the other side: {why(error)}") from error
 
 
 def _resolve(
