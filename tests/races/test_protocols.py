@@ -27,7 +27,7 @@ def steps(actor, answer):
             yield str(act) if isinstance(act, Run) else act.text
             act = proc.send(answer)
         yield "..."
-    except (StopIteration, KeyError) as end:  # a protocol may have no page x
+    except (StopIteration, KeyError, TypeError) as end:  # no page x, or no flush that may fail
         yield type(end).__name__
 
 
@@ -46,7 +46,7 @@ def test_protocols_are_the_ones_that_were_looked_at():
         for actor in protocol.actors:
             what = [word for word in ("bounded", "last") if getattr(actor, word)]
             lines.append(f"  {actor.name} {'' if actor.handles is None else actor.handles} {' '.join(what)}".rstrip())
-            lines += [f"    {answer}: {'; '.join(steps(actor, answer))}" for answer in (0, 1)]
+            lines += [f"    {answer}: {'; '.join(steps(actor, answer))}" for answer in (0, 1, "failed")]
     as_seen("protocols.txt", "\n".join(lines) + "\n")
 
 

@@ -154,6 +154,20 @@ def test_a_part_takes_apart_the_runs_that_it_touches_and_no_others(verb):
     assert (s2.dirty() | s2.host_dirty | out).pages().tolist() == list(range(80, 96))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_part_keeps_of_a_run_is_there_for_each_page(shared):
+    """Whichever part of a run is harvested first, each of its other pages is harvested by itself after it."""
+    for first, count in ((0, 1), (3, 5), (15, 1), (1, 15), (8, 8)):
+        s2 = Stage2(16, contiguous=True, shared=shared)
+        s2.map(0, 16, pfn=0, dbm=True)
+        s2.level(3)[:] |= CONT
+        s2.level(3)[7] |= DIRTY
+        assert s2.harvest(None, first, count).pages().tolist() == [*range(first, first + count)]
+        for page in {*range(16)} - {*range(first, first + count)}:
+            assert s2.copy().harvest(None, page, 1).pages().tolist() == [page]
+        assert s2.harvest().weight() == 16 - count
+
+
 @pytest.mark.parametrize(
     ("page", "level", "apart"), [(20, 3, (16, 32)), (40, 3, (32, 48)), (16 * 512 + 20, 2, (16, 32)), (60, 3, ())]
 )
