@@ -154,18 +154,21 @@ def test_a_part_takes_apart_the_runs_that_it_touches_and_no_others(verb):
     assert (s2.dirty() | s2.host_dirty | out).pages().tolist() == list(range(80, 96))
 
 
+@pytest.mark.parametrize("level", [2, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_a_part_keeps_of_a_run_is_there_for_each_page(shared):
-    """Whichever part of a run is harvested first, each of its other pages is harvested by itself after it."""
+def test_what_a_part_keeps_of_a_run_is_there_for_each_page(shared, level):
+    """Whichever part of a run is harvested first, each of its other leaves is harvested by itself after it."""
+    size = Granule.K4.pages_per_entry(level)
     for first, count in ((0, 1), (3, 5), (15, 1), (1, 15), (8, 8)):
-        s2 = Stage2(16, contiguous=True, shared=shared)
-        s2.map(0, 16, pfn=0, dbm=True)
-        s2.level(3)[:] |= CONT
-        s2.level(3)[7] |= DIRTY
-        assert s2.harvest(None, first, count).pages().tolist() == [*range(first, first + count)]
-        for page in {*range(16)} - {*range(first, first + count)}:
-            assert s2.copy().harvest(None, page, 1).pages().tolist() == [page]
-        assert s2.harvest().weight() == 16 - count
+        s2 = Stage2(16 * size, contiguous=True, shared=shared)
+        s2.map(0, 16 * size, pfn=0, level=level, dbm=True)
+        s2.level(level)[:] |= CONT
+        s2.harvest()  # what was saved before is taken
+        s2.level(level)[7] |= DIRTY
+        assert s2.harvest(None, first * size, count * size).ranges().tolist() == [[first * size, count * size]]
+        for each in {*range(16)} - {*range(first, first + count)}:
+            assert s2.copy().harvest(None, each * size, 1).pages().tolist() == [each * size]
+        assert s2.harvest().weight() == (16 - count) * size
 
 
 @pytest.mark.parametrize(
