@@ -1,13 +1,17 @@
 """Reading samples, and forecasts from them."""
 
 import contextlib
+import copy
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seen import as_seen
 
 from hwdbm.errors import SampleError
 from hwdbm.forecast import (
@@ -451,3 +455,112 @@ def test_what_was_sent_before_says_nothing_of_the_bandwidth() -> None:
     done = run(guest, course)
     assert not done.converges
     assert all(sample.bandwidth <= 1e8 for sample in done.samples)
+
+
+# --- each field of each form, and the models that small samples allow ------------------------------------------
+
+VALUES = (None, 0, 1, 1.5, -1, 3e7, 1e300, True, "x", [])
+
+
+def small_report() -> dict[str, Any]:
+    made = Report(4096, 1 << 20, 0.3, setup_time=0.5)
+    made.passes = [
+        Pass(1, 256, 1 << 20, normal=256, transferred=1 << 20, time=1.0),
+        Pass(2, 64, 1 << 18, dirty_rate=1 << 18, collect_time=0.25, transferred=1 << 18, time=0.5),
+    ]
+    return made.to_dict()
+
+
+FORMS = {"query-migrate": json.loads(qmp(1500, 2, 1 << 26)), "cloud-hypervisor": CLOUD, "hwdbm": small_report()}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where each field of a record is."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(each, (*path, key))
+
+
+def with_field(record: Any, path: tuple[Any, ...], value: object, *, there: bool = True) -> Any:
+    record = copy.deepcopy(record)
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    if there:
+        inner[path[-1]] = value
+    else:
+        del inner[path[-1]]
+    return record
+
+
+def read(lines: list[str], usual: list[Sample]) -> list[str]:
+    """Return in which fields the samples of some lines aren't the usual ones, the same on each machine."""
+    try:
+        found = read_samples(lines)
+    except SampleError as error:
+        return [f"  {error}"]
+    if len(found) != len(usual):
+        return [f"  {len(found)} samples"]
+    values = [(each.name, getattr(a, each.name), getattr(b, each.name)) for a, b in zip(found, usual, strict=True)
+              for each in fields(Sample)]  # fmt: skip
+    told = [
+        f"{name}={is_:.9g}" if isinstance(is_, float) else f"{name}={is_!r}" for name, is_, was in values if is_ != was
+    ]
+    return [f"  {', '.join(told)}"] if told else []
+
+
+def answers() -> Iterator[str]:
+    for form, record in FORMS.items():
+        usual = list(read_samples([json.dumps(record)]))
+        yield from (form, *(f"  {each}" for each in usual))
+        for path in places(record):
+            where = ".".join(map(str, path))
+            changed = {"missing": with_field(record, path, None, there=False)}
+            changed |= {json.dumps(value): with_field(record, path, value) for value in VALUES}
+            for name, each in changed.items():
+                if found := read([json.dumps(each)], usual):  # most fields say nothing here
+                    yield from (f"{form} {where} {name}", *found)
+    for at, line in enumerate(VIRSH.splitlines()):
+        name, _, value = line.partition(":")
+        for new in ("", f"{name}: 0 {value.split()[-1]}", f"{name}: 7 GiB", f"{name}: x", f"{name}: -1 ms"):
+            lines = VIRSH.splitlines()
+            lines[at] = new
+            if found := read(lines, list(read_samples(VIRSH.splitlines()))):
+                yield from (f"domjobinfo {name!r} {new!r}", *found)
+    for word in " ".join(LOG).split():
+        if "=" in word:
+            name = word.partition("=")[0]
+            lines = [" ".join(each for each in line.split() if not each.startswith(name)) for line in LOG]
+            yield from (f"log without {name}", *read(lines, list(read_samples(LOG))))
+
+
+def test_what_each_field_says_was_looked_at() -> None:
+    as_seen("forecasts/fields.txt", "\n".join(answers()) + "\n")
+
+
+SERIES = {  # none that several models fit equally well
+    "two": ([0.5], [1e6]), "alike": ([1.0, 1.019], [1e6, 1.1e6]), "apart": ([1.0, 1.03], [1e6, 1.1e6]),
+    "growing": ([0.1, 0.5, 2.0], [1e6, 4e6, 1.2e7]), "steady": ([0.1, 0.2, 0.4], [1e6, 2.1e6, 3.9e6]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "least"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.5), (100.0, 100.0)])
+def test_a_guest_that_writes_nothing_writes_a_byte(size: float, least: float) -> None:
+    best = fit(np.array([0.5, 0.25]), np.array([size, size]), float(1 << 30))[0]
+    assert best.dirtied(0.5) == pytest.approx(least, rel=0.05)
+
+
+def test_models_of_small_samples_were_looked_at() -> None:
+    lines = []
+    for name, (periods, sizes) in SERIES.items():
+        for total in (1 << 20, 1 << 30):
+            lines.append(f"{name} of {total}")
+            for model in fit(np.array(periods), np.array(sizes), float(total)):
+                parts = (f"{each.name}={getattr(model, each.name):.4g}" for each in fields(model))
+                lines.append(f"  {', '.join(parts)}; {model.dirtied(0.3):.4g}, {model.dirtied(1e4):.4g}")
+    polls = [(1.0, 2, 9e6), (1.2, 2, 5e6), (1.5, 3, 4e6), (1.5, 4, 4e6), (2.0, 7, 1e6)]
+    for bandwidth in (None, 2e7, 0.0, 1e9):
+        samples = [Sample(time, number, left, float(1 << 30), bandwidth=bandwidth) for time, number, left in polls]
+        periods, sizes = measured(samples)
+        lines.append(f"{bandwidth}: {np.round(periods, 9).tolist()}, {np.round(sizes, 3).tolist()}")
+    as_seen("forecasts/models.txt", "\n".join(lines) + "\n")
