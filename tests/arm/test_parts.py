@@ -1,5 +1,7 @@
 """What an Arm machine is made of, by its numbers: which leaves map memory, which guest has which part of it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from hwdbm import Granule, pte
@@ -55,3 +57,18 @@ def test_each_guest_has_all_memory_or_a_part_of_its_own():
     ):
         with pytest.raises(ValueError, match=r"a guest with a stage 1 of its own has 256K or more, in one GiB"):
             vm._work(both, base, npages, 4096, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "idle"), [(["IDLE"], True), (["IDLE", "IDLE"], True), (["RANDOM"], False), (["IDLE", "ZERO"], False)]
+)
+def test_a_machine_is_idle_where_all_of_its_guests_are(kinds, idle, monkeypatch):
+    asked = []
+    monkeypatch.setattr(vm, "prove", lambda _vm, _look, *, idle: asked.append(idle))
+    made = object.__new__(vm.ArmVm)
+    made._closed = False
+    made.guests = SimpleNamespace(tasks=[SimpleNamespace(kind=GuestKind[kind]) for kind in kinds])
+    monkeypatch.setattr(made, "_check_open", lambda: None)
+    made.prove()
+    made._closed = True
+    assert asked == [idle]

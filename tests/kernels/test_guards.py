@@ -171,3 +171,46 @@ def read_only(implementation: kernels.Kernels) -> Iterator[str]:
 def test_which_arrays_may_be_read_only_was_looked_at(implementation: Callable[[], kernels.Kernels]) -> None:
     made = implementation()
     as_seen(f"limits/{made.__name__.rpartition('.')[2]}.txt", "".join(read_only(made)))
+
+
+WRONG: dict[str, Callable[[np.ndarray], Any]] = {
+    "of int32": lambda array: array.astype(np.int32),
+    "of float": lambda array: array.astype(np.float64),
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "with one more axis": lambda array: array[None],
+    "of two columns": lambda array: np.stack([array.ravel(), array.ravel()], axis=1),
+    "every second": lambda array: np.repeat(array, 2, axis=0)[::2],
+    "without its last": lambda array: array[:-1].copy(),
+    "of nothing": lambda array: array[:0].copy(),
+    "one more": lambda array: array + array.dtype.type(1),
+    "one less": lambda array: array - array.dtype.type(1),
+    "far beyond": lambda array: array + array.dtype.type((1 << 62) - 1),
+    "a list": lambda array: array.tolist(),
+}
+
+
+def refused(implementation: kernels.Kernels) -> Iterator[str]:
+    """Yield of each function what it says of each of its arrays that is wrong in some way."""
+    for name, arguments in CALLS.items():
+        for wrong in (each for each in arguments if isinstance(each, str)):
+            for way, change in WRONG.items():
+                arrays: dict[str, Any] = {
+                    each: np.zeros(4, dtype=np.uint64) for each in ("out", "also", "within", "kept")
+                }
+                arrays |= {each: np.full(256, MATCH.value, dtype=np.uint64) for each in ("pte", "values")}
+                arrays |= {"few": np.zeros(2, dtype=np.uint64), "index": np.array([3, 254])}
+                arrays |= {"runs": np.array([[0, 64, 0], [128, 256, 128]]), "ranges": np.array([[3, 255]])}
+                arrays["values"] = arrays["values"][:192].copy()
+                arrays[wrong] = change(arrays[wrong])
+                given = (arrays[each] if isinstance(each, str) else each for each in arguments)
+                try:
+                    getattr(implementation, name)(*given)
+                except (TypeError, ValueError) as error:
+                    yield f"{name} {wrong} {way}: {str(error)[:160]}\n"
+
+
+def test_what_is_said_of_arrays_that_are_wrong_was_looked_at() -> None:
+    """The implementations say the same: they check by the same functions."""
+    said = {name: "".join(refused(kernels.named(name))) for name in kernels.available()}
+    for text in said.values():
+        as_seen("limits/arrays.txt", text)
