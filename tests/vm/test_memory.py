@@ -3,11 +3,16 @@
 import hashlib
 import mmap
 import os
+from contextlib import nullcontext
+from errno import EINVAL, ENOMEM
 
 import numpy as np
 import pytest
 
+from hwdbm.vm import memory as memories
 from hwdbm.vm.memory import GuestMemory
+
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
@@ -107,3 +112,28 @@ def test_views_outlive_it():
     memory.close()
     view[:] = 3
     assert int(view.astype(np.int64).sum()) == 3 << 16
+
+
+@pytest.mark.parametrize("code", [0, EINVAL, ENOMEM])
+@pytest.mark.parametrize(("start", "size"), [(0, 8), (1, 8), (0, 3), (100, 0.01), (4095, 1.5), (1, 1), (1, 2), (0, 0)])
+def test_what_the_system_is_asked_to_back(start, size, code, monkeypatch):
+    """The whole pages inside: with huge ones as far as there are, and then all of them now, by parts of some size."""
+    room = np.frombuffer(mmap.mmap(-1, 16 * PAGE), dtype=np.uint8)
+    room[::7] = 3
+    before, asked = room.copy(), []
+
+    def advise(part, advice):
+        asked.append((advice, part.ctypes.data - room.ctypes.data, part.size))
+        return code if advice == memories._MADV_POPULATE_WRITE else EINVAL
+
+    monkeypatch.setattr(memories, "_madvise", advise)
+    monkeypatch.setattr(memories, "_STEP", 3 * PAGE)
+    part = room[start : start + int(size * PAGE)]
+    first, last = -(-start // PAGE) * PAGE, (start + part.size) // PAGE * PAGE
+    steps = [(at, min(3 * PAGE, last - at)) for at in range(first, last, 3 * PAGE)]
+    with pytest.raises(OSError, match=r"no room for .* of guest memory") if code == ENOMEM and steps else nullcontext():
+        memories.populate(part)
+    assert asked[:1] == ([(memories._MADV_HUGEPAGE, first, last - first)] if steps else [])
+    backed = sorted((at, length) for advice, at, length in asked if advice == memories._MADV_POPULATE_WRITE)
+    assert set(backed) <= set(steps) if code == ENOMEM else backed == steps
+    assert np.array_equal(room, before)
