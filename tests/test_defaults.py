@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from seen import as_seen
+
 import hwdbm
 
 INSIDE = ("__main__", "cli", "bench", "check", "files", "process")
@@ -35,6 +37,13 @@ def callables(module: ModuleType) -> Iterator[tuple[str, Any]]:
                     yield f"{where}.{method}", getattr(value, method)
         elif inspect.isfunction(value):
             yield where, value
+
+
+def called(call: Any) -> str:
+    """Return how a callable may be called: its parameters by their names, with a star where names are needed."""
+    parameters = inspect.signature(call).parameters.values()
+    bare = [each.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty) for each in parameters]
+    return str(inspect.Signature(bare, __validate_parameters__=False))
 
 
 def records(module: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -64,3 +73,16 @@ def test_defaults_stay() -> None:
     both = kept.keys() & now.keys()
     assert {where: now[where] for where in both} == {where: kept[where] for where in both}
     assert len(both) > 600
+
+
+def test_what_is_given_by_name_stays() -> None:
+    """Of what users call: whoever gives an argument by its place, or by its name, may go on to do so."""
+    lines = []
+    for info in pkgutil.walk_packages(hwdbm.__path__, "hwdbm."):
+        if info.name.split(".")[1] not in INSIDE:
+            for where, call in callables(importlib.import_module(info.name)):
+                try:
+                    lines.append(f"{where}{called(call)}")
+                except (ValueError, TypeError):  # a signature that Python can't tell
+                    continue
+    as_seen("parameters.txt", "".join(f"{line}\n" for line in sorted(set(lines))))
