@@ -1,7 +1,6 @@
 """Reading samples, and forecasts from them."""
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fieldtools import changed
 from hypothesis import given
 from hypothesis import strategies as st
 from seen import as_seen
@@ -459,8 +459,6 @@ def test_what_was_sent_before_says_nothing_of_the_bandwidth() -> None:
 
 # --- each field of each form, and the models that small samples allow ------------------------------------------
 
-VALUES = (None, 0, 1, 1.5, -1, 3e7, 1e300, True, "x", [])
-
 
 def small_report() -> dict[str, Any]:
     made = Report(4096, 1 << 20, 0.3, setup_time=0.5)
@@ -472,25 +470,6 @@ def small_report() -> dict[str, Any]:
 
 
 FORMS = {"query-migrate": json.loads(qmp(1500, 2, 1 << 26)), "cloud-hypervisor": CLOUD, "hwdbm": small_report()}
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield where each field of a record is."""
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*path, key)
-        yield from places(each, (*path, key))
-
-
-def with_field(record: Any, path: tuple[Any, ...], value: object, *, there: bool = True) -> Any:
-    record = copy.deepcopy(record)
-    inner = record
-    for key in path[:-1]:
-        inner = inner[key]
-    if there:
-        inner[path[-1]] = value
-    else:
-        del inner[path[-1]]
-    return record
 
 
 def read(lines: list[str], usual: list[Sample]) -> list[str]:
@@ -513,13 +492,9 @@ def answers() -> Iterator[str]:
     for form, record in FORMS.items():
         usual = list(read_samples([json.dumps(record)]))
         yield from (form, *(f"  {each}" for each in usual))
-        for path in places(record):
-            where = ".".join(map(str, path))
-            changed = {"missing": with_field(record, path, None, there=False)}
-            changed |= {json.dumps(value): with_field(record, path, value) for value in VALUES}
-            for name, each in changed.items():
-                if found := read([json.dumps(each)], usual):  # most fields say nothing here
-                    yield from (f"{form} {where} {name}", *found)
+        for where, what, each in changed(record):
+            if found := read([json.dumps(each)], usual):  # most fields say nothing here
+                yield from (f"{form} {where} {what}", *found)
     for at, line in enumerate(VIRSH.splitlines()):
         name, _, value = line.partition(":")
         for new in ("", f"{name}: 0 {value.split()[-1]}", f"{name}: 7 GiB", f"{name}: x", f"{name}: -1 ms"):
