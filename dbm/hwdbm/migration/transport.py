@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EACCES, EEXIST, ENAMETOOLONG, ETIMEDOUT
+from errno import EACCES, EBADF, EEXIST, ENAMETOOLONG, ETIMEDOUT
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -135,6 +135,8 @@ class Listener:
         ------
         TimeoutError
             If none came.
+        OSError
+            If the listener is closed meanwhile.
         """
         until = None if timeout is None else time.monotonic() + timeout
         came: SimpleQueue[Channel | str] = SimpleQueue()
@@ -172,6 +174,8 @@ class Listener:
             while True:
                 left = None if until is None else max(until - time.monotonic(), 0) * 1e3
                 ready = [fd for fd, _ in poll.poll(left)]
+                if self.sock.fileno() < 0:
+                    raise OSError(EBADF, "the listener was closed while a source was waited for")
                 if not ready:
                     raise TimeoutError(ETIMEDOUT, f"no source came in {timeout:g} s")
                 if self.sock.fileno() in ready:
