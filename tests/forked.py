@@ -78,6 +78,7 @@ class _Server:
             command = [sys.executable, "-P", "-W", "error", __file__, str(there.fileno())]
             environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment)
+        self._channel.recv(1)  # it has imported everything
         atexit.register(self._close)
 
     def _close(self) -> None:
@@ -101,6 +102,11 @@ class _Server:
 @cache
 def _server() -> _Server:
     return _Server()
+
+
+def ready() -> None:
+    """Return when processes begin at once; the first one waits for that too."""
+    _server()
 
 
 def _take_orphans(*, yes: bool) -> None:
@@ -183,4 +189,5 @@ def import_everything() -> None:
 if __name__ == "__main__":
     import_everything()
     with socket.socket(fileno=int(sys.argv[1])) as channel_:
+        channel_.send(b"x")
         serve(channel_)

@@ -217,7 +217,7 @@ def main() -> None:
     name, address, disk, kind, turn, when = sys.argv[1:]
     vm = SourceVm(Path(disk))
     vm.resume()
-    with connect(name, address, 5) as channel:
+    with connect(name, address, 30) as channel:
         trap(channel, Kind[kind], lambda: os.kill(os.getpid(), 9), int(turn), after=when == "after")
         migrate(vm, channel, SETTINGS)
 

@@ -40,13 +40,21 @@ def _short(monkeypatch):
     monkeypatch.setattr(precopy, "_DYING", 0.2)
 
 
-class Destination:
-    """A receiver in a thread."""
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """Have processes begin at once, as a receiver waits for them."""
+    forked.ready()
 
-    def __init__(self, listener, disk: Path, *, timeout: float = 1.0, broken: bool = False) -> None:
+
+class Destination:
+    """A receiver in a thread, which waits for a source only for a moment where `nobody` comes."""
+
+    def __init__(
+        self, listener, disk: Path, *, timeout: float = 1.0, broken: bool = False, nobody: bool = False
+    ) -> None:
         self.made, self.received, self.error = [], None, None
         self._listener, self._disk, self._timeout, self._broken = listener, disk, timeout, broken
-        self.channel = None
+        self.channel, self._patience = None, 0.2 if nobody else 60
         self.prepare = lambda channel: channel
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -57,14 +65,14 @@ class Destination:
 
     def _run(self) -> None:
         try:
-            with self._listener.accept(3) as self.channel:
+            with self._listener.accept(self._patience) as self.channel:
                 self.channel.timeout = self._timeout
                 self.received = receive(self.prepare(self.channel), self._build)
         except Exception as error:  # noqa: BLE001  # for the test to look at
             self.error = error
 
     def join(self) -> "Destination":
-        self._thread.join(20)
+        self._thread.join(90)
         assert not self._thread.is_alive()
         return self
 
@@ -73,7 +81,7 @@ class Destination:
         return any(vm.running for vm in self.made)
 
     def close(self) -> None:
-        self._thread.join(20)
+        self._thread.join(90)
         for vm in self.made:
             vm.close()
 
@@ -139,7 +147,7 @@ def case(value) -> str:
 def test_the_link_ends(vm, disk, tmp_path, name, how, point):
     kind, turn, what = point
     with listen(name, tmp_path) as listener:
-        destination = Destination(listener, disk)
+        destination = Destination(listener, disk, nobody=(kind, what) == (Kind.HELLO, "lost"))
         link = Link(listener, tmp_path)
         with connect(name, link.address, 1.0) as source:
             act = (lambda: link.cut(how)) if what == "lost" else (lambda: link.swallow(how))
@@ -260,7 +268,7 @@ def test_the_destination_is_killed(vm, disk, tmp_path, name, kind, when):
 @pytest.mark.parametrize("name", TRANSPORTS if ALL else ["tcp"])
 def test_the_source_is_killed(disk, tmp_path, name, kind, when):
     with listen(name, tmp_path) as listener:
-        destination = Destination(listener, disk, timeout=5)
+        destination = Destination(listener, disk, timeout=30)
         source = process("-m", "handovertools", name, listener.address, disk, kind.name, 1, when)
         with source:
             if (kind, when) == (Kind.HELLO, "before"):
