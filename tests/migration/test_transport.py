@@ -151,11 +151,11 @@ def test_one_source_at_a_time():
 
 
 def test_a_listener_that_is_closed_waits_no_more():
-    with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
-        with socket.create_connection(listener.sock.getsockname()) as stranger:
-            stranger.sendall(bytes(64))
-            with pytest.raises(OSError, match="closed while a source was waited for"):
-                listener.accept(20, on_refused=lambda _: listener.close())
+    listener = transport.listen_tcp("127.0.0.1", 0, None, insecure=True)
+    with listener, socket.create_connection(listener.sock.getsockname()) as stranger:
+        stranger.sendall(bytes(64))
+        with pytest.raises(OSError, match="closed while a source was waited for"):
+            listener.accept(20, on_refused=lambda _: listener.close())
 
 
 def test_more_strangers_than_may_wait(vm):
