@@ -7,6 +7,7 @@ text.
 
 import operator
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from math import inf, isfinite
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "array", "flag", "inside", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real",
-    "separate", "uint64s", "zeros",
+    "separate", "size", "uint64s", "zeros",
 ]  # fmt: skip
 
 _CHUNK = 1 << 16  # numbers of an iterable that are looked at together
@@ -27,6 +28,30 @@ _CHUNK = 1 << 16  # numbers of an iterable that are looked at together
 T = TypeVar("T")
 
 _UINT64 = np.dtype(np.uint64)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def size(text: str) -> int:
+    """Return the bytes that a text means: a number, or one with K, M, G or T for powers of 1024.
+
+    A part of a byte is dropped.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> size("4K"), size("2MiB"), size("1.2G")
+    (4096, 2097152, 1288490188)
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size like 4096, 4K, 2M or 1G")
+    unit = 1 << _POWERS[match[2].upper()]
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def integer(

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
+from hwdbm import check
 from hwdbm.cli import example
 from hwdbm.errors import ImageError
 from hwdbm.image import Slot
-
-_SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 Kind = TypeVar("Kind", bound=StrEnum)
 
@@ -196,14 +196,9 @@ def size(text: str) -> int:
     >>> size("4K"), size("2M"), size("0x1000"), size("1.2G")
     (4096, 2097152, 4096, 1288490188)
     """
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        try:
-            return address(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is not a size like 4096, 4K, 2M or 1G") from None
-    unit = 1 << _SUFFIXES[match[2].upper()]
-    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    with suppress(ValueError):
+        return address(text)
+    return check.size(text.strip())
 
 
 def page_size(text: str) -> int:

@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Never, TypeVar, get_args
@@ -19,8 +19,6 @@ Engine = Literal["hwdbm", "qemu"]
 _MOST = 64 << 20  # bytes of a plan: that of 100,000 VMs has some 20 MiB
 _END = 1 << 53  # no size, bandwidth or time reaches it
 _SLOWEST = 1e-6  # of a trace's writes
-_SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,16})?)([KMGT]?)(?:i?B)?", re.ASCII)
-_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 T = TypeVar("T")
 
@@ -338,9 +336,9 @@ class _Reader:
     def size(self, found: Any, place: str) -> int:
         """Return a number of bytes, of 1 or more."""
         value = found
-        if isinstance(found, str) and (match := _SIZE.fullmatch(found)):
-            power = _POWERS[match[2]]
-            value = int(float(match[1]) * (1 << power)) if "." in match[1] else int(match[1]) << power
+        if isinstance(found, str):
+            with suppress(ValueError):
+                value = check.size(found)
         if type(value) is not int or not 1 <= value < _END:
             self.refuse(place, f"is bytes, as 4096 or '1.5G', of 1 to 2^53 - 1, not {_shown(found)}")
         return value
