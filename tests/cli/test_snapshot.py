@@ -71,7 +71,9 @@ def test_a_file_from_the_first_to_the_last(said, run, ram, tmp_path):
     assert b"<svg" in (tmp_path / "chain.svg").read_bytes()
     assert said("check", chain, "--whole") == {"folder": str(chain), "sound": True, "flaws": []}
     (tmp_path / "empty").mkdir()
-    assert " ".join(run("snapshot", "check", tmp_path / "empty").out.split()).endswith(": there is no snapshot in it")
+    nothing = run("snapshot", "check", tmp_path / "empty")
+    assert (nothing.status, nothing.out) == (1, "")
+    assert nothing.err.startswith(f"hwdbm: {tmp_path / 'empty'}: there is no snapshot in it")
     for each, memory in zip(listed, moments, strict=True):
         restored = said("restore", chain, "--snapshot", each["name"][:6], "--output", tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == memory
@@ -216,3 +218,19 @@ def test_a_real_guest(said, run, tmp_path):
     done = run("snapshot", "restore", chain, "--source", "machine")
     assert (done.status, done.out) == (1, "")
     assert "not of --source machine" in done.err
+
+
+def test_a_folder_in_the_place_of_a_state(run, tmp_path):
+    """What couldn't be removed in the end is found before anything is changed."""
+    chain = tmp_path / "chain"
+    made = run("snapshot", "save", chain, "--source", "machine", "--memory", "1M", "--every", "0.01", "--count", "2")
+    assert made.status == 0
+    state = min(chain.glob("*.state"))
+    state.unlink()
+    state.mkdir()
+    before = {path: path.read_bytes() for path in chain.iterdir() if path != state}
+    for how in (["rebase", chain, "--in-place"], ["rebase", chain], ["prune", chain, "--keep", "1"]):
+        result = run("snapshot", *how)
+        assert (result.status, result.out) == (1, "")
+        assert f"{state}: it is no regular file" in result.err
+        assert {path: path.read_bytes() for path in chain.iterdir() if path != state} == before

@@ -446,6 +446,8 @@ def check(
     with busy(f"reading {folder}"):
         flaws = chain.check(whole=whole)
     wrong = [flaw for flaw in flaws if flaw.kind != "leftover"]
+    if not wrong and not chain.snapshots():
+        raise SnapshotError(f"{folder}: there is no snapshot in it")
     if as_json:
         found = [
             {"kind": flaw.kind, "text": flaw.text}
@@ -458,7 +460,7 @@ def check(
         lines = [f"{flaw.kind}: {flaw.text}" for flaw in flaws]
         many = f"{len(wrong)} flaw{'s' if len(wrong) > 1 else ''}"
         if not wrong:
-            many = "sound" if chain.snapshots() else "there is no snapshot in it"
+            many = "sound"
         result("\n".join([*lines, f"{folder}: {many}"]))
     if wrong:
         raise typer.Exit(_MISMATCH)

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from errno import EBUSY
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from numpy.typing import NDArray
@@ -544,6 +545,7 @@ class Chain:
             known = self._read(folder)
             snapshot = self._find(known, which)
             path = self._path(known, snapshot)
+            self._check_files(folder, path)
             if len(path) > 1 and in_place:
                 self._check_alone(known, path)
                 snapshot = self._rebase_in_place(folder, path)
@@ -575,6 +577,7 @@ class Chain:
         with self._writing() as folder:
             known = self._read(folder)
             kept = {each.id for each in list(known.values())[-keep:]}
+            self._check_files(folder, known.values())
             for snapshot in list(known.values())[-keep:]:
                 if snapshot.parent is not None and snapshot.parent not in kept:
                     self._rebase(folder, self._path(known, snapshot), merged=())
@@ -730,6 +733,13 @@ class Chain:
         )
         write(self.folder / f"{last.name}.json", whole.to_bytes())
         return whole
+
+    def _check_files(self, folder: int, snapshots: Iterable[Snapshot]) -> None:
+        """Raise if something that is no file has the place of one: it couldn't be removed once all else is done."""
+        for name in (name for each in snapshots for name in each.files):
+            with suppress(FileNotFoundError):
+                if not S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise SnapshotError(f"{self.folder / name}: it is no regular file")
 
     def _check_alone(self, known: dict[str, Snapshot], path: Sequence[Snapshot]) -> None:
         inside, last = {each.id for each in path[:-1]}, path[-1]
