@@ -121,6 +121,7 @@ def test_an_image(run, tmp_path: Path) -> None:
         (["--max-downtime", "-1"], "'-1' is not a number of 0 or more"),
         (["--rate", "x"], "'x' is not a number"),
         (["--bandwidth", "0"], "more than 0"),
+        (["--workload", "replay"], "needs its bitmaps: hwdbm migrate --replay FOLDER"),
         (["--workload", "knitting"], "no workload 'knitting'"),
         (["--workload", "hot,share=7"], "share is a number of 0 to 1, not 7"),
         (["--workload", "uniform,rate=5", "--rate", "6"], "both give a rate"),

@@ -273,7 +273,7 @@ class TestWaiting:
         staging = SharedStaging(source)
         self.fill(staging)
         threading.Timer(0.05, destination.sock.shutdown, [socket.SHUT_RDWR]).start()
-        with pytest.raises(StreamError, match="ends inside of frame"):
+        with pytest.raises(StreamError, match="hung up without a word"):
             staging.buffer()
         staging.close()
 

@@ -349,6 +349,8 @@ def refuse(where: str, given: Mapping[str, bool]) -> None:
 def workload_of(text: str | None, *, seed: int, rate: float | None) -> Workload:
     """Return the modelled machine's workload of that name, or the default."""
     text = _WORKLOAD if text is None else text
+    if text.partition(",")[0].strip() == "replay":
+        raise typer.BadParameter("a workload that is replayed needs its bitmaps: hwdbm migrate --replay FOLDER")
     has_rate, is_idle = "rate=" in text, text.partition(",")[0].strip() == "idle"
     refuse("with a workload that is idle", {"a rate": is_idle and (has_rate or rate is not None)})
     if rate is not None and has_rate:

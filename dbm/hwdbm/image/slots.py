@@ -46,6 +46,8 @@ class Slot:
             raise ImageError(f"slot {self.id}: gpa {self.gpa:#x} isn't a multiple of 4 KiB")
         if self.size == 0 or self.size % SLOT_UNIT:
             raise ImageError(f"slot {self.id}: size {self.size:#x} isn't a multiple of 4 KiB, or isn't more than 0")
+        if self.end > 1 << 64:
+            raise ImageError(f"slot {self.id}: gpa {self.gpa:#x} and size {self.size:#x} reach beyond 64 bits")
 
     @property
     def end(self) -> int:

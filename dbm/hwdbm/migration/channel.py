@@ -356,6 +356,8 @@ class Channel:
         got, size, start = 0, into.nbytes, time.monotonic()
         while got < size:
             done = self._patiently(partial(self.sock.recv_into, into[got:]), start, size, "nothing came")
+            if not done and not got and not self.received:
+                raise StreamError("the stream ends before it began: the other side hung up without a word")
             if not done:
                 raise StreamError(f"the stream ends inside of frame {self._next_in}: {size - got} bytes are missing")
             got += done
