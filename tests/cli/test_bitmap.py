@@ -5,6 +5,8 @@ import struct
 import pytest
 
 from hwdbm import DirtyBitmap
+from hwdbm.cli import bitmap
+from hwdbm.errors import ImageError
 
 
 @pytest.fixture
@@ -84,3 +86,24 @@ def test_files_of_other_sizes(run, two, tmp_path):
     assert (done.status, done.out) == (1, "")
     assert "128 and 192 pages don't combine" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "slot", "given"),
+    [
+        ("elf", None, {"block": None, "ram_base": None}),
+        ("raw", None, {"block": None, "ram_base": 0}),
+        ("qemu", None, {"block": None, "ram_base": 0}),
+        ("elf", "a slot", {"block": None, "slots": ("a slot",)}),
+    ],
+)
+def test_where_memory_is_said_to_be(kind, slot, given, monkeypatch, tmp_path):
+    """Of a file that doesn't say it, from 0 on; an ELF core says it itself."""
+    asked = []
+    monkeypatch.setattr(bitmap, "kind_of_ram", lambda _: kind)
+    monkeypatch.setattr(bitmap, "open_ram", lambda path, **how: asked.append((path, how)) or {slot: "memory"})
+    assert bitmap._ram(tmp_path, None, slot) == "memory"
+    assert asked == [(tmp_path, given)]
+    monkeypatch.setattr(bitmap, "open_ram", lambda *_, **__: {0: "a", 1: "b"})
+    with pytest.raises(ImageError, match=r"has memory in 2 pieces: say which part \(--slot ID:GPA:SIZE\)"):
+        bitmap._ram(tmp_path, None, None)

@@ -11,6 +11,7 @@ from hwdbm.forecast.rules import passes
 from hwdbm.migration import ConvergenceError, Pass, Precopy, Settings, StreamError, migrate
 from hwdbm.migration import precopy as precopy_module
 from hwdbm.migration.converge import Progress
+from hwdbm.migration.report import Report
 from hwdbm.vm import PlainGuest
 
 MIB = 1 << 20
@@ -134,3 +135,37 @@ def test_how_long_a_last_pass_may_take(limit: float, on_limit: str, ran: bool) -
     said(limit + 5.0)
     with pytest.raises(StreamError, match=f"the last pass isn't over after {limit + 5.125:.1f} s"):
         said(limit + 5.125)
+
+
+@pytest.mark.parametrize(
+    ("expected", "cost", "renewed"),
+    [(None, 0.0, True), (None, 0.1, False), (0.49, 0.1, False), (0.5, 0.1, True), (2.0, 0.1, True), (0.0, 0.0, True)],
+)
+def test_a_forecast_is_renewed_where_it_takes_a_small_part_of_a_pass(expected, cost, renewed, monkeypatch) -> None:
+    made = SimpleNamespace(_forecast_cost=cost, _settings=Settings(), _samples=[])
+    asked = []
+    monkeypatch.setattr(precopy_module, "from_samples", lambda *given, **how: asked.append((given, how)) or "forecast")
+    one = Pass(2, 1, 4096, expected_downtime=expected)
+    Precopy._foresee(made, one)
+    assert one.forecast == ("forecast" if renewed else None)
+    how = {"max_downtime": 0.3, "max_iterations": 30, "on_limit": "abort", "auto_converge": False, "needs": False}
+    assert asked == ([(([],), how)] if renewed else [])
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        ([(0.5, 0.0, 10 << 20)], 20 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.049, 0.0, 5 << 20)], 20 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.0625, 0.0, 5 << 20)], 80 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.5, 0.46, 5 << 20)], 20 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.5, 0.0, (1 << 20) - 1)], 20 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.5, 0.0, 1 << 20)], 2 << 20),
+    ],
+)
+def test_which_pass_says_what_the_bandwidth_is(passes, expected) -> None:
+    made = SimpleNamespace(report=Report(4096, 1 << 30, 0.3))
+    for number, (seconds, zeros, sent) in enumerate(passes, 1):
+        made.report.passes.append(Pass(number, 1, 4096, time=seconds, zero_time=zeros, transferred=sent))
+        made.report.transferred += sent
+    assert Precopy._bandwidth(made) == pytest.approx(expected)
