@@ -244,3 +244,11 @@ def test_files_that_are_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert held(tmp_path) == {"a": b"old"}
     files.write_together(dict.fromkeys(places, b"new"))
     assert held(tmp_path) == dict.fromkeys("abc", b"new")
+
+
+@pytest.mark.parametrize("size", [1, -1, 1 << 20])
+def test_what_cannot_be_read_is_named(size: int) -> None:
+    """The first page of a process's memory: the file opens, and can't be read there."""
+    with files.open_regular("/proc/self/mem") as file, pytest.raises(OSError, match="Input/output error") as error:
+        file.read(size)
+    assert error.value.filename == "/proc/self/mem"

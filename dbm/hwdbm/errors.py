@@ -186,6 +186,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def in_words(error: BaseException) -> str:
+    """Return what an error says to people: of the system's errors the file and the reason, without a number.
+
+    Examples
+    --------
+    >>> in_words(OSError(28, "No space left on device", "guest.ram")), in_words(KeyError())
+    ('guest.ram: No space left on device', 'KeyError')
+    """
+    if not isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    what = error.strerror or (str(error) if error.errno is None and error.args else type(error).__name__)
+    return what if error.filename is None else f"{error.filename}: {what}"
+
+
 def has_no_thread(error: BaseException) -> bool:
     """Return whether an error says that the system has no room for another thread, or doesn't allow one."""
     return isinstance(error, RuntimeError) and "start new thread" in str(error)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from errno import EEXIST, EINVAL, EISDIR, EOPNOTSUPP
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 from weakref import WeakSet
 
 from hwdbm.errors import HwdbmError
@@ -273,14 +274,27 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     Raises
     ------
     OSError
-        If it can't be opened; EINVAL if it is neither a regular file nor a block device.
+        If it can't be opened; EINVAL if it is neither a regular file nor a block device. What can't be read of it
+        later is an error that names it, too.
     """
     kind = Path(path).stat().st_mode
     if stat.S_ISDIR(kind):
         raise OSError(EISDIR, os.strerror(EISDIR), os.fspath(path))
     if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
         raise OSError(EINVAL, "is no regular file", os.fspath(path))
-    return Path(path).open("rb")
+    return io.BufferedReader(_Raw(path))
+
+
+class _Raw(io.FileIO):
+    """A file whose errors of reading name it; the system's and Python's own don't."""
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        with naming(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with naming(self.name):
+            return super().readall()
 
 
 @contextlib.contextmanager

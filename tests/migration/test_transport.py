@@ -352,3 +352,25 @@ def test_what_tls_says(end):
     (text,) = said
     assert text.startswith("no TLS with the other side: it took too long" if end == "silent" else "the link broke: ")
     assert "_ssl.c" not in text
+
+
+def test_a_source_is_told_in_words():
+    """What the system refuses at the destination has its file and the reason, and no number."""
+
+    def full(_):
+        raise OSError(28, "No space left on device", "guest.ram")
+
+    here, there = socket.socketpair()
+    with Channel(here) as source, Channel(there) as destination:
+        source.send(Kind.HELLO, Hello(0, "", SMALL).to_bytes())
+
+        def fail():
+            with suppress(OSError):
+                receive(destination, full)
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        with pytest.raises(PeerError, match=r"^the other side gave up: guest\.ram: No space left on device$"):
+            source.expect(Kind.READY)
+        source.close()
+        thread.join()

@@ -40,7 +40,7 @@ def main() -> None:
 def _run() -> int:
     # What says what failed is here before it: where no file can be opened, it would be too late.
     from hwdbm.cli import pages, streams  # noqa: F401, PLC0415
-    from hwdbm.errors import has_no_thread  # noqa: PLC0415
+    from hwdbm.errors import has_no_thread, in_words  # noqa: PLC0415
 
     try:
         streams.tame()
@@ -54,8 +54,7 @@ def _run() -> int:
     except MemoryError as error:
         return _failed(": ".join(filter(None, ("out of memory", str(error)))), error)
     except OSError as error:
-        what = error.strerror or (str(error) if error.errno is None and error.args else type(error).__name__)
-        return _failed(f"{error.filename}: {what}" if error.filename is not None else what, error)
+        return _failed(in_words(error), error)
     except ValueError as error:  # what the library raises for bad input
         return _failed(str(error), error)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, it ends in one line

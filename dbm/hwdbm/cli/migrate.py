@@ -55,7 +55,7 @@ from hwdbm.trace import record as record_vm
 from hwdbm.trace.group import check_free
 
 _MISMATCH = 3  # the exit status
-_START = 30.0  # seconds that the receiver has to come up
+_START = 300.0  # seconds that the receiver has to come up: it may compile kernels, on a machine that is busy
 _PASSES = 12  # that are shown, the last ones
 _NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
 _INTERVAL = 0.1  # seconds of an interval of the trace

@@ -64,7 +64,8 @@ class _Cache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except Exception as error:  # noqa: BLE001 - a full disk, a folder that went
-            _say_once(f"compiled kernels aren't kept: {error}")
+            why = error.strerror if isinstance(error, OSError) else error
+            _say_once(f"compiled kernels aren't kept in {self.cache_path}: {why}")
 
 
 class _File(IndexDataCacheFile):

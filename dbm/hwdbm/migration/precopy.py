@@ -27,6 +27,7 @@ from hwdbm.errors import (
     SampleError,
     StaleLeaseError,
     StreamError,
+    in_words,
     printable,
 )
 from hwdbm.forecast import RULES, Sample, Verdict, from_samples
@@ -582,7 +583,7 @@ class Precopy:
         cancelled = isinstance(error, CancelledMigrationError | KeyboardInterrupt)
         self.report.status = "cancelled" if cancelled else "failed"
         self.report.handover_unknown = self._gone
-        self.report.error = str(error) or type(error).__name__
+        self.report.error = in_words(error)
         self.report.transferred = self._channel.sent
         if self._gone:
             if not isinstance(error, HandoverError):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
-from hwdbm.errors import DigestError, LayoutError, StreamError
+from hwdbm.errors import DigestError, LayoutError, StreamError, in_words
 from hwdbm.memslot import slot_name
 from hwdbm.migration.channel import Channel
 from hwdbm.migration.precopy import kind_of
@@ -110,7 +110,7 @@ def receive(
         return receiver.run()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if receiver.stands:
-            channel.fail(f"{error}" or type(error).__name__)
+            channel.fail(in_words(error))
         raise
 
 

@@ -19,7 +19,7 @@ from threading import Lock, Thread
 from typing import Self
 
 from hwdbm import files
-from hwdbm.errors import StreamError, printable
+from hwdbm.errors import StreamError, in_words, printable
 from hwdbm.migration.channel import TIMEOUT, Channel, why
 from hwdbm.migration.wire import Hello
 
@@ -211,7 +211,7 @@ class Listener:
             with channel.within(patience, "saying HELLO"):
                 Hello.from_bytes(channel.greet())
         except BaseException as error:
-            channel.fail(str(error))
+            channel.fail(in_words(error))
             channel.close()
             raise
         channel.timeout = TIMEOUT
