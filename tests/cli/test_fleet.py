@@ -108,8 +108,10 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
             workers = [int(pid) for task in tasks for pid in task.read_text().split()]
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, "", "hwdbm: interrupted\n")
+        out, err = process.communicate(timeout=60)
+    *before, last = err.splitlines()  # a slow machine is told now and then what goes on
+    assert (process.returncode, out, last) == (130, "", "hwdbm: interrupted")
+    assert all(line.startswith("hwdbm: forecasting: ") for line in before)
     assert len(workers) >= 2  # a child that starts them may be among these
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert list(scratch.iterdir()) == []

@@ -172,6 +172,7 @@ def test_missing_extra(missing: str, extra: str, args: list[object], tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+NOW_AND_THEN = ("hwdbm: recording: ", "hwdbm: active for ")  # what a slow machine is told each ten seconds
 SMALL = ["migrate", "--memory", "1M", "--workload", "idle", "--max-downtime", "20000"]
 SAVE = ["snapshot", "save", "new", "--source", "machine", "--memory", "1M", "--count", "0"]  # which loads kernels, too
 FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter('default'); "
@@ -240,7 +241,8 @@ def test_a_current_folder_that_was_deleted(args, tmp_path: Path) -> None:
         args = ["record", "--ram-file", tmp_path / "ram", *args[3:], "--output", tmp_path / "trace"]
     gone = "import os, tempfile; name = tempfile.mkdtemp(); os.chdir(name); os.rmdir(name); "
     done = process(gone + MAIN, *args)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if not line.startswith(NOW_AND_THEN)]
+    assert (done.returncode, said) == (0, [])
     assert done.stdout
 
 
