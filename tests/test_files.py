@@ -252,3 +252,13 @@ def test_what_cannot_be_read_is_named(size: int) -> None:
     with files.open_regular("/proc/self/mem") as file, pytest.raises(OSError, match="Input/output error") as error:
         file.read(size)
     assert error.value.filename == "/proc/self/mem"
+
+
+def test_a_link_that_is_called_as_a_stale_file_is_left(tmp_path: Path) -> None:
+    """Nobody who writes files beside places makes links: what it names isn't opened, be it another's pipe."""
+    (tmp_path / "other").write_bytes(b"other")
+    link = tmp_path / f"{files._PREFIX}1{files._SUFFIX}"
+    link.symlink_to("other")
+    files.write(tmp_path / "a", b"a")
+    assert link.is_symlink()
+    assert (tmp_path / "other").read_bytes() == b"other"
