@@ -31,6 +31,16 @@ def one_by_one(s2, pages, update):
     return twin, found, changed
 
 
+def save_of_blocks(before, after, pages):
+    """Save what blocks of pages recorded: they are to become untracked, and the caller marks these pages only."""
+    for page in pages:
+        block = walker._walk(before, page)
+        if block and block.level < 3 and pte.dirty(block.level)(block.desc):
+            for each in block.pages:
+                after.saved.widen(each, each + 1)
+                after.saved.bitmap.set_range(each, 1)
+
+
 @FEW
 @given(s2=stage2s(most=1600), places=PLACES)
 def test_leaf_at(kernels, s2, places):
@@ -58,9 +68,25 @@ def test_relaxing_aging_and_allowing(kernels, s2, places, dbm):
     ):
         work = s2.copy()
         want, found, changed = one_by_one(s2, pages.tolist(), update)
+        if update is pte.relax:
+            save_of_blocks(s2, want, pages.tolist())
         assert verb(work) == (found if update in (pte.relax, pte.relax_dirty) else changed)
         assert differences(work, want) == []
         work.verify()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_block_recorded_is_saved_when_it_is_relaxed(kernels, shared):
+    s2 = Stage2(1536, base_gfn=0x400, shared=shared)
+    s2.map(0x400, 1536, pfn=0, level=2, dbm=True)
+    for page in (3, 1030):
+        s2.mmu_update(2, [s2.layout.index(2, page)], np.array([pte.S2AP_W], dtype=np.uint64))
+    assert s2.relax(0x400 + 7)
+    assert s2.relax_at([1030, 600, 1031]) == 3
+    assert s2.saved.bitmap.ranges().tolist() == [[0, 512], [1024, 512]]
+    assert not s2.host_dirty.any()
+    assert s2.harvest().ranges().tolist() == [[0, 512], [1024, 512]]
+    assert s2.scan(pte.untracked).weight() == 1536
 
 
 @FEW

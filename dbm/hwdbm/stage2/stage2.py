@@ -841,7 +841,8 @@ class Stage2:
     def relax(self, gfn: int, *, dbm: bool = False) -> bool:
         """Let the guest write a page, as the handler of a write fault does once the host has agreed.
 
-        The page counts as dirty from here on, and the caller marks it. (KVM: ``kvm_pgtable_stage2_relax_perms``.)
+        The page counts as dirty from here on, and the caller marks it. What else a block recorded is saved where it
+        becomes untracked. (KVM: ``kvm_pgtable_stage2_relax_perms``.)
 
         Parameters
         ----------
@@ -1100,9 +1101,20 @@ class Stage2:
             return found.small, self._leaves.update_at(3, distinct(found.index), rule(3), record, 0, end)
         changed = 0
         for level in LEAF_LEVELS:
-            index = distinct(found.index[found.level == level])
-            changed += self._leaves.update_at(level, index, rule(level), record, 0, end)
+            here = found.level == level
+            index = distinct(found.index[here])
+            if rule is pte.relax and level < 3 and (found.desc[here] & np.uint64(pte.DBM)).any():
+                changed += self._untrack(level, index)
+            else:
+                changed += self._leaves.update_at(level, index, rule(level), record, 0, end)
         return found.mapped, changed
+
+    def _untrack(self, level: int, index: NDArray[np.int64]) -> int:
+        """Relax blocks: what they recorded is saved, since the caller marks those pages only that were written now."""
+        extents = self._leaves.extent(level, index)
+        with self._lock:
+            record = self._saving(int(extents[:, 0].min()), int(extents[:, 1].max()), told=None)
+            return self._leaves.update_at(level, index, pte.relax(level), record, 0, self.npages)
 
     def mmu_update(self, level: int, index: NDArray[np.integer], bits: NDArray[np.uint64]) -> None:
         """Set bits of descriptors as the MMU does at an access: AF and S2AP[1], and no others.
