@@ -828,7 +828,7 @@ RECIPES |= {
         unlike=frozenset({"userspace_addr"}),
     ),
 }
-IMAGE = "pyproject.toml"  # any file
+IMAGE = "LICENSE"  # any file
 CAPTURE = "tests/data/captures/4k_blocks/round1.npz"
 REGISTERS = 0x0002_0000_4838_0000, 0x802D_3558
 
