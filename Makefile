@@ -67,7 +67,7 @@ races: $(VENV)/.dev ## prove the protocols over every order of their steps, find
 	$(BIN)/hwdbm races
 	HWDBM_RACES=all $(BIN)/python -P -m pytest --numprocesses auto tests/races $(PYTEST_ARGS)
 
-# More at a time than there are processors: they wait for a peer that says nothing, as those of the layouts for QEMU.
+# More at a time than there are processors: they wait for a peer that says nothing.
 .PHONY: handover
 handover: $(VENV)/.dev ## cut the link, and kill either side, at every message of a migration
 	HWDBM_HANDOVER=all $(BIN)/python -P -m pytest --numprocesses 4 tests/migration/test_handover.py $(PYTEST_ARGS)
@@ -103,7 +103,7 @@ live: $(VENV)/.user ## migrate a running Arm machine by its own tables, and lose
 
 .PHONY: layouts
 layouts: $(VENV)/.dev ## judge every layout of stage-2 tables by an emulated MMU
-	HWDBM_LAYOUTS=1 $(BIN)/python -P -m pytest --numprocesses 4 tests/arm/test_layouts.py $(PYTEST_ARGS)
+	HWDBM_LAYOUTS=1 $(BIN)/python -P -m pytest --numprocesses auto tests/arm/test_layouts.py $(PYTEST_ARGS)
 
 # Needs QEMU for x86 and gcc; Linux guests are made of Debian's packages, some 60 MB, which stay in build/forecast.
 # JUDGE_ARGS="--only redis" chooses guests. As root what is judged goes first, over links as slow as they are said to be.
