@@ -180,6 +180,13 @@ def themed(browser: webdriver.Chrome, theme: str) -> None:
     browser.execute_script(f"document.documentElement.dataset.theme = {json.dumps(theme)}")
 
 
+def leave(name: str, data: bytes) -> None:
+    """Leave a file to be looked at."""
+    if SHOOT:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        (SHOTS / name).write_bytes(data)
+
+
 def shoot(browser: webdriver.Chrome, name: str) -> None:
     """Take a picture of the whole page, or of as much as one can look at, where somebody will."""
     if not SHOOT:
@@ -187,8 +194,7 @@ def shoot(browser: webdriver.Chrome, name: str) -> None:
     size = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 6000), "scale": 1}
     taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    (SHOTS / f"{name}.png").write_bytes(base64.b64decode(taken["data"]))
+    leave(f"{name}.png", base64.b64decode(taken["data"]))
 
 
 def test_there_are_pages() -> None:
@@ -389,7 +395,7 @@ def test_a_report(name: str, reports: dict[str, Path], browser: webdriver.Chrome
         wrong += [f"print: too faint, {each}" for each in browser.execute_script(LOOK)]
         shoot(browser, f"report-{name}-print-{theme}")
     printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
-    (SHOTS / f"report-{name}.pdf").write_bytes(printed)
+    leave(f"report-{name}.pdf", printed)
     if not printed.startswith(b"%PDF"):
         wrong.append("it can't be printed")
     media(browser, "", "")
