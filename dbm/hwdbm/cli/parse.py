@@ -182,19 +182,12 @@ def seconds(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Return the bytes that `text` means: a number, or one with K, M, G or T for powers of 1024.
-
-    A part of a byte is dropped.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these.
+    """Return the bytes that `text` means: as `hwdbm.check.size`, or in hexadecimal as an address.
 
     Examples
     --------
-    >>> size("4K"), size("2M"), size("0x1000"), size("1.2G")
-    (4096, 2097152, 4096, 1288490188)
+    >>> size(" 4K"), size("0x1000")
+    (4096, 4096)
     """
     with suppress(ValueError):
         return address(text)
