@@ -283,6 +283,26 @@ def test_restore_to_a_vm(story):
         story.chain.restore(other)
 
 
+def test_what_a_guest_says_is_told_as_its_own(story, tmp_path):
+    """No file of the chain is named for an error of a guest's: KVM's errors name no file either."""
+
+    class Broken(PlainGuest):
+        def set_state(self, raw: bytes) -> None:
+            raise OSError(errno.EINVAL, "these registers are of another processor")
+
+        def state(self) -> bytes:
+            raise OSError(errno.EINVAL, "the vCPU is gone")
+
+    with Broken(SMALL) as guest:
+        with pytest.raises(OSError, match="another processor") as told:
+            story.chain.restore(guest)
+        assert (told.value.errno, told.value.filename) == (errno.EINVAL, None)
+        with pytest.raises(OSError, match="the vCPU is gone") as told:
+            Recorder(guest, tmp_path / "other").save()
+        assert (told.value.errno, told.value.filename) == (errno.EINVAL, None)
+    assert story.right()
+
+
 def test_a_guest_that_runs(tmp_path):
     vm = FakeVm()
     with Recorder(vm, tmp_path / "chain", digest=True) as recorder:

@@ -165,7 +165,7 @@ class Draft:
         # A clock that was set back makes no snapshot older than those that were there: `prune` keeps the newest.
         self._latest = max((each.time for each in chain._read(folder).values()), default=0)
         self.id = secrets.token_hex(16)
-        self.name = f"{_next_number(folder):06d}-{self.id[:8]}"
+        self.name = chain._new_name(folder, self.id)
         self.pages: list[DirtyBitmap] = []
         self._digest = ""
         self._file = NewFile(chain.folder / f"{self.name}.mem")
@@ -237,11 +237,6 @@ def _bitmap_of(pages: Mapping[int, DirtyBitmap], slot: int, npages: int) -> Dirt
     if pages[slot].npages != npages:
         raise ValueError(f"slot {slot} has {npages} pages, and its bitmap {pages[slot].npages}")
     return pages[slot]
-
-
-def _next_number(folder: int) -> int:
-    numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NUMBER.match(name))]
-    return max(numbers, default=-1) + 1
 
 
 class Chain:
@@ -605,8 +600,7 @@ class Chain:
                             EBUSY, "another call works on this chain for half a minute", str(self.folder)
                         ) from None
                     time.sleep(0.005)
-            with naming(self.folder):
-                yield folder
+            yield folder
         finally:
             os.close(folder)
 
@@ -626,7 +620,14 @@ class Chain:
                 raise
 
     def _manifests(self, folder: int) -> list[str]:
-        return sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
+        with naming(self.folder):
+            return sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
+
+    def _new_name(self, folder: int, snapshot_id: str) -> str:
+        """Return the name of the next one's files: a number beyond all, and the beginning of its id."""
+        with naming(self.folder):
+            numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NUMBER.match(name))]
+        return f"{max(numbers, default=-1) + 1:06d}-{snapshot_id[:8]}"
 
     def _read(self, folder: int) -> dict[str, Snapshot]:
         """Return the snapshots by their ids, the oldest first."""
@@ -710,7 +711,7 @@ class Chain:
     def _rebase(self, folder: int, path: Sequence[Snapshot], *, merged: tuple[str, ...]) -> Snapshot:
         """Write a snapshot anew as a full one; its manifest is replaced by rename."""
         last = path[-1]
-        name = f"{_next_number(folder):06d}-{last.id[:8]}"
+        name = self._new_name(folder, last.id)
         raw = b"".join(pages.to_bytes() for pages in all_pages(last.layout))
         with ExitStack() as stack:
             layers = self._open(folder, path, stack)
@@ -847,7 +848,8 @@ class Chain:
                 self._remove(folder, known[each])
         self._sweep(folder)
         self._unlink(folder, _JOURNAL)
-        os.fsync(folder)
+        with naming(self.folder):
+            os.fsync(folder)
 
     # --- removing ------------------------------------------------------------------------------------------
 
@@ -877,9 +879,10 @@ class Chain:
         known = self._read(folder)
         if any(each.parent is not None and each.parent not in known for each in known.values()):
             return
-        for name in _leftovers(folder, known.values()):
-            self._unlink(folder, name)
-        os.fsync(folder)
+        with naming(self.folder):
+            for name in _leftovers(folder, known.values()):
+                self._unlink(folder, name)
+            os.fsync(folder)
 
 
 def _leftovers(folder: int, known: Iterable[Snapshot]) -> list[str]:
