@@ -338,6 +338,7 @@ RECIPES |= {
             "max_downtime": 0.5,
             "terms": forecast.OWN,
             "start_ns": 10,
+            "now": False,
             "starts": 2,
             "compare_rules.bandwidth": 1e4,
             "timeout": 60.0,

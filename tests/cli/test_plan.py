@@ -74,6 +74,28 @@ def test_rules(run, trace: Path, rows: np.ndarray) -> None:
         assert f"{each.rule}: {each.why}" in text
 
 
+def test_now(run, tmp_path: Path) -> None:
+    """The guest writes in two seconds of three, and does at the end: the forecast, the rules and the report say so."""
+    rows = np.zeros((64, 4), dtype=np.uint64)
+    rows[np.arange(64) % 30 >= 10, 0] = (1 << HOT) - 1
+    with Writer(tmp_path / "trace", [Memslot(0, 0, 0, 256, 0)], 4096) as writer:
+        for i, row in enumerate(rows):
+            writer.append((i + 1) * 100_000_000, row)
+    how = ["--bandwidth", "1M", "--max-downtime", "50", "--rules"]
+    found = [json.loads(run("plan", tmp_path / "trace", *how, *more, "--json").out) for more in ([], ["--now"])]
+    writes, asked = MemoryWrites(rows, 0.1, 256), {"bandwidth": 1 << 20, "max_downtime": 0.05}
+    for answer, now in zip(found, (False, True), strict=True):
+        rules = answer.pop("rules")
+        assert answer == replay(writes, **asked, terms=OWN, now=now).to_dict()
+        assert rules == [each.to_dict() for each in compare_rules(writes, **asked, terms=OWN, now=now)]
+    assert found[0] != found[1]
+    pages = []
+    for more in ([], ["--now"]):
+        assert run("plan", tmp_path / "trace", *how, *more, "--report", tmp_path / "a.html").status == 0
+        pages.append((tmp_path / "a.html").read_text())
+    assert pages[0] != pages[1]
+
+
 def test_samples(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(4096, 100_000_000, 0.3)
     report.passes = [
@@ -117,6 +139,7 @@ def test_a_picture(run, trace: Path, tmp_path: Path) -> None:
         (["x", "--bandwidth", "1M", "--max-downtime", "nan"], "'nan' is not a number of 0 or more"),
         (["x", "--bandwidth", "1M", "--memory", "4M"], "--memory has no effect without --source"),
         (["x", "--bandwidth", "1M", "--duration", "4"], "--duration has no effect without --source"),
+        (["--samples", "y", "--now"], "--now has no effect with --samples"),
         (["--samples", "y", "--rules"], "--rules has no effect with --samples"),
         (["--samples", "y", "--plot", "z.png"], "--plot has no effect with --samples"),
         (["x", "--bandwidth", "1M", "--plot", "z.gif"], "--plot z.gif: .png"),

@@ -328,8 +328,8 @@ def before(trace: Any, setting: Setting, terms: forecast.Terms, **more: Any) -> 
     rate, size = setting.bandwidth * MB, used(trace)
     limit = setting.limit / 1e3
     begun = time.monotonic()
-    given = {"timeout": setting.patience} | more
-    found = forecast.replay(trace, bandwidth=rate, max_downtime=limit, terms=terms, needs=False, **given).to_dict()
+    given = {"terms": terms, "timeout": setting.patience, "now": True, "needs": False} | more
+    found = forecast.replay(trace, bandwidth=rate, max_downtime=limit, **given).to_dict()
     took = time.monotonic() - begun
     series = forecast.geometric(size, dirty_rate(trace), rate, limit)
     return {
@@ -399,42 +399,50 @@ def judged_qemu(
     case: Case, net: Link, folder: Path, terms: forecast.Terms, slow: forecast.Terms, firmware: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
     settings = [setting for setting in case.settings if net.there or not setting.link]
-    if not settings:
-        return
-    with qemu.guest(machine_of(case, net.prefix if net.there else ()), folder) as pair:
-        wait_ready(case, pair.side)
-        for setting in settings:
-            time.sleep(0.7)  # a QEMU that is new translates the guest's code first
-            trace = trace_of(case, setting, pair.side, firmware)
-            own = slow if setting.link else terms
-            capped = replace(setting, bandwidth=min(setting.bandwidth, (terms.last_bandwidth or 1e12) / MB))
-            said = before(trace, capped, own)
-            net.be(setting.bandwidth * MB if setting.link else None)
-            try:
-                run = pair.migrate(
-                    bandwidth=int(setting.bandwidth * MB),
-                    downtime_limit=setting.limit,
-                    timeout=setting.patience,
-                    flat=10_000,
-                )
-            except qemu.QmpError as error:  # one of the two is gone: no migration to judge, and it is told
-                print(f"{case.kind}, {case.name}: {error}", flush=True)
-                net.be(None)
-                return
-            net.be(None)
-            happened = {name.replace("_", "-"): value for name, value in asdict(run).items()}
-            samples, stopped = happened.pop("samples"), happened.pop("stopped")
-            if run.status == "completed":
-                # QEMU's own clock ends when the sockets have the last byte, and not when the guest runs again.
-                happened["qemu"] = {name: happened[name] for name in ("total-time", "downtime")}
-                happened["total-time"] = round(run.total_time - run.downtime + stopped, 3)
-                happened["downtime"] = stopped
-            yield (
-                said
-                | {"after": during(samples, capped, own)}
-                | {"happened": happened}
-                | {"samples": compact(samples), "setting": setting, "record": trace}
-            )
+    tries = 2 * len(settings)  # a QEMU that is gone is started again, which is told
+    while settings and tries:
+        with qemu.guest(machine_of(case, net.prefix if net.there else ()), folder) as pair:
+            wait_ready(case, pair.side)
+            while settings and tries:
+                tries -= 1
+                try:
+                    yield judged_once(case, settings[0], pair, net, terms, slow, firmware)
+                except qemu.QmpError as error:
+                    print(f"{case.kind}, {case.name}, {settings[0].bandwidth:g} MB/s: {error}", flush=True)
+                    break
+                del settings[0]
+
+
+def judged_once(
+    case: Case, setting: Setting, pair: Any, net: Link, terms: forecast.Terms, slow: forecast.Terms,
+    firmware: tuple[int, int],
+) -> dict[str, Any]:  # fmt: skip
+    """Record a guest of QEMU's, forecast, and migrate it."""
+    time.sleep(0.7)  # a QEMU that is new translates the guest's code first
+    trace = trace_of(case, setting, pair.side, firmware)
+    own = slow if setting.link else terms
+    capped = replace(setting, bandwidth=min(setting.bandwidth, (terms.last_bandwidth or 1e12) / MB))
+    said = before(trace, capped, own)
+    net.be(setting.bandwidth * MB if setting.link else None)
+    try:
+        run = pair.migrate(
+            bandwidth=int(setting.bandwidth * MB), downtime_limit=setting.limit, timeout=setting.patience, flat=10_000
+        )
+    finally:
+        net.be(None)
+    happened = {name.replace("_", "-"): value for name, value in asdict(run).items()}
+    samples, stopped = happened.pop("samples"), happened.pop("stopped")
+    if run.status == "completed":
+        # QEMU's own clock ends when the sockets have the last byte, and not when the guest runs again.
+        happened["qemu"] = {name: happened[name] for name in ("total-time", "downtime")}
+        happened["total-time"] = round(run.total_time - run.downtime + stopped, 3)
+        happened["downtime"] = stopped
+    return (
+        said
+        | {"after": during(samples, capped, own)}
+        | {"happened": happened}
+        | {"samples": compact(samples), "setting": setting, "record": trace}
+    )
 
 
 def migrate_own(vm: KvmVm, setting: Setting, port: int) -> Report:

@@ -13,6 +13,7 @@ from hwdbm.forecast import (
     QEMU,
     MemoryWrites,
     Terms,
+    compare_rules,
     geometric,
     predict,
     remaining_over_bandwidth,
@@ -581,3 +582,73 @@ def test_bandwidths_and_what_sockets_hold_are_spread_from_each_moment(starts: in
     for each in drawn, still:
         count = len(each)
         assert sorted(one.held for one in each) == pytest.approx([(i + 0.5) / count for i in range(count)])
+
+
+# --- now ----------------------------------------------------------------------------------------------------------
+
+
+def likest(intervals, zeros, number: int) -> list[float]:
+    """Return the moments at which a guest did what it did at the end, page by page."""
+    span = max(len(intervals) // 16, 1)
+
+    def before(end: int) -> set[tuple[int, bool]]:
+        pages = {page for each in intervals[end - span : end] for page in each}
+        return {(page, any(page in each for each in zeros[end - span : end])) for page in pages}
+
+    def likeness(end: int) -> float:
+        here, last = before(end), before(len(intervals))
+        either = {page for page, _ in here | last}
+        return len(here & last) / len(either) if either else 1.0
+
+    scores = {end: likeness(end) for end in range(span, len(intervals) - span + 1)}
+    if not scores:
+        return [float(len(intervals))]
+    if number == 1:
+        return [float(max(scores, key=scores.__getitem__))]
+    chosen = [float(end) for end, score in scores.items() if score >= max(scores.values()) / 2]
+    places = np.linspace(0, len(chosen) - 1, number).round().astype(int)
+    return [chosen[place] for place in sorted(set(places.tolist()))]
+
+
+@given(st.data(), st.integers(1, 70), st.sampled_from([1, 2, 5]))
+def test_moments_that_are_like_the_end(data: st.DataObject, length: int, number: int) -> None:
+    page = st.integers(0, 9)
+    intervals = data.draw(st.lists(st.sets(page, max_size=4), min_size=length, max_size=length))
+    zeros = [{each for each in pages if data.draw(st.booleans())} for pages in intervals]
+    made = trace(intervals, 64, zeros=np.stack([bits(each, 64) for each in zeros]))
+    assert TraceWrites(made).moments(None, number) == likest(intervals, zeros, number)
+
+
+def test_a_migration_that_begins_now_meets_the_guest_at_what_it_does() -> None:
+    """It writes 40 pages over and over for ten seconds, then nothing for ten, and again; at the end it writes."""
+    busy, idle = [set(range(40))] * 10, [set()] * 10
+    everywhere = {"bandwidth": 100 * PAGE, "max_downtime": 1.0, "terms": FREE, "needs": False}
+    for tail, pages in ((busy[:4], 40), ([*busy, *idle[:4]], 0)):
+        guest = trace([*busy, *idle, *busy, *idle, *tail], 64)
+        found = replay(guest, **everywhere, now=True)
+        assert found.downtime.value == pytest.approx(pages / 100, rel=0.15)
+        both = replay(guest, **everywhere)
+        assert both.downtime.low < both.downtime.high  # which of them it meets isn't known
+
+
+def test_a_guest_of_which_nothing_comes_again_is_met_anywhere() -> None:
+    intervals = [{i} for i in range(100)]
+    assert TraceWrites(trace(intervals, 128)).moments(None, 5) == [6.0, 28.0, 50.0, 72.0, 94.0]
+
+
+def test_now_is_no_other_time() -> None:
+    with pytest.raises(ValueError, match="start_ns 5: a migration that begins now begins where the trace ends"):
+        replay(trace([{1}] * 4, 64), bandwidth=1e6, start_ns=5, now=True)
+    with pytest.raises(ValueError, match="start_ns 5"):
+        compare_rules(trace([{1}] * 4, 64), bandwidth=1e6, start_ns=5, now=True)
+
+
+def test_rules_and_passes_begin_now() -> None:
+    guest = trace([set(range(40))] * 10 + [set()] * 10 + [set(range(40))] * 10 + [set()] * 4, 64)
+    (ours, *_) = compare_rules(guest, bandwidth=100 * PAGE, max_downtime=0.1, now=True)
+    (other, *_) = compare_rules(guest, bandwidth=100 * PAGE, max_downtime=0.1)
+    assert ours.passes == 2
+    assert other.passes > 2
+    how = {"bandwidth": 100 * PAGE, "max_downtime": 0.01, "terms": FREE}
+    later, first = (passes(guest, **how, now=now) for now in (True, False))
+    assert len(later) < len(first)

@@ -139,6 +139,12 @@ def plan(
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="The guest is slowed down where it writes more than is sent.")
     ] = False,
+    now: Annotated[
+        bool,
+        typer.Option(
+            "--now", help="The migration begins where the trace ends, while the guest goes on with what it did then."
+        ),
+    ] = False,
     memory: MemoryOption = None,
     workload: WorkloadOption = None,
     rate: RateOption = None,
@@ -184,7 +190,7 @@ def plan(
         for name, value in {"--memory": memory, "--workload": workload, "--rate": rate, "--duration": duration}.items()
     })  # fmt: skip
     if samples is not None:
-        guest.refuse("with --samples", {"--rules": rules, "--plot": plot is not None})
+        guest.refuse("with --samples", {"--now": now, "--rules": rules, "--plot": plot is not None})
     if samples is None and bandwidth is None:
         raise typer.BadParameter("a forecast needs --bandwidth, as in 200M")
     for name, value in {"--bandwidth": bandwidth, "--last-bandwidth": last_bandwidth}.items():
@@ -208,13 +214,13 @@ def plan(
     assert bandwidth is not None  # noqa: S101 - it was looked at
     terms = _terms(stream, last_bandwidth, qemu=False)
     with _writes(trace, source, memory, workload, rate, duration, seed) as writes, busy("replaying"):
-        how |= {"max_downtime": 0.3 if limit is None else limit, "terms": terms}
+        how |= {"max_downtime": 0.3 if limit is None else limit, "terms": terms, "now": now}
         found = forecasts.replay(writes, bandwidth=bandwidth, **how)
-        outcomes = (
-            forecasts.compare_rules(writes, bandwidth=bandwidth, max_downtime=limit, terms=terms, timeout=timeout)
-            if rules
-            else []
-        )
+        outcomes = []
+        if rules:
+            outcomes = forecasts.compare_rules(
+                writes, bandwidth=bandwidth, max_downtime=limit, terms=terms, timeout=timeout, now=now
+            )
         if plot is not None:
             _draw(plot, writes, bandwidth, found, how)
         if report is not None:

@@ -9,7 +9,7 @@ from hwdbm import check
 from hwdbm.forecast.rules import RULES
 from hwdbm.forecast.simulate import Course, Outcome, run
 from hwdbm.forecast.terms import OWN, QEMU, Terms
-from hwdbm.forecast.writes import TraceWrites, Writes
+from hwdbm.forecast.writes import TraceWrites, Writes, start_of
 
 _QEMUS = {"qemu", "qemu-auto-converge", "kubevirt"}  # what runs under these is QEMU
 
@@ -75,6 +75,7 @@ def compare_rules(
     terms: Terms | None = None,
     timeout: float | None = None,
     start_ns: int = 0,
+    now: bool = False,
 ) -> list[RuleOutcome]:
     """Replay a trace under each rule, and return when each would switch or abort, and what the pause would be.
 
@@ -94,6 +95,8 @@ def compare_rules(
         Seconds that a rule is followed; by default two hours.
     start_ns : int
         Where in the trace the migration begins, in nanoseconds.
+    now : bool
+        Whether it begins where the trace ends, as for `replay`: at the moment of the trace that is most like its end.
 
     Examples
     --------
@@ -115,11 +118,10 @@ def compare_rules(
     if terms is not None:
         check.instance(terms, Terms, "terms")
     most = 7200.0 if timeout is None else check.real(timeout, "timeout", 0)
+    start = start_of(start_ns, now)
     guest = TraceWrites(writes)
-    course = Course(
-        OWN, speed, 0.3 if limit is None else limit, check.integer(start_ns, "start_ns") / 1e9, most,
-        horizon=guest.period,
-    )  # fmt: skip
+    (begin,) = guest.moments(start, 1)
+    course = Course(OWN, speed, 0.3 if limit is None else limit, begin, most, horizon=guest.period)
     return [_outcome(guest, course, name, limit, terms) for name in RULES]
 
 

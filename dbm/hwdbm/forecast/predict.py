@@ -14,7 +14,7 @@ from hwdbm.forecast.outcome import Estimate, Forecast, Needs
 from hwdbm.forecast.samples import Sample
 from hwdbm.forecast.simulate import Begun, Course, run
 from hwdbm.forecast.terms import OWN, QEMU, Terms
-from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
+from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes, start_of
 
 _STARTS = 5
 _DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't sure
@@ -38,6 +38,7 @@ def replay(
     terms: Terms = OWN,
     start_ns: int = 0,
     starts: int | None = None,
+    now: bool = False,
     timeout: float | None = None,
     max_iterations: int = 30,
     on_limit: str | None = None,
@@ -67,6 +68,9 @@ def replay(
         Number of moments to begin at, equally far apart, the first at `start_ns`. By default 5. From each some
         migrations are tried, with bandwidths that are spread as `terms` says. The forecast is the value from which
         those of all differ least, as parts of themselves, and its interval reaches over all of them.
+    now : bool
+        Whether the migration begins where the trace ends. Then the moments are those of the trace at which the guest
+        did what it did at the end, `starts` of them or fewer; see `hwdbm.forecast.writes.TraceWrites.moments`.
     timeout : float, optional
         Seconds after which the migration is given up.
     max_iterations : int
@@ -88,7 +92,8 @@ def replay(
     Raises
     ------
     ValueError
-        If a number is out of range, or the trace has no interval, or intervals that go backwards.
+        If a number is out of range, the trace has no interval, or intervals that go backwards, or both `now` and
+        `start_ns` say when it begins.
 
     Examples
     --------
@@ -102,16 +107,14 @@ def replay(
     (True, 2)
     """
     plan = course(bandwidth, max_downtime, terms, timeout, max_iterations, on_limit, auto_converge, throttle)
-    start = check.integer(start_ns, "start_ns", 0, (1 << 63) - 1) / 1e9
+    start = start_of(start_ns, now)
     if starts is not None:
         starts = check.integer(starts, "starts", 1, 1000)
     needs = check.flag(needs, "needs")
     check.instance(writes, Writes, "writes")
     guest = TraceWrites(writes)
-    number = starts or _STARTS
     plan = replace(plan, horizon=guest.period)
-    begins = [start + i * guest.period / number for i in range(number)]
-    return _forecast_of(guest, plan, begins, needs=needs, note=_repeated(guest))
+    return _forecast_of(guest, plan, guest.moments(start, starts or _STARTS), needs=needs, note=_repeated(guest))
 
 
 def course(

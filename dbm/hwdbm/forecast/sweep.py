@@ -8,7 +8,7 @@ from hwdbm.forecast.outcome import Forecast
 from hwdbm.forecast.predict import course
 from hwdbm.forecast.samples import Sample
 from hwdbm.forecast.simulate import run
-from hwdbm.forecast.writes import TraceWrites, Writes
+from hwdbm.forecast.writes import TraceWrites, Writes, start_of
 
 _EACH_WAY = 8  # steps of half an octave from the bandwidth, down and up
 _LIMITS = 3  # steps of an octave from the limit, down and up
@@ -62,15 +62,18 @@ def sweep(forecast: Callable[[float, float], Forecast], bandwidth: float, limit:
     return Sweep(tuple(bandwidths), tuple(limits), limits.index(limit), found)
 
 
-def passes(writes: Writes, **how: Any) -> tuple[Sample, ...]:
-    """Return the passes of a migration that begins with a trace: what is left at each harvest.
+def passes(writes: Writes, *, now: bool = False, **how: Any) -> tuple[Sample, ...]:
+    """Return the passes of a migration that begins with a trace, or `now`: what is left at each harvest.
 
     Parameters
     ----------
     writes : Writes
         The trace.
+    now : bool
+        As for `replay`.
     how
         What `replay` is given: its bandwidth, limits and terms.
     """
     guest = TraceWrites(writes)
-    return run(guest, replace(course(**how), horizon=guest.period)).samples
+    (begin,) = guest.moments(start_of(0, now), 1)
+    return run(guest, replace(course(**how), start=begin, horizon=guest.period)).samples

@@ -16,6 +16,8 @@ _LEAST = 1024  # words of a sample
 _WORDS = 1 << 18  # of an interval that are kept at most: each pass that is simulated goes over all of them
 _BATCH = 32 << 20  # bytes of a trace that are read together
 _STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
+_RECENT = 16  # what part of a trace its last intervals are that tell what the guest is at
+_ALIKE = 0.5  # moments that are like the end by so much of what the one is that is most like it
 _OFTEN = 0.05  # part of an interval's pages that count as written once, at least
 
 
@@ -330,6 +332,33 @@ class TraceWrites:
             self._whole = self._or(self.again, self._n)
         return self._whole
 
+    def moments(self, start: float | None, number: int) -> list[float]:
+        """Return times to begin at: `number` of them, equally far apart, from `start` on.
+
+        Without `start` it begins where the trace ends, so the times are those before which the guest did as it did
+        before that, `number` of them or fewer. What it wrote in the last intervals is compared with what it wrote in
+        as many before each time: of the pages of either, the part that it wrote in both, zeros in both or in neither.
+        Of the times at which that is half as much as it ever is, or more, some are chosen, as far apart as they are.
+        So a guest that does one thing and then another is met where it is, and one that always does the same anywhere.
+        """
+        if start is not None:
+            return [start + i * self.period / number for i in range(number)]
+        span = max(self._n // _RECENT, 1)
+        if self._n < 2 * span:
+            return [self.ends]
+        written, zero = _unions(self._rows, span), None if self._zero_rows is None else _unions(self._zero_rows, span)
+        both, either = written[-1] & written, written[-1] | written
+        if zero is not None:
+            both &= ~(zero[-1] ^ zero)
+        agreed, of = (np.bitwise_count(each).sum(axis=1, dtype=np.int64)[:-span] for each in (both, either))
+        alike = np.where(of > 0, agreed / np.maximum(of, 1), 1.0)
+        times = self._edges[span : self._n - span + 1]
+        if number == 1:
+            return [float(times[alike.argmax()])]
+        times = times[alike >= _ALIKE * alike.max()]
+        some = np.unique(np.linspace(0, times.size - 1, number).round().astype(int))
+        return [float(each) for each in times[some]]
+
     # --- what is asked for ----------------------------------------------------------------------------------------
 
     def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
@@ -434,6 +463,26 @@ def _sample(nwords: int, intervals: int) -> tuple[int, float, NDArray[np.int64] 
     within = np.random.default_rng(0).random(most)
     picked = np.unique(((np.arange(most) + within) * (nwords / most)).astype(np.int64))
     return picked.size, nwords / picked.size, picked
+
+
+def start_of(start_ns: int, now: bool) -> float | None:
+    """Return where in a trace a migration begins, in seconds; None where it ends."""
+    start = check.integer(start_ns, "start_ns", 0, (1 << 63) - 1)
+    if not check.flag(now, "now"):
+        return start / 1e9
+    if start:
+        raise ValueError(f"start_ns {start}: a migration that begins now begins where the trace ends")
+    return None
+
+
+def _unions(rows: Words, width: int) -> Words:
+    """Return the union of each `width` rows that follow each other: the first of rows 0 to `width` - 1."""
+    done = 1
+    while done < width:
+        step = min(done, width - done)
+        rows = rows[:-step] | rows[step:]
+        done += step
+    return rows
 
 
 def count(words: Words) -> int:
