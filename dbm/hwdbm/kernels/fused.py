@@ -404,7 +404,7 @@ def _cut(lo, hi, bit):
     return first, first + (hi - first) // 64 * 64, (bit + head) // 64
 
 
-@compiled(*(_W, _RUNS, *_MATCH, _W))
+@compiled(*(_R, _RUNS, *_MATCH, _W))
 def _scan(pte, runs, mask, value, out):
     for r in range(runs.shape[0]):
         lo, hi, bit = runs[r, 0], runs[r, 1], runs[r, 2]
