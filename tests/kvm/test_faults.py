@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from effort import EFFORT
@@ -51,8 +52,9 @@ PASSES = Settings(max_downtime=0, max_iterations=4, bandwidth=200e6, on_limit="p
 # which it kills itself; or one to wait for.
 SERVER = """
 import ctypes, json, os, signal, sys, time
-from hwdbm import kernels
-from hwdbm.cli import app, main
+import forked
+from hwdbm import process
+from hwdbm.cli import main
 from hwdbm.migration import Channel
 from hwdbm.migration.wire import Kind
 
@@ -86,7 +88,8 @@ def wait(pid, seconds):
             return None
         time.sleep(0.002)
 
-kernels.warm_up()
+forked.import_everything(compiled=True)
+process.subprocess = forked.NESTED
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 print("ready", flush=True)
 for line in sys.stdin:
@@ -153,6 +156,7 @@ class Commands:
     def __init__(self, folder: str) -> None:
         # Threads and fork() don't go together; and who is killed leaves what was temporary.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": folder}
+        environment["PYTHONPATH"] = str(Path(forked.__file__).parent)
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-W", "error", "-c", SERVER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
