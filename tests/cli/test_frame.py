@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+import forked
 import pytest
 
 import hwdbm
@@ -25,11 +26,13 @@ ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz
 COMMAND = [sys.executable, "-P", "-W", "error", "-m", "hwdbm"]
 NOW_AND_THEN = re.compile(r"hwdbm: (active for|measured) ")  # what a command says each ten seconds
 MIGRATE = ["migrate", "--memory", "4M", "--workload", "idle"]
+LONG = [["migrate", "--memory", "64M", "--bandwidth", "1M"], ["bench", "--memory", "4G"]]
+HEEDED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def start(*args: object, **options) -> "subprocess.Popen[str]":
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([*COMMAND, *map(str, args)], text=True, **pipes)
+    return forked.Popen([*COMMAND, *map(str, args)], text=True, **pipes)
 
 
 def descendants(pid: int) -> list[int]:
@@ -48,37 +51,50 @@ def lives(pid: int) -> bool:
 
 
 class TestInterrupt:
-    @pytest.mark.parametrize(
-        "module",
-        ["hwdbm.cli", "signal", "contextlib", "hwdbm.cli.interrupt", "hwdbm.process", "hwdbm.cli.app", "typer", "numpy",
-         "numpy.linalg", "rich", "hwdbm.machine", "llvmlite", "numba"],
-    )  # fmt: skip
-    def test_during_imports(self, module: str) -> None:
-        """The process interrupts itself as it begins to import a module."""
+    def test_during_imports(self) -> None:
+        """Ctrl-C, and what is answered as that, as the process begins to import each of some modules."""
+        modules = ["hwdbm.cli", "signal", "contextlib", "hwdbm.cli.interrupt", "hwdbm.process", "hwdbm.cli.app",
+                   "typer", "numpy", "numpy.linalg", "rich", "hwdbm.machine", "llvmlite", "numba"]  # fmt: skip
+        numbers = [int(number) for number in HEEDED]
         code = (
             "import os, sys\n"
-            f"sys.addaudithook(lambda event, args: args[:1] == ({module!r},) and os.kill(os.getpid(), 2))\n"
+            f"left = {modules}\n"
+            "def told(event, args):\n"
+            "    if event != 'import' or args[0] not in left: return\n"
+            "    left.remove(args[0])\n"
+            f"    for number in {numbers}:\n"
+            "        if pid := os.fork():\n"
+            "            print(args[0], number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)\n"
+            "        else:\n"
+            "            left.clear()\n"
+            "            os.kill(os.getpid(), number)\n"
+            "            return\n"
+            "    left or os._exit(0)\n"
+            "sys.addaudithook(told)\n"
             "from hwdbm.__main__ import main; main()"
         )
-        command = [sys.executable, "-P", "-W", "error", "-c", code, *MIGRATE]
+        of_threads = "ignore:This process:DeprecationWarning"
+        command = [sys.executable, "-P", "-W", "error", "-W", of_threads, "-c", code, *MIGRATE]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "hwdbm: interrupted\n")
+        ended = [line.split() for line in done.stdout.splitlines()]
+        assert sorted(ended) == sorted([module, str(number), "130"] for module in modules for number in numbers)
+        assert done.stderr == len(ended) * "hwdbm: interrupted\n"
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    @pytest.mark.parametrize("module", ["hwdbm.cli", "hwdbm.process", "numpy"])
-    def test_other_signals_during_imports(self, module: str, number: int) -> None:
-        """They are answered as Ctrl-C is, unless they are ignored, as by nohup."""
-        for ignored in (False, True):
-            code = (
-                "import os, signal, sys\n"
-                f"if {ignored}: signal.signal({int(number)}, signal.SIG_IGN)\n"
-                f"kill = lambda event, args: args[:1] == ({module!r},) and os.kill(os.getpid(), {int(number)})\n"
-                "sys.addaudithook(kill)\n"
-                "from hwdbm.__main__ import main; main()"
-            )
-            command = [sys.executable, "-P", "-W", "error", "-c", code, "harvest", str(ODD), "--json"]
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-            assert (done.returncode, done.stderr) == ((0, "") if ignored else (130, "hwdbm: interrupted\n"))
+    def test_signals_that_are_ignored_during_imports(self) -> None:
+        """As by nohup."""
+        numbers = [int(signal.SIGTERM), int(signal.SIGHUP)]
+        code = (
+            "import os, signal, sys\n"
+            f"for number in {numbers}: signal.signal(number, signal.SIG_IGN)\n"
+            "def told(event, args):\n"
+            "    if event == 'import' and args[0] in ('hwdbm.cli', 'hwdbm.process', 'numpy'):\n"
+            f"        for number in {numbers}: os.kill(os.getpid(), number)\n"
+            "sys.addaudithook(told)\n"
+            "from hwdbm.__main__ import main; main()"
+        )
+        command = [sys.executable, "-P", "-W", "error", "-c", code, "harvest", str(ODD), "--json"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
 
     def test_nothing_is_imported_before_an_interrupt_is_answered(self) -> None:
         """The script's own imports, up to the first that takes longer than a builtin's."""
@@ -194,20 +210,25 @@ class TestInterrupt:
         done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=20)
         assert (done.returncode, done.stdout, done.stderr) == (130, b"True\n", b"hwdbm: interrupted\n")
 
-    @pytest.mark.parametrize(
-        ("library", "after"), [("numpy", 0), pytest.param("llvmlite", 0, marks=pytest.mark.slow), ("llvmlite", 1)]
-    )
-    @pytest.mark.parametrize(
-        "args", [["migrate", "--memory", "64M", "--bandwidth", "1M"], ["bench", "--memory", "4G"]], ids=lambda a: a[0]
-    )
-    def test_later(self, args: list[str], library: str, after: float) -> None:
-        """While it imports, and while it works: so long after it has mapped a library."""
-        process = start(*args)
+    @pytest.mark.parametrize("library", ["numpy", pytest.param("llvmlite", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("args", LONG, ids=lambda args: args[0])
+    def test_while_it_imports(self, args: list[str], library: str) -> None:
+        """As soon as it has mapped a library."""
+        process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         maps, until = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
         while library not in maps.read_text():
             assert time.monotonic() < until
             time.sleep(0.01)
-        time.sleep(after)
+        self.is_interrupted(process)
+
+    @pytest.mark.parametrize("args", LONG, ids=lambda args: args[0])
+    def test_while_it_works(self, args: list[str]) -> None:
+        process = start(*args)
+        time.sleep(0.5)
+        self.is_interrupted(process)
+
+    @staticmethod
+    def is_interrupted(process: "subprocess.Popen[str]") -> None:
         began = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -248,7 +269,7 @@ class TestInterrupt:
         assert b"a [b] c" in shown
         assert shown.endswith(b"\r\x1b[2K\x1b[?25hhwdbm: interrupted\r\n")
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    @pytest.mark.parametrize("number", HEEDED)
     def test_again_while_it_is_answered(self, number: int) -> None:
         code = (
             "import signal, time; from hwdbm.cli import interrupt\n"
@@ -293,31 +314,33 @@ class TestStreams:
             with Path("/dev/full").open("w") as full:
                 yield {"stdout": full}
         elif "closed" in request.param:
-            fds = (1,) if request.param == "closed" else (0, 1)
-            yield {"stdout": None, "preexec_fn": lambda: [os.close(fd) for fd in fds]}
+            yield {"stdout": None, "closed": (1,) if request.param == "closed" else (0, 1)}
         else:
             reader, writer = os.pipe()
             os.close(reader)
             yield {"stdout": writer}
             os.close(writer)
 
-    # A command's own result, and what isn't one's, of which each kind of stdout has one here.
-    @pytest.mark.parametrize(
-        "args",
-        [["harvest", ODD], pytest.param(["inspect", ODD, "--json"], marks=pytest.mark.slow),
-         pytest.param(["--help"], marks=pytest.mark.slow), ["--version"]],
-    )  # fmt: skip
+    @pytest.mark.parametrize("args", [["harvest", ODD], ["inspect", ODD, "--json"], ["--help"], ["--version"]])
     def test_a_result(self, stdout, args) -> None:
         process = start(*args, **stdout)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 1
+        self.is_lost(process.returncode, err)
+
+    @staticmethod
+    def is_lost(status: int, err: str) -> None:
+        assert status == 1
         assert err.startswith("hwdbm: stdout can't be written: ")
         assert err.count("\n") == 1
 
-    # The other kinds are those of `test_a_result`, too.
-    @pytest.mark.parametrize(
-        "stdout", ["full", "closed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])], indirect=True
-    )
+    def test_an_interpreter_without_streams(self, stdout) -> None:
+        """What Python itself does about them, as it begins and as it ends."""
+        closed = stdout.pop("closed", ())
+        command = [*COMMAND, "--version"]
+        stdout["preexec_fn"] = lambda: [os.close(number) for number in closed]
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, timeout=60, **stdout)
+        self.is_lost(done.returncode, done.stderr)
+
     def test_a_migration_that_completed(self, stdout) -> None:
         process = start(*MIGRATE, **stdout)
         _, err = process.communicate(timeout=60)
@@ -340,7 +363,7 @@ class TestStreams:
         want = start(*args)
         out, _ = want.communicate(timeout=60)
         with Path("/dev/full").open("w") as full:
-            for stderr in ({"stderr": full}, {"stderr": None, "preexec_fn": lambda: os.close(2)}):
+            for stderr in ({"stderr": full}, {"stderr": None, "closed": (2,)}):
                 process = start(*args, **stderr)
                 got, _ = process.communicate(timeout=60)
                 assert process.returncode == want.returncode
@@ -365,9 +388,9 @@ class TestOnlyTheInstalledPackage:
         "args",
         [
             ["harvest", ODD, "--output", "out"],
-            ["inspect", ODD, "--plot", "map.png"],
-            MIGRATE,
-            ["bench", "--memory", "16M", "--repeat", "1"],
+            pytest.param(["inspect", ODD, "--plot", "map.png"], marks=pytest.mark.slow),
+            [*MIGRATE, "--report", "passes.png"],  # it draws too, and starts a process
+            pytest.param(["bench", "--memory", "16M", "--repeat", "1"], marks=pytest.mark.slow),
         ],
         ids=lambda args: args[0],
     )
@@ -394,7 +417,8 @@ class TestOnlyTheInstalledPackage:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if ROOT / "asv_bench" / "env" in path.parents:  # what asv installs there is none of ours
                 continue
-            for node in ast.walk(ast.parse(path.read_text())):
+            text = path.read_text()
+            for node in ast.walk(ast.parse(text)) if "sys.executable" in text else ():
                 if isinstance(node, ast.List | ast.Tuple) and path != Path(__file__).resolve():
                     texts = [ast.unparse(each) for each in node.elts[:2]]
                     if texts[:1] == ["sys.executable"]:
@@ -403,8 +427,12 @@ class TestOnlyTheInstalledPackage:
     def test_no_other_way_to_start_python(self) -> None:
         """The package starts processes through `subprocess` alone, and Python through `hwdbm.process` alone."""
         other = {"os.system", "os.popen", "os.fork", "runpy", "multiprocessing", "concurrent.futures.process"}
+        word = re.compile(
+            r"\.system|popen|fork|runpy|multiprocessing|futures|exec|spawn"
+        )  # one is in each name that is looked for
         for path in sorted((ROOT / "dbm").rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
+            source = path.read_text()
+            for node in ast.walk(ast.parse(source)) if word.search(source) else ():
                 text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name | ast.alias) else ""
                 assert text not in other, f"{path}: {text}"
                 assert not text.startswith(("os.exec", "os.spawn", "os.posix_spawn")), f"{path}: {text}"

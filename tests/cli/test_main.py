@@ -7,6 +7,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import forked
 import pytest
 
 import hwdbm
@@ -19,8 +20,11 @@ ODD = Path(__file__).parents[1] / "data" / "captures" / "4k_ipa40" / "round1.npz
 MAIN = "from hwdbm.cli import main; main()"
 
 
-def process(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+def process(code: str, *args: object, anew: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a process that imports everything `anew`, or that has already what all commands import: no numba, no zarr."""
     command = [sys.executable, "-P", "-W", "error", "-c", code, *map(str, args)]
+    if not anew:
+        return forked.run(command, compiled=False)
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
@@ -182,11 +186,8 @@ FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter(
     ("module", "code", "args", "status", "said"),
     [
         ("numba", "raise ImportError('numba needs\\nanother numpy')", SAVE, 0, "'vector' takes over"),
-        pytest.param("numba", "", SMALL, 0, "'vector' takes over", marks=pytest.mark.slow),
-        pytest.param(
-            "llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'",
-            marks=pytest.mark.slow,
-        ),
+        ("numba", "", SMALL, 0, "'vector' takes over"),
+        ("llvmlite", "raise OSError('no libllvmlite.so')", SMALL, 0, "no libllvmlite.so; 'vector'"),
         ("llvmlite", "raise MemoryError", SMALL, 0, "here: MemoryError; 'vector' takes over"),
         ("llvmlite", "raise MemoryError", ["migrate", "--source", "arm"], 1, "'atomic' can't be compiled here"),
         ("zlib_ng", "raise ImportError('wrong ELF class')", ["migrate", "--help"], 0, ""),
@@ -201,7 +202,8 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
     """What can do without it does, with one line; the others fail with one line, and blame the library."""
     (tmp_path / "fake" / module).mkdir(parents=True)
     (tmp_path / "fake" / module / "__init__.py").write_text(code)
-    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}{MAIN}", *args)
+    anew = module not in {"numba", "llvmlite"}
+    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}{MAIN}", *args, anew=anew)
     assert (done.returncode, done.stdout != "") == (status, status == 0), done.stderr
     lines = done.stderr.splitlines()
     if "warnings" in code:
@@ -211,18 +213,17 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "args", "said"),
+    ("told", "args", "said"),
     [
-        ("NUMBA_DISABLE_JIT", "1", SAVE, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
-        ("NUMBA_CPU_NAME", "nope", SAVE, "'nope' is not a recognized processor"),
-        ("NUMBA_CPU_FEATURES", "+nope", SAVE, "'+nope' is not a recognized feature"),
-        ("NUMBA_NUM_THREADS", "many", SAVE, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
-        ("MPLBACKEND", "none", ["inspect", ODD, "--plot", "a.svg"], ""),
-        ("MPLCONFIGDIR", "/proc/none", ["inspect", ODD, "--plot", "a.svg"], ""),
+        ({"NUMBA_DISABLE_JIT": "1"}, SAVE, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
+        ({"NUMBA_CPU_NAME": "nope"}, SAVE, "'nope' is not a recognized processor"),
+        ({"NUMBA_CPU_FEATURES": "+nope"}, SAVE, "'+nope' is not a recognized feature"),
+        ({"NUMBA_NUM_THREADS": "many"}, SAVE, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
+        ({"MPLBACKEND": "none", "MPLCONFIGDIR": "/proc/none"}, ["inspect", ODD, "--plot", "a.svg"], ""),
     ],
 )
-def test_a_library_that_is_told_something_odd(name: str, value: str, args, said: str, tmp_path: Path) -> None:
-    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}os.environ[{name!r}] = {value!r}; {MAIN}", *args)
+def test_a_library_that_is_told_something_odd(told: dict[str, str], args, said: str, tmp_path: Path) -> None:
+    done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}os.environ |= {told!r}; {MAIN}", *args, anew=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == (said != ""), done.stderr
     assert said in done.stderr
@@ -240,7 +241,7 @@ def test_a_current_folder_that_was_deleted(args, tmp_path: Path) -> None:
         (tmp_path / "ram").write_bytes(bytes(1 << 16))
         args = ["record", "--ram-file", tmp_path / "ram", *args[3:], "--output", tmp_path / "trace"]
     gone = "import os, tempfile; name = tempfile.mkdtemp(); os.chdir(name); os.rmdir(name); "
-    done = process(gone + MAIN, *args)
+    done = process(gone + MAIN, *args, anew=args[0] == "migrate")  # which begins another process there
     said = [line for line in done.stderr.splitlines() if not line.startswith(NOW_AND_THEN)]
     assert (done.returncode, said) == (0, [])
     assert done.stdout
@@ -251,12 +252,19 @@ LIMITS = [files if files in (6, 9, 12) else pytest.param(files, marks=pytest.mar
 
 @pytest.mark.parametrize("files", LIMITS)
 @pytest.mark.parametrize(
-    "args", [["harvest", ODD], SMALL, ["trace", "show", "example:machine-hot"]], ids=lambda a: a[0]
+    ("args", "anew"),
+    [
+        (["harvest", ODD], True),
+        pytest.param(SMALL, True, marks=pytest.mark.slow),
+        (SMALL, False),
+        (["trace", "show", "example:machine-hot"], False),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else ("imported", "anew")[each],
 )
-def test_a_limit_is_named(args, files: int) -> None:
+def test_a_limit_is_named(args, anew: bool, files: int) -> None:
     """With ever fewer files that may be open, a command works, or says which limit it met and how to raise it."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); "
-    done = process(limit + MAIN, *args)
+    done = process(limit + MAIN, *args, anew=anew)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 1), done.stderr
     said = f"Too many open files (the limit is {files} open files: ulimit -n raises it)\n"
