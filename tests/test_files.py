@@ -246,6 +246,26 @@ def test_files_that_are_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert held(tmp_path) == dict.fromkeys("abc", b"new")
 
 
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_folder_that_cannot_be_synced_is_told_and_the_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes | None
+) -> None:
+    place, real = tmp_path / "a", os.fsync
+    if old is not None:
+        place.write_bytes(old)
+
+    def fsync(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").is_dir():
+            raise OSError(5, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error: its folder can't be synced") as error:
+        files.write(place, b"new")
+    assert (error.value.errno, error.value.filename) == (5, str(place))
+    assert held(tmp_path) == {"a": b"new"}
+
+
 @pytest.mark.parametrize("size", [1, -1, 1 << 20])
 def test_what_cannot_be_read_is_named(size: int) -> None:
     """The first page of a process's memory: the file opens, and can't be read there."""

@@ -159,7 +159,8 @@ class NewFile:
         Raises
         ------
         OSError
-            The system's, with the name of the place. What was in the place is there still.
+            The system's, with the name of the place. What was in the place is there still; where it is the folder that
+            can't be synced, which the text says, the file is in its place, and a loss of power may undo that.
         ValueError
             If it is closed.
         """
@@ -172,9 +173,13 @@ class NewFile:
             if self._name is not None:
                 os.rename(self._name, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
                 self._drop_name()
-            _sync(self._folder)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        try:
+            _sync(self._folder)
+        except OSError as error:
+            why = f"{error.strerror}: its folder can't be synced, so a loss of power may undo that the file is there"
+            raise OSError(error.errno, why, str(self.path)) from error
         self.close()
 
     def _link(self) -> None:
@@ -228,7 +233,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     Raises
     ------
     OSError
-        If it can't be written, with its name. What was in its place is there still.
+        If it can't be written, with its name. What was in its place is there still, but as `NewFile.commit` says.
     """
     with NewFile(path) as file:
         file.put(data)
@@ -240,7 +245,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     Raises
     ------
     OSError
-        If one can't be written, with its name. What was in the places is there still.
+        If one can't be written, with its name. What was in the places is there still, but as `NewFile.commit` says.
     """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(NewFile(path)) for path in contents]
