@@ -126,7 +126,7 @@ linux-traces: $(VENV)/.user ## record traces of Linux that does real work, into 
 
 .PHONY: firmware
 firmware: $(VENV)/.user ## compile the Arm machine's firmware; it is done by itself where it is needed
-	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(firmware())'
+	$(BIN)/python -P -c 'from hwdbm.arm.build import firmware; print(len(firmware()), "bytes of firmware")'
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, and the layers of the imports

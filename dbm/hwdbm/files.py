@@ -302,6 +302,15 @@ class _Raw(io.FileIO):
             return super().readall()
 
 
+def caches() -> Path | None:
+    """Return the folder for what can be made again, ``$XDG_CACHE_HOME`` or ``~/.cache``; None for a user without."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(named) if named else Path.home() / ".cache"
+    except RuntimeError:  # there is no HOME, and the system doesn't know the user
+        return None
+
+
 @contextlib.contextmanager
 def scratch(longest: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder, its owner's alone, that is removed when the block ends.

@@ -120,7 +120,65 @@ def test_qemu_ends_with_the_process_that_started_it(tmp_path):
 def test_what_is_missing_is_said_with_what_brings_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ArmUnavailableError, match="apt-get install gcc-aarch64-linux-gnu"):
-        build.build(tmp_path / "firmware.elf")
+        build.build()
     with pytest.raises(ArmUnavailableError, match="apt-get install qemu-system-arm"):
         Board(1 << 30, TablePlan(Vtcr.for_vm(Granule.K4, 40, mmfr1=0x22), ()))
     assert not list(tmp_path.iterdir())
+
+
+def test_firmware_that_is_compiled_twice_is_the_same():
+    """Two hosts that compile it must take each other's guests: a state names the firmware that it is of."""
+    assert build.build() == build.build()
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> list[bytes]:
+    """Have "firmware" compiled, and kept in a folder of the test's; return what was compiled so far."""
+    made: list[bytes] = []
+
+    def compile_it() -> bytes:
+        made.append(b"firmware")
+        return b"firmware"
+
+    monkeypatch.setattr(build, "build", compile_it)
+    monkeypatch.setattr(build, "firmware", build.firmware.__wrapped__)  # as in a process that is new
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return made
+
+
+def test_firmware_is_compiled_once(compiled, tmp_path, caplog):
+    assert [build.firmware() for _ in range(3)] == [b"firmware"] * 3
+    assert len(compiled) == 1
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"firm", b"firmwarE", None])
+def test_firmware_that_was_cut_or_altered_is_not_used(compiled, tmp_path, damage):
+    build.firmware()
+    (kept,) = (tmp_path / "hwdbm").iterdir()
+    if damage is None:
+        kept.unlink()
+        kept.mkdir()
+    else:
+        kept.write_bytes(damage)
+    assert build.firmware() == b"firmware"
+    assert len(compiled) == 2
+    assert build.firmware() == b"firmware"
+    assert len(compiled) == (2 if damage is not None else 3)  # what is no file is left, and nothing is kept
+
+
+def test_firmware_where_it_cannot_be_kept(compiled, monkeypatch, tmp_path, caplog):
+    """A file in place of the folder, a folder that nothing can be made in, a user without a home."""
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file", "/proc/no", None):
+        caplog.clear()
+        if place is None:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr(build.files.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+        assert build.firmware() == b"firmware"
+        (record,) = caplog.records
+        assert "isn't kept, and is compiled at each start" in record.message
+        assert str(place or "this user has no home") in record.message
+    assert len(compiled) == 3

@@ -139,14 +139,13 @@ class Board:
         self._files = ExitStack()
         try:
             qemu = tool(("qemu-system-aarch64",), "qemu-system-arm", "emulates the Arm machine")
-            image = firmware()
+            image = self._in_memory(firmware())
             self.ram = GuestMemory(check.integer(ram, "ram", POOL_END - RAM), "hwdbm-arm")
             self._files.callback(self.ram.close)
             self.mailbox = self.at(MAILBOX, Mailbox)
             self.shared = self.at(SHARED, Shared)
             self._lay()
-            fd = fcntl.fcntl(self.ram.fd, fcntl.F_DUPFD_CLOEXEC, 10)  # the shell uses the numbers below
-            self._files.callback(os.close, fd)
+            fd = self._inherited(self.ram.fd)
             self._log = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             self._pipe = os.pipe()
             self._files.callback(self._unplug)
@@ -154,7 +153,7 @@ class Board:
             backend = f"memory-backend-file,id=ram,size={ram},mem-path=/proc/self/fd/{fd},share=on"
             command = [
                 *(qemu, "-M", machine, "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", str(vcpus + 1)),
-                *("-m", f"{ram >> 20}M", "-object", backend, "-kernel", str(image)),
+                *("-m", f"{ram >> 20}M", "-object", backend, "-kernel", f"/proc/self/fd/{image}"),
                 *("-nodefaults", "-display", "none", "-no-reboot"),
             ]
             self._process = self._files.enter_context(
@@ -164,7 +163,7 @@ class Board:
                     stdin=self._pipe[0],
                     stdout=self._log,
                     stderr=self._log,
-                    pass_fds=(fd,),
+                    pass_fds=(fd, image),
                 )
             )
             self._files.callback(self._unplug)  # before it is waited for
@@ -172,6 +171,19 @@ class Board:
         except BaseException:
             self.close()
             raise
+
+    def _inherited(self, fd: int) -> int:
+        """Return a descriptor for QEMU, of what another is of, until the board is closed."""
+        fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)  # the shell uses the numbers below
+        self._files.callback(os.close, fd)
+        return fd
+
+    def _in_memory(self, data: bytes) -> int:
+        """Return a descriptor for QEMU, of a file in memory."""
+        with os.fdopen(os.memfd_create("hwdbm-firmware"), "wb") as file:
+            file.write(data)
+            file.flush()
+            return self._inherited(file.fileno())
 
     def _boot(self) -> None:
         """Wait for the firmware, and have it build the tables."""

@@ -471,7 +471,7 @@ class ArmVm(LoggedVm):
 
 
 def _firmware_digest() -> bytes:
-    return hashlib.sha256(firmware().read_bytes()).digest()
+    return hashlib.sha256(firmware()).digest()
 
 
 def _kinds(guest: str | Sequence[str], vcpus: int) -> list[GuestKind]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import hwdbm
+from hwdbm import files
 from hwdbm.cli import options
 from hwdbm.cli.streams import json_text, result, wrapped
 from hwdbm.process import python
@@ -101,9 +102,11 @@ def _kernels() -> _Found:
 def _numba_cache() -> Path | None:
     """Return the folder that numba keeps compiled code in; None if it has none."""
     named = os.environ.get("NUMBA_CACHE_DIR")
-    here = Path(hwdbm.__file__).parent / "kernels" / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
-    for folder in (Path(named),) if named else (here, home):
+    folders = [Path(named) if named else Path(hwdbm.__file__).parent / "kernels" / "__pycache__"]
+    caches = files.caches()
+    if not named and caches is not None:
+        folders.append(caches / "numba")
+    for folder in folders:
         there = next(each for each in (folder, *folder.parents) if each.exists())
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             return folder
