@@ -282,7 +282,7 @@ class DirtyBitmap:
 
     def __contains__(self, page: int) -> bool:
         page = integer(page, "page", None)
-        return 0 <= page < self.npages and bool(self.words[page >> 6] >> np.uint64(page & 63) & np.uint64(1))
+        return 0 <= page < self._npages and bool(int(self._words[page >> 6]) >> (page & 63) & 1)
 
     def __repr__(self) -> str:
         return f"<DirtyBitmap: {self.weight()} of {self.npages} pages dirty>"

@@ -115,7 +115,9 @@ def flag(value: Any, name: str) -> bool:
     Traceback (most recent call last):
     TypeError: writable is True or False, not 'no'
     """
-    if isinstance(value, bool | np.bool_):
+    if value is True or value is False:  # nearly each one is
+        return value is True
+    if isinstance(value, np.bool_):
         return bool(value)
     raise TypeError(f"{name} is True or False, not {_shown(value)}")
 

@@ -50,17 +50,17 @@ class Granule(Enum):
     @property
     def page_shift(self) -> int:
         """Bits of an address below the page number."""
-        return self.value
+        return self._value_  # `value` costs several times as much, and the walker asks for each page and level
 
     @property
     def page_size(self) -> int:
         """Bytes in a page, and in a table."""
-        return 1 << self.value
+        return 1 << self._value_
 
     @property
     def bits_per_level(self) -> int:
         """Bits of an address that one level resolves: 9, 11 or 13."""
-        return self.value - 3
+        return self._value_ - 3
 
     @property
     def entries(self) -> int:
@@ -76,7 +76,7 @@ class Granule(Enum):
             For another level.
         """
         level = integer(level, "a translation level", low=-1, high=3)
-        return self.page_shift + self.bits_per_level * (3 - level)
+        return self._value_ + (self._value_ - 3) * (3 - level)
 
     def pages_per_entry(self, level: int) -> int:
         """Return the pages under one entry of `level`: 1 at level 3, a stripe's at level 2.
@@ -86,7 +86,7 @@ class Granule(Enum):
         >>> [g.pages_per_entry(2) for g in Granule]
         [512, 2048, 8192]
         """
-        return 1 << (self.shift(level) - self.page_shift)
+        return 1 << self.shift(level) - self._value_
 
     def block_levels(self, *, large: bool = False) -> tuple[int, ...]:
         """Return the levels at which the architecture has blocks, the largest first.

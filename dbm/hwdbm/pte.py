@@ -214,7 +214,8 @@ class Match:
     def __call__(self, desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
     def __call__(self, desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
         """Return whether `desc` matches; elementwise for an array."""
-        desc = _descriptors(desc, "desc")
+        if type(desc) is not int or not 0 <= desc <= _WORD:
+            desc = _descriptors(desc, "desc")
         return (desc & self.mask) == self.value
 
     def also(self, ones: int = 0, zeros: int = 0) -> "Match":

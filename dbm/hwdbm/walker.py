@@ -173,9 +173,9 @@ def _group(s2: Stage2, level: int, entry: int) -> range:
 
 def _runs(s2: Stage2, lo: int, hi: int) -> Iterator[Leaf]:
     """Yield each leaf with the contiguous bit in a group that touches [lo, hi)."""
-    for leaf in _leaves(s2, 0, s2.npages):
+    for leaf in _leaves(s2, 0, s2.npages) if s2.contiguous else ():
         group = _group(s2, leaf.level, leaf.entry)
-        if s2.contiguous and leaf.desc & pte.CONTIGUOUS and group.start < hi and lo < group.stop:
+        if leaf.desc & pte.CONTIGUOUS and group.start < hi and lo < group.stop:
             yield leaf
 
 
@@ -483,8 +483,7 @@ def unmap(s2: Stage2, gfn: int, npages: int) -> None:
                 _tell_host(s2, page)
         _write(s2, leaf.level, leaf.entry, 0)
     for level in (3, 2, 1):  # invalid entries may hold something, and tables are left over
-        for page in range(lo, hi):
-            index = _index(s2, level, page)
+        for index in range(_index(s2, level, lo), _index(s2, level, hi - 1) + 1):
             pages = _inside(s2, _pages(s2, level, index))
             if lo <= pages.start and pages.stop <= hi:
                 _write(s2, level, index, 0)

@@ -256,7 +256,9 @@ def _packed(hit: Bools, shift: int) -> Array:
         hit = np.concatenate((np.zeros(shift, dtype=np.bool_), hit))
     octets = np.packbits(hit, bitorder="little")
     if octets.size % 8:
-        octets = np.pad(octets, (0, -octets.size % 8))
+        whole = np.zeros(octets.size + -octets.size % 8, dtype=np.uint8)
+        whole[: octets.size] = octets
+        octets = whole
     return octets.view(np.uint64)
 
 

@@ -190,8 +190,9 @@ def runs_of(flags: NDArray[np.bool_]) -> Ranges:
     >>> runs_of(np.array([True, True, False, True])).tolist()
     [[0, 2], [3, 4]]
     """
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
-    return edges.astype(np.int64).reshape(-1, 2)
+    framed = np.zeros(flags.size + 2, dtype=np.bool_)
+    framed[1:-1] = flags
+    return np.flatnonzero(framed[1:] != framed[:-1]).astype(np.int64, copy=False).reshape(-1, 2)
 
 
 def pieces(lo: int, hi: int, npages: int) -> Iterator[tuple[int, int, int | None]]:

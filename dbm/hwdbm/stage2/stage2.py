@@ -184,10 +184,10 @@ class Stage2:
         ValueError
             For another level.
         """
-        level = integer(level, "level", None)
-        if level not in self._leaves.level:
+        level, entries = integer(level, "level", None), self._leaves.level
+        if level not in entries:
             raise ValueError(f"leaves are at levels 1, 2 and 3, not {level}")
-        return self._leaves.level[level]
+        return entries[level]
 
     def copy(self) -> Self:
         """Return a Stage2 of its own with the same leaves, saved pages and host flags, in memory of its own."""
