@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from bitarray import bitarray
+from effort import EFFORT
 
 import hwdbm
 from hwdbm import DirtyBitmap
@@ -111,7 +112,13 @@ def _refused(*values: Any) -> Iterator[Wrong]:
         yield Wrong(f"{type(value).__name__} {str(value)[:20]}", value, refused=True)
 
 
-_INTEGERS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
+# The narrowest, in which anything overflows, and those of 64 bits, which become floats beside each other; all of them
+# in `make thorough`.
+_INTEGERS = (
+    (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
+    if EFFORT > 1
+    else (np.int8, np.int64, np.uint8, np.uint64)
+)
 _NUMBERS = (-1, -64, -(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 64, (1 << 64) - 1, 1 << 64, 10**23, 1 << 600)
 
 
@@ -275,63 +282,98 @@ def _wrong_arrays(value: np.ndarray) -> Iterator[Wrong]:
 _OPAQUE = (threading.Thread, ModuleType, FunctionType, MethodType, type)
 _ITSELF = {type(None), bool, int, str, bytes}
 
+Seen = dict[int | str, int]
+Form = Callable[[Any, Seen], object]
+
 
 def state(item: Any, without: frozenset[str] = frozenset()) -> object:
     """Return all that an object holds, deeply, but for some attributes, as something to compare."""
     return _state(item, dict.fromkeys(without, 0))
 
 
-def _state(item: Any, seen: dict[int | str, int]) -> object:
+def _state(item: Any, seen: Seen) -> object:
     kind = type(item)
     if kind in _ITSELF:
-        return kind.__name__, item
-    if kind is float or isinstance(item, (complex, np.generic)):  # millions of times; so below
-        return kind.__name__, repr(item)
-    if isinstance(item, (Enum, range, slice)):
-        return repr(item)
-    if isinstance(item, _OPAQUE) or (callable(item) and not hasattr(item, "__dict__")):
-        return getattr(item, "__qualname__", kind.__name__)
-    if id(item) in seen:
-        return "again", seen[id(item)]
-    seen[id(item)] = len(seen)
-    if isinstance(item, np.ndarray):
-        if item.nbytes > _LARGE:
-            place = f"{item.ctypes.data} {item.nbytes}"  # two views of guest memory say the same
-            if place in seen:
-                return "again", item.dtype.str, item.shape
-            seen[place] = 0
-        return item.dtype.str, item.shape, item.tobytes() if item.dtype != object else repr(item)
-    if isinstance(item, bitarray):
-        return item.tobytes()
-    if isinstance(item, DirtyBitmap):
-        return "bitmap", item.npages, _state(item.words, seen)
-    if isinstance(item, (bytearray, memoryview)):
-        return bytes(item)
-    if kind is dict or isinstance(item, Mapping):
-        return kind.__name__, [(_state(key, seen), _state(value, seen)) for key, value in item.items()]
-    if isinstance(item, (list, tuple, deque)):
-        return kind.__name__, [_state(each, seen) for each in item]
-    if isinstance(item, (set, frozenset)):
-        return kind.__name__, sorted(repr(_state(each, seen)) for each in item)
-    if isinstance(item, weakref.ref):
-        return kind.__name__
+        return kind, item
+    simple, form = _form(kind)
+    if not simple:
+        if id(item) in seen:
+            return "again", seen[id(item)]
+        seen[id(item)] = len(seen)
+    return kind, form(item, seen)
+
+
+@cache
+def _form(kind: type) -> tuple[bool, Form]:
+    """Return whether what is of a type is told by its value alone, and how: states have millions of items."""
+
+    def known(*types: type) -> bool:
+        return issubclass(kind, types)
+
+    if known(float, complex, np.generic, Enum, range, slice):
+        return True, lambda item, _: repr(item)
+    if known(*_OPAQUE) or (any("__call__" in vars(base) for base in kind.__mro__) and not kind.__dictoffset__):
+        return True, lambda item, _: getattr(item, "__qualname__", None)
+    if known(np.ndarray):
+        return False, _array
+    if known(bitarray):
+        return False, lambda item, _: item.tobytes()
+    if known(DirtyBitmap):
+        return False, lambda item, seen: (item.npages, _state(item.words, seen))
+    if known(bytearray, memoryview):
+        return False, lambda item, _: bytes(item)
+    if known(Mapping):
+        return False, lambda item, seen: [(_state(key, seen), _state(value, seen)) for key, value in item.items()]
+    if known(list, tuple, deque):
+        return False, _sequence
+    if known(set, frozenset):
+        return False, lambda item, seen: sorted(repr(_state(each, seen)) for each in item)
+    if known(weakref.ref):
+        return False, lambda *_: None
     if kind.__name__ == "RangeLock":  # those of its claims that have ended go with the next
-        return kind.__name__, len(item)
-    if kind.__module__ == "_thread" and hasattr(item, "locked"):
-        return kind.__name__, item.locked()
+        return False, lambda item, _: len(item)
+    if kind.__module__ == "_thread" and hasattr(kind, "locked"):
+        return False, lambda item, _: item.locked()
     if kind.__module__.partition(".")[0] != "hwdbm":
-        return kind.__name__, getattr(item, "closed", None)
-    return kind.__name__, [
+        return False, lambda item, _: getattr(item, "closed", None)
+    return False, lambda item, seen: [
         (name, _state(value, seen)) for name, value in _attributes(item) if name not in _NO_STATE and name not in seen
     ]
 
 
+def _array(item: np.ndarray, seen: Seen) -> object:
+    if item.nbytes > _LARGE:
+        place = f"{item.ctypes.data} {item.nbytes}"  # two views of guest memory say the same
+        if place in seen:
+            return "again", item.dtype.str, item.shape
+        seen[place] = 0
+    return item.dtype.str, item.shape, item.tobytes() if item.dtype != object else repr(item)
+
+
+def _sequence(item: list[Any] | tuple[Any, ...] | deque[Any], seen: Seen) -> object:
+    kinds = list(map(type, item))
+    return (kinds, list(item)) if _ITSELF.issuperset(kinds) else [_state(each, seen) for each in item]
+
+
+def plain(item: Any) -> object:
+    """Return what tells two plain arguments apart, to be the key of a dictionary; None for what isn't plain."""
+    if isinstance(item, DirtyBitmap):
+        return DirtyBitmap, item.npages, item.to_bytes()
+    if isinstance(item, np.ndarray):
+        return (item.dtype.str, item.shape, item.tobytes()) if item.dtype != object else None
+    return (type(item), repr(item)) if type(item) in (bool, int, float, bytes) else None
+
+
 def _attributes(item: object) -> Iterator[tuple[str, Any]]:
-    for base in type(item).__mro__:
-        for name in getattr(base, "__slots__", ()):
-            if hasattr(item, name):
-                yield name, getattr(item, name)
+    for name in _slots(type(item)):
+        if hasattr(item, name):
+            yield name, getattr(item, name)
     yield from getattr(item, "__dict__", {}).items()
+
+
+@cache
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(name for base in kind.__mro__ for name in getattr(base, "__slots__", ()))
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------

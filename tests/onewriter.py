@@ -6,6 +6,7 @@ Tests are handed them, since they write as the MMU does, and so are the referenc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, cached_property
 from operator import index
 from types import FrameType
 
@@ -30,19 +31,26 @@ Arrays = dict[int, NDArray[np.uint64]]
 class Looked(Arrays):
     """The arrays of leaves, with views that can only be read."""
 
-    def __init__(self, arrays: Arrays) -> None:
-        super().__init__(arrays)
-        self.views = {level: read_only(array) for level, array in arrays.items()}
+    @cached_property
+    def views(self) -> Arrays:
+        return {level: read_only(array) for level, array in self.items()}
 
 
 def may_write(frame: FrameType) -> bool:
     """Return whether a caller is a method of `Leaves`, one of the references, or outside of the package."""
-    module = frame.f_globals.get("__name__", "")
-    if module == "hwdbm.stage2.leaves" or not module.startswith("hwdbm."):
+    if module_may(frame.f_globals.get("__name__", "")):
         return True
-    if frame.f_code.co_filename.startswith("<doctest"):  # which is the MMU, too
+    code = frame.f_code
+    if code.co_filename.startswith("<doctest"):  # which is the MMU, too
         return True
-    return module in REFERENCES or isinstance(frame.f_locals.get("self"), Leaves)
+    # All locals are copied to look at one, and this is asked millions of times.
+    has_self = "self" in code.co_varnames or "self" in code.co_freevars
+    return has_self and isinstance(frame.f_locals.get("self"), Leaves)
+
+
+@cache
+def module_may(module: str) -> bool:
+    return module == "hwdbm.stage2.leaves" or module in REFERENCES or not module.startswith("hwdbm.")
 
 
 class Level:
@@ -78,8 +86,10 @@ def enforced() -> Iterator[Level]:
     found, real = Level(), Stage2.level
 
     def level(self: Stage2, level: int) -> NDArray[np.uint64]:
-        entries = real(self, level)
-        return self._leaves.__dict__["level"][index(level)] if may_write(sys._getframe(1)) else entries
+        arrays: Looked = self._leaves.__dict__["level"]
+        if type(level) is not int or level not in arrays:
+            real(self, level)  # says what is wrong with it
+        return (arrays if may_write(sys._getframe(1)) else arrays.views)[index(level)]
 
     level.__doc__, level.__wrapped__ = real.__doc__, real
     Leaves.level, Stage2.level = found, level

@@ -60,12 +60,26 @@ PURE = {
 
 
 class Mutant(NamedTuple):
-    """One change of one step."""
+    """One change of one step, by its place: in which block, and where in it, as is the step that it is swapped with."""
 
     name: str
     owner: object
     function: str
-    tree: ast.Module
+    kind: str
+    block: int
+    at: int
+    other: int
+
+    def tree(self) -> ast.Module:
+        tree = source(self.owner, self.function)
+        block = list(blocks(tree))[self.block]
+        if self.kind == "left out":
+            block[self.at] = ast.Pass()
+        elif self.kind == "doubled":
+            block.insert(self.at, copy.deepcopy(block[self.at]))
+        else:
+            block[self.at], block[self.other] = block[self.other], block[self.at]
+        return ast.fix_missing_locations(tree)
 
 
 def source(owner: object, name: str) -> ast.Module:
@@ -119,28 +133,21 @@ def mutants() -> Iterator[Mutant]:
             steps = [at for at, node in enumerate(block) if is_step(node)]
             for n, at in enumerate(steps):
                 kinds = ["left out", "doubled", *(["swapped with the next"] if n + 1 < len(steps) else [])]
+                other = steps[n + 1] if n + 1 < len(steps) else at
                 for kind in kinds:
-                    changed = copy.deepcopy(tree)
-                    where = list(blocks(changed))[b]
-                    if kind == "left out":
-                        where[at] = ast.Pass()
-                    elif kind == "doubled":
-                        where.insert(at, copy.deepcopy(where[at]))
-                    else:
-                        where[at], where[steps[n + 1]] = where[steps[n + 1]], where[at]
                     name = f"{function}: {step_name(block[at])}: {kind}"
                     while name in seen:
                         name = f"{function}: {step_name(block[at])} (again): {kind}"
                         assert name not in seen
                     seen.add(name)
-                    yield Mutant(name, owner, function, ast.fix_missing_locations(changed))
+                    yield Mutant(name, owner, function, kind, b, at, other)
 
 
 @contextmanager
 def in_place(mutant: Mutant) -> Iterator[None]:
     original = getattr(mutant.owner, mutant.function)
     names = dict(original.__globals__)
-    exec(compile(mutant.tree, mutant.name, "exec"), names)
+    exec(compile(mutant.tree(), mutant.name, "exec"), names)
     setattr(mutant.owner, mutant.function, names[mutant.function])
     try:
         yield

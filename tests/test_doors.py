@@ -932,9 +932,9 @@ def walked(name: str) -> Iterator[str]:
     twins: dict[tuple[str, object], doors.Outcome] = {}
 
     def twin(parameter: str, wrong: Wrong) -> doors.Outcome:
-        if type(wrong.twin) not in (bool, int):
+        key = parameter, doors.plain(wrong.twin)  # one plain argument is the twin of many others
+        if key[1] is None:
             return new().run(parameter, wrong.twin)
-        key = parameter, repr(wrong.twin)  # one plain number is the twin of many others
         if key not in twins:
             twins[key] = new().run(parameter, wrong.twin)
         return twins[key]
@@ -950,6 +950,9 @@ def walked(name: str) -> Iterator[str]:
         yield from aliased(new)
     scene = new()
     before = scene.state()
+    if good is not None:
+        values = scene.arguments.items()
+        twins |= {(own, doors.plain(each)): good for own, each in values if type(each) in (bool, int, float, bytes)}
     for parameter, value in scene.arguments.items():
         key = f"{verb or 'new'}.{parameter}"
         if key in recipe.skip:

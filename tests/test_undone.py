@@ -1,6 +1,7 @@
 """What is made or changed in steps is undone where any of them ends in an exception: one comes at each line, once."""
 
 import ast
+import gc
 import inspect
 import os
 import sys
@@ -102,6 +103,14 @@ def interrupted(function: Any, line: int) -> Iterator[list[bool]]:
         sys.settrace(before)
 
 
+@pytest.fixture
+def few_objects() -> None:
+    """What there is stays: each count of the descriptors collects garbage, and would look at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_done_is_undone(name: str, tmp_path: Path) -> None:
     function, make, do, state = CASES[name]

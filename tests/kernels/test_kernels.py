@@ -8,6 +8,7 @@ import operator
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import combinations_with_replacement, cycle, pairwise, product
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -66,6 +67,11 @@ shares = pytest.mark.parametrize("share", SHARES)
 
 def descriptors(n: int, runs: Runs, share: float) -> np.ndarray:
     """Return pages of which `share` is dirty, with junk in all ignored bits. Gaps hold what looks dirty but for V."""
+    return drawn_descriptors(n, tuple(runs), share).copy()
+
+
+@cache  # what is drawn is asked for dozens of times, and to seed a generator takes longer than a kernel
+def drawn_descriptors(n: int, runs: tuple[tuple[int, int], ...], share: float) -> np.ndarray:
     rng = np.random.default_rng([n, len(runs), int(share * 100)])
     kinds = np.where(rng.random(n) < share, np.uint64(DIRTY), rng.choice(OTHERS, n))
     pages = kinds | rng.integers(0, ALL, n, dtype=np.uint64, endpoint=True) & JUNK
@@ -76,6 +82,11 @@ def descriptors(n: int, runs: Runs, share: float) -> np.ndarray:
 
 def words_of(n: int, seed: int) -> np.ndarray:
     """Return words with some bits set, for what was in a bitmap before."""
+    return drawn_words(n, seed).copy()
+
+
+@cache
+def drawn_words(n: int, seed: int) -> np.ndarray:
     words = np.random.default_rng([n, seed]).integers(0, ALL, word_count(n), dtype=np.uint64, endpoint=True)
     words[::3] = 0
     return words
@@ -187,13 +198,13 @@ def check_tally(tally: Tally, index: list[int], runs: Runs, within: list[int]) -
 
 
 def check_fill(kernels: Any) -> None:
-    """Check each range of two words, then ranges that share words or span more, over bits that were set."""
-    for lo, hi in combinations_with_replacement(range(129), 2):
-        check_one_fill(kernels, 128, [(lo, hi)])
+    """Check ranges that share words or span some, then each range of two words, over bits that were set."""
     for size, step in product((1, 3, 64, 65), (1, 2, 63, 64, 70)):
         check_one_fill(kernels, 704, [(lo, lo + size) for lo in range(5, 704 - size, size + step)])
     check_one_fill(kernels, 192, [])
     check_one_fill(kernels, 192, [(0, 0), (3, 60), (60, 60), (60, 61), (62, 64), (64, 190), (191, 180), (192, 192)])
+    for lo, hi in combinations_with_replacement(range(129), 2):
+        check_one_fill(kernels, 128, [(lo, hi)])
 
 
 def check_one_fill(kernels: Any, n: int, ranges: Runs) -> None:
@@ -335,6 +346,11 @@ TOLD = (BOTH, Notes(None, None), Notes(pte.dirty(2), pte.young(2)), Notes(pte.wr
 
 def blocks(n: int, share: float) -> np.ndarray:
     """Return entries of level 2: blocks of all kinds, tables, and nothing; `share` of them dirty."""
+    return drawn_blocks(n, share).copy()
+
+
+@cache
+def drawn_blocks(n: int, share: float) -> np.ndarray:
     rng = np.random.default_rng([n, int(share * 100)])
     dirty = pte.dirty(2).value
     kinds = [0, pte.TABLE, dirty & ~pte.DBM, dirty & ~pte.S2AP_W, dirty | pte.TABLE]
@@ -361,7 +377,7 @@ def check_one_all(
     out, also = words_of(end, 1), words_of(end, 2)
     rest = (out if same else words_of(end, 3)) if kept else words_of(0, 3)
     arrays = (out, also, rest)
-    expected = [sum(int(word) << 64 * i for i, word in enumerate(array.tolist())) for array in arrays]
+    expected = [as_number(array) for array in arrays]
     if same:
         expected[2] = expected[0]
     before, words, changed = entries.tolist(), 0, 0
@@ -382,7 +398,11 @@ def check_one_all(
         expected[0] = expected[2] = expected[0] | expected[2]
     assert kernels.rewrite_all(entries, update, place, *arrays, notes) == Tally(entries.size, changed, words)
     assert entries.tolist() == before
-    assert [int.from_bytes(array.astype("<u8").tobytes(), "little") for array in arrays] == expected
+    assert [as_number(array) for array in arrays] == expected
+
+
+def as_number(words: np.ndarray) -> int:
+    return int.from_bytes(words.astype("<u8").tobytes(), "little")
 
 
 def span(lo: int, hi: int) -> int:
