@@ -74,6 +74,7 @@ def test_rules(run, trace: Path, rows: np.ndarray) -> None:
         assert f"{each.rule}: {each.why}" in text
 
 
+@pytest.mark.usefixtures("few_forecasts")
 def test_now(run, tmp_path: Path) -> None:
     """The guest writes in two seconds of three, and does at the end: the forecast, the rules and the report say so."""
     rows = np.zeros((64, 4), dtype=np.uint64)

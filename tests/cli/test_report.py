@@ -54,6 +54,7 @@ def test_refused(run, args, status: int, said: str, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("few_forecasts")
 def test_a_forecast(run, tmp_path: Path) -> None:
     """Of a trace, with its write map; and of samples, without."""
     source = ["--source", "machine", "--memory", "1M", "--duration", "0.3", "--bandwidth", "10M"]

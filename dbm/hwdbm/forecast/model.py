@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
 from math import exp
 from typing import Any
@@ -93,18 +94,24 @@ def fit(periods: Floats, sizes: Floats, total: float) -> list[Model]:
     total : float
         Bytes of memory.
     """
-    periods, sizes = periods[-_RECENT:], np.maximum(sizes[-_RECENT:], 1.0)
+    return list(_fitting(tuple(periods[-_RECENT:].tolist()), tuple(sizes[-_RECENT:].tolist()), total))
+
+
+# A report asks a hundred times what the same samples say, with bandwidths and limits of its own.
+@lru_cache(1)
+def _fitting(seconds: tuple[float, ...], dirtied: tuple[float, ...], total: float) -> tuple[Model, ...]:
+    periods, sizes = np.array(seconds), np.maximum(dirtied, 1.0)
     weight = _OLD ** np.arange(len(sizes))[::-1]
     if len(sizes) == 1 or np.ptp(periods) < 0.02 * periods.mean():
         # One period says how much, and not how it grows: between all of it at once, and steadily.
         size, period = float(np.average(sizes, weights=weight)), float(periods.mean())
         error = max(float(np.std(sizes)) / size, 2 * _FLOOR)
         middle = size / (1 - exp(-2.0))
-        return [
+        return (
             Model(min(middle, total), period / 2, 0.0, error),
             Model(min(size, total), period / 50, 0.0, error),
             Model(0.0, period, size / period, error),
-        ]
+        )
     tried = []
     for tau in np.geomspace(periods.min() / 10, periods.max() * 3, _PERIODS):
         hot, cold = _two(1 - np.exp(-periods / tau), periods, sizes, weight, total)
@@ -118,7 +125,7 @@ def fit(periods: Floats, sizes: Floats, total: float) -> list[Model]:
     # Of those that fit, the ends: the quickest and the slowest hot set.
     ends = [min(fitting, key=lambda each: each[1].tau), max(fitting, key=lambda each: each[1].tau)]
     chosen = [tried[0], *(each for each in ends if each is not tried[0])]
-    return [Model(model.hot, model.tau, model.cold, max(1.25 * error, _FLOOR)) for error, model, _ in chosen]
+    return tuple(Model(model.hot, model.tau, model.cold, max(1.25 * error, _FLOOR)) for error, model, _ in chosen)
 
 
 def _two(
