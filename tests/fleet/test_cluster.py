@@ -58,7 +58,7 @@ def test_few_need_no_dask() -> None:
 def test_a_worker_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is killed in the midst of it; and meanwhile all that listens does so on the loopback interface."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    fleet, before, threads = many(60), children(), threading.active_count()
+    fleet, before, threads = many(30), children(), threading.active_count()
     killed, listening, counts = [], [], []
 
     def told(done: int, of: int) -> None:
@@ -73,7 +73,7 @@ def test_a_worker_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     found = tabulate(fleet, ["h0"], slow, workers=2, told=told)
     assert killed
-    assert counts[-1] == (60, 60)
+    assert counts[-1] == (30, 30)
     assert set(listening) == {"0100007F"}
     assert same(found, tabulate(fleet, ["h0"], geometric, workers=0))
     assert children() == before

@@ -1,5 +1,7 @@
 """Forecasts of a fleet's VMs: where in its trace a migration begins, and how fast the guest writes."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,21 @@ PAGES = 4096
 SIZE = PAGES * 4096
 
 
-def written(path: Path, step: float) -> Path:
-    """Write a trace of 8 intervals of `step` seconds, in the latter half of which all of memory is written."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """Return what writes a trace of 8 intervals of some seconds: in the latter half all of memory is written."""
     trace = pytest.importorskip("hwdbm.trace")
-    with trace.Writer(path, [Memslot(0, 0, 0, PAGES, 0)], 4096) as writer:
-        for at in range(8):
-            words = np.full(PAGES // 64, ~np.uint64(0) if at >= 4 else np.uint64(0))
-            writer.append(round((at + 1) * step * 1e9), words)
-    return path
+
+    @cache
+    def write(step: float) -> Path:
+        path = tmp_path_factory.mktemp("traces") / "trace"
+        with trace.Writer(path, [Memslot(0, 0, 0, PAGES, 0)], 4096) as writer:
+            for at in range(8):
+                words = np.full(PAGES // 64, ~np.uint64(0) if at >= 4 else np.uint64(0))
+                writer.append(round((at + 1) * step * 1e9), words)
+        return path
+
+    return write
 
 
 def guest(trace: Path, **more) -> FleetVm:
@@ -31,9 +40,9 @@ def guest(trace: Path, **more) -> FleetVm:
 @pytest.mark.parametrize("engine", ["qemu", "hwdbm"])
 @pytest.mark.parametrize("rate", [0.25, 1.0, 3.0, 4.0])
 @pytest.mark.parametrize("start", [0.0, 0.5, 4.0, 4.5, 7.9])
-def test_a_start_is_a_time_of_the_trace(tmp_path: Path, engine, rate: float, start: float) -> None:
+def test_a_start_is_a_time_of_the_trace(written, engine, rate: float, start: float) -> None:
     """A rate is as good as a trace that was made so much faster, of which the same moment comes earlier."""
-    slow, quick = written(tmp_path / "slow", 1.0), written(tmp_path / "quick", 1.0 / rate)
+    slow, quick = written(1.0), written(1.0 / rate)
     model = Forecasts(engine)
     for bandwidth in (SIZE / 2, SIZE * 2, SIZE * 20):
         found = model(guest(slow, rate=rate, start=start))(bandwidth)
@@ -42,8 +51,8 @@ def test_a_start_is_a_time_of_the_trace(tmp_path: Path, engine, rate: float, sta
         assert (found.total, found.downtime) == pytest.approx((same.total, same.downtime), rel=1e-6)
 
 
-def test_a_start_in_the_busy_half_takes_longer(tmp_path: Path) -> None:
-    trace, model = written(tmp_path / "trace", 1.0), Forecasts("qemu")
+def test_a_start_in_the_busy_half_takes_longer(written) -> None:
+    trace, model = written(1.0), Forecasts("qemu")
     for rate in (0.5, 2.0):
         idle, busy = (model(guest(trace, rate=rate, start=start))(SIZE * 2) for start in (0.0, 4.5))
         assert idle.total < busy.total
@@ -51,7 +60,7 @@ def test_a_start_in_the_busy_half_takes_longer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("start", [8.0, 9.0, 1e9, 2.0**53])
-def test_a_start_beyond_the_trace_is_refused(tmp_path: Path, rate: float, start: float) -> None:
-    trace = written(tmp_path / "trace", 1.0)
+def test_a_start_beyond_the_trace_is_refused(written, rate: float, start: float) -> None:
+    trace = written(1.0)
     with pytest.raises(PlanError, match=r"'vm' starts after .* ms, and its trace .* ends at 8000 ms"):
         Forecasts()(guest(trace, rate=rate, start=start))

@@ -124,7 +124,7 @@ def test_without_proof(vm, inside):
 
 
 def test_most_iterations(inside):
-    vm = FakeVm(pause_every=1e-5)
+    vm = FakeVm(MemoryMap(4096, (Memslot(0, 0, 0x40000, 513, 0),)), pause_every=1e-5)
     vm.resume()
     report, received = arrived(vm, inside, Settings(0, 3, 14e6, on_limit="pause"))  # less than the guest dirties
     assert len(report.passes) >= 5  # the first, the one that leaves least so far, three without progress

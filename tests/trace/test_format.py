@@ -61,7 +61,7 @@ def small(tmp_path: Path) -> Path:
 @settings(max_examples=20 * EFFORT)
 @given(
     sizes=st.lists(st.sampled_from(SIZES), min_size=1, max_size=3),
-    intervals=st.integers(0, 40),
+    intervals=st.integers(0, 20),
     chunk=st.sampled_from([1, 8, 64, 1 << 17]),
     zeros=st.booleans(),
     seed=st.integers(0, 99),
