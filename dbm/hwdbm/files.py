@@ -303,12 +303,16 @@ class _Raw(io.FileIO):
 
 
 def caches() -> Path | None:
-    """Return the folder for what can be made again, ``$XDG_CACHE_HOME`` or ``~/.cache``; None for a user without."""
+    """Return the folder for what can be made again, ``$XDG_CACHE_HOME`` or ``~/.cache``; None for a user without.
+
+    Nor is it one where that is no whole path: what is found in the current folder is anybody's.
+    """
     named = os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(named) if named else Path.home() / ".cache"
+        folder = Path(named) if named else Path.home() / ".cache"
     except RuntimeError:  # there is no HOME, and the system doesn't know the user
         return None
+    return folder if folder.is_absolute() else None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import hwdbm
-from hwdbm.kernels import atomic, fused
+from hwdbm.kernels import _cache, atomic, fused
 
 SOURCE = Path(hwdbm.__file__).parents[1]
 
@@ -168,6 +168,24 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     done = start(WORK, NUMBA_CACHE_DIR=str(file))
     assert (done.returncode, done.stdout) == (0, "fused [128]\n"), done.stderr
     assert len(done.stderr.splitlines()) <= 1, "another folder will do"
+
+
+@pytest.mark.parametrize("name", ["XDG_CACHE_HOME", "HOME"])
+def test_what_lies_in_the_current_folder_is_no_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code is unpickled and run; of a user without a home numba looked for it in a folder called ~ here."""
+    for each in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(each, raising=False)
+
+    def places() -> list[str]:
+        return [each.__name__.lstrip("_") for each in _cache._Places(_cache.compiled)._locator_classes]
+
+    plain = places()
+    assert "UserWideCacheLocator" in plain
+    monkeypatch.setenv(name, "~")
+    assert places() == [each for each in plain if each != "UserWideCacheLocator"]
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.delenv(name)
+    assert "UserWideCacheLocator" not in places()
 
 
 BROKEN = """

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import njit, types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+
+from hwdbm import files
 
 _log = logging.getLogger("hwdbm")
 _said: list[str] = []
@@ -38,8 +40,19 @@ def compiled(*signature: types.Type) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+class _Places(CompileResultCacheImpl):
+    """Where numba keeps compiled code: not in a ``~`` of the current folder, where it would run what it finds."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        if files.caches() is None:
+            self._locator_classes = [each for each in self._locator_classes if "UserWide" not in each.__name__]
+        super().__init__(function)
+
+
 class _Cache(FunctionCache):
     """numba's cache of a function, which never raises, and checks what it loads."""
+
+    _impl_class = _Places
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
