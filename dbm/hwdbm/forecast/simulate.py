@@ -388,27 +388,27 @@ class _Migration:
             return dirty, at, 0.0
         if dirty.words is None:
             return self._until_few_of(dirty)
-        page, terms = self._guest.page_size, self._terms
+        page, terms, bandwidth = self._guest.page_size, self._terms, self._plan.bandwidth
         pages, zeros = dirty.by_word(at)
         size = (pages - zeros) * (page + terms.page_overhead) + zeros * terms.zero_bytes
         work = size / self._last_bandwidth + zeros * terms.zero_page
         # Lists: a turn looks at few of the words, and numbers of numpy's take longer one by one.
         gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
         end = float(len(gone) - 1)
-        short = max(terms.tick, sent[-1] / self._plan.bandwidth / _TURNS, clock[-1] / _TURNS)
-        long = short * max(ceil(sent[-1] / self._plan.bandwidth / _FEW_TURNS / max(short, _QUEUE)), 1)
-        far = self._plan.bandwidth * (self._limit + terms.burst + long) / page  # pages: beyond, no turn is the last
-        place = 0.0
+        short = max(terms.tick, sent[-1] / bandwidth / _TURNS, clock[-1] / _TURNS)
+        long = short * max(ceil(sent[-1] / bandwidth / _FEW_TURNS / max(short, _QUEUE)), 1)
+        far = bandwidth * (self._limit + terms.burst + long) / page  # pages: beyond, no turn is the last
+        left, done, spent = dirty.pages, 0.0, 0.0
         while True:
-            done, spent = _at(sent, place), _at(clock, place)
-            tick = long if dirty.pages - _at(gone, place) > far else short
+            tick = long if left > far else short
             # It goes on until its share is used up, or until it looks, and that before the turn is over.
             look = terms.look * tick / terms.tick if terms.tick and terms.look else tick
-            used = _place_of(sent, done + max(self._plan.bandwidth * tick - self._share, 0.0))
+            used = _place_of(sent, done + max(bandwidth * tick - self._share, 0.0))
             place = min(used, _place_of(clock, spent + look + self._slack))
-            self._advance(self._handed(_at(clock, place) - spent), idle=False)
-            part = _at(sent, place) - done
-            self._share += part
+            before, began = done, spent
+            left, done, spent = dirty.pages - _at(gone, place), _at(sent, place), _at(clock, place)
+            self._advance(self._handed(spent - began), idle=False)
+            self._share += done - before
             if place >= end:  # there is no more, which it sees at once
                 self._sent += sent[-1]
                 return (*dirty.beyond(0.0, 0.0, at, pages.size), sent[-1])
@@ -416,14 +416,13 @@ class _Migration:
                 self._advance(max(tick - (self._wall - self._turn), 0.0))
             if (turn := self._wall - self._turn) >= tick * (1 - _QUEUE):
                 self._rate, self._share, self._turn = self._share / max(turn, _QUEUE), 0.0, self._wall
-            left = dirty.pages - _at(gone, place)
             if not self._until_asked():
-                self._ask_within(left * page, _at(sent, place))
+                self._ask_within(left * page, done)
             if left * page < self._threshold() or self._gave_up:
                 whole = int(place)
-                self._sent += _at(sent, place)
+                self._sent += done
                 rest, at = dirty.beyond(left, min(float(zeros[whole:].sum()), left), at, whole)
-                return rest, at, _at(sent, place)
+                return rest, at, done
 
     def _until_few_of(self, dirty: Dirty) -> tuple[Dirty, int, float]:
         """Do the same where it isn't known which pages they are: any is as good as any other."""
