@@ -29,6 +29,7 @@ def test_options_that_have_no_effect_are_refused(run):
         assert option[0] in done.err or "nobody" in done.err
 
 
+@pytest.mark.slow  # `make docs` runs it too
 def test_the_example_of_the_documentation():
     example = Path(__file__).parents[2] / "docs" / "examples" / "track_machine.py"
     done = subprocess.run(

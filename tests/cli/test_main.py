@@ -217,7 +217,9 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
     [
         ({"NUMBA_DISABLE_JIT": "1"}, SAVE, "numba is switched off (NUMBA_DISABLE_JIT); 'vector' takes over"),
         ({"NUMBA_CPU_NAME": "nope"}, SAVE, "'nope' is not a recognized processor"),
-        ({"NUMBA_CPU_FEATURES": "+nope"}, SAVE, "'+nope' is not a recognized feature"),
+        pytest.param(
+            {"NUMBA_CPU_FEATURES": "+nope"}, SAVE, "'+nope' is not a recognized feature", marks=pytest.mark.slow
+        ),
         ({"NUMBA_NUM_THREADS": "many"}, SAVE, "warning: Environment variable 'NUMBA_NUM_THREADS'"),
         ({"MPLBACKEND": "none", "MPLCONFIGDIR": "/proc/none"}, ["inspect", ODD, "--plot", "a.svg"], ""),
     ],

@@ -134,8 +134,10 @@ def test_three_clients_of_a_guest_that_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "machine", "machine, write-protected", "kvm bitmap", "kvm clear", "kvm ring", "arm", "arm, 16K"]
-)
+    "name",
+    ["plain", "machine", "machine, write-protected", "kvm bitmap", "kvm clear", "kvm ring", "arm",
+     pytest.param("arm, 16K", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_migration_beside_snapshots_and_statistics(name: str, inside, tmp_path) -> None:
     make, options = SOURCES[name]
     vm = make(**options)

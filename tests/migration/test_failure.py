@@ -77,7 +77,9 @@ def check_again(vm: FakeVm, inside) -> None:
 CUTS = [0, 1, 2, 4, 6, 9, Kind.PASS, Kind.STATE, Kind.VERIFY, Kind.GO]  # STATE is the eleventh or later
 
 
-@pytest.mark.parametrize("at", CUTS, ids=repr)
+@pytest.mark.parametrize(
+    "at", [pytest.param(at, marks=pytest.mark.slow) if at in (2, 6) else at for at in CUTS], ids=repr
+)
 @pytest.mark.parametrize("how", ["cut", "half"])
 def test_link_cut(vm, inside, at, how):
     vm.resume()
