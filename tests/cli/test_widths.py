@@ -61,7 +61,7 @@ def test_no_command_is_left_out() -> None:
     assert sorted(["", *names]) == sorted([*COMMANDS, *ELSEWHERE])
 
 
-@pytest.mark.parametrize("columns", ["", "80", "40"])
+@pytest.mark.parametrize("columns", ["", pytest.param("80", marks=pytest.mark.slow), "40"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_a_command_prints_fits(run, name: str, columns: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
