@@ -46,7 +46,8 @@ cover: $(VENV)/.dev ## run the tests, and report what they cover: it takes longe
 
 # Ten times as many random examples as `make test` asks: some twenty minutes on two cores.
 EFFORT ?= 10
-THOROUGH = tests/test_doors.py tests/stage2/test_stage2.py tests/stage2/test_stage2_machine.py tests/stage2/test_stage2_interrupted.py tests/kernels \
+THOROUGH = tests/test_doors.py tests/test_bitmap.py tests/stage2/test_stage2.py tests/stage2/test_stage2_machine.py \
+  tests/stage2/test_stage2_interrupted.py tests/stage2/test_contiguous.py tests/stage2/test_layout.py tests/kernels tests/image/test_errors.py \
   tests/dirtylog/test_model.py tests/dirtylog/test_interrupts.py tests/machine/test_twin.py tests/image/test_synthetic.py tests/image/test_live.py tests/migration/test_stream.py tests/kvm
 
 .PHONY: thorough

@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 import pytest
 from bitarray import bitarray
-from hypothesis import given
+from effort import EFFORT
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwdbm import bitmap as module
@@ -273,11 +274,13 @@ def sets(draw: st.DrawFn) -> tuple[Pages, Pages, int]:
     return subset(draw(numbers)), subset(draw(numbers)), npages
 
 
+@settings(max_examples=40 * EFFORT)
 @given(sets())
 def test_any_two_sets(case: tuple[Pages, Pages, int]) -> None:
     check_everything(DirtyBitmap, *case)
 
 
+@settings(max_examples=40 * EFFORT)
 @given(sets(), st.integers(1, 5), st.sampled_from([0, module._FEW, 65]), st.sampled_from([0, 1 << 60]))
 def test_any_two_sets_in_small_chunks(case: tuple[Pages, Pages, int], chunk: int, few: int, sparse: int) -> None:
     # Listings and sizes are made in chunks of words: more of them than words at hand come to meet. Each chunk is listed

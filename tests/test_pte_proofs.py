@@ -377,6 +377,7 @@ def counts_bits(popcount: Callable[[Any], Any]) -> Claim:
     return claim
 
 
+@pytest.mark.slow  # several seconds of z3; all that count bits are compared with loops in tests/kernels
 def test_popcount() -> None:
     prove(counts_bits(atomic._popcount.py_func))
 

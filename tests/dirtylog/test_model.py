@@ -7,7 +7,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from logmachine import BlockMachine, ClientMachine, LogMachine
 
 LONG = settings(
-    max_examples=25 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15 * EFFORT, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -18,4 +18,4 @@ def test_machine(machine, kernels):
 
 @pytest.mark.filterwarnings("default::ResourceWarning")
 def test_clients(kernels):
-    run_state_machine_as_test(ClientMachine, settings=settings(LONG, max_examples=15 * EFFORT))
+    run_state_machine_as_test(ClientMachine, settings=settings(LONG, max_examples=10 * EFFORT))

@@ -1,6 +1,7 @@
 """Steps in threads: what several workers do is what one does, and a step that fails gives everything back."""
 
 import threading
+from itertools import product
 
 import numpy as np
 import pytest
@@ -27,8 +28,14 @@ def dirtied(workers, **kwargs):
     return log
 
 
-@pytest.mark.parametrize("step", [None, 64 * 37, 1 << 17])
-@pytest.mark.parametrize("workers", [2, 3, 16])
+STEPS, WORKERS = (None, 64 * 37, 1 << 17), (2, 3, 16)
+EACH_ONCE = [*zip(WORKERS, STEPS, strict=True)]
+OTHERS = [pair for pair in product(WORKERS, STEPS) if pair not in EACH_ONCE]
+
+
+@pytest.mark.parametrize(
+    ("workers", "step"), [*EACH_ONCE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
 @pytest.mark.parametrize("manual", [False, True])
 def test_several_do_what_one_does(kernels, workers, step, manual):
     one, several = dirtied(1, manual_protect=manual), dirtied(workers, manual_protect=manual, step_pages=step)

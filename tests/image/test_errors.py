@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from effort import EFFORT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import Geometry, Tables
@@ -368,7 +369,7 @@ def header(shape: tuple[int, ...], dtype: str = "<u8") -> bytes:
 def test_unpacking_is_bounded_before_it_happens(tmp_path: Path, name: str, shape: tuple[int, ...], why: str) -> None:
     """A few kilobytes that would become many megabytes aren't unpacked."""
     path = change(tmp_path, lambda arrays: arrays.pop(name, None))
-    bomb(path, name, header(shape), 256 << 20)
+    bomb(path, name, header(shape), 16 << 20)
     tracemalloc.start()
     try:
         with pytest.raises(ImageError, match=why) if why else contextlib.nullcontext():
@@ -616,7 +617,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 # --- fuzz ------------------------------------------------------------------------------------------------
 
 FUZZED = [CAPTURE, CAPTURES / "4k_blocks" / "round1.npz", CAPTURES / "kvm-6.1" / "manual-3-ran.npz"]
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=50 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read_all(path: Path) -> None:

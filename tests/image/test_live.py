@@ -115,7 +115,7 @@ VERBS = (
 )
 
 
-@settings(max_examples=40 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     g=st.sampled_from(geometries()), seed=st.integers(0, 1 << 32), junk=st.booleans(), kernels=st.sampled_from(KERNELS)
 )
@@ -145,7 +145,7 @@ def test_verbs_do_the_same_in_place(g, seed, junk, kernels, tmp_path):
     assert not (flips & np.uint64(~(pte.MUTABLE | pte.CONTIGUOUS) & (1 << 64) - 1)).any()
 
 
-@settings(max_examples=25 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     g=st.sampled_from([g for g in geometries() if g.start < 3 and g.ipa > g.shift(2) + 3 and not g.ds]),
     seed=st.integers(0, 1 << 32),

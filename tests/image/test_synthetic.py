@@ -83,7 +83,7 @@ def test_every_geometry(g: Geometry, tmp_path: Path) -> None:
     compare(image, tables, slots)
 
 
-@settings(max_examples=150 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(g=st.sampled_from(geometries()), seed=st.integers(0, 1 << 32), junk=st.booleans())
 def test_random_layouts(g: Geometry, seed: int, junk: bool, tmp_path: Path) -> None:
     tables, slots = built(g, seed, junk=junk)

@@ -27,8 +27,8 @@ class SplitTwin(BlockTwin):
 
 @pytest.mark.parametrize("machine", [TwinMachine, BlockTwin, SplitTwin])
 def test_the_bulk_vcpu_is_the_reference_at_speed(machine):
-    run_state_machine_as_test(machine, settings=settings(FEW, max_examples=12 * EFFORT))
+    run_state_machine_as_test(machine, settings=settings(FEW, max_examples=6 * EFFORT))
 
 
 def test_no_write_is_lost():
-    run_state_machine_as_test(GuestMachine, settings=settings(FEW, max_examples=30 * EFFORT, stateful_step_count=25))
+    run_state_machine_as_test(GuestMachine, settings=settings(FEW, max_examples=15 * EFFORT, stateful_step_count=25))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from effort import EFFORT
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwdbm.errors import GfnError
@@ -84,6 +85,7 @@ def test_layout(granule: Granule, base: int) -> None:
 
 
 @granules
+@settings(max_examples=40 * EFFORT)
 @given(base=st.integers(0, 1 << 30), npages=st.integers(1, 20_000), data=st.data())
 def test_any_layout(granule: Granule, base: int, npages: int, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, npages), min_size=2, max_size=4))

@@ -32,7 +32,7 @@ def test_machine(name, granule, monkeypatch):
     Machine.most = {Granule.K4: 1600, Granule.K16: 4200, Granule.K64: 9000}[granule]
     monkeypatch.setattr(kernels, "_active", [])
     kernels.use(name)
-    few = {Granule.K4: 25, Granule.K16: 8, Granule.K64: 4}[granule]
+    few = {Granule.K4: 15, Granule.K16: 8, Granule.K64: 4}[granule]
     run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=few * EFFORT))
 
 
@@ -211,7 +211,7 @@ def test_machine_catches_a_broken_consumer(machine):
 def test_machine_spares_what_is_not_broken(machine):
     """The hunts' own counterpart: with the same rules and the true Stage2 nothing is found."""
     for rules in (WRITES | {"clear"}, WRITES | {"change", "unmap"}, WRITES | {"migrate", "host_takes"}):
-        hunt(machine, rules, examples=12 * EFFORT)
+        hunt(machine, rules, examples=4 * EFFORT)
 
 
 def hunt(machine, rules, stage2=Stage2, examples=1000):
@@ -225,7 +225,7 @@ def test_machine_without_the_walker():
     class Machine(Stage2Machine):
         compare = False
 
-    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=25 * EFFORT))
+    run_state_machine_as_test(Machine, settings=settings(LONG, max_examples=12 * EFFORT))
 
 
 def test_a_short_story():
