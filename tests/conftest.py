@@ -40,6 +40,13 @@ def one_writer() -> Iterator[onewriter.Level]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def few_objects() -> None:
+    """Leave out of a module's many collections all that there is before it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _own_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
     """Collect what a test that may leave leases open left, while its warnings are ignored: not in another test."""

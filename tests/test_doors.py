@@ -1111,6 +1111,7 @@ LENDERS = {"get_dirty_log", "clear_dirty_log", "dirty", "take", "client"}
 
 # What a call lends or opens is let go of here.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", NAMES)
 def test_refused_means_unchanged(name: str) -> None:
     complaints = list(walked(name))

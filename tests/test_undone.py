@@ -1,7 +1,6 @@
 """What is made or changed in steps is undone where any of them ends in an exception: one comes at each line, once."""
 
 import ast
-import gc
 import inspect
 import os
 import sys
@@ -101,13 +100,6 @@ def interrupted(function: Any, line: int) -> Iterator[list[bool]]:
         yield came
     finally:
         sys.settrace(before)
-
-
-@pytest.fixture
-def few_objects() -> None:
-    """What there is stays: each count of the descriptors collects garbage, and would look at all of it."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.mark.usefixtures("few_objects")
