@@ -5,6 +5,7 @@ Every thread is joined with a limit: one that waits for ever is a failure, not a
 
 import random
 from contextlib import suppress
+from itertools import product
 from threading import Event, Lock, Thread
 
 import numpy as np
@@ -326,9 +327,15 @@ class Machine:
         assert self.memory.any()
 
 
-@pytest.mark.parametrize(("step", "workers"), [(None, 1), (64, 1), (64, 3)])
-@pytest.mark.parametrize("manual", [False, True])
-@pytest.mark.parametrize("hw", [True, False])
+# Half of them here: those have every two that go together. `make slow` has the others.
+STEPS = ((None, 1), (64, 1), (64, 3))
+WAYS = [
+    pytest.param(hw, manual, *STEPS[how], marks=[pytest.mark.slow] if (hw + manual + how) % 2 else [])
+    for hw, manual, how in product((True, False), (False, True), range(3))
+]
+
+
+@pytest.mark.parametrize(("hw", "manual", "step", "workers"), WAYS)
 def test_vcpus_and_a_migration(hw, manual, step, workers):
     machine = Machine(hw_dbm=hw, manual_protect=manual, step_pages=step, workers=workers)
     machine.log.map(0, 0x40, machine.npages, 0)

@@ -92,7 +92,10 @@ class CopiesFirst(Stress):
         self.flush()
 
 
-@pytest.mark.parametrize("mistake", [NeverFlushes, FlushesFirst, CopiesFirst])
+# `make stress` has all of them.
+@pytest.mark.parametrize(
+    "mistake", [NeverFlushes, *(pytest.param(each, marks=pytest.mark.slow) for each in (FlushesFirst, CopiesFirst))]
+)
 def test_a_mistake_is_found(mistake):
     hunt(mistake)
 
