@@ -114,7 +114,6 @@ def test_each_snapshot_is_the_memory_of_its_moment(story):
 def test_memory_larger_than_what_is_moved_together(story, batch, monkeypatch):
     """Restored, checked, and laid together in each of the two ways; pages of zeros among it."""
     monkeypatch.setattr(moving, "_BATCH", batch)
-    monkeypatch.setattr(moving, "_FEW", 0)  # and hashed by another thread
     assert story.right() == 4
     assert story.chain.check(whole=True) == []
     story.chain.rebase(story.chain.snapshots()[1].id)
@@ -825,9 +824,8 @@ def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
         parts.append((at, rng.integers(0, 2, count * 64, dtype=np.uint8) * (rng.random() < 0.7)))
         at += count * 64
     path = tmp_path_factory.mktemp("runs") / "file"
-    before = moving._BATCH, moving._FEW, moving._ZEROS, moving._LONG
+    before = moving._BATCH, moving._ZEROS, moving._LONG
     moving._BATCH, moving._ZEROS, moving._LONG = batch, 64, data.draw(st.sampled_from([1, 64 * 9, 1 << 20]))
-    moving._FEW = data.draw(st.sampled_from([0, 64 * 20]))
     try:
         with path.open("w+b") as file:
             os.truncate(file.fileno(), at)
@@ -849,7 +847,7 @@ def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
             assert moving.get_pages([(file.fileno(), path)], runs, use) == digest
             assert read == want
     finally:
-        moving._BATCH, moving._FEW, moving._ZEROS, moving._LONG = before
+        moving._BATCH, moving._ZEROS, moving._LONG = before
 
 
 def test_memory_from_elsewhere(story, tmp_path):

@@ -19,13 +19,12 @@ from hwdbm.vm import MemoryMap
 Bytes = NDArray[np.uint8]
 
 _BATCH = 8 << 20  # bytes that are hashed together
-_FEW = 1 << 20  # bytes that are hashed before another thread would have begun to
 _LONG = 256 << 10  # bytes of a run on average, from which hashing it where it lies costs least
 _ZEROS = 1 << 20  # bytes that are looked at together, so that zeros become a hole
 
 
 class Hash:
-    """SHA-256 of what is added, in the order in which it is added, by a thread of its own where that is much.
+    """SHA-256 of what is added, in the order in which it is added, by a thread of its own.
 
     What was added must stay as it is until the next `add`, or `digest`, has returned.
     """
@@ -38,10 +37,7 @@ class Hash:
     def add(self, parts: Sequence[Bytes]) -> None:
         """Add some bytes. It waits for those that were added before."""
         self._wait()
-        if sum(part.nbytes for part in parts) < _FEW:
-            self._update(parts)
-        else:
-            self._last = self._pool.submit(self._update, parts)
+        self._last = self._pool.submit(self._update, parts)
 
     def digest(self) -> str:
         """Return the SHA-256 of all that was added, in hexadecimal."""
@@ -115,27 +111,20 @@ def put_pages(fd: int, runs: NDArray[np.int64], memory: Sequence[Bytes], page_si
         Whether a mebibyte of zeros is left out: the file has none of these bytes yet.
     """
     stop: list[bool] = []
-    if runs[:, 1].sum() < _FEW:
-        _put_runs(fd, runs, memory, holes=holes)
-        return _hashed(runs, memory, page_size, stop)
     with ThreadPoolExecutor(1, "hwdbm-sha256") as pool:
         # It reads the memory itself: this thread does no more than to write, and Python's lock is hardly asked for.
         hashed = pool.submit(_hashed, runs, memory, page_size, stop)
         try:
-            _put_runs(fd, runs, memory, holes=holes)
+            views = [part.data for part in memory]
+            for at, length, slot, start, _ in runs.tolist():
+                if holes:
+                    put_sparse(fd, memory[slot][start : start + length], at)
+                elif os.pwrite(fd, views[slot][start : start + length], at) != length:  # a long one, or a signal
+                    put(fd, memory[slot][start : start + length], at)
         except BaseException:
             stop.append(True)
             raise
         return hashed.result()
-
-
-def _put_runs(fd: int, runs: NDArray[np.int64], memory: Sequence[Bytes], *, holes: bool) -> None:
-    views = [part.data for part in memory]
-    for at, length, slot, start, _ in runs.tolist():
-        if holes:
-            put_sparse(fd, memory[slot][start : start + length], at)
-        elif os.pwrite(fd, views[slot][start : start + length], at) != length:  # a long one, or a signal
-            put(fd, memory[slot][start : start + length], at)
 
 
 def _hashed(runs: NDArray[np.int64], memory: Sequence[Bytes], page_size: int, stop: list[bool]) -> str:
