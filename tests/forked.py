@@ -198,7 +198,7 @@ def run_as(
     process.subprocess = NESTED
     # What they are depends on what is behind them: a terminal, a pipe, a file.
     for number, (name, mode) in enumerate(_STREAMS.items()):
-        stream = None if number in closed else open(number, closefd=False, **mode)  # noqa: SIM115
+        stream = None if number in closed else os.fdopen(number, closefd=False, **mode)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

@@ -752,3 +752,14 @@ def test_a_large_factor_takes_no_memory_beside_the_result() -> None:
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("npages", [1, 63, 64, 65, 128])
+def test_a_page_beyond_the_last_is_in_none(npages: int) -> None:
+    full = ~DirtyBitmap(npages)
+    assert [page in full for page in (-1, 0, npages - 1, npages, npages + 63, 1 << 64)] == [
+        False,
+        True,
+        True,
+        *[False] * 3,
+    ]
