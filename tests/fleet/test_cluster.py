@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleettools import geometric, guest, missing, pair, slow
+from fleettools import GIB, geometric, guest, missing, pair, slow
 
 import hwdbm.fleet.cluster
 from hwdbm.fleet import Fleet, tabulate
-from hwdbm.fleet.curves import Curves
+from hwdbm.fleet.curves import Curves, points, stack
 
 distributed = pytest.importorskip("distributed")
 TESTS = Path(__file__).parents[1]
@@ -53,6 +53,17 @@ def test_few_need_no_dask() -> None:
         [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, env=os.environ
     )
     assert done.stdout == "[]\n"
+
+
+def test_curves_are_in_the_order_of_the_list() -> None:
+    """However their traces lie among them, and whether it is said from where on."""
+    traces = [Path("b"), None, Path("a"), Path("b"), Path("c"), Path("a")]
+    vms = [
+        guest(f"v{at}", trace=trace, samples=None if trace else Path("s"), start=at % 2 * 1.0 if at % 3 else None)
+        for at, trace in enumerate(traces)
+    ]
+    found = tabulate(pair(*vms), ["h0"], geometric)
+    assert same(found, stack([points(geometric(each), float(GIB), each.max_downtime) for each in vms]))
 
 
 def test_a_worker_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwdbm.errors import PlanError
-from hwdbm.fleet import Fleet, FleetVm, Host, Link, Taken, drain, tabulate
+from hwdbm.fleet import Fleet, FleetVm, Host, Link, Taken, drain, planner, tabulate
 from hwdbm.fleet.planner import drained_guests, fair_shares
 
 LOOSE = 0.03
@@ -252,3 +252,36 @@ def test_against_the_forecasts_themselves(hosts: int) -> None:
             assert stuck == set(outcome.stuck)
             if not stuck:
                 assert max(flow.end for flow in flows.values()) == pytest.approx(outcome.makespan, rel=LOOSE)
+
+
+@pytest.mark.parametrize("together", [1, 3, 256])
+@given(data=st.data())
+def test_what_waits_begins_as_if_all_were_looked_at(together: int, data: st.DataObject) -> None:
+    """In order, at each moment, those that fit into what is free of their way: one after the other, by hand."""
+    rng, n, links = np.random.default_rng(data.draw(st.integers(0, 9999))), data.draw(st.integers(1, 40)), 5
+    capacity = np.array([*rng.choice([1.0, 2.0, 5.0], links), 1e300])
+    ways = np.stack([np.append(rng.permutation(links)[:2], rng.choice([4, links], 2)) for _ in range(n)])
+    wide = capacity[ways].min(axis=1)
+    floor = wide / rng.choice([1, 2, 3], n) * rng.choice([0.0, 1.0], n, p=[0.1, 0.9])
+    job = planner._Job(np.arange(n), np.zeros(n, dtype=np.intp), ways, wide, tuple(map(str, range(n))))
+    way = planner._Way("some", rng.permutation(n), floor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "_SOME", together)
+        waiting, free, left, running = planner._Waiting(job, way, links + 1), capacity.copy(), list(way.order), []
+        while left:
+            room = int(rng.choice([0, 1, 2, n]))
+            expected, rest = [], free.copy()
+            for each in left:
+                mine = sorted(set(ways[each]))
+                if len(expected) < room and (rest[mine] >= floor[each] - 1e-9).all():
+                    expected.append(each)
+                    rest[mine] -= floor[each]
+            assert waiting.begin(free, room).tolist() == expected
+            free, running = rest, [*running, *expected]
+            left = [each for each in left if each not in expected]
+            assert waiting.count == len(left)
+            done = [each for each in running if rng.random() < 0.5]
+            running = [each for each in running if each not in done]
+            for each in done:
+                free[sorted(set(ways[each]))] += floor[each]
+            waiting.look_again(ways[np.array(done, dtype=np.intp)])

@@ -297,6 +297,61 @@ def test_a_page_that_becomes_zero_is_one() -> None:
     assert guest.written(0, 2).zeros == pytest.approx(5)
 
 
+@given(st.data())
+def test_which_pages_are_zero_is_known_of_many_intervals(data: st.DataObject) -> None:
+    """A page is what it was when it was last written, be that in a block of intervals or before or behind them."""
+    intervals, npages = data.draw(st.integers(1, 70)), 64
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    written = rng.random((intervals, npages)) < rng.choice([0.01, 0.1, 0.5])
+    zero = written & (rng.random((intervals, npages)) < 0.5)
+    initial = rng.random(npages) < 0.5
+    packed = [np.packbits(each, axis=-1, bitorder="little").view(np.uint64) for each in (written, zero, initial)]
+    guest = TraceWrites(MemoryWrites(packed[0], 1.0, zeros=packed[1], initial_zeros=packed[2]))
+    begin = data.draw(st.integers(0, intervals))
+    end = data.draw(st.integers(begin, 3 * intervals))
+    last: dict[int, bool] = {}
+    for number in range(begin, end):
+        real = number if number < intervals else guest.again + (number - guest.again) % (intervals - guest.again)
+        last.update((int(page), bool(zero[real, page])) for page in np.flatnonzero(written[real]))
+    found = guest.written(begin, end)
+    assert (found.pages, found.zeros) == (len(last), sum(last.values()))
+    assert (found.zero_words == bits([page for page in last if last[page]], npages)).all()
+    before = {page: bool(initial[page]) for page in range(npages)}
+    for number in range(min(end, intervals)):
+        before.update((int(page), bool(zero[number, page])) for page in np.flatnonzero(written[number]))
+    assert guest.everything(end, end).zeros == sum(before.values())
+
+
+@given(traces(), st.data())
+def test_a_guest_at_another_rate_is_that_of_a_trace_made_so_much_faster(made, data) -> None:
+    intervals, npages = made
+    zeros = np.stack([bits({page for page in each if page % 3}, npages) for each in intervals])
+    initial = bits({page for page in range(npages) if page % 2}, npages)
+    rate, more = data.draw(st.sampled_from([0.25, 1.0, 2.0, 8.0])), data.draw(st.integers(0, 300))
+    one = TraceWrites(trace(intervals, npages, zeros=zeros, initial_zeros=initial))
+    made_so = TraceWrites(trace(intervals, npages, 1 / rate, zeros=zeros, initial_zeros=initial))
+    for _ in range(2):  # they share what they find
+        scaled = one.like(rate, npages + more)
+        assert (scaled.npages, scaled.ends, scaled.period) == (npages + more, made_so.ends, made_so.period)
+        begin = data.draw(st.floats(0, 30))
+        end = begin + data.draw(st.floats(0, 30))
+        found, same = scaled.written(begin, end), made_so.written(begin, end)
+        assert (found.pages, found.zeros) == (same.pages, same.zeros)
+        assert (found.words == same.words).all()
+        assert scaled.everything(begin, end).pages == npages + more
+        assert scaled.everything(begin, end).zeros == made_so.everything(begin, end).zeros
+    assert (one.npages, one.ends) == (npages, len(intervals))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), 1e18, 1e-12])
+def test_a_rate_at_which_a_trace_has_no_times_is_refused(rate: float) -> None:
+    guest = TraceWrites(trace([{1}] * 9, 64))
+    with pytest.raises(ValueError, match=r"rate|interval"):
+        guest.like(rate, 64)
+    with pytest.raises(ValueError, match="not 63"):
+        guest.like(1.0, 63)
+
+
 def test_a_pause_that_takes_too_long_is_given_up() -> None:
     """Ours lets the guest go on when its last pass takes more than the limit and half a second."""
     late = Terms("own", pause=0.5)  # in which the guest writes a lot

@@ -80,13 +80,18 @@ def tabulate(
         workers = check.integer(workers, "workers", 0, 4096)
     jobs = list(zip(drained_guests(fleet, hosts), highest(fleet, hosts), strict=True))
     told = told or (lambda _done, _of: None)
+    # VMs of a trace stand together: who forecasts one has what it has read of its trace for the next.
+    order = sorted(range(len(jobs)), key=lambda at: str(jobs[at][0].trace))
+    jobs = [jobs[at] for at in order]
     if scheduler is None and (workers == 0 or (workers is None and len(jobs) <= FEW)):
         found = []
         for guest, top in jobs:
             found.append(_curve(model, guest, top))
             told(len(found), len(jobs))
-        return stack(found)
-    return stack(_on_dask(model, jobs, workers or os.cpu_count() or 1, scheduler, told))
+    else:
+        found = _on_dask(model, jobs, workers or os.cpu_count() or 1, scheduler, told)
+    places = sorted(range(len(jobs)), key=order.__getitem__)
+    return stack([found[at] for at in places])
 
 
 def _curve(model: Model, guest: FleetVm, top: float) -> Found:
@@ -103,10 +108,8 @@ def _on_dask(
 ) -> list[Found]:
     from distributed import Client, wait  # noqa: PLC0415  # an extra, and half a second
 
-    # VMs of a trace stand together: a worker has what it has read of a trace still.
-    order = sorted(range(len(jobs)), key=lambda at: (str(jobs[at][0].trace), jobs[at][0].start))
     size = max(1, min(_TOGETHER, len(jobs) // (4 * workers)))
-    parts = [order[at : at + size] for at in range(0, len(order), size)]
+    parts = [range(at, min(at + size, len(jobs))) for at in range(0, len(jobs), size)]
     found: list[Found | None] = [None] * len(jobs)
     with ExitStack() as stack_:
         stack_.enter_context(_quiet())

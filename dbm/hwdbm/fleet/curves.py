@@ -74,10 +74,10 @@ class Curves:
         Between two points both are a part that is fixed and bytes over the bandwidth.
         """
         known = self.bandwidth[rows]
-        right = np.clip((known < bandwidth[:, None]).sum(axis=1), 1, _WIDTH - 1)
+        right = np.minimum(np.maximum((known < bandwidth[:, None]).sum(axis=1), 1), _WIDTH - 1)
         each = np.arange(rows.size)
         low, high = known[each, right - 1], known[each, right]
-        inside = np.clip(bandwidth, low, high)
+        inside = np.minimum(np.maximum(bandwidth, low), high)
         wide = 1 / low - 1 / high
         part = np.divide(1 / low - 1 / inside, wide, out=np.ones_like(wide), where=wide > 0)
         slower = np.where(bandwidth < known[:, 0], np.maximum(bandwidth, 1e-300) / known[:, 0], 1.0)

@@ -4,9 +4,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hwdbm.errors import PlanError
 from hwdbm.fleet.curves import Curve, Taken
 from hwdbm.fleet.plan import Engine, FleetVm
@@ -14,13 +11,10 @@ from hwdbm.forecast import OWN, QEMU, Terms
 from hwdbm.forecast.model import ModelWrites, fit, measured
 from hwdbm.forecast.samples import read_sample_file
 from hwdbm.forecast.simulate import Course, run
-from hwdbm.forecast.writes import GuestWrites, TraceWrites, Writes
-
-Words = NDArray[np.uint64]
+from hwdbm.forecast.writes import GuestWrites, TraceWrites
 
 _MOMENTS = 3  # of a trace at which a migration may begin, where the plan doesn't say when
 _FLAT = 5  # passes without progress, after which it is hopeless: a plan that needs a lull is none
-_KEPT = 64 << 20  # bytes of a trace that a process keeps; a larger one is read as it is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,66 +74,32 @@ class Forecasts:
             return ModelWrites(model, vm.memory, samples[-1].page_size), [0.0]
         if vm.trace is None:
             raise PlanError(f"the VM {vm.name!r} has neither a trace nor samples")
-        trace = _opened(vm.trace)
-        scaled = TraceWrites(_Scaled(trace, vm))
-        if vm.start is None:
-            return scaled, [i * scaled.ends / _MOMENTS for i in range(_MOMENTS)]
-        ends = float(trace.times[-1]) / 1e9
-        if vm.start >= ends:
-            raise PlanError(
-                f"the VM {vm.name!r} starts after {vm.start * 1e3:g} ms, and its trace {vm.trace} ends at "
-                f"{ends * 1e3:g} ms"
-            )
-        return scaled, [vm.start / vm.rate]
-
-
-class _Scaled:
-    """A trace whose guest writes at another rate, and has more memory, which it never writes."""
-
-    def __init__(self, trace: Writes, vm: FleetVm) -> None:
-        self._trace, self.page_size = trace, trace.page_size
-        self.npages, self.initial_zeros = vm.memory // trace.page_size, trace.initial_zeros
-        if self.npages < trace.npages:
+        trace = _read(vm.trace)
+        if vm.memory // trace.page_size < trace.npages:
             raise PlanError(
                 f"the VM {vm.name!r} has {vm.memory} bytes of memory, and its trace {vm.trace} is of "
                 f"{trace.npages * trace.page_size}"
             )
-        times = trace.times / vm.rate
-        if times[-1] >= 1 << 62 or (np.diff(times.astype(np.int64)) <= 0).any():
+        try:
+            scaled = trace.like(vm.rate, vm.memory // trace.page_size)
+        except ValueError:
             raise PlanError(
                 f"the VM {vm.name!r} writes at a rate of {vm.rate:g}, at which its trace {vm.trace} has intervals "
                 "of no time, or more than 2^62 ns"
+            ) from None
+        if vm.start is None:
+            return scaled, [i * scaled.ends / _MOMENTS for i in range(_MOMENTS)]
+        if vm.start >= trace.ends:
+            raise PlanError(
+                f"the VM {vm.name!r} starts after {vm.start * 1e3:g} ms, and its trace {vm.trace} ends at "
+                f"{trace.ends * 1e3:g} ms"
             )
-        self.times = times.astype(np.int64)
-
-    def words(self, lo: int, hi: int) -> Words:
-        return self._trace.words(lo, hi)
-
-    def zeros(self, lo: int, hi: int) -> Words | None:
-        return self._trace.zeros(lo, hi)
+        return scaled, [vm.start / vm.rate]
 
 
-class _Kept:
-    """A trace that is small enough to be kept in memory."""
-
-    def __init__(self, trace: Writes) -> None:
-        self.page_size, self.npages, self.times = trace.page_size, trace.npages, trace.times
-        self.initial_zeros = trace.initial_zeros
-        self._words = trace.words(0, self.times.size - 1)
-        self._zeros = trace.zeros(0, self.times.size - 1)
-
-    def words(self, lo: int, hi: int) -> Words:
-        return self._words[lo:hi]
-
-    def zeros(self, lo: int, hi: int) -> Words | None:
-        return None if self._zeros is None else self._zeros[lo:hi]
-
-
-@lru_cache(maxsize=4)
-def _opened(path: Path) -> Writes:
-    """Return a trace; VMs that share one are forecast one after the other."""
+@lru_cache(maxsize=2)
+def _read(path: Path) -> TraceWrites:
+    """Return what is kept of a trace; VMs that share one are forecast one after the other."""
     from hwdbm.trace import open_trace  # noqa: PLC0415  # it needs an extra
 
-    trace = open_trace(path)
-    size = trace.npages // 8 * (trace.times.size - 1) * 2
-    return _Kept(trace) if size <= _KEPT else trace
+    return TraceWrites(open_trace(path))

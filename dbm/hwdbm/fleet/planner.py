@@ -26,6 +26,8 @@ _NEVER_FULL = 1e300  # the bandwidth of what stands for a link where a way has f
 _WAY = 4  # links of a way at most: the host's, its rack's, the other rack's, the other host's
 _AT_ONCE = (1, 2, 3, 4, 6, 8, 12, 16)
 _MIB = 1 << 20
+_UNKNOWN, _BEGUN = -1, -2  # in place of a link
+_SOME = 256  # of what waits that are looked at together, and twice as many where none of them can begin
 _CLOSE = 1e-9  # a part of a link that is lost in rounding
 
 
@@ -379,10 +381,10 @@ def _simulate(job: _Job, way: _Way, capacity: Floats, curves: Curves, *, steps: 
     start, end, downtime = np.full((3, n), inf)
     least, carried, done = np.full(n, inf), np.zeros(n), np.zeros(n)
     told: list[tuple[float, Ints, Floats]] = []
-    waiting, running, before = way.order, np.zeros(0, dtype=np.intp), np.zeros(n)
+    waiting, running, before = _Waiting(job, way, capacity.size), np.zeros(0, dtype=np.intp), np.zeros(n)
     time, free = 0.0, capacity.copy()
-    while waiting.size or running.size:
-        waiting, begun = _begin(job, way, waiting, free, int(min(way.most - running.size, n)))
+    while waiting.count or running.size:
+        begun = waiting.begin(free, int(min(way.most - running.size, n)))
         if begun.size:
             start[begun] = time
             free = free - _carried(job.ways[begun], way.floor[begun], free.size)
@@ -406,6 +408,7 @@ def _simulate(job: _Job, way: _Way, capacity: Floats, curves: Curves, *, steps: 
         gone = running[ends]
         end[gone], downtime[gone] = time, pause[ends]
         free = free + _carried(job.ways[gone], way.floor[gone], free.size)
+        waiting.look_again(job.ways[gone])
         if steps:
             told.append((time, gone, np.zeros(gone.size)))
             before[gone] = 0
@@ -415,21 +418,45 @@ def _simulate(job: _Job, way: _Way, capacity: Floats, curves: Curves, *, steps: 
     return _Run(start, end, downtime, least, mean, tuple(told))
 
 
-def _begin(job: _Job, way: _Way, waiting: Ints, free: Floats, room: int) -> tuple[Ints, Ints]:
-    """Return which still wait, and which begin: in order, each whose guarantee fits into what is free of its way."""
-    free, first = free.copy(), 0
-    begun: list[int] = []
-    floor, ways = way.floor[waiting], job.ways[waiting]
-    slack = _CLOSE * job.wide[waiting]
-    while len(begun) < room:
-        fits = np.flatnonzero(free[ways[first:]].min(axis=1) + slack[first:] >= floor[first:])
-        if not fits.size:
-            break
-        each = first + int(fits[0])
-        begun.append(each)
-        free[list(set(ways[each].tolist()))] -= floor[each]
-        first = each + 1
-    return np.delete(waiting, begun), waiting[np.array(begun, dtype=np.intp)]
+class _Waiting:
+    """What waits, in order; and a link that is too full for each, if it was found to have none too little room.
+
+    As long as no migration that ends has that link in its way, it can't begin, and isn't looked at.
+    """
+
+    def __init__(self, job: _Job, way: _Way, links: int) -> None:
+        self._order, self._links, self.count = way.order, links, way.order.size
+        self._ways, self._floor = job.ways[way.order], way.floor[way.order]
+        self._needs = self._floor - _CLOSE * job.wide[way.order]
+        self._full = np.full(self.count, _UNKNOWN, dtype=np.intp)
+
+    def look_again(self, ways: Ints) -> None:
+        """Take note that links have more room."""
+        freed = np.zeros(self._links + 2, dtype=np.bool_)  # two more, for the two that are no links
+        freed[ways] = True
+        self._full[freed[self._full]] = _UNKNOWN
+
+    def begin(self, free: Floats, room: int) -> Ints:
+        """Return which begin: in order, each whose guarantee fits into what is free of its way."""
+        free, begun = free.copy(), list[int]()
+        looked = np.flatnonzero(self._full == _UNKNOWN)
+        at, some = 0, _SOME
+        while at < looked.size and len(begun) < room:
+            part = looked[at : at + some]
+            ways = self._ways[part]
+            full = ways[np.arange(part.size), free[ways].argmin(axis=1)]
+            fits = np.flatnonzero(free[full] >= self._needs[part])
+            before = int(fits[0]) if fits.size else part.size
+            self._full[part[:before]] = full[:before]
+            at, some = at + before, some * 2
+            if fits.size:
+                each = int(part[before])
+                begun.append(each)
+                free[list(set(self._ways[each].tolist()))] -= self._floor[each]
+                self._full[each] = _BEGUN
+                at, some = at + 1, _SOME
+        self.count -= len(begun)
+        return self._order[np.array(begun, dtype=np.intp)]
 
 
 # --- the plan ----------------------------------------------------------------------------------------------

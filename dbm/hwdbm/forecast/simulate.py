@@ -20,7 +20,7 @@ _OVERTIME = 0.5  # seconds over the limit, after which the guest of our own migr
 _SURE = (0.05, 1 << 20)  # seconds and bytes of a pass that says what the bandwidth is
 _QUEUE = 1e-9
 _TURNS = 2_000  # turns of a pass that are followed; where there are more they are longer
-_FEW_TURNS = 100  # turns of a pass while far more is left than may be, where they needn't be told apart
+_FEW_TURNS = 16  # turns of a pass while far more is left than may be, where they needn't be told apart
 
 Decide = Callable[[list[Sample]], Verdict]
 
@@ -396,13 +396,17 @@ class _Migration:
         gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
         end = float(len(gone) - 1)
         short = max(terms.tick, sent[-1] / bandwidth / _TURNS, clock[-1] / _TURNS)
-        long = short * max(ceil(sent[-1] / bandwidth / _FEW_TURNS / max(short, _QUEUE)), 1)
-        far = bandwidth * (self._limit + terms.burst + long) / page  # pages: beyond, no turn is the last
+        long = max(sent[-1] / bandwidth, clock[-1]) / _FEW_TURNS
+        # While more is left than this, no turn is the last one.
+        near = _place_of(gone, max(dirty.pages - bandwidth * (self._limit + terms.burst + short) / page, 0.0))
+        near_sent, near_spent = _at(sent, near), _at(clock, near)
         left, done, spent = dirty.pages, 0.0, 0.0
         while True:
-            tick = long if left > far else short
+            far = max((near_sent - done) / bandwidth, near_spent - spent - self._slack)
+            turns = int(min(far / 2, long, self._until_asked()) / max(short, _QUEUE))
+            tick = short * max(turns, 1)
             # It goes on until its share is used up, or until it looks, and that before the turn is over.
-            look = terms.look * tick / terms.tick if terms.tick and terms.look else tick
+            look = tick * terms.look / terms.tick if turns <= 1 and terms.tick and terms.look else tick
             used = _place_of(sent, done + max(bandwidth * tick - self._share, 0.0))
             place = min(used, _place_of(clock, spent + look + self._slack))
             before, began = done, spent

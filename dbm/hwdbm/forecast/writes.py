@@ -1,5 +1,7 @@
 """What a guest writes, as a replay asks for it: from a trace, interval by interval, without a loop over pages."""
 
+from bisect import bisect_right
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -211,35 +213,37 @@ class TraceWrites:
     def __init__(self, writes: Writes) -> None:
         self.page_size = check.integer(writes.page_size, "page_size", 1)
         self.npages = check.integer(writes.npages, "npages", 1)
-        edges = np.asarray(writes.times, dtype=np.int64)
-        if edges.ndim != 1 or edges.size < 2:
-            raise ValueError("a trace has an interval or more, and this one has none")
-        (wrong,) = (np.diff(edges) <= 0).nonzero()
-        if edges[0] != 0 or wrong.size:
-            at = int(wrong[0]) if wrong.size else -1
-            raise ValueError(
-                f"interval {at} of the trace ends at {edges[at + 1]} ns, and begins at {edges[at]} ns"
-                if wrong.size
-                else f"the trace begins at {edges[0]} ns, and not at 0"
-            )
-        self._edges = edges / 1e9
-        (short,) = (np.diff(self._edges) <= 0).nonzero()
-        if short.size:  # of more than 100 days a float doesn't tell single nanoseconds apart
-            at = int(short[0])
-            raise ValueError(
-                f"interval {at} of the trace is too short for its time, from {edges[at]} to {edges[at + 1]} ns"
-            )
-        self._n = edges.size - 1
+        self._times = np.asarray(writes.times, dtype=np.int64)
+        self._edges = _seconds(self._times)
+        self._n = len(self._edges) - 1
         self._nwords, self._scale, self._picked = _sample(int(writes.words(0, 1).shape[1]), self._n)
         self._rows, self._zero_rows = self._load(writes)
         self._blocks = np.bitwise_or.reduceat(self._rows, np.arange(0, self._n, _BLOCK), axis=0)
+        self._zero_blocks = None if self._zero_rows is None else self._blocks_of(self._zero_rows)
         initial = writes.initial_zeros
         self._initial = None if initial is None else np.array(initial[self._picked], dtype=np.uint64)
         self._counts = np.bitwise_count(self._rows).sum(axis=1, dtype=np.int64)
         self.again = self._steady()
-        self.period = float(self._edges[-1] - self._edges[self.again])
-        self._whole: Words | None = None
+        self._whole = self._or(self.again, self._n)
         self._zero_pages: dict[int, Words] = {}  # at the beginning of intervals that were asked for
+
+    def like(self, rate: float, npages: int) -> "TraceWrites":
+        """Return a guest that writes the same at another rate, and may have more pages, which it never writes.
+
+        They share what was read of the trace.
+
+        Raises
+        ------
+        ValueError
+            If the trace has more pages, or an interval has no time at that rate, or one that no int64 has.
+        """
+        check.integer(npages, "npages", self.npages)
+        times = self._times / check.real(rate, "rate", 1e-300)
+        if times[-1] >= 1 << 62:
+            raise ValueError(f"at a rate of {rate:g} the trace takes {times[-1]:g} ns, more than 2^62")
+        other = copy(self)
+        other._edges, other.npages = _seconds(times.astype(np.int64)), npages
+        return other
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -269,23 +273,32 @@ class TraceWrites:
                 return first * quarter
         return 2 * quarter
 
+    def _blocks_of(self, zero_rows: Words) -> Words:
+        """Return which pages of each block were zero when they were last written in it."""
+        zero = np.zeros_like(self._blocks)
+        for at in range(min(_BLOCK, self._n)):
+            rows = self._rows[at::_BLOCK]
+            _replace(zero[: len(rows)], rows, zero_rows[at::_BLOCK])
+        return zero
+
     def _or(self, lo: int, hi: int) -> Words:
         """Return the union of some intervals."""
-        first, last = -(-lo // _BLOCK), hi // _BLOCK
-        parts = [self._rows[lo:hi]]
-        if first < last:
-            parts = [self._rows[lo : first * _BLOCK], self._blocks[first:last], self._rows[last * _BLOCK : hi]]
         union = np.zeros(self._nwords, dtype=np.uint64)
-        for part in parts:
-            union |= np.bitwise_or.reduce(part, axis=0)
+        for blocks, part in _parts(lo, hi):
+            union |= np.bitwise_or.reduce((self._blocks if blocks else self._rows)[part], axis=0)
         return union
 
     # --- time ---------------------------------------------------------------------------------------------------
 
     @property
+    def period(self) -> float:
+        """Seconds of the steady part."""
+        return self._edges[-1] - self._edges[self.again]
+
+    @property
     def ends(self) -> float:
         """Seconds of the trace."""
-        return float(self._edges[-1])
+        return self._edges[-1]
 
     def repeats(self, until: float) -> bool:
         """Return whether the trace ends before a time."""
@@ -298,10 +311,9 @@ class TraceWrites:
             over = time - self._edges[-1]
             laps = int(over // self.period) + 1
             time = self._edges[self.again] + over - (laps - 1) * self.period
-        interval = int(np.searchsorted(self._edges, time, side="right")) - 1
-        interval = min(interval, self._n - 1)
+        interval = min(bisect_right(self._edges, time) - 1, self._n - 1)
         part = (time - self._edges[interval]) / (self._edges[interval + 1] - self._edges[interval])
-        return interval + laps * (self._n - self.again), min(max(float(part), 0.0), 1.0)
+        return interval + laps * (self._n - self.again), min(max(part, 0.0), 1.0)
 
     def _real(self, interval: int) -> int:
         if interval < self._n:
@@ -311,14 +323,14 @@ class TraceWrites:
     def _union(self, lo: int, hi: int) -> Words:
         """Return the union of intervals that are counted on past the end."""
         if hi - lo >= self._n - self.again and lo >= self.again:
-            return self._all()
+            return self._whole
         union = np.zeros(self._nwords, dtype=np.uint64)
         if lo < self._n:
             union |= self._or(lo, min(hi, self._n))
             lo = min(hi, self._n)
         if lo < hi:
             if hi - lo >= self._n - self.again:
-                return union | self._all()
+                return union | self._whole
             first, last = self._real(lo), self._real(hi - 1)
             if first <= last:
                 union |= self._or(first, last + 1)
@@ -326,11 +338,6 @@ class TraceWrites:
                 union |= self._or(first, self._n)
                 union |= self._or(self.again, last + 1)
         return union
-
-    def _all(self) -> Words:
-        if self._whole is None:
-            self._whole = self._or(self.again, self._n)
-        return self._whole
 
     def moments(self, start: float | None, number: int) -> list[float]:
         """Return times to begin at: `number` of them, equally far apart, from `start` on.
@@ -352,7 +359,7 @@ class TraceWrites:
             both &= ~(zero[-1] ^ zero)
         agreed, of = (np.bitwise_count(each).sum(axis=1, dtype=np.int64)[:-span] for each in (both, either))
         alike = np.where(of > 0, agreed / np.maximum(of, 1), 1.0)
-        times = self._edges[span : self._n - span + 1]
+        times = np.array(self._edges[span : self._n - span + 1])
         if number == 1:
             return [float(times[alike.argmax()])]
         times = times[alike >= _ALIKE * alike.max()]
@@ -412,26 +419,25 @@ class TraceWrites:
 
     def _zeros(self, begin: float, end: float) -> Words | None:
         """Return the pages that were zero when they were last written between two times."""
-        (first, _), (last, _) = self._locate(begin), self._locate(end)
-        last = min(last, first + self._n - self.again)
-        spans, lo = [], first
-        while lo <= last:
-            real = self._real(lo)
-            hi = min(self._n, real + last - lo + 1)
-            spans.append((real, hi))
-            lo += hi - real
-        zero = np.zeros(self._nwords, dtype=np.uint64)
-        for lo, hi in spans:
-            if self._fold_zeros(lo, hi, zero) is None:
+        (lo, _), (last, part) = self._locate(begin), self._locate(end)
+        hi, zero = last + (part > 0), np.zeros(self._nwords, dtype=np.uint64)
+        while lo < hi:
+            if lo >= self._n:  # what comes again is as it was the last time
+                lo = max(lo, hi - (self._n - self.again))
+            first = self._real(lo)
+            some = min(hi - lo, self._n - first)
+            if self._fold_zeros(first, first + some, zero) is None:
                 return None
+            lo += some
         return zero
 
     def _fold_zeros(self, lo: int, hi: int, zero: Words) -> Words | None:
-        if self._zero_rows is None:
+        if self._zero_rows is None or self._zero_blocks is None:
             return None
-        for row, its_zeros in zip(self._rows[lo:hi], self._zero_rows[lo:hi], strict=True):
-            np.bitwise_and(zero, ~row, out=zero)
-            zero |= its_zeros
+        for blocks, part in _parts(lo, hi):
+            written, zeros = (self._blocks, self._zero_blocks) if blocks else (self._rows, self._zero_rows)
+            for row, its_zeros in zip(written[part], zeros[part], strict=True):
+                _replace(zero, row, its_zeros)
         return zero
 
     def everything(self, begin: float, end: float) -> Dirty:
@@ -454,6 +460,28 @@ class TraceWrites:
         return zero
 
 
+def _seconds(edges: NDArray[np.int64]) -> list[float]:
+    """Return where the intervals of a trace begin, and where the last one ends."""
+    if edges.ndim != 1 or edges.size < 2:
+        raise ValueError("a trace has an interval or more, and this one has none")
+    (wrong,) = (np.diff(edges) <= 0).nonzero()
+    if edges[0] != 0 or wrong.size:
+        at = int(wrong[0]) if wrong.size else -1
+        raise ValueError(
+            f"interval {at} of the trace ends at {edges[at + 1]} ns, and begins at {edges[at]} ns"
+            if wrong.size
+            else f"the trace begins at {edges[0]} ns, and not at 0"
+        )
+    seconds = edges / 1e9
+    (short,) = (np.diff(seconds) <= 0).nonzero()
+    if short.size:  # of more than 100 days a float doesn't tell single nanoseconds apart
+        at = int(short[0])
+        raise ValueError(
+            f"interval {at} of the trace is too short for its time, from {edges[at]} to {edges[at + 1]} ns"
+        )
+    return list(seconds.tolist())
+
+
 def _sample(nwords: int, intervals: int) -> tuple[int, float, NDArray[np.int64] | slice]:
     """Return how many words of each interval are kept, for how many each stands, and which they are."""
     most = min(max(_KEPT // (intervals * 8), _LEAST), _WORDS)
@@ -463,6 +491,21 @@ def _sample(nwords: int, intervals: int) -> tuple[int, float, NDArray[np.int64] 
     within = np.random.default_rng(0).random(most)
     picked = np.unique(((np.arange(most) + within) * (nwords / most)).astype(np.int64))
     return picked.size, nwords / picked.size, picked
+
+
+def _parts(lo: int, hi: int) -> list[tuple[bool, slice]]:
+    """Return what some intervals consist of, in order: rows and whole blocks of them, which of both, and where."""
+    first, last = -(-lo // _BLOCK), hi // _BLOCK
+    if first >= last:
+        return [(False, slice(lo, hi))]
+    return [(False, slice(lo, first * _BLOCK)), (True, slice(first, last)), (False, slice(last * _BLOCK, hi))]
+
+
+def _replace(zero: Words, written: Words, zeros: Words) -> None:
+    """Have the pages that were written be zero or not as they are now; in place."""
+    zero |= written
+    zero ^= written
+    zero |= zeros
 
 
 def start_of(start_ns: int, now: bool) -> float | None:
