@@ -1,7 +1,7 @@
 """A migration's passes, simulated on what a guest writes."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 
@@ -392,8 +392,10 @@ class _Migration:
         pages, zeros = dirty.by_word(at)
         size = (pages - zeros) * (page + terms.page_overhead) + zeros * terms.zero_bytes
         work = size / self._last_bandwidth + zeros * terms.zero_page
-        # Lists: a turn looks at few of the words, and numbers of numpy's take longer one by one.
-        gone, sent, clock = ([0.0, *np.cumsum(each).tolist()] for each in (pages, size, work))
+        sums = np.zeros((3, pages.size + 1))
+        np.cumsum((pages, size, work), axis=1, out=sums[:, 1:])
+        # A turn looks at few of the words, and one by one, numbers of numpy's take longer.
+        gone, sent, clock = (each.data for each in sums)
         end = float(len(gone) - 1)
         short = max(terms.tick, sent[-1] / bandwidth / _TURNS, clock[-1] / _TURNS)
         long = max(sent[-1] / bandwidth, clock[-1]) / _FEW_TURNS
@@ -461,16 +463,16 @@ class _Migration:
         return self._done(number + 1, terms.pause + terms.sync(self._size) + rest, converges=True)
 
 
-def _at(values: list[float], place: float) -> float:
-    """Return what a list has at a place, which may lie between two of its numbers."""
+def _at(values: Sequence[float], place: float) -> float:
+    """Return what a sequence has at a place, which may lie between two of its numbers."""
     at = int(place)
     if at >= len(values) - 1:
         return values[-1]
     return values[at] + (place - at) * (values[at + 1] - values[at])
 
 
-def _place_of(values: list[float], value: float) -> float:
-    """Return the last place at which a list that doesn't fall has a value."""
+def _place_of(values: Sequence[float], value: float) -> float:
+    """Return the last place at which a sequence that doesn't fall has a value."""
     at = bisect_right(values, value) - 1
     if at >= len(values) - 1:
         return float(len(values) - 1)
