@@ -1,6 +1,8 @@
 """Forecasts of a fleet's VMs: where in its trace a migration begins, and how fast the guest writes."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hwdbm.errors import PlanError
 from hwdbm.fleet import FleetVm
 from hwdbm.fleet.forecasts import Forecasts
+from hwdbm.forecast import OWN
 from hwdbm.memslot import Memslot
 
 PAGES = 4096
@@ -64,3 +67,21 @@ def test_a_start_beyond_the_trace_is_refused(written, rate: float, start: float)
     trace = written(1.0)
     with pytest.raises(PlanError, match=r"'vm' starts after .* ms, and its trace .* ends at 8000 ms"):
         Forecasts()(guest(trace, rate=rate, start=start))
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e12])
+def test_a_rate_at_which_a_trace_has_no_times_is_refused(written, rate: float) -> None:
+    """The slowest of a trace of two months, whose times no int64 has; and the quickest."""
+    trace = written(1e6 if rate < 1 else 1.0)
+    with pytest.raises(PlanError, match=re.escape(f"'vm' writes at a rate of {rate:g}, at which its trace ")):
+        Forecasts()(guest(trace, rate=rate))
+
+
+def test_more_memory_than_its_trace_is_all_right_and_less_is_refused(written) -> None:
+    """More is sent once, and never written."""
+    trace, model = written(1.0), Forecasts("hwdbm")
+    one, more = (model(replace(guest(trace, start=0.0), memory=memory))(1e9) for memory in (SIZE, SIZE + 10**9))
+    assert more.total - one.total == pytest.approx(1 + OWN.verify(10**9) + OWN.prepare(10**9) - OWN.setup, rel=0.01)
+    assert more.downtime == pytest.approx(one.downtime, abs=0.01)
+    with pytest.raises(PlanError, match=f"has {SIZE - 1} bytes of memory, and its trace .* is of {SIZE}"):
+        model(replace(guest(trace), memory=SIZE - 1))

@@ -20,6 +20,7 @@ _BATCH = 32 << 20  # bytes of a trace that are read together
 _STEADY = 1.25  # quarters of a trace whose means differ by less than that are of one kind
 _RECENT = 16  # what part of a trace its last intervals are that tell what the guest is at
 _ALIKE = 0.5  # moments that are like the end by so much of what the one is that is most like it
+_SLOWEST = 1e-6  # rate at which a trace is written again
 _OFTEN = 0.05  # part of an interval's pages that count as written once, at least
 
 
@@ -238,7 +239,7 @@ class TraceWrites:
             If the trace has more pages, or an interval has no time at that rate, or one that no int64 has.
         """
         check.integer(npages, "npages", self.npages)
-        times = self._times / check.real(rate, "rate", 1e-300)
+        times = self._times / check.real(rate, "rate", _SLOWEST)
         if times[-1] >= 1 << 62:
             raise ValueError(f"at a rate of {rate:g} the trace takes {times[-1]:g} ns, more than 2^62")
         other = copy(self)
