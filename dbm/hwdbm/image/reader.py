@@ -297,7 +297,9 @@ def open_image(
     if ram_base is not None:
         ram_base = integer(ram_base, "the RAM's base", high=(1 << 52) - 1, error=ImageError)
     if is_capture(path):
-        if ram_base is not None or block is not None:
+        if block is not None:
+            raise ImageError(f"{path} is a capture: a block is for migration files of QEMU only")
+        if ram_base is not None:
             raise ImageError(f"{path} is a capture: a RAM base is for raw images only")
         capture = Capture(path)
         values = capture.registers() if vttbr is None or vtcr is None or "regs" in capture else []
