@@ -438,7 +438,7 @@ class _Migration:
         turns = max(goal / share + _QUEUE, 1.0) if share else inf  # goal is far below 0 where the limit is huge
         send = min(ceil(turns) * share, dirty.pages) if turns * share < dirty.pages else dirty.pages
         size = self._bytes(dirty) * send / dirty.pages
-        send, gone = max(send, 0.0), 0.0
+        gone = 0.0
         while gone < send and not self._gave_up:
             part = min(self._until_asked() / each, send - gone) if each else send
             self._advance(part * each)
