@@ -35,6 +35,10 @@ _GPA = 0x4000_0000
 """Where the guest's memory begins, as on QEMU's machine ``virt``."""
 
 PAGE = Granule.K4.page_size
+MEMORY = 256 << 20
+"""Bytes of a guest that aren't asked for otherwise."""
+FILLED = 75
+"""Percent of its memory that isn't zero, likewise."""
 """Bytes of a page of what the commands start."""
 
 WORKLOADS = (
@@ -402,7 +406,7 @@ def paused(
     mode: Mode | None = None,
     thp: bool | None = None,
     image: Path | None = None,
-    percent: int = 75,
+    percent: int = FILLED,
 ) -> Machine | KvmVm | ArmVm:
     """Return a paused VM of a kind, about to run; options that have no effect on it are wrong usage."""
     if source is not Vm.KVM:

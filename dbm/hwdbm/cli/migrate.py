@@ -59,6 +59,7 @@ _START = 300.0  # seconds that the receiver has to come up: it may compile kerne
 _PASSES = 12  # that are shown, the last ones
 _NOW_AND_THEN = 10.0  # seconds between two lines where there is no terminal
 _INTERVAL = 0.1  # seconds of an interval of the trace
+_REPLAYED = 0.1  # and of the bitmaps that a guest writes by
 _HOLD = 30.0  # seconds that a guest is held where there is no terminal
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
@@ -301,7 +302,7 @@ def migrate(
     )
     if record is not None:
         check_free(record)  # before a destination hears of it
-    content = _Content(memory, memory_image, 75 if filled is None else filled, seed)
+    content = _Content(memory, memory_image, guest.FILLED if filled is None else filled, seed)
     guest.check_room(memory)
     if memory_image is not None:
         with open_regular(memory_image) as file:
@@ -375,7 +376,7 @@ def _modelled(
         if interval == 0:
             raise typer.BadParameter("--interval is more than 0 s")
         npages = content.memory // guest.PAGE
-        work = guest.recorded(replay, npages, 0.1 if interval is None else interval)
+        work = guest.recorded(replay, npages, _REPLAYED if interval is None else interval)
     vm = guest.build(
         content.memory, mode=mode, thp=thp, seed=content.seed, image=content.image, percent=content.percent
     )

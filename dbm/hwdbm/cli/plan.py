@@ -27,7 +27,7 @@ from hwdbm.trace import analyse, open_trace, record
 
 _DURATION = 10.0  # seconds that a guest of --source is watched
 _INTERVAL = 0.1
-_FULL = 75  # percent of such a guest's memory that isn't zero
+_LIMIT = 0.3  # seconds of downtime
 
 EPILOG = """Sizes are in MiB (1024 * 1024 bytes), rates in MiB/s, times in ms; in JSON bytes, bytes a second and ms.
 
@@ -214,7 +214,7 @@ def plan(
     assert bandwidth is not None  # noqa: S101 - it was looked at
     terms = _terms(stream, last_bandwidth, qemu=False)
     with _writes(trace, source, memory, workload, rate, duration, seed) as writes, busy("replaying"):
-        how |= {"max_downtime": 0.3 if limit is None else limit, "terms": terms, "now": now}
+        how |= {"max_downtime": _LIMIT if limit is None else limit, "terms": terms, "now": now}
         found = forecasts.replay(writes, bandwidth=bandwidth, **how)
         outcomes = []
         if rules:
@@ -260,7 +260,7 @@ def _writes(
     if trace is not None:
         yield open_trace(trace)
         return
-    memory = 256 << 20 if memory is None else memory
+    memory = guest.MEMORY if memory is None else memory
     guest.check_room(memory)
     with scratch() as folder:  # an interrupt removes it too
         with busy("the guest is watched"), _started(source or Vm.MACHINE, memory, workload, rate, seed) as vm:
@@ -274,15 +274,15 @@ def _writes(
 def _started(source: Vm, memory: int, workload: str | None, rate: float | None, seed: int) -> Iterator[Any]:
     if source is Vm.MACHINE:
         work = guest.workload_of(workload, seed=seed, rate=rate)
-        vm: Any = guest.build(memory, mode=guest.Mode.HW_DBM, thp=False, seed=seed, image=None, percent=_FULL)
+        vm: Any = guest.build(memory, mode=guest.Mode.HW_DBM, thp=False, seed=seed, image=None, percent=guest.FILLED)
         vm.run(work)
     elif source is Vm.KVM:
         with guest.usage():
-            log = guest.KvmLog.BITMAP
-            vm = guest.build_kvm(memory, log=log, workload=workload, rate=rate, seed=seed, image=None, percent=_FULL)
+            how: dict[str, Any] = {"log": guest.KvmLog.BITMAP, "seed": seed, "image": None, "percent": guest.FILLED}
+            vm = guest.build_kvm(memory, workload=workload, rate=rate, **how)
     else:
         with guest.usage():
-            how: dict[str, Any] = {"seed": seed, "blocks": False, "image": None, "percent": _FULL}
+            how = {"seed": seed, "blocks": False, "image": None, "percent": guest.FILLED}
             vm = guest.build_arm(memory, workload=workload, rate=rate, **how)
     with vm:
         yield vm

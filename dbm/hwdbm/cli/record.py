@@ -18,6 +18,8 @@ from hwdbm.migration.report import mebibytes
 from hwdbm.trace import Trace, analyse, content, from_bitmaps, record_file
 from hwdbm.trace import record as record_vm
 
+_DURATION = 20.0  # seconds that are recorded
+
 EPILOG = """Examples:
 
   A real guest on /dev/kvm for two seconds, and what the trace says:
@@ -133,8 +135,8 @@ def record(
     else:
         guest.refuse("without --bitmaps or --ram-file", {"--page-size": page_size is not None})
     options.check_slots(slot)
-    page = 4096 if page_size is None else page_size
-    seconds = 20.0 if duration is None else duration
+    page = guest.PAGE if page_size is None else page_size
+    seconds = _DURATION if duration is None else duration
     if bitmaps is not None:
         with busy(f"reading {bitmaps}"):
             trace, named = from_bitmaps(bitmaps, output, _slots(slot, page), page_size=page, interval=interval)
@@ -149,7 +151,7 @@ def record(
             trace = record_file(ram_file, output, page_size=page, gpa=where.gpa if where else 0, interval=interval,
                                 duration=seconds, cancel=cancel, on_interval=_telling(tell, seconds))  # fmt: skip
     else:
-        size = 256 << 20 if memory is None else memory
+        size = guest.MEMORY if memory is None else memory
         guest.check_room(size)
         with busy("the guest is made ready"), ExitStack() as made:
             vm = guest.paused(source or Vm.MACHINE, size, workload, rate, seed, log=kvm_log, mode=mode, thp=thp)

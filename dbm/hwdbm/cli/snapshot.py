@@ -31,6 +31,9 @@ from hwdbm.snapshot import Chain, Recorder, Snapshot
 from hwdbm.vm import MemoryMap, Provable
 
 _MISMATCH = 3  # the exit status
+_EVERY = 1000.0  # ms from one snapshot to the next
+_COUNT = 10  # snapshots
+_RUN = 1.0  # seconds that a guest runs which was restored
 
 Folder = Annotated[
     Path, typer.Argument(parser=options.parser(parse.path), metavar="DIR", help="The folder of the chain.")
@@ -211,7 +214,7 @@ def save(
     guest.refuse("with --source", {
         "--slot": slot is not None, "--ram-base": ram_base is not None, "--block": block is not None,
     })  # fmt: skip
-    size = 256 << 20 if memory is None else memory
+    size = guest.MEMORY if memory is None else memory
     guest.check_room(size)
     with busy("the guest is made ready"), ExitStack() as made:
         vm = guest.paused(source, size, workload, rate, seed, log=kvm_log)
@@ -220,7 +223,7 @@ def save(
         made.pop_all()
     with vm, as_event() as cancel:
         vm.resume()
-        pause = (1000 if every is None else every) / 1e3
+        pause = (_EVERY if every is None else every) / 1e3
         receiver = ["--memory", str(size), "--vm", source.value] if migrate else None
         taken = _record(vm, folder, pause, count, cancel, digest=digest, receiver=receiver)
         _say_taken(Chain(folder), taken.snapshots, paused=taken.paused, migration=taken.migration, as_json=as_json)
@@ -248,7 +251,7 @@ def _record(
     receiver: list[str] | None,
 ) -> _Taken:
     taken, moved = _Taken(), threading.Event()
-    most = 1 << 62 if count is None and receiver is not None else 10 if count is None else count
+    most = 1 << 62 if count is None and receiver is not None else _COUNT if count is None else count
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(vm, folder, digest=digest))
         tell = stack.enter_context(busy("a full snapshot"))
@@ -603,7 +606,7 @@ def restore(
         report["state"] = str(state)
         lines.append(f"{state}: registers and devices")
     if source is not None:
-        found, ran = _started(chain, found, source, 1.0 if seconds is None else seconds)
+        found, ran = _started(chain, found, source, _RUN if seconds is None else seconds)
         report["ran"] = round(ran * 1e3)
         lines.append(
             f"the guest went on for {ran:.1f} s" + (", and its memory is right" if source is not Vm.MACHINE else "")
