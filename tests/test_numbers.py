@@ -53,9 +53,25 @@ def chosen() -> Iterator[str]:
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _is_number(node.value):
-                target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-                if isinstance(target, ast.Name) and target.id.strip("_").isupper():
-                    yield f"{module}.{target.id} = {ast.unparse(node.value)}\n"
+                target = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).strip("()")
+                if target.isupper():
+                    yield f"{module}.{target} = {ast.unparse(node.value)}\n"
+
+
+def given() -> Iterator[str]:
+    """Yield a line for each default of a function that only its module calls, and for how each dataclass is made."""
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, functions) and node.name.startswith("_") and node.name != "__init__":
+                every = node.args.posonlyargs + node.args.args
+                found = [*zip(every[len(every) - len(node.args.defaults) :], node.args.defaults, strict=True)]
+                found += [each for each in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if each[1]]
+                yield from (f"{module}.{node.name} {name.arg} = {ast.unparse(value)}\n" for name, value in found)
+            elif isinstance(node, ast.ClassDef):
+                made = [text for each in node.decorator_list if (text := ast.unparse(each)).startswith("dataclass")]
+                yield from (f"@{text} {module}.{node.name}\n" for text in made)
 
 
 def _is_number(value: ast.expr) -> bool:
@@ -70,3 +86,8 @@ def _is_number(value: ast.expr) -> bool:
 def test_numbers_that_were_chosen_or_measured_stay() -> None:
     """Sizes of chunks, patience, margins: they were measured once, and no other test says what is right."""
     as_seen("numbers/chosen.txt", "".join(chosen()))
+
+
+def test_what_is_given_inside_stays() -> None:
+    """What parameters are that no call names, and whether two of a class are the same: few tests see it."""
+    as_seen("numbers/given.txt", "".join(given()))

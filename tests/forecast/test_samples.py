@@ -125,6 +125,20 @@ def test_domjobinfo() -> None:
     assert read_samples(("Job type: None\n\n" + VIRSH).splitlines()) == [first]
 
 
+@pytest.mark.parametrize(
+    ("unit", "size"), [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)]
+)
+def test_virsh_s_units(unit: str, size: int) -> None:
+    text = f"Job type: Unbounded\nTime elapsed: 2500 ms\nMemory remaining: 1.5 {unit}\nMemory total: 3 {unit}\n"
+    (sample,) = read_samples((text + f"Memory bandwidth: 2 {unit}/s\n").splitlines())
+    assert (sample.time, sample.remaining, sample.total, sample.bandwidth) == (2.5, 1.5 * size, 3 * size, 2 * size)
+
+
+def test_what_cloud_hypervisor_measured_of_a_pass_without_bytes_is_not_known() -> None:
+    idle = LOG[0].replace("bw=100.00", "bw=0.00"), LOG[1]
+    assert [each.bandwidth for each in read_samples(idle)] == [0, 64 * MIB]
+
+
 def test_cloud_hypervisor_s_progress_and_log() -> None:
     (sample,) = read_samples([json.dumps(CLOUD)])
     assert (sample.time, sample.iteration, sample.remaining, sample.bandwidth) == (2.5, 3, 7e7, 1e8)

@@ -575,22 +575,23 @@ def test_raw_image_that_ends_before_its_first_granule(tmp_path: Path) -> None:
         RawTables(path, 4096, Granule.K16)
 
 
-def test_raw_image_whose_base_is_not_a_granule(tmp_path: Path) -> None:
-    """RAM may begin where no 64K table can."""
+@pytest.mark.parametrize("more", [0x1000, 0x3000, 0x8000, 0xD000, 0xF000])
+def test_raw_image_whose_base_is_not_a_granule(tmp_path: Path, more: int) -> None:
+    """RAM may begin where no 64K table can, a little before one or long."""
     g = Geometry(16, 2, 36)
     tables = Tables(g)
     tables.leaf(0x1_0000, 3, 1 << 51 | 1 << 7)
     ram_base, raw = tables.raw()
-    (tmp_path / "ram.img").write_bytes(bytes(0x3000) + raw)
+    (tmp_path / "ram.img").write_bytes(bytes(more) + raw)
     how = {"vttbr": g.vttbr(tables.root), "vtcr": g.vtcr, "slots": [Slot(0, 0, 1 << 20)]}
-    image = open_image(tmp_path / "ram.img", ram_base=ram_base - 0x3000, **how)
+    image = open_image(tmp_path / "ram.img", ram_base=ram_base - more, **how)
     assert image.dirty(0).pages().tolist() == [1]
     assert image.memory.find(np.array([ram_base, ram_base - 0x1_0000], np.uint64)).tolist() == [0, -1]
     # The file's first bytes are no whole table: those of the next are.
-    (tmp_path / "more.img").write_bytes(bytes(0x3000) + raw + bytes(0xFFFF))
-    more = open_image(tmp_path / "more.img", ram_base=ram_base - 0x3000, **how)
-    assert more.memory.capacity == image.memory.capacity == len(raw) >> 16
-    assert more.dirty(0) == image.dirty(0)
+    (tmp_path / "more.img").write_bytes(bytes(more) + raw + bytes(0xFFFF))
+    longer = open_image(tmp_path / "more.img", ram_base=ram_base - more, **how)
+    assert longer.memory.capacity == image.memory.capacity == len(raw) >> 16
+    assert longer.dirty(0) == image.dirty(0)
     assert image.truth(image.slot(0)) is None
     with pytest.raises(ImageError, match="base 0x123 isn't a multiple of 4 KiB"):
         open_image(tmp_path / "ram.img", ram_base=0x123, **how)

@@ -340,6 +340,23 @@ def test_a_block_that_reaches_beyond_the_slot_is_read_and_not_changed(tmp_path):
     assert not both.changed().size
 
 
+@pytest.mark.parametrize(("gfn", "npages"), [(0, 1100), (100, 924), (100, 1000)])
+def test_one_of_several_blocks_reaches_beyond_the_slot(tmp_path, gfn, npages):
+    """The last, the first, or both: nothing is changed of any of them."""
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for at in range(3):
+        tables.leaf(at << 21, 2, 1 << 51 | 1 << 7 | 1 << 10)
+    both = Both(tables, gfn, npages, tmp_path / "ram", tables=lambda: 1 << 30, flush=lambda: None)
+    for verb in (
+        both.placed.harvest,
+        lambda: both.placed.split(gfn, npages),
+        lambda: both.placed.unmap(gfn, npages),
+    ):
+        with pytest.raises(ImageError, match="is one block"):
+            verb()
+        assert not both.changed().size
+
+
 def test_a_block_of_level_0(tmp_path):
     """512 GiB with one dirty bit: read as the level-1 blocks that it is worth, cleaned where the slot is all of it."""
     g = Geometry(12, -1, 52, 52, ds=True)

@@ -541,6 +541,10 @@ def covered(workshop: Workshop, jobs: int, *, measure: bool, own: tuple[str, ...
         )
         if status not in (0, 1):  # a test that fails without a mutant catches none, and isn't run
             raise RuntimeError(f"the tests ended with status {status}: {output[-4000:]}")
+        if status:
+            (folder / "failed.txt").write_text(output)
+            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+            print(f"{len(failed)} tests fail without a mutant, and catch none (failed.txt): {', '.join(failed)[:400]}")
         (folder / "digests.json").write_text(json.dumps(digests(workshop.folder)))
     return Coverage(folder, workshop)
 

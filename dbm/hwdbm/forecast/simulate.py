@@ -94,7 +94,8 @@ class _Migration:
         self._before = 0.0  # bytes sent before what is simulated
         self._measured: float | None = None
         # QEMU's turns: it sends its share of the bandwidth at once, and waits for the next one.
-        self._turn, self._share, self._rate = 0.0, 0.0, plan.bandwidth
+        self._turn: float
+        self._share, self._rate = 0.0, plan.bandwidth
         self._slack = self._terms.burst  # seconds of the link that can be handed over at once
         self._looked = 0.0  # bytes of all pages over the seconds of all passes
         self._resumed = 0.0  # when the guest went on after a pause that took too long

@@ -362,7 +362,7 @@ class RealSlot:
         _fill(s2.host_dirty, world.host)
         _fill(s2.saved.bitmap, world.saved)
         if self.lease.generation != world.generation:
-            self.lease = Lease(log, DirtyBitmap(self.npages), 0, generation=world.generation, taken=False)
+            self.lease = Lease(log, DirtyBitmap(self.npages), generation=world.generation, taken=False)
         _fill(self.lease.bitmap, world.lease)
         self.mask[:] = np.frombuffer(world.shown.to_bytes(8 * self._words(), "little"), dtype=np.uint64)
         s2.saved.span = world.span
