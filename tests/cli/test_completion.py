@@ -20,6 +20,8 @@ from hwdbm.cli.app import app
         ("hwdbm har", ["harvest"]),
         ("hwdbm --ver", ["--version"]),
         ("hwdbm snapshot reb", ["rebase"]),
+        ("hwdbm -h snapshot reb", ["rebase"]),
+        ("hwdbm snapshot --help reb", ["rebase"]),
         ("hwdbm harvest --pol", ["--policy"]),
         ("hwdbm harvest --policy ", ["dbm", "writable"]),
         ("hwdbm harvest --policy w", ["writable"]),
