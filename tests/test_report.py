@@ -203,12 +203,35 @@ def test_a_dial_that_does_not_fit() -> None:
         report.Dial("a", "ms", "x", "d", "good", "bad", (1.0, 2.0), (place,), 0)
 
 
+def large() -> tuple[report.Document, report.Document]:
+    """Return a forecast and a migration of which each number has five digits, in whatever unit it is shown."""
+    wide = Estimate(45.6789, 34.5678, 56.7891)
+    found = Forecast(
+        True, None, Estimate(12345, 11111, 22222), Estimate(34567.8, 23456.7, 45678.9), wide,
+        Estimate(4.56789e10, 3.45678e10, 5.67891e10), Needs(6.78912e10, 12.3456), "Because.",
+    )  # fmt: skip
+    samples = [Sample(12345.6 * at, at, 4.56789e10 / at, 5e10, dirty_rate=3.45678e10) for at in (1, 2, 3)]
+    one = report.of_forecast("large", found, sweep(lambda *_: found, 4.56789e10, 12.3456), samples, {})
+    done = Report(4096, 1 << 36, 12.3456, status="completed", total_time=34567.8, downtime=23.4567)
+    done.transferred, done.downtime_bytes, done.setup_time = 1 << 37, 12345678912, 34.5678
+    done.passes = [
+        Pass(
+            number, 12345678, 45678912345, dirty_rate=3.45678e10 * number, expected_downtime=45.6789 * number,
+            normal=9876543, duplicate=1234567, transferred=56789123456, time=12345.6,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    return one, report.of_migration(done)
+
+
 def documents() -> dict[str, report.Document]:
     """Return reports with charts of all kinds; of 21 passes the labels take all the room that there is for labels."""
     chain = [report.SnapshotFile(f"file {n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
     found = harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
     return {
         "forecast": forecast_report(),
+        "forecast-large": large()[0],
+        "migration-large": large()[1],
         "migration-1": report.of_migration(migration(1)),
         "migration-21": report.of_migration(migration(21, "it was lost")),
         "harvest": report.of_harvest("blocks", found),
@@ -216,10 +239,12 @@ def documents() -> dict[str, report.Document]:
     }
 
 
-@pytest.mark.parametrize("name", ["forecast", "migration-1", "migration-21", "harvest", "snapshots"])
+@pytest.mark.parametrize(
+    "name", ["forecast", "forecast-large", "migration-1", "migration-21", "migration-large", "harvest", "snapshots"]
+)
 def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
     html = documents()[name].html().replace(hwdbm.__version__, "VERSION")
-    as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.]+ ms", "TIME", html))
+    as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.,]+ ms", "TIME", html))
 
 
 @pytest.mark.parametrize(

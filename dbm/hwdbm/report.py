@@ -310,13 +310,13 @@ def of_migration(report: Report) -> Document:
     facts = {
         "status": report.status,
         "guest memory": f"{mib(report.total)} MiB",
-        "time": f"{report.total_time:.2f} s",
+        "time": f"{report.total_time:,.2f} s",
         "sent": f"{mib(report.transferred)} MiB, of it {mib(report.downtime_bytes)} MiB with the guest paused",
         "pages sent, pages of zeros": f"{report.normal:,}, {report.duplicate:,}",
         "bandwidth": f"{mib(report.bandwidth)} MiB/s",
     }
     if report.downtime is not None:
-        facts["downtime"] = f"{report.downtime * 1e3:,.1f} ms of {report.limit * 1e3:g} ms that are allowed"
+        facts["downtime"] = f"{report.downtime * 1e3:,.1f} ms of {report.limit * 1e3:,g} ms that are allowed"
     if report.verify_time is not None:
         facts["time for the digests"] = f"{report.verify_time * 1e3:,.0f} ms, with the guest paused"
     if report.source_sha256:
@@ -512,7 +512,7 @@ def of_harvest(name: str, found: Found) -> Document:
         "image": name,
         "policy": f"{ask.policy}{'' if ask.contiguous else ', each entry of a contiguous run by itself'}",
         "dirty": f"{dirty:,} of {pages:,} pages, {mib(size)} MiB",
-        "tables read": f"{found.tables:,} in {found.seconds * 1e3:.1f} ms",
+        "tables read": f"{found.tables:,} in {found.seconds * 1e3:,.1f} ms",
     }
     wrong = [one.wrong.weight() for one in slots if one.wrong is not None]
     if wrong:

@@ -258,3 +258,35 @@ MUTANTS: list[tuple[Callable[..., None], Callable[..., Any]]] = [
 def test_check_of_ranges_catches(check: Callable[..., None], mutant: Callable[..., Any]) -> None:
     with pytest.raises(AssertionError):
         check(mutant)
+
+
+@pytest.mark.parametrize("level", [-4, -1, 4, 5, np.int8(-1), np.uint8(4), 1 << 64])
+def test_levels_that_there_are_not(level: Any) -> None:
+    layout, run = Layout(1000, 0x1F0, Granule.K4), rows([(0, 64)])
+    for ask in (
+        lambda: layout.index(level, 5),
+        lambda: layout.count(level),
+        lambda: layout.entries(level, 0, 9),
+        lambda: layout.span(level, 1),
+        lambda: layout.bounds(level, run),
+        lambda: layout.whole(level, 0, 1000),
+        lambda: layout.first_child(level, 1),
+        lambda: layout.first_child(3, 1),
+    ):
+        with pytest.raises(ValueError, match="level is 0 to"):
+            ask()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.uint64, np.int32, np.bool_, ">i8"])
+@pytest.mark.parametrize("method", ["index", "span", "bounds", "first_child"])
+def test_arrays_of_another_type_are_refused(method: str, dtype: Any) -> None:
+    """One without dimensions is a number, if it is a whole one."""
+    layout = Layout(1000, 0x1F0, Granule.K4)
+    ask = getattr(layout, method)
+    with pytest.raises(TypeError, match=r"int64|native"):
+        ask(2, np.zeros(3, dtype=dtype))
+    assert len(ask(2, np.zeros((3, 2) if method == "bounds" else 3, dtype=np.int64))) == 3
+    if method != "bounds":
+        assert np.array_equal(ask(2, np.array(1, dtype=np.uint8)), ask(2, 1))
+        with pytest.raises(TypeError):
+            ask(2, 1.0)
