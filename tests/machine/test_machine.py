@@ -490,6 +490,21 @@ def test_the_reference_by_hand_on_blocks_that_are_tracked(make, hw):
         reference.load(0x5000_0000)
 
 
+@pytest.mark.parametrize("thp", [False, True])
+def test_the_reference_keeps_what_was_not_flushed(make, thp):
+    """A write through what is cached of a leaf goes by it, whatever the leaf says by now: that is why there is a flush."""
+    machine = make(thp=thp)
+    reference, s2 = ReferenceVCpu(machine, thp=thp), machine.log.stage2(0)
+    machine.start_log()
+    reference.store(GPA + 5 * PAGE, 1)
+    s2.clean(s2.dirty())
+    reference.store(GPA + 5 * PAGE, 2)  # writable, as it was
+    assert not s2.dirty().any()
+    reference.flush(0, 5, 1)
+    reference.store(GPA + 5 * PAGE, 3)
+    assert 5 in s2.dirty().pages()
+
+
 def test_a_context_ends_the_machine():
     with Machine() as machine:
         machine.add_memslot(PAGE)
