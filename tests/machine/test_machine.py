@@ -492,7 +492,7 @@ def test_the_reference_by_hand_on_blocks_that_are_tracked(make, hw):
 
 @pytest.mark.parametrize("thp", [False, True])
 def test_the_reference_keeps_what_was_not_flushed(make, thp):
-    """A write through what is cached of a leaf goes by it, whatever the leaf says by now: that is why there is a flush."""
+    """A write goes by what is cached of a leaf, whatever the leaf says by now: that is why there is a flush."""
     machine = make(thp=thp)
     reference, s2 = ReferenceVCpu(machine, thp=thp), machine.log.stage2(0)
     machine.start_log()
