@@ -111,6 +111,20 @@ class TestInterrupt:
         assert version == f"hwdbm {hwdbm.__version__}"
         assert before == ["hwdbm.__main__", "hwdbm"]
 
+    def test_a_signal_is_followed_by_a_few_nudges_and_no_more(self) -> None:
+        """A nudge is no signal that is to be followed by others."""
+        code = (
+            "import signal, time; from hwdbm.cli import interrupt\n"
+            "interrupt._NUDGES = (0.01, 0.01, 0.01); interrupt.nudge(); nudges = []\n"
+            "signal.signal(interrupt._NUDGE, lambda *_: nudges.append(1))\n"
+            "signal.signal(signal.SIGTERM, lambda *_: None); signal.raise_signal(signal.SIGTERM)\n"
+            "end = time.monotonic() + 0.6\n"
+            "while time.monotonic() < end: time.sleep(0.01)\n"
+            "print(len(nudges))"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=20)
+        assert done.stdout == b"3\n"
+
     def test_no_system_call_keeps_it_waiting(self) -> None:
         """A signal just before a call that waits, here one to another thread, doesn't end that call."""
         code = (

@@ -67,6 +67,24 @@ def test_what_needs_bandwidth_has_it() -> None:
     assert plan.ending.makespan < min(each.makespan for each in plan.naive)
 
 
+@pytest.mark.parametrize("wide", [1, 3])
+def test_the_largest_go_to_where_the_links_are_done_the_soonest(wide: int) -> None:
+    """Beside it, a link that is three times as wide is done as soon with three times as much."""
+    links = (Link("from", 100 * GIB), Link("narrow", GIB), Link("wide", wide * GIB))
+    hosts = (Host("h0", 0, "from"), Host("h1", 64 * GIB, "narrow"), Host("h2", 64 * GIB, "wide"))
+    fleet = Fleet(links, hosts, tuple(guest(f"v{at}", size * GIB) for at, size in enumerate((1, 2, 4, 3, 5, 6))))
+    net = planner._network(fleet)
+    places = planner._place(fleet, net, ["h0"], fleet.guests, np.zeros(6), "spread")
+    ends, room, expected = {1: 0.0, 2: 0.0}, {1: 64, 2: 64}, [0] * 6
+    for at in (5, 4, 2, 3, 1, 0):
+        size = fleet.guests[at].memory >> 30
+        after = {1: ends[1] + size, 2: ends[2] + size / wide}
+        chosen = min(after, key=lambda each: (after[each], -room[each]))
+        ends[chosen], expected[at] = after[chosen], chosen
+        room[chosen] -= size
+    assert places == expected
+
+
 def test_what_never_ends_at_once_is_said() -> None:
     """Two that need more than half of a way get nowhere together."""
     plan = planned(pair(guest("a"), guest("b")), "h0", model=steady(0, 0.6 * GIB))

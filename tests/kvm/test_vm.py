@@ -223,6 +223,26 @@ def test_a_running_vm_is_asked_for_nothing_that_lags(make: Make) -> None:
             call()
 
 
+def test_an_interrupt_of_a_pause_stops_all_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every vCPU is told to stop before one is waited for."""
+    vm = make(SIZE, vcpus=3)
+    vm.resume()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vm._threads[0], "pause", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vm.pause()
+    assert vm.running  # until it was paused
+    before = -1
+    while before != (before := vm.pages):  # none goes on
+        time.sleep(0.2)
+    vm.pause()
+    assert (vm.running, vm.pages) == (False, before)
+
+
 def test_a_rate_is_kept(make: Make) -> None:
     vm = make(SIZE, rate=20_000, vcpus=2)
     start = time.monotonic()

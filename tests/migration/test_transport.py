@@ -262,6 +262,23 @@ def test_a_dead_socket_is_taken_over(tmp_path, monkeypatch):
             assert path.exists()  # it isn't the old one's
 
 
+def test_a_socket_whose_listener_is_busy_is_not_taken_over(tmp_path, monkeypatch):
+    """As many wait for it as may: who asks whether it is there gets no answer."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("s")
+    with socket.socket(socket.AF_UNIX) as busy, ExitStack() as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        with suppress(BlockingIOError):
+            while True:
+                one = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                one.setblocking(False)
+                one.connect(str(path))
+        with pytest.raises(OSError, match="in use: 's'"):
+            transport.listen_unix(path)
+        assert path.is_socket()
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_what_is_no_socket_stays(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
