@@ -105,11 +105,11 @@ def test_what_is_damaged_and_not_needed_is_one_flaw(said, run, ram, tmp_path):
     said("save", chain, ram, *BASE)
     ram.write_bytes(bytes(byte ^ 1 for byte in ram.read_bytes()))
     said("diff", chain, ram, *BASE)
-    assert run("snapshot", "check", chain).out.endswith(": sound\n")
+    assert run("snapshot", "check", chain).out.split()[-1] == "sound"
     (memory,) = chain.glob("000000-*.mem")
     change(memory, 4, b"bad")
     done = run("snapshot", "check", chain)
-    assert (done.status, done.out.rpartition(": ")[2]) == (3, "1 flaw\n")
+    assert (done.status, done.out.split()[-2:]) == (3, ["1", "flaw"])
 
 
 def test_what_is_wrong_is_said(said, run, ram, tmp_path):
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said(said, run, ram, tmp_path):
     done = run("snapshot", "check", chain)
     assert (done.status, done.err) == (3, "")
     assert "1 of 64 pages of slot 0 are missing since 000001" in done.out
-    assert done.out.endswith(": 2 flaws\n")
+    assert done.out.split()[-2:] == ["2", "flaws"]
     done = run("snapshot", "rebase", chain)
     assert (done.status, done.out) == (1, "")
     assert "damaged" in done.err
