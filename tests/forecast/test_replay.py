@@ -322,6 +322,14 @@ def test_which_pages_are_zero_is_known_of_many_intervals(data: st.DataObject) ->
     assert guest.everything(end, end).zeros == sum(before.values())
 
 
+@pytest.mark.parametrize("intervals", [5, 40])
+def test_what_was_written_is_no_page_of_zeros_where_nothing_says_so(intervals: int) -> None:
+    written = [{page} for page in range(intervals)]
+    guest = TraceWrites(trace(written, 64, initial_zeros=bits(range(64), 64)))
+    for at in range(intervals):
+        assert guest.everything(at, at).zeros == 64 - at
+
+
 @given(traces(), st.data())
 def test_a_guest_at_another_rate_is_that_of_a_trace_made_so_much_faster(made, data) -> None:
     intervals, npages = made

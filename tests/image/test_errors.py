@@ -668,3 +668,16 @@ def test_raw_images_of_anything(raw: bytes, vttbr: int, vtcr: int, tmp_path: Pat
     for registers in ((vttbr, vtcr), (vttbr & 0x3000, 0x8021_3520), (0, 0x8021_3520)):
         with contextlib.suppress(ImageError):
             open_image(path, ram_base=0, vttbr=registers[0], vtcr=registers[1]).read()
+
+
+def test_registers_that_are_given_in_place_of_a_captures(tmp_path: Path) -> None:
+    """One, the other, both: the rest is the capture's, and where it has none, both are needed."""
+    own = open_image(CAPTURE).registers
+    for some in ({"vttbr": own.vttbr}, {"vtcr": own.vtcr}, {"vttbr": own.vttbr, "vtcr": own.vtcr}):
+        assert open_image(CAPTURE, **some).registers == own
+    path = change(tmp_path, lambda arrays: arrays.pop("regs"))
+    both = open_image(path, vttbr=own.vttbr, vtcr=own.vtcr)
+    assert (both.registers.vttbr, both.registers.vtcr, both.registers.hcr) == (own.vttbr, own.vtcr, None)
+    for some in ({}, {"vttbr": own.vttbr}, {"vtcr": own.vtcr}):
+        with pytest.raises(ImageError, match="regs"):
+            open_image(path, **some)

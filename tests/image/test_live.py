@@ -169,7 +169,7 @@ def test_structure_changes_the_same_in_place(g, seed, tmp_path):
         lo = rng.randrange(blocks * stripe)
         count = min(rng.choice([1, stripe // 3, stripe, 2 * stripe]), blocks * stripe - lo)
         start = gfn + lo // stripe * stripe
-        what = rng.choice(["unmap", "split", "collapse", "pages", "blocks", "wrprotect", "harvest", "arm"])
+        what = rng.choice(["unmap", "split", "collapse", "pages", "blocks", "wrprotect", "harvest", "arm", "at"])
         for s2 in (both.placed, both.flat):
             if what == "unmap":
                 s2.unmap(gfn + lo, count)
@@ -181,6 +181,8 @@ def test_structure_changes_the_same_in_place(g, seed, tmp_path):
                 s2.map(gfn + lo, count, 0x50000 + lo, dbm=True)
             elif what == "blocks":
                 s2.map(start, stripe, 1 << 30 - g.page, level=2)
+            elif what == "at":
+                s2.map_at(np.arange(lo, lo + count, 3), 0x70000 + np.arange(lo, lo + count, 3), dbm=True)
             elif what == "wrprotect":
                 s2.wrprotect(gfn + lo, count)
             elif what == "harvest":
@@ -193,6 +195,24 @@ def test_structure_changes_the_same_in_place(g, seed, tmp_path):
     used = {int(pa) for pa in both.placed._live.tables[3].pa}
     assert free | used >= set(pool)
     assert not free & used
+
+
+@pytest.mark.parametrize("verb", ["map", "map_at"])
+def test_what_is_mapped_where_nothing_was_has_tables(tmp_path, verb):
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    tables.leaf(5 << 12, 3, 1 << 51 | 1 << 7)
+    pool = [tables.new_table() for _ in range(4)]
+    both = Both(tables, 0, 2048, tmp_path / "ram", tables=pool.pop, free=pool.append, flush=lambda: None)
+    for s2 in (both.placed, both.flat):
+        for page in (700, 1030, 1031):
+            if verb == "map":
+                s2.map(page, 1, 0x50000 + page, dbm=True)
+            else:
+                s2.map_at(np.array([page]), np.array([0x50000 + page]), dbm=True)
+    both.check()
+    both.live.refresh()
+    both.check()
+    assert both.placed.scan(pte.leaf).pages().tolist() == [5, 700, 1030, 1031]
 
 
 def test_a_block_of_the_largest_size_gives_all_tables_below_it_back(tmp_path):

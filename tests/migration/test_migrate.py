@@ -1,5 +1,6 @@
 """Migrations that arrive."""
 
+import socket
 import time
 
 import numpy as np
@@ -9,7 +10,9 @@ from migrationvm import LAYOUT, FakeVm
 from hwdbm.forecast.rules import Throttle
 from hwdbm.memslot import Memslot
 from hwdbm.migration import LayoutError, Settings, migrate
-from hwdbm.migration.report import folded
+from hwdbm.migration.channel import Channel
+from hwdbm.migration.precopy import Precopy
+from hwdbm.migration.report import Pass, Report, folded
 from hwdbm.vm import MemoryMap, PlainGuest, memory_digest
 
 SOON = Settings(max_downtime=0.02, on_limit="pause")
@@ -281,3 +284,17 @@ def test_the_real_machine(inside):
     got.destination.start_log()
     source.close()
     got.destination.close()
+
+
+def test_the_bandwidth_of_a_guest_of_zeros_is_that_of_looking_at_pages() -> None:
+    """Not that of the few bytes by which they go; and no pass that took no time has one."""
+    source, destination = socket.socketpair()
+    with source, destination, Channel(source) as channel:
+        one = Precopy(FakeVm(LAYOUT), channel, Settings(bandwidth=1e7))
+        one.report.passes = [Pass(1, 1000, 0, duplicate=1000, transferred=9000, time=0.1, zero_time=0.1)]
+        one.report.transferred = 9000
+        assert one._bandwidth() == 1e7  # 1,000 pages a tenth of a second: the link has to carry them, too
+        one.report.passes[0].duplicate = 100
+        assert one._bandwidth() == pytest.approx(100 * FakeVm(LAYOUT).page_size / 0.1)
+    assert Pass(1, 1, 0, transferred=5).bandwidth == 0
+    assert Report(4096, 1 << 20, 0.3).bandwidth == 0

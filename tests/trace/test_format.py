@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hwdbm.bitmap import word_count
 from hwdbm.errors import ClosedError, LayoutError, TraceError
 from hwdbm.memslot import Memslot
-from hwdbm.trace import Writer, group, open_trace
+from hwdbm.trace import Writer, group, metadata, open_trace
 
 SIZES = (1, 63, 64, 65, 511, 512, 513)
 
@@ -573,3 +573,10 @@ def test_a_system_without_room_for_a_thread_is_no_damage(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
             writer.append(1, np.zeros(1, dtype=np.uint64))
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("head", [b"", b"\x28\xb5\x2f\xfd", b"\x28\xb5\x2f\xfd\x20", b"\x28\xb5\x2f\xfe\x20\x07\x00"])
+def test_what_is_no_zstd_frame_says_no_size(head: bytes) -> None:
+    """Too short, or of another kind; of a frame of one segment a byte says the size."""
+    assert metadata._content_size(head) is None
+    assert metadata._content_size(b"\x28\xb5\x2f\xfd\x20\x07\x00") == 7

@@ -99,7 +99,8 @@ def test_runs_of_whole_pages(layout: MemoryMap, data: st.DataObject) -> None:
         with pytest.raises(LayoutError, match="overlap or descend"):
             layout.find(gpa, size)
     else:
-        with pytest.raises(LayoutError, match="is not inside of one slot"):
+        whole = f"gpa {gpa[0]:#x}..{gpa[-1] + size[-1] - 1:#x} is not inside of one slot"
+        with pytest.raises(LayoutError, match=whole):
             layout.find(gpa, size)
 
 
