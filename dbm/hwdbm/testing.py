@@ -65,6 +65,7 @@ def stage2s(draw: st.DrawFn, granule: Granule = Granule.K4, most: int = 1600) ->
 
 
 MIXES = ([0.25, 0.25, 0.25, 0.25], [0.1, 0.1, 0.8, 0.0], [0.1, 0.8, 0.1, 0.0], [0.0, 0.1, 0.0, 0.9])
+_DENSITIES = (0.0, 0.01, 0.5, 1.0)  # of the pages of a bitmap
 
 
 def bitmaps(npages: int) -> st.SearchStrategy[DirtyBitmap]:
@@ -78,8 +79,9 @@ def bitmaps(npages: int) -> st.SearchStrategy[DirtyBitmap]:
             bitmap.set_range(min(a, b), abs(a - b))
         return bitmap
 
-    density = st.sampled_from([0.0, 0.01, 0.5, 1.0])
-    return st.tuples(st.integers(0, 999), density, st.lists(st.integers(0, npages), max_size=4)).map(some)
+    return st.tuples(
+        st.integers(0, 999), st.sampled_from(_DENSITIES), st.lists(st.integers(0, npages), max_size=4)
+    ).map(some)
 
 
 def differences(one: Stage2, other: Stage2) -> list[str]:
