@@ -109,7 +109,19 @@ def test_there_are_only_so_many_workers(workers: int) -> None:
         tabulate(many(3), ["h0"], geometric, workers=workers)
 
 
-def test_workers_that_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sooner", [False, True])
+def test_workers_that_keep_dying(sooner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are told where the scheduler is, or later."""
+    child = hwdbm.fleet.cluster.process.child
+
+    @contextlib.contextmanager
+    def ended(*args, **more) -> Iterator[subprocess.Popen[str]]:
+        with child(*args, **more) as worker:
+            worker.wait()
+            yield worker
+
+    if sooner:
+        monkeypatch.setattr(hwdbm.fleet.cluster.process, "child", ended)
     monkeypatch.setattr(
         hwdbm.fleet.cluster.process, "python", lambda *_: [sys.executable, "-P", "-c", "raise SystemExit('no')"]
     )

@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from typing import Any
 
@@ -226,8 +226,8 @@ def _cluster(workers: int) -> Iterator[tuple[Any, Callable[[], None]]]:
                 live.append(stack_.enter_context(child))
             pipe = live[-1].stdin
             if pipe is not None:
-                pipe.write(given + "\n")
-                pipe.close()
+                with suppress(BrokenPipeError), pipe:  # of one that has died by now, as will be seen
+                    pipe.write(given + "\n")
 
         def look() -> None:
             nonlocal deaths

@@ -266,7 +266,7 @@ def _place(
     for each in order:
         guest = guests[each]
         links, bandwidth = ways[at[guest.host]]
-        fits = np.flatnonzero((room >= guest.memory) & (bandwidth >= least[each]) & (bandwidth > 0))
+        fits = np.flatnonzero((room >= guest.memory) & (bandwidth >= least[each]))
         if not fits.size:
             continue
         if how == "first fit":
