@@ -35,11 +35,11 @@ _GPA = 0x4000_0000
 """Where the guest's memory begins, as on QEMU's machine ``virt``."""
 
 PAGE = Granule.K4.page_size
-MEMORY = 256 << 20
-"""Bytes of a guest that aren't asked for otherwise."""
-FILLED = 75
-"""Percent of its memory that isn't zero, likewise."""
 """Bytes of a page of what the commands start."""
+MEMORY = 256 << 20
+"""Bytes of its memory, where no others are asked for."""
+FILLED = 75
+"""Percent of that which isn't zero, likewise."""
 
 WORKLOADS = (
     *("sequential", "uniform", "hot", "zipf", "bursty", "idle"),
