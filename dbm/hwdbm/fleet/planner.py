@@ -419,9 +419,9 @@ def _simulate(job: _Job, way: _Way, capacity: Floats, curves: Curves, *, steps: 
 
 
 class _Waiting:
-    """What waits, in order; and a link that is too full for each, if it was found to have none too little room.
+    """What waits, in order; and of each that was found not to fit, a link of its way that is too full for it.
 
-    As long as no migration that ends has that link in its way, it can't begin, and isn't looked at.
+    Until a migration ends that has this link in its way, too, it can't begin, and isn't looked at again.
     """
 
     def __init__(self, job: _Job, way: _Way, links: int) -> None:
