@@ -73,7 +73,9 @@ def run(program: str, source: Path = SOURCE) -> list[str]:
 def start(program: str, source: Path = SOURCE, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-W", "error", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(source)} | environment,
+        env={name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+        | {"PYTHONPATH": str(source)}
+        | environment,
         capture_output=True,
         text=True,
         timeout=300,

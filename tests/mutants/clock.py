@@ -28,7 +28,8 @@ def _run_few(machine: Any, *, settings: Any = None, **how: Any) -> None:
     _run_machine(machine, settings=few, **how)
 
 
-if "HWDBM_MUTANTS_TIMES" in os.environ:  # whoever collects this folder's modules imports this one too
+# Who collects doctests imports this once more, by a longer name: that one is told of no test.
+if "HWDBM_MUTANTS_TIMES" in os.environ and __name__ == "clock":
     hypothesis.stateful.run_state_machine_as_test = _run_few  # before any test imports it
 
 

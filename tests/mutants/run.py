@@ -54,7 +54,10 @@ from coverage.numbits import numbits_to_nums
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "mutants"
-COPIED = ("dbm", "tests", "docs", "asv_bench", ".ci", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md")
+COPIED = (
+    "dbm", "tests", "docs", "asv_bench", "bin", ".ci", "pyproject.toml", "Makefile", "LICENSE", "README.md",
+    "CHANGELOG.md", "CONTRIBUTING.md",
+)  # fmt: skip
 
 MOST_SECONDS = 45.0
 """Seconds of tests for one mutant at most, as they took without one: the core's lines are covered by thousands.
