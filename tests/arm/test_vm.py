@@ -10,8 +10,10 @@ from armjudge import CERTAIN, Judge
 
 from hwdbm.arm import ArmVm, GuestMemoryError
 from hwdbm.arm.abi import GuestKind
+from hwdbm.arm.guest import PRIVATE, private_size
 from hwdbm.errors import StaleLeaseError
 from hwdbm.granule import Granule
+from hwdbm.memslot import Memslot
 from hwdbm.snapshot import rebase_all, write_diff, write_full
 from hwdbm.vm import Durable, Provable, Shareable, Source
 
@@ -190,7 +192,8 @@ def test_a_guest_that_only_faults_is_said_so(monkeypatch):
 
 def test_a_guest_with_a_rate_goes_on_in_a_younger_machine():
     """Its clock is that of the machine: it doesn't wait for the one that it came from."""
-    with ArmVm(MEMORY, guest="window", rate=500) as vm:
+    with ArmVm(MEMORY, guest="window", rate=500, vcpus=2) as vm:
+        vm.board.shared.rate[1] = 700
         time.sleep(1.5)
         vm.resume()
         time.sleep(0.1)
@@ -199,6 +202,7 @@ def test_a_guest_with_a_rate_goes_on_in_a_younger_machine():
             for slot in vm.slots:
                 there.memory(slot.id)[:] = vm.memory(slot.id)
             there.set_state(vm.state())
+            assert list(there.board.shared.rate)[:2] == [250, 700]
             before = there.guests.stores
             there.resume()
             until = time.monotonic() + 1
@@ -206,6 +210,30 @@ def test_a_guest_with_a_rate_goes_on_in_a_younger_machine():
                 assert time.monotonic() < until
                 time.sleep(0.001)
             there.pause()
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_memory_that_begins_within_a_block_has_blocks_all_the_same(page, monkeypatch):
+    """It lies in memory as it does in the guest's space, as far as blocks go: or the hardware couldn't take any."""
+    block, plans = page * page // 8, []
+    gpa, size = 0x8000_0000 + block + 3 * page, 3 * block - 4 * page
+
+    def board(ram, plan, *, vcpus):
+        plans.extend((each.ipa, each.pa, each.size, each.level) for each in plan.mappings)
+        raise ConnectionError
+
+    monkeypatch.setattr("hwdbm.arm.vm.Board", board)
+    data = Memslot(0, 0, gpa // page, size // page, 0)
+    private = Memslot(1, 0, PRIVATE // page, private_size(data.npages, 1) // page, 0)
+    with pytest.raises(ConnectionError):
+        ArmVm.from_slots(page, [data, private], blocks=True)
+    start, before, pa = gpa, block - 3 * page, 0x8000_0000 + 3 * page
+    assert plans[-3:] == [
+        (start, pa, before, 3),
+        (start + before, pa + before, block, 2),
+        (start + before + block, pa + before + block, size - before - block, 3),
+    ]
+    assert all(each[0] % block == each[1] % block for each in plans if each[3] == 2)
 
 
 def test_the_rules_of_a_log():

@@ -48,3 +48,21 @@ def test_blocks_that_have_an_address_of_their_own_are_no_larger_one(bit: int) ->
         slot = Stage2(512 * 512)
         slot.level(1)[:], slot.level(2)[:] = pte.TABLE, made
         assert collapse(slot, 0, 512 * 512, 1) == (bit not in (21, 29)), collapse.__module__
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "blocks"), [(5, 2043, [1, 2, 3]), (512, 1023, [1]), (511, 1026, [1, 2]), (1, 1022, [])]
+)
+def test_a_range_takes_the_blocks_that_are_all_in_it(first: int, count: int, blocks: list[int]) -> None:
+    """It begins and ends anywhere, in a slot that doesn't begin with a block."""
+    slots = []
+    for collapse in (Stage2.collapse, walker.collapse):
+        slot = Stage2(2048 + 7, base_gfn=1024 - 7)
+        slot.map(1024, 2048, pfn=1024, dbm=True)
+        slot.map(1017, 7, pfn=1017)
+        assert collapse(slot, 1024 + first, count) == len(blocks), collapse.__module__
+        assert [
+            i - 1 for i, each in enumerate(slot.level(2)) if pte.state(int(each), 2) is not pte.State.TABLE
+        ] == blocks
+        slots.append(slot)
+    assert all(np.array_equal(slots[0].level(level), slots[1].level(level)) for level in (1, 2, 3))

@@ -251,7 +251,7 @@ def _next_data(fd: int, start: int, stop: int) -> int:
     try:
         return min(os.lseek(fd, start, os.SEEK_DATA), stop)
     except OSError:  # ENXIO: a hole to the end; EINVAL: a file system that can't tell
-        return start if start >= stop or not _is_hole(fd, start) else stop
+        return stop if _is_hole(fd, start) else start
 
 
 def _is_hole(fd: int, start: int) -> bool:
