@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -56,6 +57,22 @@ def _own_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
         any("ResourceWarning" in text for text in ignored) and request.node.path.name != "test_doors.py"
     ):  # it does itself
         gc.collect()
+
+
+GOLDEN = 0.618034
+"""Its multiples lie evenly in the unit interval, and fall into no step with the parameters that points are made of."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the points of a test that are alike slow, but for one of so many: the first, and others of any kind."""
+    points = Counter[str]()
+    for item in items:
+        if (mark := item.get_closest_marker("alike")) and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if points[test] * GOLDEN % 1 >= 1 / mark.args[0]:
+                item.add_marker("slow")
+            points[test] += 1
 
 
 SHARED_TOO = {

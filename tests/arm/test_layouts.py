@@ -12,5 +12,6 @@ from layouts import QUICK, cases, judge
 
 
 @pytest.mark.parametrize("case", cases() if os.environ.get("HWDBM_LAYOUTS") else QUICK, ids=str)
+@pytest.mark.alike(2)
 def test_every_page_that_is_written_is_found_and_no_other(case):
     assert judge(case) > 0

@@ -263,6 +263,7 @@ LIMITS = [files if files in (6, 9, 12) else pytest.param(files, marks=pytest.mar
     ],
     ids=lambda each: each[0] if isinstance(each, list) else ("imported", "anew")[each],
 )
+@pytest.mark.alike(2)
 def test_a_limit_is_named(args, anew: bool, files: int) -> None:
     """With ever fewer files that may be open, a command works, or says which limit it met and how to raise it."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); "

@@ -82,6 +82,7 @@ def test_what_a_command_prints_fits(run, name: str, columns: str, tmp_path: Path
 
 @pytest.mark.parametrize("columns", [80, 60, 59, 40, 20])
 @pytest.mark.parametrize("name", [*MISTAKES][::7])
+@pytest.mark.alike(2)
 def test_what_races_print_fits(run, name: str, columns: int, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     found = run("races", name)

@@ -336,6 +336,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("hw", "manual", "step", "workers"), WAYS)
+@pytest.mark.alike(2)
 def test_vcpus_and_a_migration(hw, manual, step, workers):
     machine = Machine(hw_dbm=hw, manual_protect=manual, step_pages=step, workers=workers)
     machine.log.map(0, 0x40, machine.npages, 0)

@@ -37,6 +37,7 @@ OTHERS = [pair for pair in product(WORKERS, STEPS) if pair not in EACH_ONCE]
     ("workers", "step"), [*EACH_ONCE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
 )
 @pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.alike(2)
 def test_several_do_what_one_does(kernels, workers, step, manual):
     one, several = dirtied(1, manual_protect=manual), dirtied(workers, manual_protect=manual, step_pages=step)
     for _ in range(2):

@@ -188,6 +188,7 @@ def serving(said: bytes, *, stays: bool) -> Iterator[str]:
         (bytes(64), False),
     ],
 )
+@pytest.mark.alike(3)
 def test_what_is_no_scheduler(said: bytes, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be silent, hang up, or say what Dask takes for the length of a message."""
     monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 2.0)

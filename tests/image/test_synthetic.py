@@ -60,6 +60,7 @@ def built(g: Geometry, seed: int, **how: object) -> tuple[Tables, list[tuple[int
 
 
 @pytest.mark.parametrize("g", geometries(), ids=str)
+@pytest.mark.alike(4)
 def test_every_geometry(g: Geometry, tmp_path: Path) -> None:
     tables, slots = built(g, seed=g.vtcr)
     if g.ipa % 3:
@@ -94,6 +95,7 @@ def test_random_layouts(g: Geometry, seed: int, junk: bool, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("page", [12, 14, 16])
+@pytest.mark.alike(2)
 def test_slots_of_whole_tables(page: int, before: int, tmp_path: Path) -> None:
     """Whole tables are copied at once, also where the slot begins some pages before one."""
     g = Geometry(page, 1, 43)

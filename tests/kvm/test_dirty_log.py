@@ -264,6 +264,7 @@ DIRTY = "is dirty, and was not written|is dirty, and is older"
 @pytest.mark.parametrize("way", ["stopped", "running"])
 @pytest.mark.parametrize("mode", ["bitmap", "clear", "ring"])
 @pytest.mark.parametrize(("mutant", "says"), [(losing, CLEAN), (early, CLEAN), (generous, DIRTY)])
+@pytest.mark.alike(3)
 def test_answers_that_are_wrong_are_found(make: Make, mutant: Collect, says: str, mode: str, way: str) -> None:
     vm = build(make, mode, SMALL)
     vm.start_log()

@@ -358,6 +358,7 @@ def named(point: object) -> str:
 
 
 @pytest.mark.parametrize(("number", "at"), CHOSEN, ids=[named(at) for _, at in CHOSEN])
+@pytest.mark.alike(2)
 def test_the_receiver_is_killed(
     running: Callable[..., Running], receiver: Callable[..., Receiver], number: int, at: int | Kind | str
 ) -> None:
@@ -503,6 +504,7 @@ def test_the_receiver_stands_still_and_goes_on(
     [(12 << 20, False), (12 << 20, True), (33 << 20, False), (Kind.VERIFY, True)],
     ids=["12MiB-unix", "12MiB-tcp", "33MiB-unix", "VERIFY-tcp"],
 )
+@pytest.mark.alike(4)
 def test_the_receiver_stands_still_for_too_long(
     running: Callable[..., Running], receiver: Callable[..., Receiver], at: int | Kind, tcp: bool
 ) -> None:
@@ -519,6 +521,7 @@ def test_the_receiver_stands_still_for_too_long(
     source.check_next(receiver())
 
 
+@pytest.mark.slow
 def test_the_receiver_stands_still_when_it_is_to_run(
     running: Callable[..., Running], receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def ran(vm: KvmVm, seconds: float = 0.03) -> None:
 @pytest.mark.parametrize("kind", ["counting", "random"])
 @pytest.mark.parametrize("vcpus", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"ring": 256}, {"manual_protect": "on"}], ids=["get", "ring", "clear"])
+@pytest.mark.alike(3)
 def test_the_guest_goes_on_elsewhere(make: Make, kind: str, vcpus: int, options: dict[str, object]) -> None:
     vm = make(SIZE, guest=kind, vcpus=vcpus, rate=None)
     for number in range(1, 5):  # there and further, each from another moment

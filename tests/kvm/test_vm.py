@@ -158,6 +158,7 @@ def test_parameters_are_checked(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["counting", "random"])
 @pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.alike(2)
 def test_every_page_that_changed_was_dirty(make: Make, mode: dict[str, object], kind: str, vcpus: int) -> None:
     """A copy that is brought up to date by the log alone, and is equal in the end."""
     vm = make(SIZE, guest=kind, vcpus=vcpus, seed=3, **mode)

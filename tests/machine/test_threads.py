@@ -41,6 +41,7 @@ def copy_out(machine, copies, slot):
 @pytest.mark.parametrize("hw", [True, False], ids=["hw-dbm", "write-protect"])
 @pytest.mark.parametrize("manual", [False, True], ids=["get", "clear"])
 @pytest.mark.parametrize("blocks", ["write", "eager", "track"])
+@pytest.mark.alike(2)
 def test_a_copy_made_while_vcpus_write_ends_equal(make, hw, manual, blocks):
     machine = make(hw_dbm=hw, manual_protect=manual, blocks=blocks, vcpus=2, step_pages=512, tlb_entries=3000)
     machine.run(Uniform(seed=1), Zipf(seed=2))

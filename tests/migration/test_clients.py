@@ -100,6 +100,7 @@ class Copier:
 
 
 @pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.alike(2)
 def test_three_clients_of_a_guest_that_runs(name: str) -> None:
     make, options = SOURCES[name]
     vm = make(**options)

@@ -144,6 +144,7 @@ def case(value) -> str:
 
 
 @pytest.mark.parametrize(("name", "how", "point"), CASES, ids=case)
+@pytest.mark.alike(2)
 def test_the_link_ends(vm, disk, tmp_path, name, how, point):
     kind, turn, what = point
     with listen(name, tmp_path) as listener:
@@ -326,6 +327,7 @@ def test_a_cancel_is_heard_before(vm, disk, tmp_path, kind):
 
 
 @pytest.mark.parametrize("turn", [2, 1])
+@pytest.mark.alike(2)
 def test_a_trickle_ends(vm, disk, tmp_path, monkeypatch, turn):
     """Deadlines are of whole exchanges: a byte now and then, or a sign of life, doesn't prolong them."""
     stop = threading.Event()

@@ -81,6 +81,7 @@ def test_the_work_grows_no_faster_than_the_slots(what: str) -> None:
 
 
 @pytest.mark.parametrize("make", [PlainGuest, machine])
+@pytest.mark.alike(2)
 def test_a_migration_does_too(inside, make: Callable[[MemoryMap], Source]) -> None:
     def work(count: int) -> Report:
         receiver = inside(make)

@@ -74,6 +74,7 @@ def test_production_is_proved(name):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.alike(2)
 def test_a_mistake_is_found_and_without_it_there_is_none(name):
     (wrong, held_by_wrong), (right, held) = (explored(MISTAKES[name].make(each)) for each in (True, False))
     assert not wrong.proved

@@ -357,6 +357,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupt"])
+@pytest.mark.alike(2)
 def test_a_diff_that_fails_leaves_epoch_and_parent(story, monkeypatch, error):
     """At each of its calls. The next one has all that this one would have had."""
     for after in range(1000):
@@ -383,6 +384,7 @@ def test_a_diff_that_fails_leaves_epoch_and_parent(story, monkeypatch, error):
 
 
 @pytest.mark.parametrize(("error", "in_place"), [(FULL, False), (FULL, True), (KeyboardInterrupt(), True)])
+@pytest.mark.alike(2)
 def test_a_rebase_that_fails_is_old_or_new_or_finished(story, monkeypatch, tmp_path, error, in_place):
     shutil.copytree(story.chain.folder, tmp_path / "before")
     with failing(monkeypatch, 1 << 30, error) as left:

@@ -66,6 +66,7 @@ WHOLE_VERBS = ("dirty", "writable", "young", "enable_dbm", "disable_dbm", "harve
 
 @GRANULES
 @pytest.mark.parametrize("verb", RANGE_VERBS)
+@pytest.mark.alike(2)
 def test_range_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(st.data())
@@ -78,6 +79,7 @@ def test_range_verb_equals_the_walkers(kernels, granule, verb):
 
 @GRANULES
 @pytest.mark.parametrize("verb", WHOLE_VERBS)
+@pytest.mark.alike(2)
 def test_whole_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(stage2s(granule, MOST[granule]))
@@ -143,6 +145,7 @@ MORE_PAGES = ((3, 0), (3, 510))
 
 
 @pytest.mark.parametrize(("npages", "base"), [*FEW_PAGES, *(MORE_PAGES if EFFORT > 1 else ())])
+@pytest.mark.alike(2)
 def test_every_state_of_a_few_pages(kernels, npages, base):
     """All states, young and old, of up to three pages: 10 ** npages slots, and every mask and range of each.
 
@@ -178,6 +181,19 @@ def test_every_state_of_a_few_pages(kernels, npages, base):
             else:
                 compare(s2.copy(), verb, base, npages)
                 compare(s2.copy(), verb, base + npages - 1, 1)
+
+
+def test_the_other_granules_have_blocks_of_level_1():
+    """64 GiB of 16K pages, in 52-bit descriptors. Of 64K it is 4 TiB, whose pages' descriptors are half a GiB."""
+    size = 2048 * 2048
+    s2 = Stage2(size, base_gfn=size, granule=Granule.K16)
+    s2.map(size, size, pfn=3 * size, level=1, dbm=True)
+    assert [pte.state(int(d), 1).label for d in s2.level(1)] == ["writable-clean"]
+    s2.level(1)[:] |= np.uint64(pte.S2AP_W)
+    assert s2.dirty().ranges().tolist() == [[0, size]]
+    assert s2.split(2 * size - 1, 1, level=2) == 1
+    assert s2.level(2)[-1] == pte.make_leaf((4 * size - 2048) << 14, 2, dbm=True)
+    assert s2.harvest().ranges().tolist() == [[0, size]]
 
 
 def test_gibibyte_blocks(kernels):

@@ -147,6 +147,7 @@ class Hardware:
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.alike(2)
 def test_what_hardware_sets_between_two_descriptors_is_kept(name):
     @settings(max_examples=10 * EFFORT)
     @given(s2=stage2s(most=1300), seed=st.integers(0, 999))
@@ -328,6 +329,7 @@ def check_a_strike(rng, name, strike):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.alike(2)
 def test_a_signal_handler_that_raises_loses_nothing(kernels, name):
     rng, takes = np.random.default_rng(len(name)), 0.0
     for _ in range(2):
@@ -343,6 +345,7 @@ def test_a_signal_handler_that_raises_loses_nothing(kernels, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.alike(2)
 def test_an_exception_wherever_a_handler_may_run(kernels, name):
     rng, count = np.random.default_rng(len(name)), Strike()
     check_a_strike(rng, name, count)

@@ -114,6 +114,7 @@ def test_a_working_set_is_of_about_a_second():
     assert (found.working.intervals, found.working.seconds) == (8, pytest.approx(0.8))
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_intervals():
     """A guest of 64 GiB by 64 and by 256 intervals, 128 and 512 MiB of words: a few chunks at a time."""
     script = (
