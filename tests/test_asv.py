@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "asv_bench"
 
 
+@pytest.mark.slow
 def test_asv_finds_the_benchmarks_and_nothing_else() -> None:
     """Whatever class is imported there, and has a method named as theirs are, would be taken for one."""
     command = [sys.executable, "-P", "-m", "asv", "check", "--python=same"]

@@ -237,6 +237,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("check", SMALL, ids=lambda check: check.__name__)
+@pytest.mark.alike(2)
 def test_small_domain(check: Callable[[Bitmap], None]) -> None:
     check(DirtyBitmap)
 

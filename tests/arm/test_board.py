@@ -90,6 +90,7 @@ def test_what_is_not_flushed_is_written_without_a_mark(machine):
     assert (pte.dirty(3)(entries) != (guests.counts() > before)).any()
 
 
+@pytest.mark.slow
 def test_qemu_ends_with_the_process_that_started_it(tmp_path):
     """Also where that is killed, and has no say in it."""
     script = (

@@ -96,6 +96,7 @@ def test_memory_to_migrate_is_random_and_has_no_zeros(monkeypatch):
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.alike(2)
 def test_scattered_pages_are_sent(transport):
     setup = stream.StreamSetup(memory=1 << 20, fraction=0.25, passes=3, rounds=1, transport=transport)
     guest = stream._Scattered(setup)

@@ -401,7 +401,7 @@ class TestOnlyTheInstalledPackage:
     @pytest.mark.parametrize(
         "args",
         [
-            ["harvest", ODD, "--output", "out"],
+            pytest.param(["harvest", ODD, "--output", "out"], marks=pytest.mark.slow),
             pytest.param(["inspect", ODD, "--plot", "map.png"], marks=pytest.mark.slow),
             [*MIGRATE, "--report", "passes.png"],  # it draws too, and starts a process
             pytest.param(["bench", "--memory", "16M", "--repeat", "1"], marks=pytest.mark.slow),

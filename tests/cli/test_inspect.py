@@ -125,6 +125,7 @@ class TestPlot:
             == 128
         )
 
+    @pytest.mark.slow
     def test_many_slots(self, run, tmp_path: Path) -> None:
         slots = [arg for i in range(40) for arg in ("--slot", f"{i}:{(2 << 20) + i * 64}K:64K")]
         assert run("inspect", ODD, *slots, "--plot", tmp_path / "a.png").status == 0

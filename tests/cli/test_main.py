@@ -237,6 +237,7 @@ def test_a_library_that_is_told_something_odd(told: dict[str, str], args, said: 
      ["record", "--ram-file", ODD, "--duration", "10ms", "--interval", "5ms", "--page-size", "4K"]],
     ids=lambda args: args[0],
 )  # fmt: skip
+@pytest.mark.alike(2)
 def test_a_current_folder_that_was_deleted(args, tmp_path: Path) -> None:
     """What names no file in it works as elsewhere; the libraries that numba imports where they are there don't."""
     if args[0] == "record":

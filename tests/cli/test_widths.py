@@ -63,6 +63,7 @@ def test_no_command_is_left_out() -> None:
 
 @pytest.mark.parametrize("columns", ["", pytest.param("80", marks=pytest.mark.slow), "40"])
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.alike(2)
 def test_what_a_command_prints_fits(run, name: str, columns: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)

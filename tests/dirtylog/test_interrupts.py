@@ -282,6 +282,7 @@ def test_signals_and_flushes_that_fail(kernels):
 
 
 @pytest.mark.parametrize("hw", [True, False])
+@pytest.mark.alike(2)
 def test_signals_in_the_machine(hw):
     choose = random.Random(3)
     with Machine(hw_dbm=hw, tlb_entries=300) as machine, interrupts() as call:

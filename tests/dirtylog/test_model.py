@@ -12,6 +12,7 @@ LONG = settings(
 
 
 @pytest.mark.parametrize("machine", [LogMachine, BlockMachine])
+@pytest.mark.alike(2)
 def test_machine(machine, kernels):
     run_state_machine_as_test(machine, settings=LONG)
 

@@ -345,6 +345,7 @@ def test_vcpus_and_a_migration(hw, manual, step, workers):
 
 
 @pytest.mark.parametrize("hw", [True, False])
+@pytest.mark.alike(2)
 def test_vcpus_and_everything_at_once(hw):
     machine = Machine(hw_dbm=hw, step_pages=128)
     log = machine.log

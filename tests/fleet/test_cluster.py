@@ -110,6 +110,7 @@ def test_there_are_only_so_many_workers(workers: int) -> None:
 
 
 @pytest.mark.parametrize("sooner", [False, True])
+@pytest.mark.alike(2)
 def test_workers_that_keep_dying(sooner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before they are told where the scheduler is, or later."""
     child = hwdbm.fleet.cluster.process.child
@@ -220,6 +221,7 @@ def dask_server(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hwdbm.fleet.cluster, "_ANSWER", 60.0)

@@ -518,6 +518,7 @@ def test_a_limit_beyond_all_need_costs_no_more(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("terms", [OWN, QEMU, FREE])
 @pytest.mark.parametrize("timeout", [0.0, 1.0, 3.0, 9.0, None])
+@pytest.mark.alike(3)
 def test_needs_that_nothing_fulfils_are_said_in_words(terms: Terms, timeout: float | None) -> None:
     """Whatever is null in JSON has its reason in the text, and what is there would do."""
     writes = trace([set(range(i * 300 % 2000, i * 300 % 2000 + 300)) for i in range(40)], 4000, 0.1)

@@ -65,6 +65,7 @@ def noisy(samples: tuple[Sample, ...], rate: float) -> list[Sample]:
 
 
 @pytest.mark.parametrize("name", GUESTS)
+@pytest.mark.alike(2)
 def test_forecasts_are_the_ones_that_were_looked_at(name):
     lines = []
     for plan, how in PLANS.items():

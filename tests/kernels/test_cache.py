@@ -156,6 +156,7 @@ def a_folder(path: Path) -> None:
         ),
     ],
 )
+@pytest.mark.alike(2)
 def test_a_damaged_cache(copy: Path, kind: str, damage: Callable[[Path], object]) -> None:
     for path in copy.rglob(f"fused._fill-*.{kind}"):
         damage(path)

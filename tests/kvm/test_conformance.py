@@ -109,6 +109,7 @@ class Conformance(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.alike(2)
 def test_the_kernel_and_the_model_answer_alike(judge, memory, mode):
     limits = limits_of(judge)
     tally = Tally(limits)

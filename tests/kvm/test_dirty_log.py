@@ -197,6 +197,7 @@ def build(make: Make, mode: str, npages: int) -> KvmVm:
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=() if mode in ("clear-ragged", "ring") else pytest.mark.slow) for mode in MODES]
 )
+@pytest.mark.alike(2)
 def test_the_kernels_own_test(make: Make, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vm, full = build(make, mode, NPAGES), []
     for thread in vm._threads if "ring" in mode else ():

@@ -358,7 +358,7 @@ def named(point: object) -> str:
 
 
 @pytest.mark.parametrize(("number", "at"), CHOSEN, ids=[named(at) for _, at in CHOSEN])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_the_receiver_is_killed(
     running: Callable[..., Running], receiver: Callable[..., Receiver], number: int, at: int | Kind | str
 ) -> None:
@@ -481,6 +481,7 @@ def later(seconds: float, action: Callable[..., object], *args: object) -> threa
 
 
 @pytest.mark.parametrize("at", [12 << 20, 34 << 20, Kind.GO], ids=named)
+@pytest.mark.alike(3)
 def test_the_receiver_stands_still_and_goes_on(
     running: Callable[..., Running], receiver: Callable[..., Receiver], at: int | Kind
 ) -> None:
@@ -626,6 +627,7 @@ def small_files(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("log", "how"), [*((log, "disk") for log in LOGS), (KvmLog.BITMAP, "limit")])
+@pytest.mark.alike(2)
 def test_no_room_for_a_snapshot(running: Callable[..., Running], tmp_path: Path, log: KvmLog, how: str) -> None:
     """Twice, of the running guest. The one after them has all that these would have had."""
     source = running(log)

@@ -18,6 +18,7 @@ modes = pytest.mark.parametrize("recording", RECORDINGS.values(), ids=RECORDINGS
 
 @modes
 @pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.alike(2)
 def test_the_model_answers_what_the_kernel_did(recording, backing):
     """Each sequence by one backing, and by all of them in `make thorough`."""
     for number, sequence in enumerate(recording.sequences):

@@ -18,6 +18,7 @@ def soak(script: Path, *options: str) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 def test_a_few_migrations_back_and_forth(kvm: Kvm) -> None:
     status, said, err = soak(SOAK, "--migrations", "4")
     assert (status, said[-1]) == (0, "no mismatch, and too few migrations to see growth"), err

@@ -61,6 +61,7 @@ def test_alike_in_every_state(write, ha, hd):
 
 
 @options
+@pytest.mark.alike(2)
 def test_any_two_states_side_by_side(write, ha, hd):
     for one, other in combinations(LEAVES, 2):  # the pages are in no order: each of the two is before the other
         check(leaves(one, other), write, ha, hd)

@@ -26,6 +26,7 @@ class SplitTwin(BlockTwin):
 
 
 @pytest.mark.parametrize("machine", [TwinMachine, BlockTwin, SplitTwin])
+@pytest.mark.alike(2)
 def test_the_bulk_vcpu_is_the_reference_at_speed(machine):
     run_state_machine_as_test(machine, settings=settings(FEW, max_examples=6 * EFFORT))
 

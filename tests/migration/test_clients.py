@@ -139,6 +139,7 @@ def test_three_clients_of_a_guest_that_runs(name: str) -> None:
     ["plain", "machine", "machine, write-protected", "kvm bitmap", "kvm clear", "kvm ring", "arm",
      pytest.param("arm, 16K", marks=pytest.mark.slow)],
 )  # fmt: skip
+@pytest.mark.alike(2)
 def test_a_migration_beside_snapshots_and_statistics(name: str, inside, tmp_path) -> None:
     make, options = SOURCES[name]
     vm = make(**options)

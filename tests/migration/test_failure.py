@@ -103,6 +103,7 @@ def test_link_cut(vm, inside, at, how):
 
 
 @pytest.mark.parametrize("at", [1, 3, 9, Kind.PASS, Kind.STATE, Kind.GO], ids=repr)
+@pytest.mark.alike(2)
 def test_receiver_killed(vm, inside, process, at):
     vm.resume()
     vm.start_log()
@@ -311,6 +312,7 @@ def test_silence(vm, impatient):
     check_back(vm)
 
 
+@pytest.mark.slow
 def test_silence_after_go_leaves_the_source_paused(vm, inside, monkeypatch, impatient):
     """Whether the destination runs is unknown. Two that run would be worse than none."""
     vm.resume()

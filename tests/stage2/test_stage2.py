@@ -91,6 +91,7 @@ def test_whole_verb_equals_the_walkers(kernels, granule, verb):
 
 @GRANULES
 @pytest.mark.parametrize("verb", ["clean", "enable_dbm"])
+@pytest.mark.alike(2)
 def test_masked_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(st.data())
