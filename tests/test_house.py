@@ -69,10 +69,9 @@ def words() -> set[str]:
     return {word for path in files if path != Path(__file__) for word in re.findall(r"\w+", path.read_text())}
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_only_rooms_export(name):
+def test_only_rooms_export():
     """What users may use is named by the room, or by a module of the first floor; the modules inside are its parts."""
-    assert exported(name) is None
+    assert not [name for name in INNER if exported(name) is not None]
 
 
 @pytest.mark.parametrize("name", [name for name, path in MODULES.items() if "\n__all__ = " in path.read_text()])
@@ -84,32 +83,35 @@ def test_what_is_exported_is_there_and_documented(name):
         assert re.search(rf"^ +hwdbm\.{name}$", API.read_text(), re.MULTILINE), f"docs/api.md has no {name}"
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_what_only_its_module_uses_is_private(name):
+def test_what_only_its_module_uses_is_private():
     """Functions, constants and exceptions. A class may be the type of what others are given, and an alias is one."""
-    public = []
+    assert not [(name, each) for name in INNER for each in unshared(name) if each not in words()]
+
+
+def unshared(name: str) -> list[str]:
+    """Return the public names that only their module uses."""
+    found = []
     for node in tree(name).body:
         if isinstance(node, ast.FunctionDef):
-            public.append(node.name)
+            found.append(node.name)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
-            public.append(node.targets[0].id)
-    own = [each for each in public if not each.startswith("_") and each not in ("T", "TYPE_CHECKING")]
+            found.append(node.targets[0].id)
+    own = [each for each in found if not each.startswith("_") and each not in ("T", "TYPE_CHECKING")]
     if name.startswith("cli."):  # a command, which is found by its name, with its examples
         own = [each for each in own if each not in {name.removeprefix("cli."), "EPILOG"}]
     # Guests' code, kernels and benchmarks are chosen among by name: who uses what of them is not to be seen here.
-    if not re.search(r"guest_\w+$|^kernels\.|^bench\.suite", name):
-        own = [each for each in own if not used().get((name, each), set()) - {name}]
-        assert not [each for each in own if each not in words()]
+    if re.search(r"guest_\w+$|^kernels\.|^bench\.suite", name):
+        return []
+    return [each for each in own if not used().get((name, each), set()) - {name}]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_private_names_stay_where_they_are(name):
-    mine = [(module, each) for (module, each), by in used().items() if each.startswith("_") and name in by]
+def test_private_names_stay_where_they_are():
     assert not [
-        (module, each)
-        for module, each in mine
-        if module != name and not each.startswith("__") and f"{module}.{each}".lstrip(".") not in MODULES
-        and (name, module) not in SHARED
+        (module, each, name)
+        for (module, each), by in used().items()
+        if each.startswith("_") and not each.startswith("__") and f"{module}.{each}".lstrip(".") not in MODULES
+        for name in by
+        if module != name and (name, module) not in SHARED
     ]  # fmt: skip
 
 
@@ -147,16 +149,16 @@ FILLED_IN = {"FoundSlot", "LevelCount", "Record", "Pass", "Report", "Received", 
 STATEFUL = {"LogParts", "_Due", "Litmus", "WeakMachine", "Protocol", "Graph"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__main__"])
-def test_dataclasses_are_values(name):
+def test_dataclasses_are_values():
     """Frozen, unless they are filled in; without room for a misspelt attribute, unless a base needs its dictionary."""
-    module = importlib.import_module(f"hwdbm.{name}" if name != "__init__" else "hwdbm")
-    for node in tree(name).body:
-        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(cls := getattr(module, node.name)):
-            assert "__dataclass_params__" in vars(cls), f"{cls} is only derived from one: what isn't a field can be set"
-            assert cls.__dataclass_params__.frozen == (node.name not in FILLED_IN | STATEFUL), cls
-            if not issubclass(cls, Workload):
-                assert hasattr(cls, "__slots__"), cls
+    for name in MODULES.keys() - {"__main__"}:
+        module = importlib.import_module(f"hwdbm.{name}" if name != "__init__" else "hwdbm")
+        for node in tree(name).body:
+            if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(cls := getattr(module, node.name)):
+                assert "__dataclass_params__" in vars(cls), f"{cls} is only derived from one: others can be set, too"
+                assert cls.__dataclass_params__.frozen == (node.name not in FILLED_IN | STATEFUL), cls
+                if not issubclass(cls, Workload):
+                    assert hasattr(cls, "__slots__"), cls
 
 
 # Threads that are joined before their call returns, however it ends.

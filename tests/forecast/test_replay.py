@@ -674,6 +674,7 @@ def likest(intervals, zeros, number: int) -> list[float]:
     return [chosen[place] for place in sorted(set(places.tolist()))]
 
 
+@settings(max_examples=30)
 @given(st.data(), st.integers(1, 70), st.sampled_from([1, 2, 5]))
 def test_moments_that_are_like_the_end(data: st.DataObject, length: int, number: int) -> None:
     page = st.integers(0, 9)

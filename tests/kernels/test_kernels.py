@@ -237,21 +237,21 @@ PASSES = [check_scan, check_rewrite, check_rewrite_within]
 
 @layouts
 @shares
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_scan(kernels: ModuleType, n: int, runs: Runs, share: float) -> None:
     check_scan(kernels, n, runs, share)
 
 
 @layouts
 @shares
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_rewrite(kernels: ModuleType, n: int, runs: Runs, share: float) -> None:
     check_rewrite(kernels, n, runs, share)
 
 
 @layouts
 @shares
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_rewrite_within(kernels: ModuleType, n: int, runs: Runs, share: float) -> None:
     check_rewrite_within(kernels, n, runs, share)
 

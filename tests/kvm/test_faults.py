@@ -505,7 +505,7 @@ def test_the_receiver_stands_still_and_goes_on(
     [(12 << 20, False), (12 << 20, True), (33 << 20, False), (Kind.VERIFY, True)],
     ids=["12MiB-unix", "12MiB-tcp", "33MiB-unix", "VERIFY-tcp"],
 )
-@pytest.mark.alike(4)
+@pytest.mark.alike(5)
 def test_the_receiver_stands_still_for_too_long(
     running: Callable[..., Running], receiver: Callable[..., Receiver], at: int | Kind, tcp: bool
 ) -> None:

@@ -384,7 +384,7 @@ def test_a_diff_that_fails_leaves_epoch_and_parent(story, monkeypatch, error):
 
 
 @pytest.mark.parametrize(("error", "in_place"), [(FULL, False), (FULL, True), (KeyboardInterrupt(), True)])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_a_rebase_that_fails_is_old_or_new_or_finished(story, monkeypatch, tmp_path, error, in_place):
     shutil.copytree(story.chain.folder, tmp_path / "before")
     with failing(monkeypatch, 1 << 30, error) as left:
@@ -638,6 +638,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("path", "value", "why"), BAD, ids=lambda each: None if isinstance(each, list) else str(each)[:30]
 )
+@pytest.mark.alike(2)
 def test_a_hostile_manifest_is_refused_by_one_line(story, tmp_path, path, value, why):
     snapshot = story.chain.snapshots()[-1]
     file = story.chain.folder / f"{snapshot.name}.json"
