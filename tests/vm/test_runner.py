@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from effort import EFFORT
@@ -128,6 +129,35 @@ def test_the_thread_itself_may_close_it(worker: Worker) -> None:
     runner.pause()
     runner.close()
     assert runner.failure is None
+
+
+@pytest.mark.parametrize("verb", ["resume", "close"])
+def test_what_is_closed_has_no_thread(verb: str) -> None:
+    """However often a handler raised in its start, or in its end: nor does one come later, or begin anything."""
+    begun: list[int] = []
+
+    def handler(*_: object) -> None:
+        raise InterruptError
+
+    rng = random.Random(2)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for turn in range(200 * EFFORT):
+            runner = Runner(f"turn {turn}", lambda: time.sleep(1e-4), begin=lambda turn=turn: begun.append(turn))  # type: ignore[misc]
+            if verb == "close":
+                runner.resume()
+            with suppress(InterruptError):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 3e-4))
+                getattr(runner, verb)()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            runner.close()
+            there, started = {thread.name for thread in threading.enumerate()}, len(begun)
+            assert f"turn {turn}" not in there
+            time.sleep(1e-4)
+            assert len(begun) == started
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a finalizer

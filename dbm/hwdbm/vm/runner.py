@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, RLock, Thread, get_ident, main_thread
+from threading import enumerate as enumerate_threads
 from time import monotonic, sleep
 from typing import Any
 
@@ -49,7 +50,7 @@ class Runner:
     work : callable
         Works until `wanted` is False, then returns. What it raises is kept as `failure`.
     begin : callable, optional
-        Called by the thread first.
+        Called by the thread once, before it works the first time.
     interrupt : callable, optional
         Called with the thread's identifier while that lives: has a `work` that blocks look at `wanted`.
 
@@ -97,37 +98,37 @@ class Runner:
 
     def resume(self) -> None:
         """Let it work, and start the thread the first time."""
+        if self._thread is None:
+            self._start()
         with self._lock:
             if self._closing:
                 raise RuntimeError(f"{self.name} has ended")
-            if self._thread is None:
-                self._start()
             self.wanted = True
             self._wake.put(None)
             self._idle.open()
 
     def _start(self) -> None:
-        """Start the thread from another one, where no handler can raise inside of `Thread.start`."""
-        thread = Thread(target=self._live, name=self.name, daemon=True)
-        started, errors = Lock(), list[RuntimeError]()
-        started.acquire()
+        """Start the thread from another one, where no handler can raise inside of `Thread.start`.
+
+        Where a handler cuts this in two, that one starts it later, unless it was started or closed meanwhile.
+        """
+        done, errors = Lock(), list[RuntimeError]()
+        done.acquire()
 
         def start() -> None:
             try:
-                thread.start()
+                with self._lock:
+                    if self._thread is None and not self._closing:
+                        thread = Thread(target=self._live, name=self.name, daemon=True)
+                        thread.start()
+                        self._thread = thread
             except RuntimeError as error:  # there can be no more threads
-                self._thread = None
                 errors.append(error)
             finally:
-                started.release()
+                done.release()
 
-        self._thread = thread
-        try:
-            start_new_thread(start, ())
-        except RuntimeError:
-            self._thread = None
-            raise
-        started.acquire()
+        start_new_thread(start, ())
+        done.acquire()
         if errors:
             raise errors[0]
 
@@ -153,16 +154,20 @@ class Runner:
         """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that."""
         self._closing = True
         self.stop()
-        thread = self._thread
+        with self._lock:  # one that is about to be started has been, or won't be
+            thread = self._thread
         if thread is None or thread.ident == get_ident():
             return
         interrupt: BaseException | None = None
-        while thread.is_alive():
+        gone = False
+        while not gone:
             # Not join: that asks for the current thread, and for one that `uninterrupted` started that makes an
-            # object which `threading` never forgets.
+            # object which `threading` never forgets. Nor is_alive, which takes a thread for dead after a handler raised
+            # in it.
             try:
                 self._idle.wait(lambda: not self._ended)
-                sleep(_LOOK)
+                gone = thread not in enumerate_threads()
+                sleep(0 if gone else _LOOK)
             except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
                 interrupt = error
         if interrupt is not None:
@@ -179,7 +184,8 @@ class Runner:
         with self._lock:
             self._alive = True
         try:
-            self._attempt(self._begin)
+            if self._wait_for_work():
+                self._attempt(self._begin)
             while self._wait_for_work():
                 self._attempt(self._work)
         finally:
