@@ -22,7 +22,7 @@ __all__ = ["NewFile", "abandon", "naming", "open_regular", "scratch", "write", "
 _NO_UNNAMED = (EINVAL, EISDIR, EOPNOTSUPP)  # what a file system or kernel without O_TMPFILE says
 _PREFIX, _SUFFIX = ".hwdbm-", ".tmp"  # of a file that has a name before it has its place
 
-_IN_MEMORY, _NAME = "/dev/shm", len("/hwdbm-12345678")  # noqa: S108  # the folder in it is private
+_IN_MEMORY, _NAME = "/dev/shm", len("/hwdbm-0123456789abcdef")  # noqa: S108  # the folder in it is private
 
 _named: "WeakSet[NewFile]" = WeakSet()
 _scratch: set[Path] = set()
@@ -330,17 +330,19 @@ def scratch(longest: int | None = None) -> Iterator[Path]:
     Path
         The folder.
     """
-    with tempfile.TemporaryDirectory(prefix="hwdbm-", dir=_place(longest)) as name:  # mode 0700
-        folder = Path(name)
-        _scratch.add(folder)
-        try:
-            yield folder
-        finally:
-            _scratch.discard(folder)
+    folder = Path(_place(longest), f"hwdbm-{secrets.token_hex(8)}")
+    _scratch.add(folder)  # before it is there: an interrupt may come as soon as it is
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        _scratch.discard(folder)
 
 
-def _place(longest: int | None) -> str | None:
-    """Return where `scratch` makes its folder; None for the usual place."""
+def _place(longest: int | None) -> str:
+    """Return where `scratch` makes its folder."""
     try:
         usual = tempfile.gettempdir()
     except FileNotFoundError:  # its text says where it looked
@@ -348,7 +350,7 @@ def _place(longest: int | None) -> str | None:
             return _IN_MEMORY
         raise
     deep = longest is not None and len(os.fsencode(usual)) + _NAME > longest
-    return _IN_MEMORY if deep and os.access(_IN_MEMORY, os.W_OK | os.X_OK) else None
+    return _IN_MEMORY if deep and os.access(_IN_MEMORY, os.W_OK | os.X_OK) else usual
 
 
 def abandon() -> None:

@@ -316,6 +316,37 @@ class TestInterrupt:
         assert process.returncode == 130
         assert not list(tmp_path.iterdir())
 
+    def test_leaves_nothing_that_it_has_just_made(self, tmp_path: Path) -> None:
+        """The signal comes as soon as there is a file or a folder: before the call that made it has returned."""
+        code = (
+            "import os, signal, tempfile; from hwdbm import files; from hwdbm.cli import interrupt\n"
+            "tempfile.gettempdir()  # Python's own, which tries once whether a file can be made\n"
+            "def signalled(call):\n"
+            "    def made(path, flags=0, *args, **options):\n"
+            "        global left\n"
+            "        if call is open and flags & os.O_TMPFILE == os.O_TMPFILE: raise OSError(95, 'no unnamed files')\n"
+            "        answer, left = call(path, flags, *args, **options), left - 1\n"
+            "        if left == -1: signal.raise_signal(signal.SIGINT)\n"
+            "        return answer\n"
+            "    return made\n"
+            "open = os.open\n"
+            "for left in range(20):\n"
+            "    if (pid := os.fork()) == 0:\n"
+            "        interrupt.install(files.abandon)\n"
+            "        os.open, os.mkdir = signalled(os.open), signalled(os.mkdir)\n"
+            "        with files.scratch() as folder, files.NewFile(folder / 'c'), files.NewFile('a'): pass\n"
+            "        os._exit(0)\n"
+            "    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+            "    print(status, *os.listdir('.'), flush=True)\n"
+            "    if status == 0: break\n"
+        )
+        command, environment = [sys.executable, "-P", "-c", code], os.environ | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+        *cut, whole = done.stdout.decode().splitlines()
+        assert whole == "0 a"
+        assert len(cut) >= 5  # the folder, two that hold files, and the files
+        assert set(cut) == {"130", "130 a"}  # the latter while the folder is removed, when all is done
+
 
 class TestStreams:
     """A result that stdout can't take is a failure, but not that of what was done."""
