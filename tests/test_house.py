@@ -49,15 +49,17 @@ def used() -> dict[tuple[str, str], set[str]]:
     """Return which modules, by name, use a name of another, given with that: imported, or through the module."""
     found = defaultdict(set)
     for name in MODULES:
-        modules = {}
+        modules, through = {}, []
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "hwdbm":
                 for each in node.names:
                     found[node.module.removeprefix("hwdbm").lstrip("."), each.name].add(name)
                     modules[each.asname or each.name] = f"{node.module}.{each.name}".removeprefix("hwdbm.")
-        for node in ast.walk(tree(name)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-                found[modules[node.value.id], node.attr].add(name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                through.append((node.value.id, node.attr))
+        for module, attribute in through:
+            if module in modules:
+                found[modules[module], attribute].add(name)
     return found
 
 

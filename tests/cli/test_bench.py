@@ -23,6 +23,7 @@ def test_json_is_in_ms_and_bytes(run) -> None:
     assert 1 << 26 < unmapped["bytes"] < unmapped["floor-bytes"] == 400 << 20
 
 
+@pytest.mark.slow
 def test_the_whole_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """On 80 columns with figures as of large memory; on fewer it is a line for each cell."""
     measured = list(run_all(Setup(3 * 512, 1)))  # of such a size no level's array is like another's

@@ -104,6 +104,7 @@ def test_no_shell(run) -> None:
     assert run("completion", "csh").status == 2
 
 
+@pytest.mark.slow
 def test_bash_itself(run, tmp_path: Path) -> None:
     """bash ends words at ':' and '=', and completes files where nothing is offered."""
     (tmp_path / "script").write_text(run("completion", "bash").out)

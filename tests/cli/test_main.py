@@ -198,6 +198,7 @@ FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter(
         ("rich", "import warnings; warnings.warn('one\\ntwo'); raise OSError('three')", ["harvest", ODD], 1, "three"),
     ],
 )  # fmt: skip
+@pytest.mark.alike(2)
 def test_a_library_that_is_broken(module: str, code: str, args, status: int, said: str, tmp_path: Path) -> None:
     """What can do without it does, with one line; the others fail with one line, and blame the library."""
     (tmp_path / "fake" / module).mkdir(parents=True)
@@ -224,6 +225,7 @@ def test_a_library_that_is_broken(module: str, code: str, args, status: int, sai
         ({"MPLBACKEND": "none", "MPLCONFIGDIR": "/proc/none"}, ["inspect", ODD, "--plot", "a.svg"], ""),
     ],
 )
+@pytest.mark.alike(2)
 def test_a_library_that_is_told_something_odd(told: dict[str, str], args, said: str, tmp_path: Path) -> None:
     done = process(f"import os; os.chdir({str(tmp_path)!r}); {FAKE}os.environ |= {told!r}; {MAIN}", *args, anew=False)
     assert done.returncode == 0, done.stderr

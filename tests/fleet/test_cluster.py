@@ -110,7 +110,7 @@ def test_there_are_only_so_many_workers(workers: int) -> None:
 
 
 @pytest.mark.parametrize("sooner", [False, True])
-@pytest.mark.alike(2)
+@pytest.mark.slow
 def test_workers_that_keep_dying(sooner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before they are told where the scheduler is, or later."""
     child = hwdbm.fleet.cluster.process.child

@@ -358,7 +358,7 @@ def named(point: object) -> str:
 
 
 @pytest.mark.parametrize(("number", "at"), CHOSEN, ids=[named(at) for _, at in CHOSEN])
-@pytest.mark.alike(3)
+@pytest.mark.alike(5)
 def test_the_receiver_is_killed(
     running: Callable[..., Running], receiver: Callable[..., Receiver], number: int, at: int | Kind | str
 ) -> None:

@@ -144,7 +144,7 @@ def case(value) -> str:
 
 
 @pytest.mark.parametrize(("name", "how", "point"), CASES, ids=case)
-@pytest.mark.alike(3)
+@pytest.mark.alike(5)
 def test_the_link_ends(vm, disk, tmp_path, name, how, point):
     kind, turn, what = point
     with listen(name, tmp_path) as listener:

@@ -146,7 +146,7 @@ MORE_PAGES = ((3, 0), (3, 510))
 
 
 @pytest.mark.parametrize(("npages", "base"), [*FEW_PAGES, *(MORE_PAGES if EFFORT > 1 else ())])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_every_state_of_a_few_pages(kernels, npages, base):
     """All states, young and old, of up to three pages: 10 ** npages slots, and every mask and range of each.
 
