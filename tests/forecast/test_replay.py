@@ -351,6 +351,15 @@ def test_a_guest_at_another_rate_is_that_of_a_trace_made_so_much_faster(made, da
     assert (one.npages, one.ends) == (npages, len(intervals))
 
 
+def test_a_trace_takes_no_longer_than_2_to_the_62_ns():
+    guest = TraceWrites(trace([{1}] * 9, 64))
+    guest._times = guest._times * 1000  # by a thousandth of the rate of which a trace may be written
+    total = float(guest._times[-1])
+    assert guest.like(total / (1 << 62) * 1.001, 64).npages == 64
+    with pytest.raises(ValueError, match="more than 2\\^62"):
+        guest.like(total / (1 << 62), 64)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), 1e18, 1e-12])
 def test_a_rate_at_which_a_trace_has_no_times_is_refused(rate: float) -> None:
     guest = TraceWrites(trace([{1}] * 9, 64))

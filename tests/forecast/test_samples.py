@@ -553,3 +553,14 @@ def test_models_of_small_samples_were_looked_at() -> None:
         periods, sizes = measured(samples)
         lines.append(f"{bandwidth}: {np.round(periods, 9).tolist()}, {np.round(sizes, 3).tolist()}")
     as_seen("forecasts/models.txt", "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["time", "remaining", "total", "transferred", "bandwidth", "dirty_rate", "downtime_limit"]
+)
+@pytest.mark.parametrize("number", [-5e-324, -0.5, -1.0, float("nan"), float("-inf")])
+def test_what_is_less_than_nothing_is_no_sample(name: str, number: float) -> None:
+    made = Sample(1, 2, 29, bandwidth=100)
+    with pytest.raises(ValueError, match=f"{name} is a number of 0 or more"):
+        replace(made, **{name: number})
+    assert getattr(replace(made, **{name: 0.0}), name) == 0

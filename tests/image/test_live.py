@@ -377,6 +377,26 @@ def test_one_of_several_blocks_reaches_beyond_the_slot(tmp_path, gfn, npages):
         assert not both.changed().size
 
 
+def test_a_range_that_ends_where_such_a_block_begins_is_changed(tmp_path):
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for at in range(3):
+        tables.leaf(at << 21, 2, 1 << 51 | 1 << 7 | 1 << 10)
+    both = Both(tables, 0, 1100, tmp_path / "ram", flush=lambda: None)
+    inside = DirtyBitmap.from_ranges([[0, 1024]], 1100)
+    for s2 in (both.placed, both.flat):
+        s2.clean(inside)
+        assert s2.dirty().ranges().tolist() == [[1024, 76]]
+    both.check()
+    before = both.changed().tolist()
+    for page in (1024, 1099):
+        with pytest.raises(ImageError, match=r"gfn 0x400\.\.0x5ff is one block"):
+            both.placed.clean(DirtyBitmap.from_pages([page], 1100))
+        with pytest.raises(ImageError, match=r"gfn 0x400\.\.0x5ff is one block"):
+            both.placed.harvest(first=960, npages=page + 1 - 960)
+    assert both.changed().tolist() == before
+    assert both.placed.harvest(first=960, npages=64).ranges().tolist() == []
+
+
 def test_a_block_of_level_0(tmp_path):
     """512 GiB with one dirty bit: read as the level-1 blocks that it is worth, cleaned where the slot is all of it."""
     g = Geometry(12, -1, 52, 52, ds=True)

@@ -42,7 +42,7 @@ OTHERS = np.array(
 )
 JUNK = np.uint64(ALL & ~DIRTY)
 
-SINGLE = [(n, [(0, n)]) for n in (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)]
+SINGLE = [(n, [(0, n)]) for n in (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1089)]
 MUTATED = (500, [(64, 128), (192, 500)])  # two runs, and a ragged end
 GAP = vector._GAP
 LAYOUTS: list[tuple[int, Runs]] = [

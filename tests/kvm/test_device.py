@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from errno import EBADF, EINVAL, ENOENT, ENOTTY
+from errno import EBADF, EINVAL, EIO, ENOENT, ENOTTY
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from leaks import descriptors
 
 from hwdbm.kvm import Kvm, KvmUnavailableError, VcpuFd, VmFd, abi, ioctl
 from hwdbm.kvm.abi import Cap, Exit
+from hwdbm.kvm.ring import harvest
 
 PAGE, BASE, NPAGES = 4096, 0x10_0000, 130
 
@@ -215,3 +216,26 @@ def test_no_file_is_left_open(kvm: Kvm, make: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="manual_protect is off or on"):
         make(1 << 20, manual_protect="sometimes")
     assert descriptors() == before
+
+
+@pytest.mark.parametrize(("resets", "taken"), [((0,), 3), ((2, 0), 3), ((2, 1), 3), ((), 0)])
+def test_entries_that_the_kernel_does_not_reset_are_an_error(resets: tuple[int, ...], taken: int) -> None:
+    """It resets some at a time; one that says that there were none would be asked for ever."""
+    left = list(resets)
+
+    class Vm:
+        def reset_dirty_rings(self) -> int:
+            return left.pop(0)
+
+    class Ring:
+        def take(self) -> np.ndarray:
+            return np.array([(1, page) for page in range(taken)], dtype=[("slot", "u4"), ("offset", "u8")])
+
+    found = harvest(Vm(), [Ring()])  # type: ignore[arg-type,list-item]
+    if sum(resets) == taken:
+        assert [(slot, pages.tolist()) for slot, pages in found] == ([(1, [0, 1, 2])] if taken else [])
+    else:
+        with pytest.raises(OSError, match=r"[31] entries were taken") as error:
+            list(found)
+        assert error.value.errno == EIO
+    assert not left

@@ -17,6 +17,7 @@ import pytest
 from effort import EFFORT
 from numpy.typing import NDArray
 
+from hwdbm.errors import GuestExitError
 from hwdbm.kvm import KvmVm, guest, guest_x86
 from hwdbm.kvm.task import CODE_GPA
 
@@ -214,6 +215,23 @@ def test_the_kernels_own_test(make: Make, mode: str, monkeypatch: pytest.MonkeyP
     assert judge.tracked
     assert full or mode != "small-ring"
     vm.check()
+
+
+def test_a_ring_that_is_full_and_empty_again_and_again_ends_its_vcpu(make: Make) -> None:
+    """A hundred times another thread may have emptied it; one that had something in it begins to count anew."""
+    vm = build(make, "ring", SMALL)
+    thread, taken = vm._threads[0], 0
+    thread._when_full = lambda: taken
+    for _ in range(2):
+        for _ in range(100):
+            thread._make_room()
+        taken = 1
+        thread._make_room()
+        taken = 0
+    for _ in range(100):
+        thread._make_room()
+    with pytest.raises(GuestExitError):
+        thread._make_room()
 
 
 # --- mutants -----------------------------------------------------------------------------------------------

@@ -45,6 +45,26 @@ def test_arm64_says_plainly_that_it_does_not_run() -> None:
         guest_arm64.boot(None, task)  # type: ignore[arg-type]
 
 
+def test_arm64_exits_after_fewer_pages_from_now_on() -> None:
+    """x3 is what is left of this time, x4 what the next ones are: registers of 64 bits, in units of 32."""
+    registers = {0x6030_0000_0010_0000 + 2 * number: 100 * number for number in range(31)}
+
+    class Vcpu:
+        def get_one_reg(self, name: int) -> bytes:
+            return registers[name].to_bytes(8, "little")
+
+        def set_one_reg(self, name: int, value: bytes) -> None:
+            registers[name] = int.from_bytes(value, "little")
+
+    before = dict(registers)
+    for chunk, left in ((70, 70), (1 << 40, 70)):
+        guest_arm64.set_chunk(Vcpu(), "counting", chunk)  # type: ignore[arg-type]
+        there = {name: value for name, value in registers.items() if value != before[name]}
+        assert there == {0x6030_0000_0010_0006: left, 0x6030_0000_0010_0008: chunk}
+    registers[0x6030_0000_0010_0040] = 0x8000_1234
+    assert guest_arm64.at(Vcpu()) == 0x8000_1234  # type: ignore[arg-type]
+
+
 def counted(npages: int, increments: int) -> np.ndarray:
     """Return what a counting guest leaves after some increments: the slow form, one at a time."""
     counts = [0] * npages

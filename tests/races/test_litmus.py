@@ -166,7 +166,7 @@ BEGINNINGS = (
     "uint64_t x=3;", "int y;", "xs;", "pteval_t 0:X6;", "x=0x10;", "[x]=2;", "[PTE(x)]=(oa:PA(y), af:0);",
     "PTE(x)=(valid:0);",
     "[PTE(x)]=(db:0, dbm:0);", "TTD(x)=(oa:PA(x), dbm:1, db:1);", "0:X6=(valid:0);", "0:X6=-1;", "0:X6=PTE(y);",
-    "x=one;", "x.a=1;", "0:Q1=1;", "pte_9=(valid:0);", "[PTE(x)]=(valid:2);", "0:X6=9a;",
+    "[PTE(y)]=(dbm:1);", "x=one;", "x.a=1;", "0:Q1=1;", "pte_9=(valid:0);", "[PTE(x)]=(valid:2);", "0:X6=9a;",
 )  # fmt: skip
 HEADS = (
     "TTHM=HA",

@@ -297,8 +297,8 @@ def test_what_a_guest_says_is_told_as_its_own(story, tmp_path):
         with pytest.raises(OSError, match="another processor") as told:
             story.chain.restore(guest)
         assert (told.value.errno, told.value.filename) == (errno.EINVAL, None)
-        with pytest.raises(OSError, match="the vCPU is gone") as told:
-            Recorder(guest, tmp_path / "other").save()
+        with Recorder(guest, tmp_path / "other") as recorder, pytest.raises(OSError, match="the vCPU is gone") as told:
+            recorder.save()
         assert (told.value.errno, told.value.filename) == (errno.EINVAL, None)
     assert story.right()
 

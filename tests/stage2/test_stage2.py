@@ -197,6 +197,17 @@ def test_the_other_granules_have_blocks_of_level_1():
     assert s2.harvest().ranges().tolist() == [[0, size]]
 
 
+def test_a_peek_counts_the_entries_that_it_read(kernels):
+    """Those of the blocks above, and of the pages in tables; what lies between two tables is read where it is little."""
+    s2, out = Stage2(1536), DirtyBitmap(1536)
+    s2.map(0, 512, pfn=512, dbm=True)
+    s2.map(512, 512, pfn=1024, level=2, dbm=True)
+    s2.map(1024, 512, pfn=2048, dbm=True)
+    assert s2.peek_into(out).read == 1 + 3 + 3 * 512
+    assert s2.peek_into(out, 0, 512).read == 1 + 1 + 512
+    assert s2.peek_into(out, 512, 512).read == 1 + 1
+
+
 def test_gibibyte_blocks(kernels):
     """Level-1 blocks: what holds for stripes holds for them, and they split into stripes and into pages."""
     stripe, giga = 512, 512 * 512

@@ -31,7 +31,7 @@ from hwdbm.image.registers import Registers
 from hwdbm.image.walk import Batch, walk
 from hwdbm.kernels import Notes, Place, Tally
 from hwdbm.stage2 import Stage2
-from hwdbm.stage2.layout import Layout
+from hwdbm.stage2.layout import Layout, any_in
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record
 
 Index = NDArray[np.int64]
@@ -437,15 +437,21 @@ class _LiveLeaves(Leaves):
         self, rule: Callable[[int], pte.Update], lo: int, hi: int, record: Record, mask: DirtyBitmap | None = None
     ) -> Tally:
         self.fresh(lo, hi)
-        self._whole(rule, lo, hi)
+        self._whole(rule, lo, hi, mask)
         return super().update_blocks(rule, lo, hi, record, mask)
 
-    def _whole(self, rule: Callable[[int], pte.Update], lo: int, hi: int) -> None:
-        """Raise if a rule would change a block that reaches beyond the slot: others' pages would be forgotten."""
+    def _whole(self, rule: Callable[[int], pte.Update], lo: int, hi: int, mask: DirtyBitmap | None = None) -> None:
+        """Raise if a rule would change a block that reaches beyond the slot: others' pages would be forgotten.
+
+        Bit 0 of a mask is `lo`; a block of which it has no page isn't changed.
+        """
         for level in range(max(self.start, 0), 3):
             for page in (lo, hi - 1):
                 index = self.layout.index(level, page)
                 start, stop = self.layout.span(level, index)
+                inside = np.array([[max(start, lo), min(stop, hi)]]) - lo
+                if mask is not None and not any_in(mask.words, inside)[0]:
+                    continue
                 if start < 0 or stop > self.layout.npages:
                     desc = int(self.read(level, np.array([index]))[0])
                     if pte.leaf(level)(desc) and rule(level).where(desc):
