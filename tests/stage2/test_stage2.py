@@ -198,7 +198,7 @@ def test_the_other_granules_have_blocks_of_level_1():
 
 
 def test_a_peek_counts_the_entries_that_it_read(kernels):
-    """Those of the blocks above, and of the pages in tables; what lies between two tables is read where it is little."""
+    """Those of the blocks above, and of pages in tables; what lies between two tables is read where it is little."""
     s2, out = Stage2(1536), DirtyBitmap(1536)
     s2.map(0, 512, pfn=512, dbm=True)
     s2.map(512, 512, pfn=1024, level=2, dbm=True)
