@@ -517,6 +517,7 @@ RECIPES |= {
         fields=frozenset({"slot", "slot_id"}),
         amounts=frozenset({"stores"}),
     ),
+    "fleet.Taken": Recipe(given=lambda _: {"total": 3.0, "downtime": 0.1, "converges": True}),
     "machine.GuestMemory": Recipe(
         lambda: GuestMemory(1 << 20),
         lambda _: {
@@ -904,7 +905,6 @@ NOT_WALKED = {
     "fleet.Left": "a result",
     "fleet.Move": "a result",
     "fleet.Shift": "a result",
-    "fleet.Taken": "a forecast's result",
     "fleet.read_plan": "it reads a file; tests/fleet/test_plan.py",
     "fleet.tabulate": "it starts processes; tests/fleet/test_cluster.py",
 }

@@ -176,3 +176,16 @@ def test_no_thread_keeps_a_process_from_its_end():
                 given = {each.arg: ast.unparse(each.value) for each in node.keywords}
                 found[given["name"].strip("'")] = given.get("daemon")
     assert found == dict.fromkeys(JOINED) | dict.fromkeys(DAEMONS, "True")
+
+
+def test_no_descriptor_is_closed_by_an_attribute_that_keeps_its_number():
+    """An interrupt right after `os.close` leaves the number there, and the next `close` closes a stranger's file."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name in MODULES
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "os.close"
+        and isinstance(node.args[0], ast.Attribute)
+    ]
+    assert not found

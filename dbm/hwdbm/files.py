@@ -129,8 +129,8 @@ class NewFile:
             self.fd = os.open(str(self._name), flags, 0o600, dir_fd=self._folder)
             self._lock()
             if not os.fstat(self.fd).st_nlink:  # before the lock it looked stale to another writer
-                os.close(self.fd)
-                self.fd = -1
+                fd, self.fd = self.fd, -1
+                os.close(fd)
 
     def _lock(self) -> None:
         with contextlib.suppress(OSError):  # a file system without locks, where nothing is stale either

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hwdbm.errors import PlanError
 from hwdbm.fleet import Fleet, FleetVm, Host, Link, Taken, drain, planner, tabulate
+from hwdbm.fleet.curves import points
 from hwdbm.fleet.planner import drained_guests, fair_shares
 
 LOOSE = 0.03
@@ -303,3 +304,25 @@ def test_what_waits_begins_as_if_all_were_looked_at(together: int, data: st.Data
             for each in done:
                 free[sorted(set(ways[each]))] += floor[each]
             waiting.look_again(ways[np.array(done, dtype=np.intp)])
+
+
+@pytest.mark.parametrize(
+    ("taken", "error"),
+    [
+        (None, TypeError),
+        (5, TypeError),
+        ((-1, 0.1), ValueError),
+        (("3", 1), TypeError),
+        ((1.0, float("nan")), ValueError),
+    ],
+)
+def test_a_forecast_that_cannot_be_is_refused(taken: object, error: type[Exception]) -> None:
+    """A caller's own: what it says of each bandwidth is looked at where it is made, and that it is said at all."""
+    made = (lambda: Taken(*taken, converges=True)) if isinstance(taken, tuple) else lambda: taken  # type: ignore[arg-type]
+    with pytest.raises(error, match=r"a forecast is of type Taken|total is|downtime is"):
+        points(lambda _: made(), 1e9, 0.3)  # type: ignore[arg-type,return-value]
+
+
+def test_one_that_never_ends_has_no_end() -> None:
+    never = Taken(float("inf"), float("inf"), converges=False)
+    assert points(lambda _: never, 1e9, 0.3)[0] == []

@@ -137,3 +137,22 @@ def test_what_the_system_is_asked_to_back(start, size, code, monkeypatch):
     backed = sorted((at, length) for advice, at, length in asked if advice == memories._MADV_POPULATE_WRITE)
     assert set(backed) <= set(steps) if code == ENOMEM else backed == steps
     assert np.array_equal(room, before)
+
+
+def test_a_close_that_is_cut_in_two_closes_no_other_file(monkeypatch):
+    """The interrupt comes as soon as the descriptor is closed; its number is another file's then."""
+    made, close = GuestMemory(1 << 20), os.close
+
+    def cut(fd):
+        close(fd)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", cut)
+        with pytest.raises(KeyboardInterrupt):
+            made.close()
+    closed = []
+    monkeypatch.setattr(os, "close", closed.append)
+    made.close()
+    made.__del__()
+    assert not closed

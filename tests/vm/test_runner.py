@@ -150,11 +150,49 @@ def test_what_is_closed_has_no_thread(verb: str) -> None:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 3e-4))
                 getattr(runner, verb)()
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            runner.close()
+            if verb == "resume" or not runner._closing:  # it was cut off before it had begun
+                runner.close()
             there, started = {thread.name for thread in threading.enumerate()}, len(begun)
             assert f"turn {turn}" not in there
             time.sleep(1e-4)
             assert len(begun) == started
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_that_raises_keeps_no_other_thread_waiting() -> None:
+    """One waits for a pause, and the main thread resumes what it waits for, cut in two anywhere."""
+
+    def handler(*_: object) -> None:
+        raise InterruptError
+
+    def work() -> None:
+        while not ended.is_set():
+            time.sleep(1e-5)
+
+    rng = random.Random(3)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(300 * EFFORT):
+            ended, runner = threading.Event(), Runner("busy", work)
+            runner.resume()
+            while not runner._busy:
+                time.sleep(1e-5)
+            waits = threading.Thread(target=runner.pause, daemon=True)
+            waits.start()
+            while not runner._idle._waiting:
+                time.sleep(1e-5)
+            with suppress(InterruptError):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 3e-5))
+                runner.resume()
+                while True:
+                    time.sleep(1e-4)
+            runner.resume()
+            waits.join(10)
+            assert not waits.is_alive()
+            ended.set()
+            runner.close()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

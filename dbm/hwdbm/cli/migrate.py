@@ -700,8 +700,8 @@ def _connected(
 def _reached(connect: Callable[[], Channel], cancel: threading.Event) -> Channel:
     try:
         return elsewhere(connect, cancel)
-    except InterruptedError as error:
-        raise StreamError("interrupted while the destination was called") from error
+    except InterruptedError:
+        leave()
 
 
 def _connect(receiver: subprocess.Popen[bytes], path: Path, cancel: threading.Event) -> Channel:
@@ -714,7 +714,7 @@ def _connect(receiver: subprocess.Popen[bytes], path: Path, cancel: threading.Ev
                 said = receiver.stderr.read().decode(errors="replace") if receiver.stderr else ""
                 raise StreamError(f"the receiver didn't come up: {said.strip().removeprefix('hwdbm: ')}") from error
             if cancel.wait(0.02):
-                raise StreamError("interrupted while the receiver came up") from error
+                leave()
             if time.monotonic() > until:
                 raise StreamError(f"the receiver didn't come up in {_START:g} s") from error
 

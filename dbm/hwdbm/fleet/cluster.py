@@ -78,6 +78,8 @@ def tabulate(
     hosts = check.instances(hosts, str, "hosts")
     if workers is not None:
         workers = check.integer(workers, "workers", 0, 4096)
+    if scheduler is not None:
+        check.instance(scheduler, str, "scheduler")
     jobs = list(zip(drained_guests(fleet, hosts), highest(fleet, hosts), strict=True))
     told = told or (lambda _done, _of: None)
     # VMs of a trace stand together: who forecasts one has what it has read of its trace for the next.

@@ -7,10 +7,11 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm import check
 from hwdbm.fleet.plan import FleetVm
 
 _QUARTERS = 3  # of the highest bandwidth that are asked for, each a quarter of the one before
-_SHORTEST = 1e-9  # seconds that anything takes
+_SHORTEST, _LONGEST = 1e-9, 1e18  # seconds that anything takes
 _HALVINGS = 4  # of the step in which a VM begins to converge: to 1/16 of it, 9 %
 _WIDTH = _QUARTERS + 1 + _HALVINGS
 """Points of a curve."""
@@ -30,11 +31,23 @@ class Taken:
         Seconds of them that the guest stands still. If it doesn't converge, the least pause that would end it.
     converges : bool
         Whether it gets below the VM's limit of downtime.
+
+    Raises
+    ------
+    ValueError
+        If a time is less than nothing, or more than 1e18. Of a migration that doesn't converge it may be infinite.
     """
 
     total: float
     downtime: float
     converges: bool
+
+    def __post_init__(self) -> None:
+        converges = check.flag(self.converges, "converges")
+        object.__setattr__(self, "converges", converges)
+        for name in ("total", "downtime"):
+            if converges or getattr(self, name) != inf:
+                object.__setattr__(self, name, check.real(getattr(self, name), name, 0, _LONGEST))
 
 
 Found = tuple[list[tuple[float, float, float]], float, float]
@@ -104,7 +117,7 @@ def points(curve: Curve, highest: float, limit: float) -> Found:
     found: list[tuple[float, float, float]] = []
     failed, pause = 0.0, 0.0
     for bandwidth in asked(highest).tolist():
-        point = curve(bandwidth)
+        point = _taken(curve, bandwidth)
         if not found:
             pause = point.downtime
         if not point.converges:
@@ -113,7 +126,7 @@ def points(curve: Curve, highest: float, limit: float) -> Found:
         found.append((bandwidth, point.total, point.downtime))
     for _ in range(_HALVINGS if failed and found else 0):
         middle = (failed * found[-1][0]) ** 0.5
-        point = curve(middle)
+        point = _taken(curve, middle)
         if point.converges:
             found.append((middle, point.total, point.downtime))
         else:
@@ -122,6 +135,12 @@ def points(curve: Curve, highest: float, limit: float) -> Found:
         return found[::-1], pause, found[-1][0] if found else inf
     lowest, _, last = found[-1]
     return found[::-1], pause, lowest * min(last / limit, 1.0) if limit else lowest
+
+
+def _taken(curve: Curve, bandwidth: float) -> Taken:
+    taken = curve(bandwidth)
+    check.instance(taken, Taken, "a forecast")
+    return taken
 
 
 def stack(found: Sequence[Found]) -> Curves:

@@ -376,7 +376,9 @@ def from_samples(
     total = next((each.total for each in reversed(samples) if each.total), None)
     if total is None:
         total = max(each.remaining for each in samples)
-    if terms is None:
+    if terms is not None:
+        check.instance(terms, Terms, "terms")
+    else:
         terms = QEMU if last.source in {"qemu", "libvirt"} else OWN
     speed, spread = _speed(samples)
     if bandwidth is None and speed is None:

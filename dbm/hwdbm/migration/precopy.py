@@ -534,9 +534,9 @@ class Precopy:
                 os.close(fd)
 
     def _close_peer(self) -> None:
-        if self._peer >= 0:
-            os.close(self._peer)
-            self._peer = -1
+        peer, self._peer = self._peer, -1
+        if peer >= 0:
+            os.close(peer)
 
     def _peer_is_gone(self) -> bool:
         """Return whether the process that received has ended, and so can't run anything."""

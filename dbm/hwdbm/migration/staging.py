@@ -189,7 +189,9 @@ class SharedMemory:
 
     def __exit__(self, *_: object) -> None:
         self._buffers = np.empty((0, 0), dtype=np.uint8)
-        os.close(self._done_fd)
+        done, self._done_fd = self._done_fd, -1
+        if done >= 0:
+            os.close(done)
 
     def payload(self, size: int) -> NDArray[np.uint8]:
         """Return the bytes of the batch that a frame announced."""

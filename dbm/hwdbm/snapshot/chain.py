@@ -104,7 +104,9 @@ class Layer:
 
     def close(self) -> None:
         """Close the memory file."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _read_pages(folder: int, where: Path, snapshot: Snapshot) -> list[DirtyBitmap]:

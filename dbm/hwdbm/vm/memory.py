@@ -117,9 +117,9 @@ class GuestMemory:
 
     def close(self) -> None:
         """Let go of the memory. Views that others hold stay valid, and keep it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # first: after an interrupt in between the number may be another file's
+        if fd >= 0:
+            os.close(fd)
         for name in _MAPPED:
             self.__dict__.pop(name, None)
 

@@ -15,6 +15,7 @@ from threading import enumerate as enumerate_threads
 from time import monotonic, sleep
 from typing import Any
 
+_INTERRUPTS = 1000  # while a thread is waited for: one that can't be ended must not hold its caller for ever
 _LOOK = 1e-4  # seconds from when a thread's work has ended until it is looked whether the thread has
 
 
@@ -35,9 +36,11 @@ class Gate:
 
     def open(self) -> None:
         """Wake all that wait."""
-        with suppress(IndexError):
-            while True:
-                self._waiting.popleft().release()
+        for waiter in tuple(self._waiting):
+            with suppress(RuntimeError):  # another thread has woken it
+                waiter.release()
+            with suppress(ValueError):  # last: where a handler cuts this in two, the next one wakes it
+                self._waiting.remove(waiter)
 
 
 class Runner:
@@ -152,26 +155,31 @@ class Runner:
 
     def close(self) -> None:
         """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that."""
+        raised: list[BaseException] = []
         self._closing = True
+        while len(raised) < _INTERRUPTS:
+            try:
+                if self._is_gone():
+                    break
+            except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
+                raised.append(error)
+        if raised:
+            raise raised[0]
+
+    def _is_gone(self) -> bool:
+        """Return whether the thread has ended, or there is none; wait for its work to end before."""
         self.stop()
         with self._lock:  # one that is about to be started has been, or won't be
             thread = self._thread
         if thread is None or thread.ident == get_ident():
-            return
-        interrupt: BaseException | None = None
-        gone = False
-        while not gone:
-            # Not join: that asks for the current thread, and for one that `uninterrupted` started that makes an
-            # object which `threading` never forgets. Nor is_alive, which takes a thread for dead after a handler raised
-            # in it.
-            try:
-                self._idle.wait(lambda: not self._ended)
-                gone = thread not in enumerate_threads()
-                sleep(0 if gone else _LOOK)
-            except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+            return True
+        self._idle.wait(lambda: not self._ended)
+        # Not join: that asks for the current thread, and for one that `uninterrupted` started that makes an object
+        # which `threading` never forgets. Nor is_alive, which takes a thread for dead after a handler raised in it.
+        if thread not in enumerate_threads():
+            return True
+        sleep(_LOOK)
+        return False
 
     def sleep(self, seconds: float) -> None:
         """Wait in the thread, no longer than it is wanted."""
