@@ -157,14 +157,21 @@ class Runner:
         """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that."""
         raised: list[BaseException] = []
         self._closing = True
+        try:
+            self._end(raised)
+        except BaseException as error:  # noqa: BLE001 - it came between two turns of the loop
+            raised.append(error)
+            self._end(raised)
+        if raised:
+            raise raised[0]
+
+    def _end(self, raised: list[BaseException]) -> None:
         while len(raised) < _INTERRUPTS:
             try:
                 if self._is_gone():
-                    break
+                    return
             except BaseException as error:  # noqa: BLE001 - a thread of a guest must not outlive it
                 raised.append(error)
-        if raised:
-            raise raised[0]
 
     def _is_gone(self) -> bool:
         """Return whether the thread has ended, or there is none; wait for its work to end before."""
