@@ -1123,6 +1123,38 @@ def test_refused_means_unchanged(name: str, half: int) -> None:
         gc.collect()
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_where_the_others_are_left_out(name: str) -> None:
+    """An argument of a wrong type, beside no more than what must be given: defaults lead other ways."""
+    item, verb = DOORS[name]
+    recipe = recipe_of(name.rpartition(".")[0] if verb else name)
+    own = verb or name.rpartition(".")[2]
+    if own in recipe.skip or own in recipe.dry or (verb is None and "new" in recipe.skip):
+        return
+    scene = doors.scene(recipe, item, verb)
+    known = scene.parameters.signature.parameters
+    left = {each: known[each].default for each in scene.arguments if each in known and known[each].default is not EMPTY}
+    before, complaints = scene.state(), []
+    for parameter, value in scene.arguments.items():
+        if f"{verb or 'new'}.{parameter}" in recipe.skip or len(left.keys() - {parameter}) == 0:
+            continue
+        for wrong in doors.wrong(value, parameter in scene.optional, parameter in scene.several):
+            if not wrong.refused:
+                continue
+            outcome = scene.run_with({**left, parameter: wrong.value})
+            found = list(judged(wrong, outcome, before, lambda same=outcome: same, named=False))
+            if found and repr(doors.scene(recipe, item, verb).run_with(left).error) == repr(outcome.error):
+                continue  # it is the defaults that are refused
+            complaints += [f"{parameter} = {wrong.label}, and no others: {each}" for each in found]
+            if outcome.error is None or outcome.after != before:
+                scene = doors.scene(recipe, item, verb)
+    assert not complaints, f"{name}:\n  " + "\n  ".join(complaints)
+
+
+EMPTY = inspect.Parameter.empty
+
 # Some need more than this package, and kernels take no numbers.
 ROOMS = sorted({name.partition(".")[0] for name in DOORS} - {"kvm", "arm", "kernels"})
 

@@ -511,6 +511,28 @@ def test_refusals_do_not_fill_a_log(capsys, monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
+def test_an_interrupt_while_the_destination_is_called_is_one() -> None:
+    """Of a destination that answers later what there is then is closed."""
+    from hwdbm.cli import migrate
+
+    cancel, answers, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Late:
+        def close(self) -> None:
+            closed.set()
+
+    def connect() -> Late:
+        answers.wait(60)
+        return Late()
+
+    cancel.set()
+    with pytest.raises(typer.Exit) as ended:
+        migrate._reached(connect, cancel)  # type: ignore[arg-type]
+    assert ended.value.exit_code == 130
+    answers.set()
+    assert closed.wait(60)
+
+
 def test_a_receiver_that_does_not_come_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hwdbm.cli import migrate
 
