@@ -293,6 +293,19 @@ class TestInterrupt:
         done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=10)
         assert (done.returncode, done.stderr) == (130, b"hwdbm: interrupted\n")
 
+    def test_nothing_is_said_after_it(self) -> None:
+        """By a thread that misses what was cleaned up, such as a library's that logs."""
+        code = (
+            "import os, signal, threading, logging, sys; from hwdbm.cli import interrupt\n"
+            "def cleanup():\n"
+            "    thread = threading.Thread(target=lambda: (logging.error('it is gone'), os.write(2, b'gone')))\n"
+            "    thread.start(); thread.join()\n"
+            "interrupt.install(cleanup)\n"
+            "signal.raise_signal(signal.SIGINT)"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=30)
+        assert (done.returncode, done.stderr) == (130, b"hwdbm: interrupted\n")
+
     def test_leaves_no_files(self, tmp_path: Path) -> None:
         """A draft and a temporary folder are removed by the process that is interrupted."""
         code = (

@@ -176,6 +176,8 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     _leaving.append(True)
     with suppress(OSError):
         os.write(2, (_CLEAR if _shown else b"") + b"hwdbm: interrupted\n")
+    with suppress(OSError):  # that is all: other threads miss what is cleaned up, and would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for cleanup in reversed(_cleanups):
         with suppress(Exception):
             cleanup()
