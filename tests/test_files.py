@@ -200,6 +200,31 @@ def test_abandon(tmp_path: Path) -> None:
     file.close()
 
 
+def test_a_temporary_folder_is_removed_where_another_removes_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker does that ends at the same time."""
+    real, left = os.unlink, [2]
+
+    def unlink(name: str, **options: int) -> None:
+        real(name, **options)
+        if left[0]:
+            left[0] -= 1
+            raise FileNotFoundError(ENOENT, os.strerror(ENOENT), name)
+
+    with files.scratch() as folder:
+        for name in "abcde":
+            (folder / name).write_bytes(b"")
+        monkeypatch.setattr(os, "unlink", unlink)
+    assert not folder.exists()
+    assert not left[0]
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone"), files.scratch():
+        pass
+    assert not files._scratch
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 20])
 def test_write(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write

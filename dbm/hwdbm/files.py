@@ -336,8 +336,9 @@ def scratch(longest: int | None = None) -> Iterator[Path]:
         folder.mkdir(mode=0o700)
         yield folder
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        while os.path.lexists(folder):
+            with contextlib.suppress(FileNotFoundError):  # somebody else, such as a child that ends, removes some of it
+                shutil.rmtree(folder)
         _scratch.discard(folder)
 
 

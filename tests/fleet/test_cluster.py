@@ -103,6 +103,11 @@ def sockets(pid: int) -> set[str]:
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
 
 
+def test_a_scheduler_is_a_text() -> None:
+    with pytest.raises(TypeError, match=r"^scheduler is of type str, not 5$"):
+        tabulate(many(3), ["h0"], geometric, scheduler=5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("workers", [-1, 4097])
 def test_there_are_only_so_many_workers(workers: int) -> None:
     with pytest.raises(ValueError, match=f"^workers is 0 to 4096, not {workers}$"):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from math import inf, isfinite
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,6 +322,14 @@ def test_a_forecast_that_cannot_be_is_refused(taken: object, error: type[Excepti
     made = (lambda: Taken(*taken, converges=True)) if isinstance(taken, tuple) else lambda: taken  # type: ignore[arg-type]
     with pytest.raises(error, match=r"a forecast is of type Taken|total is|downtime is"):
         points(lambda _: made(), 1e9, 0.3)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("wrong", [np.array([1.0, 2.0]), "inf", None, -1.0, float("nan"), float("-inf")])
+def test_nor_can_one_that_does_not_converge_take_anything(wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="total is a number"):
+        Taken(wrong, 0.1, converges=False)
+    with pytest.raises((TypeError, ValueError), match="downtime is a number"):
+        Taken(0.1, wrong, converges=False)
 
 
 def test_one_that_never_ends_has_no_end() -> None:

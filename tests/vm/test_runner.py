@@ -161,6 +161,39 @@ def test_what_is_closed_has_no_thread(verb: str) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_thread_that_is_not_wanted_yet_begins_nothing() -> None:
+    """Such is one whose `resume` was cut in two; and one that was closed before isn't started."""
+    begun = list[int]()
+    runner = Runner("early", lambda: time.sleep(1e-4), begin=lambda: begun.append(1))
+    runner._start()
+    runner._start()
+    time.sleep(0.05)
+    assert [thread.name for thread in threading.enumerate()].count("early") == 1
+    assert not begun
+    runner.resume()
+    while not begun:
+        time.sleep(1e-4)
+    runner.close()
+    late = Runner("late", lambda: None)
+    late.close()
+    late._start()
+    assert late._thread is None
+    assert "late" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_forked_process_waits_for_no_thread_of_its_parents(worker: Worker) -> None:
+    worker.runner.resume()
+    until(worker, 1)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        worker.runner.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    until(worker, worker.count + 1)
+
+
 def test_a_handler_that_raises_keeps_no_other_thread_waiting() -> None:
     """One waits for a pause, and the main thread resumes what it waits for, cut in two anywhere."""
 

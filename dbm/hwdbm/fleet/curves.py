@@ -36,6 +36,8 @@ class Taken:
     ------
     ValueError
         If a time is less than nothing, or more than 1e18. Of a migration that doesn't converge it may be infinite.
+    TypeError
+        If a time is no number, or `converges` no bool.
     """
 
     total: float
@@ -46,8 +48,9 @@ class Taken:
         converges = check.flag(self.converges, "converges")
         object.__setattr__(self, "converges", converges)
         for name in ("total", "downtime"):
-            if converges or getattr(self, name) != inf:
-                object.__setattr__(self, name, check.real(getattr(self, name), name, 0, _LONGEST))
+            seconds = getattr(self, name)
+            if converges or not (isinstance(seconds, float) and seconds == inf):
+                object.__setattr__(self, name, check.real(seconds, name, 0, _LONGEST))
 
 
 Found = tuple[list[tuple[float, float, float]], float, float]

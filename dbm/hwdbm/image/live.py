@@ -449,9 +449,10 @@ class _LiveLeaves(Leaves):
             for page in (lo, hi - 1):
                 index = self.layout.index(level, page)
                 start, stop = self.layout.span(level, index)
-                inside = np.array([[max(start, lo), min(stop, hi)]]) - lo
-                if mask is not None and not any_in(mask.words, inside)[0]:
-                    continue
+                if mask is not None:
+                    inside = np.array([[max(start, lo), min(stop, hi)]]) - lo
+                    if not any_in(mask.words, inside)[0]:
+                        continue
                 if start < 0 or stop > self.layout.npages:
                     desc = int(self.read(level, np.array([index]))[0])
                     if pte.leaf(level)(desc) and rule(level).where(desc):

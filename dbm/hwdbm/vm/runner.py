@@ -154,9 +154,12 @@ class Runner:
                 self._interrupt(self._thread.ident)
 
     def close(self) -> None:
-        """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that."""
+        """End the thread, and wait until it has ended; an interrupt meanwhile is raised after that.
+
+        In a process forked off since there is no such thread, and nothing is waited for.
+        """
         raised: list[BaseException] = []
-        self._closing = True
+        self._closing, self.wanted = True, False
         try:
             self._end(raised)
         except BaseException as error:  # noqa: BLE001 - it came between two turns of the loop
@@ -174,17 +177,17 @@ class Runner:
                 raised.append(error)
 
     def _is_gone(self) -> bool:
-        """Return whether the thread has ended, or there is none; wait for its work to end before."""
-        self.stop()
-        with self._lock:  # one that is about to be started has been, or won't be
-            thread = self._thread
-        if thread is None or thread.ident == get_ident():
-            return True
-        self._idle.wait(lambda: not self._ended)
+        """Return whether the thread has ended, or there is none; wait a while for what still lives."""
+        thread = self._thread
+        if thread is None:
+            with self._lock:  # one that is about to be started has been, or won't be
+                thread = self._thread
         # Not join: that asks for the current thread, and for one that `uninterrupted` started that makes an object
         # which `threading` never forgets. Nor is_alive, which takes a thread for dead after a handler raised in it.
-        if thread not in enumerate_threads():
+        if thread is None or thread.ident == get_ident() or thread not in enumerate_threads():
             return True
+        self.stop()
+        self._idle.wait(lambda: not self._ended)
         sleep(_LOOK)
         return False
 
