@@ -28,7 +28,7 @@ def test_one_of_so_many_stays(each: int, pytestconfig: pytest.Config) -> None:
     """The first of each test, and of those that follow as many of any kind of two or three parameters."""
     (conftest,) = (one for one in pytestconfig.pluginmanager.get_plugins() if hasattr(one, "GOLDEN"))
     points = [Point(f"a.py::test[{number}]", each) for number in range(120)]
-    others = [Point("a.py::other[0]", each), Point("a.py::other[1]", each, {"slow"}), Point("a.py::third", 0)]
+    others = [Point("a.py::other[0]", each, {"slow"}), Point("a.py::other[1]", each), Point("a.py::third", 0)]
     conftest.pytest_collection_modifyitems([*points[:5], *others, *points[5:]])
     kept = [number for number, point in enumerate(points) if not point.marks]
     assert kept[0] == 0
@@ -36,4 +36,4 @@ def test_one_of_so_many_stays(each: int, pytestconfig: pytest.Config) -> None:
     for kinds in (2, 3):
         found = [sum(number % kinds == kind for number in kept) for kind in range(kinds)]
         assert min(found) >= 0.6 * len(kept) / kinds, found
-    assert [sorted(point.marks) for point in others] == [[], ["slow"], []]
+    assert [sorted(point.marks) for point in others] == [["slow"], [], []]
