@@ -1,7 +1,9 @@
 """vCPUs in threads of their own, while another thread harvests, splits and copies."""
 
+import os
+import signal
 from itertools import count
-from threading import Thread
+from threading import Thread, active_count
 from time import monotonic, sleep
 
 import numpy as np
@@ -221,4 +223,34 @@ def test_pause_and_resume_in_quick_succession(make):
     thread.start()
     thread.join(timeout=60)
     assert not thread.is_alive()
+    assert not machine.running
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupt_of_a_close_leaves_no_thread(make, monkeypatch):
+    """It comes while the first of three vCPUs is stopped, and is raised when all is given back."""
+    machine, threads = make(vcpus=3), active_count()
+    machine.run(Idle())
+    machine.resume()
+    close = machine._runners[0].close
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        close()
+
+    def handler(number, frame):
+        raise Interrupt
+
+    monkeypatch.setattr(machine._runners[0], "close", interrupted)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(Interrupt):
+            machine.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert active_count() == threads
+    assert not machine.space.regions
     assert not machine.running

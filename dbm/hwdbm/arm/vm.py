@@ -25,7 +25,6 @@ from hwdbm.image import Live, Registers
 from hwdbm.image.live import LiveStage2
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
 from hwdbm.vm.base import LoggedVm, SlotPages, percentage, prove
-from hwdbm.vm.runner import uninterrupted
 from hwdbm.vtcr import Vtcr
 
 DATA_SLOT, PRIVATE_SLOT = 0, 1
@@ -448,21 +447,13 @@ class ArmVm(LoggedVm):
 
     # --- the end -------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """End the machine. Views of its memory that others hold stay valid.
-
-        In a process forked off since, the parent's machine isn't touched.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        if os.getpid() == self._owner:
-            uninterrupted(self._release)
-
     def _release(self) -> None:
         self._running = False
         self.board.close()
         super()._release()
+
+    def _let_go(self) -> None:
+        """Leave the parent's machine alone."""
 
     def __del__(self) -> None:
         if not self._closed and os.getpid() == self._owner:

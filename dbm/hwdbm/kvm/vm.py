@@ -25,7 +25,6 @@ from hwdbm.kvm.vcpu import VcpuFd
 from hwdbm.memslot import KVM_MEM_LOG_DIRTY_PAGES, Memslot
 from hwdbm.vm.base import LoggedVm, SlotPages, percentage, prove
 from hwdbm.vm.memory import GuestMemory
-from hwdbm.vm.runner import uninterrupted
 
 _PROTECT2 = {
     "off": 0,
@@ -450,18 +449,6 @@ class KvmVm(LoggedVm):
 
     # --- the end -------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop the vCPUs for good, and give everything back. Views of the memory that others hold stay valid.
-
-        An interrupt meanwhile is raised when that is done. In a process forked off since, only the child's own copies
-        of files and mappings are given back: the parent's VM isn't touched.
-        """
-        self._closed = True
-        if os.getpid() == self._owner:
-            uninterrupted(self._release)
-        else:
-            self._files.close()
-
     def _release(self) -> None:
         with self._control:
             for thread in self._threads:
@@ -470,6 +457,9 @@ class KvmVm(LoggedVm):
             self._threads.clear()
             self._files.close()
             super()._release()
+
+    def _let_go(self) -> None:
+        self._files.close()
 
     def __del__(self) -> None:
         if not self._closed and os.getpid() == self._owner:

@@ -594,12 +594,8 @@ class Machine(BaseVm):
         self._check_open()
         self.log.verify()
 
-    def close(self) -> None:
-        """Stop the vCPUs for good, and let go of the memory. A second time does nothing."""
-        self._running = False
-        super().close()
-
     def _release(self) -> None:
+        self._running = False
         for runner in self._runners:
             runner.close()
         for region in self.space.regions:

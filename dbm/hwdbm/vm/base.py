@@ -20,6 +20,7 @@ from hwdbm.errors import BitmapError, ClosedError
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.vm.memory import digest
 from hwdbm.vm.memorymap import MemoryMap
+from hwdbm.vm.runner import uninterrupted
 
 _PROOF = 10.0  # seconds that a guest has to write something
 _LOOK = 0.02  # seconds between two looks at whether it has
@@ -272,14 +273,22 @@ class BaseVm:
     def close(self) -> None:
         """Give everything back; a second time does nothing. Views of the memory that others hold stay valid.
 
-        In a process forked off since, only the copies are given back that the child has of files and mappings.
+        An interrupt meanwhile is raised when that is done. In a process forked off since, only the copies are given
+        back that the child has of files and mappings.
         """
         self._closed = True
-        self._release()
+        if os.getpid() == self._owner:
+            uninterrupted(self._release)
+        else:
+            self._let_go()
 
     def _release(self) -> None:
-        """Give back what there is, which may have been done in part before, or be a forked process's copy."""
+        """Give back what there is, which may have been done in part before."""
         self._memory.clear()
+
+    def _let_go(self) -> None:
+        """Give back what a forked process has copies of."""
+        self._release()
 
     def __enter__(self) -> Self:
         return self
