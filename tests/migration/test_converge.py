@@ -36,8 +36,12 @@ def test_what_would_have_done(limit, said):
     assert (progress.best, progress.flat) == (3, 1)
 
 
-def test_the_forecast_is_renewed_at_each_pass(inside) -> None:
-    """A guest that writes all of its memory, over a link that needs longer for it than is allowed."""
+def test_the_forecast_is_renewed_at_each_pass(inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that writes all of its memory, over a link that needs longer for it than is allowed.
+
+    However long a forecast takes: beside others' work it may be longer than a fifth of a pass.
+    """
+    monkeypatch.setattr("hwdbm.migration.precopy._WORTH", 0)
     with FakeVm(pause_every=0) as vm:
         vm.resume()
         other = inside(PlainGuest)
@@ -47,10 +51,10 @@ def test_the_forecast_is_renewed_at_each_pass(inside) -> None:
             vm, other.channel, settings, on_progress=lambda r: told.append(r.passes[-1].forecast if r.passes else None)
         )
         other.join()
-    later = [one for one in report.passes[1:-1] if one.time > 0.3]  # where a pass takes long, a forecast is worth it
-    assert later
+    first, *later, _ = report.passes
+    assert len(later) > 1
     assert all(one.forecast is not None for one in later)
-    assert report.passes[0].forecast is None
+    assert first.forecast is None
     assert "forecast" in later[0].to_dict()
     assert any(each is not None for each in told)
 
