@@ -5,6 +5,7 @@ array) or raises. A wrong type is a `TypeError`; a wrong value is the error that
 text.
 """
 
+import json
 import operator
 import os
 import re
@@ -12,14 +13,16 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwdbm.errors import shown
+
 __all__ = [
     "array", "flag", "inside", "instance", "instances", "integer", "integers", "octets", "one_of", "path", "real",
-    "separate", "size", "uint64s", "zeros",
+    "separate", "size", "strict_json", "uint64s", "zeros",
 ]  # fmt: skip
 
 _CHUNK = 1 << 16  # numbers of an iterable that are looked at together
@@ -88,11 +91,11 @@ def integer(
     """
     if type(value) is not int:
         if isinstance(value, bool | np.bool_) or (isinstance(value, np.ndarray) and value.ndim):
-            raise TypeError(f"{name} is an integer, not {_shown(value)}")
+            raise TypeError(f"{name} is an integer, not {shown(value)}")
         try:
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} is an integer, not {_shown(value)}") from None
+            raise TypeError(f"{name} is an integer, not {shown(value)}") from None
     number: int = value
     if (low is not None and number < low) or (high is not None and number > high):
         raise error(f"{name} is {_bounds(low, high)}, not {_number(number)}")
@@ -119,7 +122,7 @@ def flag(value: Any, name: str) -> bool:
         return value is True
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(f"{name} is True or False, not {_shown(value)}")
+    raise TypeError(f"{name} is True or False, not {shown(value)}")
 
 
 def real(value: Any, name: str, low: float = -inf, high: float = inf, error: type[Exception] = ValueError) -> float:
@@ -142,21 +145,21 @@ def real(value: Any, name: str, low: float = -inf, high: float = inf, error: typ
         return value
     if isinstance(value, float | np.floating):
         number = float(value)
-        shown = str(number)
+        text = str(number)
     else:
         try:
             whole = integer(value, name, low=None)
-            shown = _number(whole)
+            text = _number(whole)
             number = float(whole)
         except TypeError:
-            raise TypeError(f"{name} is a number, not {_shown(value)}") from None
+            raise TypeError(f"{name} is a number, not {shown(value)}") from None
         except OverflowError:
             number = inf if value > 0 else -inf
     if not (isfinite(number) and low <= number <= high):
         bounds = (
             "" if (low, high) == (-inf, inf) else f" of {low:g} or more" if high == inf else f" of {low:g} to {high:g}"
         )
-        raise error(f"{name} is a {'finite ' if not bounds else ''}number{bounds}, not {shown}")
+        raise error(f"{name} is a {'finite ' if not bounds else ''}number{bounds}, not {text}")
     return number
 
 
@@ -171,7 +174,7 @@ def instance(value: Any, kind: Any, name: str) -> None:
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        raise TypeError(f"{name} is of type {' or '.join(each.__name__ for each in kinds)}, not {_shown(value)}")
+        raise TypeError(f"{name} is of type {' or '.join(each.__name__ for each in kinds)}, not {shown(value)}")
 
 
 def instances(value: Any, kind: type[T], name: str) -> tuple[T, ...]:
@@ -189,11 +192,11 @@ def instances(value: Any, kind: type[T], name: str) -> tuple[T, ...]:
     TypeError: numbers are of type int, not '2'
     """
     if not isinstance(value, Iterable):
-        raise TypeError(f"{name} are several, not {_shown(value)}")
+        raise TypeError(f"{name} are several, not {shown(value)}")
     elements = tuple(value)
     for each in elements:
         if not isinstance(each, kind):
-            raise TypeError(f"{name} are of type {kind.__name__}, not {_shown(each)}")
+            raise TypeError(f"{name} are of type {kind.__name__}, not {shown(each)}")
     return elements
 
 
@@ -208,7 +211,7 @@ def one_of(value: Any, names: Collection[str], name: str, error: type[Exception]
     """
     instance(value, str, name)
     if value not in names:
-        raise error(f"{name} is {' or '.join(names)}, not {_shown(value)}")
+        raise error(f"{name} is {' or '.join(names)}, not {shown(value)}")
 
 
 def path(value: Any, name: str) -> Path:
@@ -233,7 +236,7 @@ def path(value: Any, name: str) -> Path:
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise ValueError(f"{name} is a path, and {_shown(value)} can't be one")
+        raise ValueError(f"{name} is a path, and {shown(value)} can't be one")
     return Path(value)
 
 
@@ -264,7 +267,7 @@ def integers(value: Any, name: str, low: int, high: int, error: type[Exception] 
             )
         return np.array(value, dtype=np.int64)
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
-        raise TypeError(f"{name} are integers, not {_shown(value)}")
+        raise TypeError(f"{name} are integers, not {shown(value)}")
     if isinstance(value, range):  # it is known before it is counted
         for end in (value[0], value[-1]) if value else ():
             integer(end, name, low, high, error)
@@ -282,7 +285,7 @@ def _one(value: Any, name: str, low: int, high: int, error: type[Exception]) -> 
     try:
         return integer(value, name, low, high, error)
     except TypeError:
-        raise TypeError(f"{name} are integers, not {_shown(value)}") from None
+        raise TypeError(f"{name} are integers, not {shown(value)}") from None
 
 
 def _arange(value: range, name: str) -> NDArray[np.int64]:
@@ -305,10 +308,10 @@ def array(value: Any, dtype: Any, name: str) -> None:
     if type(value) is np.ndarray and value.dtype is kind:  # nearly always; such a type is the machine's own
         return
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name}: an array of {kind} is needed, not {_shown(value)}")
+        raise TypeError(f"{name}: an array of {kind} is needed, not {shown(value)}")
     if value.dtype != kind or not value.dtype.isnative or isinstance(value, np.ma.MaskedArray):
-        shown = _kind(value) if value.dtype.isnative else value.dtype.str
-        raise TypeError(f"{name}: an array of {kind} is needed, not of {shown}")
+        held = _kind(value) if value.dtype.isnative else value.dtype.str
+        raise TypeError(f"{name}: an array of {kind} is needed, not of {held}")
 
 
 def octets(value: Any, name: str) -> memoryview:
@@ -330,9 +333,9 @@ def octets(value: Any, name: str) -> memoryview:
     try:
         view = memoryview(value)
     except (TypeError, ValueError, BufferError):
-        raise TypeError(f"{name} is bytes-like, not {_shown(value)}") from None
+        raise TypeError(f"{name} is bytes-like, not {shown(value)}") from None
     if view.format == "O" or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is bytes-like, not {_shown(value)}")
+        raise TypeError(f"{name} is bytes-like, not {shown(value)}")
     return view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
 
 
@@ -408,6 +411,38 @@ def uint64s(
     return words
 
 
+def strict_json(raw: str | bytes) -> Any:
+    """Return what JSON says, in which no key comes twice and each number is one.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or is nested deeper than Python reads.
+
+    Examples
+    --------
+    >>> strict_json('{"page": 1, "page": 2}')
+    Traceback (most recent call last):
+    ValueError: the key 'page' comes twice
+    """
+    try:
+        return json.loads(raw, object_pairs_hook=_once, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deep: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(next(key for key in names if names.count(key) > 1))} comes twice")
+    return found
+
+
+def _no_number(name: str) -> Never:
+    raise ValueError(f"{name} is no number")
+
+
 def separate(written: NDArray[Any], read: NDArray[Any], what: str, error: type[Exception] = ValueError) -> None:
     """Raise `error` if two arrays share memory, where what is written to one would change the other.
 
@@ -441,12 +476,3 @@ def _number(number: int) -> str:
         if number.bit_length() <= 512
         else "a number of many digits"
     )
-
-
-def _shown(value: object) -> str:
-    """Return an argument for an error's text, however long it is."""
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 - whatever it is, it isn't what was asked for
-        return type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."

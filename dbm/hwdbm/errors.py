@@ -1,5 +1,7 @@
 """The errors that hwdbm raises: few, each a builtin's subclass too, with the number that was wrong in the text."""
 
+from collections.abc import Sequence
+
 __all__ = [
     "BitmapError",
     "CancelledMigrationError",
@@ -26,6 +28,9 @@ __all__ = [
     "UnreadError",
     "printable",
 ]
+
+_MOST_SHOWN = 60  # characters of a value
+_MOST_LISTED = 20  # of several values
 
 
 class HwdbmError(Exception):
@@ -184,6 +189,49 @@ def printable(text: str) -> str:
     'no\\x1b[2J room'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def brief(text: str) -> str:
+    r"""Return as much of a foreign text as an error shows, printable: 60 characters at most.
+
+    Examples
+    --------
+    >>> brief("no\x1b[2J room"), brief("x" * 60) == "x" * 60, brief("x" * 61) == "x" * 57 + "..."
+    ('no\\x1b[2J room', True, True)
+    """
+    text = printable(text[: _MOST_SHOWN + 1])
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def shown(value: object) -> str:
+    """Return what an error shows of a value, whatever it is: of what has no repr, the name of its type.
+
+    Examples
+    --------
+    >>> shown("it"), shown(1 << 64), shown([12345] * 100)
+    ("'it'", 'a number beyond 64 bits', '[12345, 12345, 12345, 12345, 12345, 12345, 12345, 12345, ...')
+    """
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number beyond 64 bits"
+    try:
+        return brief(repr(value))
+    except Exception:  # noqa: BLE001 - it may be anything
+        return type(value).__name__
+
+
+def some(values: Sequence[object]) -> str:
+    """Return the first few of several for an error's text, and how many more there are.
+
+    Examples
+    --------
+    >>> some(["a", "b"]), some([[0, 1], [2, 3]]), some(range(20)) == ", ".join(map(str, range(20)))
+    ('a, b', '[0, 1], [2, 3]', True)
+    >>> some(range(21)) == some(range(20)) + " and 1 more"
+    True
+    """
+    first = ", ".join(brief(str(each)) for each in values[:_MOST_LISTED])
+    more = len(values) - _MOST_LISTED
+    return f"{first} and {more} more" if more > 0 else first
 
 
 def in_words(error: BaseException) -> str:

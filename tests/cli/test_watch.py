@@ -108,7 +108,7 @@ RAM = {"total": 1 << 30, "remaining": 5, "dirty-sync-count": 2}
         ({"status": "active", "total-time": "5", "ram": RAM}, 'total-time is a number, not "5"'),
         ({"status": "active", "total-time": 5, "ram": RAM | {"mbps": float("nan")}}, "mbps is a number of 0 or more"),
         ({"status": "active", "total-time": 5, "ram": RAM | {"total": 10**400}}, "total is a number of 0 or more"),
-        ('{"return": ' + "[" * 100_000, 'b\'{"return": ' + "[" * 29 + "' is no JSON object"),
+        ('{"return": ' + "[" * 100_000, 'b\'{"return": ' + "[" * 44 + "... is no JSON object"),
         ('{"error": "' + "x" * 100_000 + '"}', "query-migrate: xxx"),
         ("x" * (2 << 20), "a line of it has more than 1048576 bytes"),
     ],

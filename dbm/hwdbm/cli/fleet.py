@@ -11,6 +11,7 @@ import typer
 from hwdbm.cli import options, parse
 from hwdbm.cli.output import busy, columns, milliseconds
 from hwdbm.cli.streams import json_text, result
+from hwdbm.errors import some
 from hwdbm.files import NewFile
 from hwdbm.fleet import Drained, Ending, Fleet, drain, read_plan, tabulate
 from hwdbm.fleet.forecasts import Forecasts
@@ -117,7 +118,7 @@ def _of_rack(found: Fleet, rack: str | None) -> list[str]:
         return []
     hosts = [host.name for host in found.hosts if host.rack == rack]
     if not hosts:
-        there = f"there is {', '.join(found.racks[:20])}" if found.racks else "the plan has none"
+        there = f"there is {some(found.racks)}" if found.racks else "the plan has none"
         raise typer.BadParameter(f"--drain-rack: no host stands in rack {rack!r}; {there}")
     return hosts
 

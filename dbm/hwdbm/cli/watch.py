@@ -19,6 +19,7 @@ from hwdbm.cli import options, parse
 from hwdbm.cli.interrupt import as_event
 from hwdbm.cli.output import leave
 from hwdbm.cli.streams import json_text, note, result, width
+from hwdbm.errors import shown
 from hwdbm.forecast import Estimate, Forecast, Sample
 from hwdbm.migration.report import mib
 
@@ -196,7 +197,7 @@ class _Monitor:
         except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
-            raise self._wrong(f"{line[:40]!r} is no JSON object")
+            raise self._wrong(f"{shown(line)} is no JSON object")
         return said
 
     def _receive(self, silent: str, until: float) -> bytes:

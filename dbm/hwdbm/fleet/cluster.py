@@ -16,7 +16,7 @@ from math import inf
 from typing import Any
 
 from hwdbm import __version__, check, files, process
-from hwdbm.errors import printable
+from hwdbm.errors import brief
 from hwdbm.fleet.curves import Curves, Found, Model, points, stack
 from hwdbm.fleet.plan import Fleet, FleetVm
 from hwdbm.fleet.planner import drained_guests, highest
@@ -182,7 +182,7 @@ async def _check_kind(address: str) -> None:
     finally:
         comm.abort()
     if kind != "Scheduler":
-        raise ValueError(f"a {printable(kind)[:40]} does")
+        raise ValueError(f"a {brief(kind)} does")
 
 
 @contextmanager

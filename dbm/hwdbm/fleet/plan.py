@@ -1,6 +1,5 @@
 """A plan of a fleet: its hosts, links and VMs, read from JSON that anybody may have written."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Never, TypeVar, get_args
 
 from hwdbm import check, files
-from hwdbm.errors import PlanError
+from hwdbm.errors import PlanError, shown
 
 FORMAT, VERSION = "hwdbm-fleet", 1
 
@@ -217,8 +216,8 @@ def read_plan(path: str | os.PathLike[str]) -> Fleet:
     if len(raw) > _MOST:
         read.refuse("", f"the file has more than {_MOST} bytes")
     try:
-        found = json.loads(raw, object_pairs_hook=_once, parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
+        found = check.strict_json(raw)
+    except ValueError as error:
         read.refuse("", f"it is no JSON: {error}")
     return read.fleet(found)
 
@@ -235,12 +234,12 @@ class _Reader:
     def fleet(self, found: Any) -> Fleet:
         top = self.mapping(found, "", {"format", "version", "links", "hosts", "vms"}, {"racks", "engine"})
         if top["format"] != FORMAT:
-            self.refuse("format", f"a plan's is {FORMAT!r}, not {_shown(top['format'])}")
+            self.refuse("format", f"a plan's is {FORMAT!r}, not {shown(top['format'])}")
         if type(top["version"]) is not int or top["version"] != VERSION:
-            self.refuse("version", f"this reads version {VERSION}, not {_shown(top['version'])}")
+            self.refuse("version", f"this reads version {VERSION}, not {shown(top['version'])}")
         engine = top.get("engine", "qemu")
         if engine not in get_args(Engine):
-            self.refuse("engine", f"is one of {', '.join(get_args(Engine))}, not {_shown(engine)}")
+            self.refuse("engine", f"is one of {', '.join(get_args(Engine))}, not {shown(engine)}")
         links = self.named(top["links"], "links", self.link)
         known = {link.name for link in links}
         uplinks = self.named(top.get("racks", []), "racks", lambda each, place: self.rack(each, place, known))
@@ -250,7 +249,7 @@ class _Reader:
         racks = {host.rack for host in hosts}
         for at, (rack, _) in enumerate(uplinks):
             if rack not in racks:
-                self.refuse(f"racks[{at}].name", f"no host stands in rack {_shown(rack)}")
+                self.refuse(f"racks[{at}].name", f"no host stands in rack {shown(rack)}")
         return Fleet(links, hosts, guests, tuple(each for each in uplinks if each[1]), engine)
 
     def link(self, found: Any, place: str) -> Link:
@@ -276,7 +275,7 @@ class _Reader:
         guest = self.mapping(found, place, {"name", "host", "memory", "max-downtime"}, optional)
         if ("trace" in guest) == ("samples" in guest):
             has = "both" if "trace" in guest else "neither"
-            self.refuse(place, f"a VM has a trace or samples, and {_shown(guest['name'])} has {has}")
+            self.refuse(place, f"a VM has a trace or samples, and {shown(guest['name'])} has {has}")
         for key in ("start", "rate"):
             if key in guest and "samples" in guest:
                 self.refuse(f"{place}.{key}", "is for a VM with a trace")
@@ -295,17 +294,17 @@ class _Reader:
     def named(self, found: Any, place: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
         """Return the elements of a list, whose names differ."""
         if not isinstance(found, list):
-            self.refuse(place, f"is a list, not {_shown(found)}")
+            self.refuse(place, f"is a list, not {shown(found)}")
         read_ones, first = [], dict[str, int]()
         for at, each in enumerate(found):
             read_ones.append(read(each, f"{place}[{at}]"))
             if (before := first.setdefault(each["name"], at)) != at:
-                self.refuse(f"{place}[{at}].name", f"{place}[{before}] is {_shown(each['name'])} already")
+                self.refuse(f"{place}[{at}].name", f"{place}[{before}] is {shown(each['name'])} already")
         return tuple(read_ones)
 
     def mapping(self, found: Any, place: str, keys: set[str], optional: set[str] | None = None) -> dict[str, Any]:
         if not isinstance(found, dict):
-            self.refuse(place, f"is an object, not {_shown(found)}")
+            self.refuse(place, f"is an object, not {shown(found)}")
         for missing in sorted(keys - found.keys()):
             self.refuse(place, f"there is no {missing!r}")
         for more in sorted(found.keys() - keys - (optional or set())):
@@ -314,7 +313,7 @@ class _Reader:
 
     def name(self, found: Any, place: str) -> str:
         if not isinstance(found, str) or not found or not found.isprintable() or len(found) > 200:
-            self.refuse(place, f"is a printable name of 1 to 200 letters, not {_shown(found)}")
+            self.refuse(place, f"is a printable name of 1 to 200 letters, not {shown(found)}")
         return found
 
     def text(self, found: Any, place: str) -> str:
@@ -322,16 +321,16 @@ class _Reader:
 
     def known(self, found: Any, place: str, names: set[str], what: str) -> str:
         if not isinstance(found, str) or found not in names:
-            self.refuse(place, f"there is no {what} {_shown(found)}")
+            self.refuse(place, f"there is no {what} {shown(found)}")
         return found
 
     def path(self, found: Any, place: str) -> Path:
         if not isinstance(found, str) or not found:
-            self.refuse(place, f"is a path, not {_shown(found)}")
+            self.refuse(place, f"is a path, not {shown(found)}")
         try:
             return check.path(self._path.parent / found, place)
         except ValueError:  # it has a null, or half of a surrogate pair
-            self.refuse(place, f"is a path, and {_shown(found)} can't be one")
+            self.refuse(place, f"is a path, and {shown(found)} can't be one")
 
     def size(self, found: Any, place: str) -> int:
         """Return a number of bytes, of 1 or more."""
@@ -340,28 +339,11 @@ class _Reader:
             with suppress(ValueError):
                 value = check.size(found)
         if type(value) is not int or not 1 <= value < _END:
-            self.refuse(place, f"is bytes, as 4096 or '1.5G', of 1 to 2^53 - 1, not {_shown(found)}")
+            self.refuse(place, f"is bytes, as 4096 or '1.5G', of 1 to 2^53 - 1, not {shown(found)}")
         return value
 
     def number(self, found: Any, place: str, unit: str = "", least: float = 0) -> float:
         """Return a number of `least` or more."""
         if type(found) not in (int, float) or not least <= found < _END:  # NaN isn't either
-            self.refuse(place, f"is a number {f'of {unit} ' if unit else ''}of {least:g} or more, not {_shown(found)}")
+            self.refuse(place, f"is a number {f'of {unit} ' if unit else ''}of {least:g} or more, not {shown(found)}")
         return float(found)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} comes twice")
-    return found
-
-
-def _constant(name: str) -> Never:
-    raise ValueError(f"{name} is no number")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond 64 bits"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
-from hwdbm.errors import PlanError
+from hwdbm.errors import PlanError, some
 from hwdbm.fleet.curves import Curves, Floats
 from hwdbm.fleet.plan import Fleet, FleetVm
 
@@ -228,7 +228,7 @@ def drained_guests(fleet: Fleet, hosts: Sequence[str]) -> list[FleetVm]:
     known = {host.name for host in fleet.hosts}
     for host in hosts:
         if host not in known:
-            raise PlanError(f"there is no host {host!r}; there is {', '.join(sorted(known)[:20])}")
+            raise PlanError(f"there is no host {host!r}; there is {some(sorted(known))}")
     return [guest for guest in fleet.guests if guest.host in set(hosts) and not guest.pinned]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hwdbm import check, files
-from hwdbm.errors import SampleError, printable
+from hwdbm.errors import SampleError, brief, shown, some
 
 _MIB = float(1 << 20)
 _ROUNDED = 1.01  # ratio by which sizes in texts may be off
@@ -116,7 +116,7 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
     1000000.0
     """
     if isinstance(lines, str) or not isinstance(lines, Iterable):
-        raise TypeError(f"lines is an iterable of lines, not {str(lines)[:20]!r}")
+        raise TypeError(f"lines is an iterable of lines, not {shown(lines)}")
     samples: list[Sample] = []
     passes: list[_Numbers] = []
     kinds: set[str] = set()
@@ -220,7 +220,7 @@ def _items(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             name, _, value = line.partition(":")
             block[name.strip()] = value.strip()
         else:
-            raise SampleError(f"line {number}: {printable(line[:40])!r} is no JSON object, and nothing else known")
+            raise SampleError(f"line {number}: {shown(line)} is no JSON object, and nothing else known")
     if parts:
         raise SampleError(f"line {begin}: the JSON object is cut short at line {number}")
     if block:
@@ -229,7 +229,7 @@ def _items(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 def _text(raw: object, number: int) -> str:
     if not isinstance(raw, str):
-        raise TypeError(f"lines are of type str, not {str(raw)[:20]!r}")
+        raise TypeError(f"lines are of type str, not {shown(raw)}")
     if len(raw) > _LONGEST:
         raise SampleError(f"line {number}: it has {len(raw)} characters, and {_LONGEST} is the most")
     return raw
@@ -252,7 +252,7 @@ def _kind(item: Any, number: int) -> str:
     if isinstance(item, str):
         return "text"
     if not isinstance(item, dict):
-        raise SampleError(f"line {number}: a sample is a JSON object, not {printable(json.dumps(item)[:40])}")
+        raise SampleError(f"line {number}: a sample is a JSON object, not {brief(json.dumps(item))}")
     if isinstance(item.get("return"), dict):
         item = item["return"]
     for key in _KEYS:
@@ -262,7 +262,7 @@ def _kind(item: Any, number: int) -> str:
         return ""
     if "QMP" in item or "event" in item:  # what else a QMP monitor says
         return ""
-    keys = ", ".join(printable(str(key)) for key in list(item)[:5])
+    keys = some(list(item))
     raise SampleError(f"line {number}: an object with the keys {keys} is no sample of a migration that is known here")
 
 
@@ -279,7 +279,7 @@ class _Numbers:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SampleError(f"line {self.line}: {key} is a number, not {printable(json.dumps(value)[:40])}")
+            raise SampleError(f"line {self.line}: {key} is a number, not {brief(json.dumps(value))}")
         if not 0 <= value < 1e30:  # NaN isn't either
             raise SampleError(f"line {self.line}: {key} is a number of 0 or more, not {_shown(value)}")
         return value * scale
@@ -299,7 +299,7 @@ class _Numbers:
     def inner(self, key: str) -> "_Numbers":
         value = self.values.get(key)
         if not isinstance(value, dict):
-            raise SampleError(f"line {self.line}: {key} is an object, not {printable(json.dumps(value)[:40])}")
+            raise SampleError(f"line {self.line}: {key} is an object, not {brief(json.dumps(value))}")
         return _Numbers(value, self.line)
 
 
@@ -402,7 +402,7 @@ def _of_virsh(item: _Numbers, before: list[Sample]) -> list[Sample]:
             return None
         match = re.match(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
         if match is None:
-            raise SampleError(f"line {item.line}: {name} is a number with a unit, not {printable(text[:40])!r}")
+            raise SampleError(f"line {item.line}: {name} is a number with a unit, not {shown(text)}")
         return float(match[1]) * _UNITS.get(match[2], 1)
 
     remaining, elapsed = amount("Memory remaining"), amount("Time elapsed")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
+from hwdbm.errors import shown
 
 Words = NDArray[np.uint64]
 
@@ -118,7 +119,7 @@ class MemoryWrites:
 
 def _rows(value: Any, name: str, shape: tuple[int, ...] | None) -> Words:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint64:
-        raise TypeError(f"{name} is an array of uint64, not {str(value)[:40]!r}")
+        raise TypeError(f"{name} is an array of uint64, not {shown(value)}")
     if not value.size or (value.ndim != 2 if shape is None else value.shape != shape):
         raise ValueError(f"{name} has the shape {shape or '(intervals, words)'}, not {value.shape}")
     return value.copy()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hwdbm import pte
-from hwdbm.errors import UnreadError
+from hwdbm.errors import UnreadError, shown
 from hwdbm.races.machine import STAGE1, Fault, Moment, Op, OpKind, Page, Value, WeakMachine
 from hwdbm.races.search import explore
 
@@ -467,7 +467,7 @@ class _Condition:
         text = re.sub(r"\bP(\d+)\s*:\s*([XW]\d)", r"\1:\2", text)
         found = re.match(r"exists|~\s*exists|forall", text)
         if found is None:
-            raise UnreadError(f"the condition {text[:40]!r}")
+            raise UnreadError(f"the condition {shown(text)}")
         rest = _entry_name(text[found.end() :])
         pattern = (
             r"/\\|\\/|~|not\b|[fF]ault\s*\([^)]*\)|\(\s*(?:oa|valid|af|db|dbm|el0)\s*:[^()]*\)|\(|\)"

@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Never
 
+from hwdbm import check
 from hwdbm.bitmap import word_count
-from hwdbm.errors import LayoutError, SnapshotError
+from hwdbm.errors import LayoutError, SnapshotError, shown
 from hwdbm.files import naming
 from hwdbm.memslot import Memslot
 from hwdbm.vm import MemoryMap
@@ -165,14 +166,14 @@ def parse(raw: bytes, path: Path) -> Snapshot:
     if len(raw) > _MOST:
         read.refuse(f"it has more than {_MOST} bytes")
     try:
-        found = json.loads(raw, object_pairs_hook=_once, parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
+        found = check.strict_json(raw)
+    except ValueError as error:
         read.refuse(f"it is no JSON: {error}")
     top = read.mapping(found, "the manifest", _KEYS, optional=_OPTIONAL)
     if top["format"] != FORMAT:
-        read.refuse(f"its format is {_shown(top['format'])}, not {FORMAT}")
+        read.refuse(f"its format is {shown(top['format'])}, not {FORMAT}")
     if type(top["version"]) is not int or top["version"] != VERSION:
-        read.refuse(f"it is of version {_shown(top['version'])}, and this reads version {VERSION}")
+        read.refuse(f"it is of version {shown(top['version'])}, and this reads version {VERSION}")
     memory = read.mapping(
         top["memory"], "memory", {"file", "size", "pages-sha256"} | ({"sha256"} & _keys(top["memory"]))
     )
@@ -226,42 +227,42 @@ class _Reader:
 
     def mapping(self, value: Any, what: str, keys: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
         if not isinstance(value, dict):
-            self.refuse(f"{what} is an object, not {_shown(value)}")
+            self.refuse(f"{what} is an object, not {shown(value)}")
         for missing in sorted(keys - value.keys()):
             self.refuse(f"{what} has no {missing}")
         for more in sorted(value.keys() - keys - optional):
-            self.refuse(f"{what} has {_shown(more)}, which version {VERSION} doesn't know")
+            self.refuse(f"{what} has {shown(more)}, which version {VERSION} doesn't know")
         return value
 
     def many(self, value: Any, what: str) -> list[Any]:
         if not isinstance(value, list):
-            self.refuse(f"{what} is a list, not {_shown(value)}")
+            self.refuse(f"{what} is a list, not {shown(value)}")
         return value
 
     def number(self, value: Any, what: str) -> int:
         if type(value) is not int or not 0 <= value < _END:
-            self.refuse(f"{what} is a whole number of 0 to 2^53 - 1, not {_shown(value)}")
+            self.refuse(f"{what} is a whole number of 0 to 2^53 - 1, not {shown(value)}")
         return value
 
     def text(self, value: Any, what: str, pattern: re.Pattern[str]) -> str:
         if not isinstance(value, str) or not pattern.fullmatch(value):
-            self.refuse(f"{what} is {'32' if pattern is _ID else '64'} hexadecimal digits, not {_shown(value)}")
+            self.refuse(f"{what} is {'32' if pattern is _ID else '64'} hexadecimal digits, not {shown(value)}")
         return value
 
     def words(self, value: Any, what: str) -> str:
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
-            self.refuse(f"{what} is a printable text of 200 letters at most, not {_shown(value)}")
+            self.refuse(f"{what} is a printable text of 200 letters at most, not {shown(value)}")
         return value
 
     def name(self, value: Any, what: str) -> str:
         fine = isinstance(value, str) and value.isprintable() and "/" not in value and value not in ("", ".", "..")
         if not fine or len(value.encode()) > 255:
-            self.refuse(f"{what} is the name of a file beside it, not {_shown(value)}")
+            self.refuse(f"{what} is the name of a file beside it, not {shown(value)}")
         return str(value)
 
     def address(self, value: Any, what: str) -> int:
         if not isinstance(value, str) or not re.fullmatch(r"0x[0-9a-f]{1,16}", value):
-            self.refuse(f"{what} is an address as 0x0000000040000000, not {_shown(value)}")
+            self.refuse(f"{what} is an address as 0x0000000040000000, not {shown(value)}")
         return int(value, 16)
 
     def slots(self, value: Any, page_size: int, size: int) -> tuple[MemoryMap, tuple[int, ...]]:
@@ -272,7 +273,7 @@ class _Reader:
             gpa, length = self.address(slot["gpa"], "a slot's gpa"), self.number(slot["size"], "a slot's size")
             flags, offset = self.number(slot["flags"], "a slot's flags"), self.number(slot["offset"], "a slot's offset")
             if not page_size or not length or gpa % page_size or length % page_size or offset % page_size:
-                self.refuse(f"slot {number} isn't whole pages of {page_size} bytes: {_shown(slot)}")
+                self.refuse(f"slot {number} isn't whole pages of {page_size} bytes: {shown(slot)}")
             if offset + length > size:
                 self.refuse(f"slot {number} ends at {offset + length:#x}, beyond the memory file's {size:#x}")
             slots.append(Memslot(number, flags, gpa // page_size, length // page_size, 0))
@@ -295,19 +296,3 @@ def bitmap_size(layout: MemoryMap) -> int:
 
 def _keys(value: Any) -> set[str]:
     return set(value) if isinstance(value, dict) else set()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _constant(name: str) -> Never:
-    raise ValueError(f"{name} is no number")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond 64 bits"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm.bitmap import DirtyBitmap
-from hwdbm.errors import InvariantError
+from hwdbm.errors import InvariantError, some
 from hwdbm.kernels import Kernels, vector
 from hwdbm.stage2.layout import pieces
 
@@ -79,4 +79,4 @@ class Saved:
         lo, hi = self.span
         outside.set_range(lo, max(0, hi - lo), False)
         if outside.any():
-            raise InvariantError(f"saved pages {outside.ranges().tolist()[:3]} aren't in {lo}..{hi - 1}")
+            raise InvariantError(f"saved pages {some(outside.ranges().tolist())} aren't in {lo}..{hi - 1}")

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from hwdbm import pte
 from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.check import array, flag, instance, integer, integers, separate, uint64s
-from hwdbm.errors import BitmapError, GfnError
+from hwdbm.errors import BitmapError, GfnError, some
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.kernels import Name, Tally, named
 from hwdbm.kernels import shared as shared_kernels
@@ -1001,7 +1001,7 @@ class Stage2:
         """
         found, (level, size) = self._at(pages), self._leaf(level)
         if ((found + self.base_gfn) % size).any() or (found.size and int(found.max()) + size > self.npages):
-            raise GfnError(f"pages {found[:3].tolist()} and more aren't the first of level-{level} leaves in the slot")
+            raise GfnError(f"pages {some(found.tolist())} aren't the first of level-{level} leaves in the slot")
         if distinct(found).size != found.size:
             raise GfnError("a page to map is named twice")
         leaves = self._new_leaves(pfn, found.size, level, writable, dbm)(0, found.size)

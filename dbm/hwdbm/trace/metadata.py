@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from hwdbm.bitmap import word_count
-from hwdbm.errors import LayoutError, TraceError
+from hwdbm.errors import LayoutError, TraceError, shown
 from hwdbm.files import open_regular
 from hwdbm.memslot import Memslot
 from hwdbm.vm import MemoryMap
@@ -180,18 +180,18 @@ def read_header(path: Path) -> Header:
     if KEY not in attributes:
         read.refuse(f"it is a Zarr group, but no trace: it has no attribute {KEY}")
     if type(attributes[KEY]) is not int or attributes[KEY] != VERSION:
-        read.refuse(f"it is of version {_shown(attributes[KEY])}, and this reads version {VERSION}")
+        read.refuse(f"it is of version {shown(attributes[KEY])}, and this reads version {VERSION}")
     page = read.number(attributes.get("page-size"), "page-size")
     slots = []
     for each in read.many(attributes.get("slots"), "slots"):
         slot = read.mapping(each, "a slot")
         number, gpa, npages = (read.number(slot.get(key), f"a slot's {key}") for key in ("id", "gpa", "npages"))
         if not page or gpa % page or not npages:
-            read.refuse(f"slot {number} isn't one or more whole pages of {page} bytes: {_shown(each)}")
+            read.refuse(f"slot {number} isn't one or more whole pages of {page} bytes: {shown(each)}")
         slots.append(Memslot(number, 0, gpa // page, npages, 0))
     interval = attributes.get("interval")
     if interval is not None and (type(interval) not in (int, float) or not 0 < interval < _END):
-        read.refuse(f"interval is a number of milliseconds above 0, or null, not {_shown(interval)}")
+        read.refuse(f"interval is a number of milliseconds above 0, or null, not {shown(interval)}")
     try:
         layout = MemoryMap(page, tuple(slots))
     except LayoutError as error:
@@ -220,19 +220,19 @@ def read_grid(path: Path, kind: str, dimensions: int) -> Grid:
     if found.get("zarr_format") != 3 or found.get("node_type") != "array":
         read.refuse("it is no Zarr array of version 3")
     if found.get("data_type") != kind:
-        read.refuse(f"it is of {kind}, not {_shown(found.get('data_type'))}")
+        read.refuse(f"it is of {kind}, not {shown(found.get('data_type'))}")
     shape = [read.number(each, "its shape") for each in read.many(found.get("shape"), "its shape")]
     grid = read.mapping(found.get("chunk_grid"), "its chunk grid")
     if grid.get("name") != "regular":
-        read.refuse(f"its chunk grid is regular, not {_shown(grid.get('name'))}")
+        read.refuse(f"its chunk grid is regular, not {shown(grid.get('name'))}")
     settings = read.mapping(grid.get("configuration"), "its chunk grid")
     chunk = [read.number(each, "its chunks") for each in read.many(settings.get("chunk_shape"), "its chunks")]
     if len(shape) != dimensions or len(chunk) != dimensions:
-        read.refuse(f"it has {dimensions} dimensions, not shape {_shown(shape)} in chunks {_shown(chunk)}")
+        read.refuse(f"it has {dimensions} dimensions, not shape {shown(shape)} in chunks {shown(chunk)}")
     if not all(chunk) or 8 * math.prod(chunk) > _MOST_CHUNK:
         read.refuse(f"a chunk has 8 to {_MOST_CHUNK} bytes, not {8 * math.prod(chunk)}")
     if [_codec(each) for each in read.many(found.get("codecs"), "its codecs")] != ["bytes", "zstd"]:
-        read.refuse(f"its codecs are little-endian bytes and zstd, not {_shown(found.get('codecs'))}")
+        read.refuse(f"its codecs are little-endian bytes and zstd, not {shown(found.get('codecs'))}")
     if found.get("storage_transformers") or _codec(found.get("chunk_key_encoding")) != "default":
         read.refuse("its chunks lie in files c/0, c/1 and so on, and nothing transforms them")
     return Grid(path, tuple(shape), tuple(chunk))
@@ -277,22 +277,22 @@ class _Json:
 
     def mapping(self, value: Any, what: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            self.refuse(f"{what} is an object, not {_shown(value)}")
+            self.refuse(f"{what} is an object, not {shown(value)}")
         return value
 
     def many(self, value: Any, what: str) -> Sequence[Any]:
         if not isinstance(value, list):
-            self.refuse(f"{what} is a list, not {_shown(value)}")
+            self.refuse(f"{what} is a list, not {shown(value)}")
         return value
 
     def number(self, value: Any, what: str) -> int:
         if type(value) is not int or not 0 <= value < _END:
-            self.refuse(f"{what} is a whole number of 0 to 2^53 - 1, not {_shown(value)}")
+            self.refuse(f"{what} is a whole number of 0 to 2^53 - 1, not {shown(value)}")
         return value
 
     def text(self, value: Any, what: str) -> str:
         if not isinstance(value, str) or not value.isprintable() or len(value) > _TEXT:
-            self.refuse(f"{what} is a printable text of {_TEXT} letters at most, not {_shown(value)}")
+            self.refuse(f"{what} is a printable text of {_TEXT} letters at most, not {shown(value)}")
         return value
 
     def moment(self, value: Any) -> str:
@@ -301,9 +301,4 @@ class _Json:
         except ValueError as error:
             if isinstance(error, TraceError):
                 raise
-            self.refuse(f"started is a time as ISO 8601 has it, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond 64 bits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            self.refuse(f"started is a time as ISO 8601 has it, not {shown(value)}")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwdbm import check
-from hwdbm.errors import ClosedError
+from hwdbm.errors import ClosedError, shown
 from hwdbm.files import open_regular
 
 _STEP = 64 << 20  # bytes that one call reads, hashes or populates, so that a signal is served in between
@@ -72,7 +72,7 @@ class GuestMemory:
         self.size, self.fd = check.integer(size, "size", 1), -1
         check.instance(name, str, "name")
         if not name.isprintable() or len(name.encode()) > _MOST_NAME:
-            raise ValueError(f"a name is printable, of {_MOST_NAME} bytes at most, unlike {name[:40]!r}")
+            raise ValueError(f"a name is printable, of {_MOST_NAME} bytes at most, unlike {shown(name)}")
         fd = None if fd is None else check.integer(fd, "fd", 0, (1 << 31) - 1)
         private = check.flag(private, "private")
         try:
