@@ -144,7 +144,7 @@ docs: $(VENV)/.dev ## build the documentation and run its examples; a warning is
 
 .PHONY: pages
 pages: docs ## look at every page of the documentation in headless Chromium (Debian's chromium, chromium-driver)
-	$(BIN)/python -P -m pytest -q --numprocesses 0 docs/test_rendered.py $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest -q --numprocesses auto docs/test_rendered.py $(PYTEST_ARGS)
 	@echo "screenshots: build/pages"
 
 .PHONY: bench
