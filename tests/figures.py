@@ -22,6 +22,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets, of each figure which is saved, what it looks like beside that."""
+    found: list[str] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: found.append("\n".join(_looks(self)) + "\n"))
+    return found
+
+
 def _figure(figure: Figure) -> Iterator[str]:
     yield f"figure of {_numbers(figure.get_size_inches())} inches, {figure.dpi:g} dpi: {figure.get_suptitle()}"
     for legend in figure.legends:
@@ -95,3 +102,31 @@ def _collection(several: Collection) -> Iterator[str]:
 
 def _numbers(values: Any) -> str:
     return "[" + " ".join("-" if each is None else f"{each:.6g}" for each in values) + "]"
+
+
+def _looks(figure: Figure) -> Iterator[str]:
+    layout, title = figure.get_layout_engine(), figure._suptitle
+    yield f"figure {layout.get() if layout else {}}, title {title.get_size() if title else 0:g} points"
+    yield from (f"  legend {each._ncols} abreast, {each.get_frame_on()}" for each in figure.legends)
+    for axes in figure.axes:
+        place, pad = axes.get_subplotspec(), axes.titleOffsetTrans.get_matrix()[1, 2] * 72 / figure.dpi
+        where = "" if place is None else f" in rows {[*place.rowspan]}, columns {[*place.colspan]}"
+        yield f"panel {axes.get_title('left') or axes.get_title()!r}{where}, title {pad:g} points above"
+        if axes.get_label() == "<colorbar>":
+            yield f"  colours beside it, {axes._colorbar_info['pad']:g} away"
+        for label, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            line, size = axis.get_gridlines()[:1], axis.label.get_size()
+            grid = [f"{each.get_color()} {each.get_linewidth():g}" for each in line if each.get_visible()]
+            ticks = {name: value for name, value in vars(axis.get_major_locator()).items() if _is_plain(value)}
+            minor = {name: value for name, value in vars(axis.get_minor_locator()).items() if name == "_subs"}
+            yield f"  {label} {size:g} points, grid {grid} {axes.get_axisbelow()}, {ticks} {minor}"
+        for each in axes.lines:
+            yield f"  line {each.get_label()}: {each.get_linewidth():g}, marks of {each.get_markersize():g}"
+        legend = axes.get_legend()
+        if legend:
+            frame = legend.get_frame_on(), legend.get_in_layout(), legend.borderaxespad
+            yield f"  legend {frame}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float)

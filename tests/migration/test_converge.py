@@ -1,39 +1,129 @@
 """What a migration that doesn't converge says would have helped."""
 
 import re
+import socket
 from types import SimpleNamespace
 
 import pytest
-from migrationvm import FakeVm
+from migrationvm import LAYOUT, FakeVm
 
-from hwdbm.forecast import RULES, Verdict
+from hwdbm.bitmap import DirtyBitmap
+from hwdbm.forecast import RULES, Sample, Verdict
 from hwdbm.forecast.rules import passes
-from hwdbm.migration import ConvergenceError, Pass, Precopy, Settings, StreamError, migrate
+from hwdbm.memslot import Memslot
+from hwdbm.migration import Channel, ConvergenceError, Pass, Precopy, Settings, StreamError, migrate
 from hwdbm.migration import precopy as precopy_module
 from hwdbm.migration.converge import Progress
 from hwdbm.migration.report import Report
-from hwdbm.vm import PlainGuest
+from hwdbm.vm import MemoryMap, PlainGuest
 
 MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("limit", "said"),
+    ("limit", "shortest", "said"),
     [
-        (0.3, "300 ms are allowed; a downtime of 550 ms would have done, or a bandwidth of 20 MiB/s"),
-        (0.0, "0 ms are allowed; a downtime of 550 ms would have done"),
+        (0.3, 0.5, "500 ms, and 300 ms are allowed; a downtime of 550 ms would have done, or a bandwidth of 20 MiB/s"),
+        (0.0, 0.5, "500 ms, and 0 ms are allowed; a downtime of 550 ms would have done"),
+        (
+            0.001,
+            12.345,
+            "12,345 ms, and 1 ms are allowed; a downtime of 13,580 ms would have done, or a bandwidth of 6,000 MiB/s",
+        ),
     ],
 )
-def test_what_would_have_done(limit, said):
+def test_what_would_have_done(limit, shortest, said):
     """A tenth more than the shortest pass takes, in tens of ms; and what the least of them fits into the limit by."""
     progress = Progress(Settings(limit))
-    for number, (mib, expected) in enumerate([(100, None), (8, 0.6), (6, 0.5), (7, 0.55)], start=1):
-        progress.add(number, mib * MIB, expected)
+    for number, (mib, more) in enumerate([(100, None), (8, 0.1), (6, 0.0), (7, 0.05)], start=1):
+        progress.add(number, mib * MIB, None if more is None else shortest + more)
     assert progress.why() == (
         "the guest dirties memory as fast as it is sent: no pass after pass 3 left notably less than 6.0 MiB, "
-        f"which takes 500 ms, and {said}"
+        f"which takes {said}"
     )
     assert (progress.best, progress.flat) == (3, 1)
+
+
+@pytest.mark.parametrize(("remaining", "flat"), [(950, 1), (949, 0), (1000, 1), (2000, 1), (0, 0)])
+def test_a_twentieth_less_is_progress(remaining, flat):
+    progress = Progress(Settings())
+    progress.add(2, 1000, None)
+    assert (progress.best, progress.flat) == (2, 0)
+    progress.add(3, remaining, None)
+    assert (progress.best, progress.flat) == (2 if flat else 3, flat)
+    progress.add(4, 5000, None)
+    assert progress.flat == flat + 1
+
+
+@pytest.fixture
+def channel():
+    """Return a channel to nobody."""
+    here, there = socket.socketpair()
+    with Channel(here) as made, there:
+        yield made
+
+
+def test_a_guest_that_never_converges_is_told_after_how_many_passes(channel):
+    with PlainGuest(MemoryMap(4096, (Memslot(0, 0, 16, 1, 0),))) as vm:
+        precopy = Precopy(vm, channel, Settings(0, 2))
+        for number in range(1, 5):
+            precopy.report.passes.append(Pass(number, 1, 4096, expected_downtime=0.5))
+            precopy._progress.add(number, 4096, 0.5)
+        assert precopy._progress.flat == 3
+        with pytest.raises(ConvergenceError, match=r" would have done \(in 3 passes\)$"):
+            precopy._enough(precopy.report.passes[-1])
+
+
+def test_what_is_known_when_a_pass_begins(channel, monkeypatch) -> None:
+    """The rate at which memory was dirtied since the pass before began, and what it takes to send it now."""
+    monkeypatch.setattr(precopy_module, "time", SimpleNamespace(perf_counter=lambda: 30.0))
+    layout = MemoryMap(4096, (Memslot(0, 0, 16, 130, 0), Memslot(1, 0, 1000, 65, 0)))
+    with PlainGuest(layout) as guest:
+        precopy = Precopy(guest, channel, Settings(0.25))
+        precopy._start, precopy._collected, precopy._collect_time = 10.0, 8.0, 0.125
+        first = precopy._new({0: ~DirtyBitmap(130), 1: ~DirtyBitmap(65)})
+        precopy._sample(first)
+        assert (first.number, first.dirty, first.remaining, first.throttle) == (1, 195, 195 * 4096, 0)
+        first.time, first.zero_time, first.transferred, first.duplicate = 3.0, 1.0, 8 * MIB, 11
+        precopy._throttle.percent, channel.sent = 30, 8 * MIB + 77
+        pages = {0: DirtyBitmap.from_pages([3, 64], 130), 1: DirtyBitmap.from_pages([64], 65)}
+        second = precopy._begin(pages, 6.0)
+        assert second.cells.tolist() == [1 / 64, 1 / 64, 0, 0, 1]
+        assert precopy.report.passes == [first, second]
+        known = {name: getattr(second, name) for name in ("number", "dirty", "remaining", "throttle", "collect_time")}
+        assert known == {"number": 2, "dirty": 3, "remaining": 3 * 4096, "throttle": 30, "collect_time": 0.125}
+        assert (second.dirty_rate, second.expected_downtime) == (3 * 2048.0, 3 * 4096 / (4 * MIB))
+        assert precopy.report.remaining == 3 * 4096
+        assert precopy._samples == [
+            Sample(20.0, 1, 195 * 4096, layout.total, 0, None, None, 0, 4096, 0.25, 0, source="hwdbm"),
+            Sample(
+                20.0, 2, 3 * 4096, layout.total, 8 * MIB + 77, 4.0 * MIB, 6144.0, 11, 4096, 0.25, 30, source="hwdbm"
+            ),
+        ]
+        assert precopy._begin(pages, 8.0).dirty_rate == pytest.approx(3 * 4096e9)  # it took no time to see
+
+
+def test_how_long_each_answer_is_waited_for(vm, inside) -> None:
+    """Twice the timeout and what it takes to get memory ready, at 128 MiB a second; and else once the timeout.
+
+    For the digest there is as long beside it as four here take, and for the last pass twice what that is expected to
+    take.
+    """
+    vm.resume()
+    channel, asked = inside(PlainGuest).channel, []
+    channel.timeout, within = 5.0, channel.within
+    channel.within = lambda seconds, what: asked.append((what, seconds)) or within(seconds, what)
+    report = migrate(vm, channel, Settings(max_downtime=0.02))
+    digest = asked[-2][1]
+    assert 5.0 < digest <= 5.0 + 4 * report.verify_time
+    assert asked == [
+        ("getting ready there", 10.0 + LAYOUT.total / (128 * MIB)),
+        *[("the last pass", float("inf"))] * (len(report.passes) - 1),
+        ("the last pass", 5.0 + 2 * report.passes[-1].expected_downtime),
+        ("taking the state", 5.0),
+        ("the digest there", digest),
+        ("starting the guest there", 5.0),
+    ]
 
 
 def test_the_forecast_is_renewed_at_each_pass(inside, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +255,8 @@ def test_a_forecast_is_renewed_where_it_takes_a_small_part_of_a_pass(expected, c
         ([(0.5, 0.0, 10 << 20), (0.5, 0.46, 5 << 20)], 20 << 20),
         ([(0.5, 0.0, 10 << 20), (0.5, 0.0, (1 << 20) - 1)], 20 << 20),
         ([(0.5, 0.0, 10 << 20), (0.5, 0.0, 1 << 20)], 2 << 20),
+        ([(0.5, 0.0, 10 << 20), (0.05, 0.0, 2 << 20)], 40 << 20),
+        ([(0.03125, 0.0, 1 << 19), (0.03125, 0.0, 1 << 19)], 16 << 20),
     ],
 )
 def test_which_pass_says_what_the_bandwidth_is(passes, expected) -> None:

@@ -37,7 +37,7 @@ ALL = os.environ.get("HWDBM_HANDOVER") == "all"
 def _short(monkeypatch):
     """What waits for a peer that says nothing waits for a moment only."""
     monkeypatch.setattr(channel, "_DRAIN_SECONDS", 0.2)
-    monkeypatch.setattr(precopy, "_DYING", 0.2)
+    monkeypatch.setattr(precopy, "_DYING", 200)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """Migrations that arrive."""
 
+import math
 import socket
 import time
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from migrationvm import LAYOUT, FakeVm
 
+from hwdbm.bitmap import DirtyBitmap
 from hwdbm.forecast.rules import Throttle
 from hwdbm.memslot import Memslot
 from hwdbm.migration import LayoutError, Settings, migrate
@@ -83,6 +85,9 @@ def test_zero_pages_have_no_payload(inside):
     report, received = arrived(guest, inside)
     assert report.transferred < 4096
     assert (report.normal, report.duplicate) == (0, 2825)
+    assert 0 < report.passes[0].zero_time < report.passes[0].time
+    assert (report.passes[1].dirty, report.passes[1].zero_time) == (0, 0.0)
+    assert 0 <= report.downtime < report.total_time
     assert received.destination.digest() == guest.digest()
 
 
@@ -123,6 +128,7 @@ def test_without_proof(vm, inside):
     report, received = arrived(vm, inside, Settings(max_downtime=0.02, verify=False))
     assert received.sha256 == report.source_sha256 == ""
     assert "verify-time" not in report.to_dict()
+    assert 0 < report.downtime < report.total_time
     assert received.destination.digest() == vm.digest()
 
 
@@ -182,6 +188,13 @@ def test_settings_out_of_range(numbers):
         Settings(**numbers)
 
 
+def test_settings_at_the_ends_of_their_ranges():
+    least = Settings(max_downtime=0, max_iterations=1, bandwidth=1)
+    assert (least.max_downtime, least.max_iterations, least.bandwidth) == (0.0, 1, 1.0)
+    with pytest.raises(ValueError, match="bandwidth"):
+        Settings(bandwidth=0.99)
+
+
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 @pytest.mark.parametrize("npages", [1, 63, 64, 65, 511, 513])
 def test_sizes(inside, page_size, npages):
@@ -224,9 +237,34 @@ def test_a_slot_that_is_all_dirty_but_one_page(inside):
     assert other.join().received.destination.digest() == guest.digest()
 
 
-def test_folded():
-    from hwdbm import DirtyBitmap
+@pytest.mark.parametrize("most", [1, 3, 4, 6, 9, 512])
+def test_folded_is_the_dirty_part_of_each_cell(most):
+    """Against one page after the other: slots of several sizes, and a cell that is of one slot."""
+    random = np.random.default_rng(most)
+    for sizes in ((1,), (64, 65), (640, 63, 130), (1000, 1, 64, 500)):
+        dirty = [random.random(size) < share for size, share in zip(sizes, (0.3, 1.0, 0.0, 0.6), strict=False)]
+        words = sum((size + 63) // 64 for size in sizes)
+        cell = math.ceil(words / max(most - len(sizes), 1)) * 64
+        expected = [part[at : at + cell].mean() for part in dirty for at in range(0, part.size, cell)]
+        found = folded([DirtyBitmap.from_pages(np.flatnonzero(part), part.size) for part in dirty], most)
+        assert found.dtype == np.float32
+        assert found.tolist() == np.array(expected, dtype=np.float32).tolist()
+        assert len(found) <= max(most, len(sizes))
 
+
+def test_what_is_not_known_yet_is_said_as_such():
+    one = Pass(1, 2, 8192)
+    assert one.cells.size == 0
+    assert repr(one).startswith("Pass(number=1, dirty=2, remaining=8192, ")
+    assert not {"cells", "forecast"} & set(repr(one).replace("=", " ").split())
+    assert one.bandwidth == Report(4096, 8192, 0.3).bandwidth == 0.0
+    one.transferred, one.time, one.zero_time = 300, 1.0, 0.25
+    assert one.bandwidth == Report(4096, 8192, 0.3, passes=[one]).bandwidth == 400.0
+    one.zero_time = 1.0
+    assert one.bandwidth == Report(4096, 8192, 0.3, passes=[one]).bandwidth == 0.0
+
+
+def test_folded():
     one = DirtyBitmap(65)
     one.fill()
     assert folded([one]).tolist() == [1.0, 1.0]

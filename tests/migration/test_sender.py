@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from clocks import Clock
 
+from hwdbm.bitmap import DirtyBitmap
 from hwdbm.migration import Pass, sender
 from hwdbm.migration.precopy import Precopy
-from hwdbm.migration.sender import Limiter, PageSender
+from hwdbm.migration.sender import Limiter, PageSender, runs_of
 from hwdbm.migration.wire import ZERO_RUNS, Kind
 
 PAGE = 4096
@@ -49,6 +50,58 @@ def test_zeros_are_kept_until_a_frame_is_full(batches, frames):
 def test_a_run_goes_on_in_the_next_batch():
     batches = np.arange(10), np.arange(10, 15), np.array([15, 17]), np.array([18])
     assert Frames().of(*batches) == [[[7, 16], [24, 2]]]
+
+
+def by_hand(pages: list[int]) -> list[list[int]]:
+    """Return runs of ascending pages, one page after the other."""
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and page == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([page, 1])
+    return runs
+
+
+SETS = [[page for page in range(9) if chosen >> page & 1] for chosen in range(1, 1 << 9)]
+
+
+def test_runs_are_those_that_are_found_page_by_page():
+    for pages in SETS:
+        assert runs_of(np.array(pages)).tolist() == by_hand(pages)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_however_zeros_are_cut_into_batches_their_runs_are_the_same(cut):
+    for pages in SETS[::3]:
+        batches = [np.array(pages[start : start + cut]) for start in range(0, len(pages), cut)]
+        assert Frames().of(*batches) == [[[first + 7, count] for first, count in by_hand(pages)]]
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 1000])
+@pytest.mark.parametrize("window", [64, 192, 1 << 18])
+def test_batches_have_all_pages_in_order_and_each_is_full_but_the_last(most, window, monkeypatch):
+    monkeypatch.setattr(sender, "_WINDOW", window)
+    random = np.random.default_rng(most)
+    for npages in (1, 63, 64, 65, 511, 513):
+        for share in (0.0, 0.02, 0.5, 0.98, 1.0):
+            pages = np.flatnonzero(random.random(npages) < share)
+            batches = list(sender._batches(npages, DirtyBitmap.from_pages(pages, npages), most))
+            listed = [range(npages)[each] if isinstance(each, slice) else each.tolist() for each in batches]
+            assert [page for each in listed for page in each] == pages.tolist()
+            assert all(len(each) == most for each in listed[:-1])
+            assert [isinstance(each, slice) for each in batches] == [len(by_hand(each)) == 1 for each in listed]
+        whole = [(each.start, each.stop) for each in sender._batches(npages, None, most)]
+        assert whole == [(first, min(first + most, npages)) for first in range(0, npages, most)]
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "pages"),
+    [(None, (512, 32)), (1e9, (512, 32)), (1 << 23, (512, 32)), (1e6, (61, 3)), (8 * PAGE, (2, 1)), (1.0, (1, 1))],
+)
+def test_a_frame_takes_a_quarter_of_a_second_or_is_one_page(bandwidth, pages):
+    limiter = Limiter(bandwidth)
+    assert (limiter.pages(PAGE), limiter.pages(16 * PAGE)) == pages
 
 
 def test_what_remains_of_a_pass_is_what_was_not_sent():

@@ -111,8 +111,14 @@ BROKEN = {
     "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "begins with 47455420"),
     "an unknown kind": (frame(99, 0), "unknown kind 99"),
     "a flag": (frame(Kind.HELLO, 0, flags=1), "flags 0x1"),
-    "no hello": (frame(Kind.STATE, 0, b""), "is STATE, and HELLO was due"),
+    "no hello": (frame(Kind.STATE, 0, b""), "frame 0 is STATE, and HELLO was due"),
     "a short hello": (frame(Kind.HELLO, 0, b"\1\0"), "has no version"),
+    "a hello that is shorter than a version": (frame(Kind.HELLO, 0, bytes(3)), "a HELLO of 3 bytes has no version"),
+    "a version alone": (frame(Kind.HELLO, 0, b"\1\0\0\0"), "of version 1, and this side knows 2"),
+    "a hello cut short": (
+        frame(Kind.HELLO, 0, struct.pack("<II15s", 2, 0, b"")),
+        "a HELLO of 23 bytes is cut short",
+    ),
     "version 1": (hello(version=1), "of version 1, and this side knows 2"),
     "a hello too large": (frame(Kind.HELLO, 0, b"", length=1 << 40), "1099511627776 bytes are more than"),
     "a layout cut short": (
@@ -156,14 +162,14 @@ BROKEN = {
     "overlapping": (ALL[0] + zeros(1, (16 << 12, 8192), (17 << 12, 4096)), "overlap or descend"),
     "an address that wraps": (ALL[0] + zeros(1, ((1 << 64) - 4096, 8192)), "beyond 52 bits of address"),
     "a length that wraps": (ALL[0] + zeros(1, (16 << 12, (1 << 64) - 4096)), "beyond 52 bits of address"),
-    "go inside of a pass": (ALL[0] + frame(Kind.GO, 1), "is GO, inside of a pass"),
+    "go inside of a pass": (ALL[0] + frame(Kind.GO, 1), "frame 1 is GO, inside of a pass"),
     "pass 2 first": (ALL[0] + frame(Kind.PASS, 1, PASS.pack(2, 0, 0, 0)), "pass 2 ends, and pass 1 was due"),
-    "a short pass": (ALL[0] + frame(Kind.PASS, 1, b"\1\0\0\0"), "a body of 4 bytes, and not 24"),
+    "a short pass": (ALL[0] + frame(Kind.PASS, 1, b"\1\0\0\0"), "frame 1: a body of 4 bytes, and not 24"),
     "a pass that lost pages": (ALL[0] + frame(Kind.PASS, 1, PASS.pack(1, 0, 1, 0)), "had 1 pages"),
     "pages that never came": (ALL[0] + frame(Kind.PASS, 1, PASS.pack(1, 1, 0, 0)), "8 of the 8 pages of slot 0 never"),
     "no go": (b"".join(ALL[:-1]), "ends inside of frame 8"),
     "a digest nobody asked for": (b"".join(ALL[:-1]) + frame(Kind.GO, 8, bytes(32)), "not asked for here"),
-    "verify nobody asked for": (b"".join(ALL[:-1]) + frame(Kind.VERIFY, 8), "is VERIFY, and GO was due"),
+    "verify nobody asked for": (b"".join(ALL[:-1]) + frame(Kind.VERIFY, 8), "frame 8 is VERIFY, and GO was due"),
     "a state too large": (b"".join(ALL[:7]) + frame(Kind.STATE, 7, b"", length=1 << 25), "are more than 16777216"),
 }
 
@@ -317,7 +323,7 @@ def test_any_layout(raw):
 ANSWERS = {
     "nothing": (b"", "hung up without a word"),
     "garbage": (bytes(64), "begins with 00000000"),
-    "an acknowledgement too early": (frame(Kind.ACK, 0, ACK.pack(1)), "ACK, and READY was due"),
+    "an acknowledgement too early": (frame(Kind.ACK, 0, ACK.pack(1)), "frame 0 is ACK, and READY was due"),
     "ready twice": (frame(Kind.READY, 0, bytes(4)) + frame(Kind.READY, 1, bytes(4)), "READY came, and nothing was due"),
     "another pass": (
         frame(Kind.READY, 0, bytes(4)) + frame(Kind.ACK, 1, ACK.pack(7)),

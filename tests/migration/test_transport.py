@@ -158,6 +158,26 @@ def test_a_listener_that_is_closed_waits_no_more():
             listener.accept(20, on_refused=lambda _: listener.close())
 
 
+def test_a_source_that_does_not_come():
+    """Who is refused meanwhile changes nothing: each is told of once, and then there is nobody."""
+    refused = []
+    with transport.listen_tcp("127.0.0.1", 0, None, insecure=True) as listener:
+        with pytest.raises(TimeoutError, match=r"no source came in 0 s$"):
+            listener.accept(0)
+        for _ in range(2):
+            with socket.create_connection(listener.sock.getsockname()) as stranger:
+                stranger.sendall(bytes(64))
+        with pytest.raises(TimeoutError, match=r"no source came in 0.2 s$"):
+            listener.accept(0.2, on_refused=refused.append)
+    assert [text[:34] for text in refused] == ["frame 0 begins with 00000000, and "] * 2
+
+
+def test_no_session_comes_back_and_no_source_goes_without_a_certificate():
+    context = TlsDir(TLS).server()
+    assert (context.num_tickets, context.verify_mode) == (0, ssl.CERT_REQUIRED)
+    assert context.minimum_version == TlsDir(TLS).client().minimum_version == ssl.TLSVersion.TLSv1_3
+
+
 def test_more_strangers_than_may_wait(vm):
     """The oldest gives way, also with TLS."""
     server = Server(TlsDir(TLS))

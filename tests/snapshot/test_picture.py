@@ -42,3 +42,9 @@ def test_a_picture_shows_what_the_one_that_was_looked_at_shows(name, chain, monk
     found = figures.drawn(monkeypatch)
     draw(tmp_path / "a.png", *(zip(*chain, strict=True) if chain else ([], [], [])))
     as_seen(f"pictures/chain-{name}.txt", *found)
+
+
+def test_it_looks_like_the_one_that_was_looked_at(monkeypatch, tmp_path):
+    found = figures.looks(monkeypatch)
+    draw(tmp_path / "a.png", *zip(*CHAIN, strict=True))
+    as_seen("pictures/looks-chain.txt", *found)

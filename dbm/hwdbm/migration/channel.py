@@ -79,7 +79,7 @@ class Channel:
         self._held: list[memoryview | bytes] = []
         self._whole = True  # whether what was sent ends with a frame
         self._said: PeerError | None = None
-        self._greeting: tuple[Head, bytes] | None = None
+        self._greeting: bytes | None = None
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._head = bytearray(HEAD_SIZE)
         sock.settimeout(_SLICE)
@@ -88,9 +88,9 @@ class Channel:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             # A peer that vanished is noticed also while nothing is said.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -150,10 +150,10 @@ class Channel:
         if time.monotonic() - self._spoke > self.timeout / _ALIVE:
             self.send(Kind.ALIVE)
 
-    def _patiently(self, operation: Callable[[], T], start: float, nbytes: int, silence: str, grace: float = 0) -> T:
+    def _patiently(self, operation: Callable[[], T], start: float, nbytes: int, silence: str, heed: float) -> T:
         """Return what a call of the socket returns; it is called again while there is time.
 
-        A byte now and then, of the `nbytes` that began to go at `start`, isn't enough.
+        A byte now and then, of the `nbytes` that began to go at `start`, isn't enough. `check` is asked from `heed` on.
         """
         began = time.monotonic()
         until = min(began, start + nbytes / _SLOWEST) + self.timeout
@@ -171,7 +171,7 @@ class Channel:
                 pass  # the slice is over; what `check` raises is not to be taken for an error of the socket
             except OSError as error:
                 raise _BrokenError(f"the link broke: {why(error)}") from error
-            if time.monotonic() - start > grace:
+            if time.monotonic() > heed:
                 self.check()
 
     # --- sending -------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Channel:
 
         while parts:
             # A cancel waits for a moment, so that the frame goes whole and the other side can be told.
-            done = self._patiently(step, start, nbytes, "the other side took nothing", _DRAIN_SECONDS)
+            done = self._patiently(step, start, nbytes, "the other side took nothing", start + _DRAIN_SECONDS)
             beside = []
             while parts and done >= len(parts[0]):
                 done -= len(parts.pop(0))
@@ -261,8 +261,8 @@ class Channel:
 
     def _raise_peer(self, error: _BrokenError) -> NoReturn:
         """Raise what the other side said before it hung up, or else that it hung up."""
-        with contextlib.suppress(StreamError, OSError), self.within(1.0, "hanging up"):
-            for _ in range(4):  # an ACK may be on its way before it
+        with contextlib.suppress(StreamError, OSError), self.within(_DRAIN_SECONDS, "hanging up"):
+            while True:  # an ACK may be on its way before it
                 self.receive()
         # PeerError is a StreamError: `suppress` would have swallowed it, so head() keeps it.
         if self._said is not None:
@@ -284,7 +284,7 @@ class Channel:
 
     def _drain(self) -> None:
         """Take what the other side is still sending, for a moment: closed over it, TCP would destroy our last frame."""
-        until, scratch = time.monotonic() + _DRAIN_SECONDS, bytearray(1 << 16)
+        until, scratch = time.monotonic() + _DRAIN_SECONDS, bytearray(_COPY)
         with contextlib.suppress(OSError, ValueError):
             self.sock.settimeout(_DRAIN_SECONDS)
             if not self._tls:
@@ -355,7 +355,7 @@ class Channel:
         """
         got, size, start = 0, into.nbytes, time.monotonic()
         while got < size:
-            done = self._patiently(partial(self.sock.recv_into, into[got:]), start, size, "nothing came")
+            done = self._patiently(partial(self.sock.recv_into, into[got:]), start, size, "nothing came", start)
             if not done and not got and not self.received:
                 raise StreamError("the stream ends before it began: the other side hung up without a word")
             if not done:
@@ -375,7 +375,8 @@ class Channel:
             raw, came, _, _ = socket.recv_fds(self.sock, HEAD_SIZE, _DESCRIPTORS, _CLOEXEC)
             return raw, came
 
-        raw, came = self._patiently(step, time.monotonic(), HEAD_SIZE, "nothing came")
+        start = time.monotonic()
+        raw, came = self._patiently(step, start, HEAD_SIZE, "nothing came", start)
         self._descriptors += came
         if len(self._descriptors) > _DESCRIPTORS:
             raise StreamError(f"{len(self._descriptors)} descriptors came, and {_DESCRIPTORS} at most were due")
@@ -401,15 +402,14 @@ class Channel:
 
     def greet(self) -> bytes:
         """Receive HELLO, and keep it for the next `expect` of it."""
-        body = self.expect(Kind.HELLO, descriptors=True)
-        self._greeting = Head(Kind.HELLO, 0, 0, len(body), 0), body
-        return body
+        self._greeting = self.expect(Kind.HELLO, descriptors=True)
+        return self._greeting
 
     def receive(self, *, descriptors: bool = False) -> tuple[Kind, bytes]:
         """Receive a frame whole."""
         if self._greeting is not None:
-            (head, body), self._greeting = self._greeting, None
-            return head.kind, body
+            body, self._greeting = self._greeting, None
+            return Kind.HELLO, body
         head = self.head(descriptors=descriptors)
         return head.kind, self.body(head)
 

@@ -84,7 +84,6 @@ class Progress:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._least, self._shortest = float("inf"), float("inf")
-        self.best = self.flat = 0
 
     def add(self, number: int, remaining: int, expected: float | None) -> None:
         """Take note of the bytes that a pass is about to send, and of the downtime that would take, in seconds."""

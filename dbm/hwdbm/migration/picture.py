@@ -71,7 +71,7 @@ def _amounts(axes: Axes, report: Report) -> None:
     axes.bar(x + 0.2, normal, 0.4, color=_SENT, label="sent")
     if zero.any():
         axes.bar(x + 0.2, zero, 0.4, bottom=normal, color=_ZERO, label="zero")
-    if len(x) > 1 and max(one.remaining for one in report.passes) > 50 * max(report.passes[-1].remaining, 1):
+    if max(one.remaining for one in report.passes) > 50 * report.passes[-1].remaining:
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter(_PLAIN)
     _finish(axes, x, "memory of each pass (MiB)")
@@ -117,7 +117,8 @@ def _downtimes(axes: Axes, report: Report) -> None:
 def _finish(axes: Axes, x: NDArray[np.int64], title: str) -> None:
     """Give a panel its title, its legend, where no line can be, and its passes."""
     axes.set_title(title, loc="left", pad=20)
-    if axes.get_legend_handles_labels()[0]:
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
         legend = axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99), borderaxespad=0)
         legend.set_in_layout(False)  # its width is not the panel's
     axes.set_xlabel("pass")

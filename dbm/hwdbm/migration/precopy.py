@@ -16,6 +16,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hwdbm import check
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import (
@@ -45,7 +48,7 @@ from hwdbm.vm.still import turn_of
 _TELL = 0.1  # seconds between two calls of on_progress
 _POPULATE = 128 << 20  # bytes a second that a destination gets its memory ready at, or faster
 _DIGEST = 4  # times as long as here that the digest may take at the destination
-_DYING = 2.0  # seconds between the end of a process's sockets and its own
+_DYING = 2000  # milliseconds between the end of a process's sockets and its own
 _WORTH = 5  # times as long as the last forecast took that a pass must take for another
 _OVERTIME = 0.5  # seconds over the downtime's limit, after which the guest goes on for another pass
 
@@ -130,13 +133,11 @@ class Precopy:
         self._throttle, self._progress = Throttle(), Progress(settings)
         self._client: Client | None = None  # until there is one the source is another migration's, perhaps
         self._samples: list[Sample] = []
-        self._asked = 0.0  # when a rule of others was asked last
         self._forecast_cost = 0.0  # seconds that the last forecast took
         self._lent: list[Pages] = []
-        self._collected = self._told = 0.0
         self._paused: float | None = None  # since when the guest stands still for the last pass
         self._one: Pass | None = None  # the pass that goes on
-        self._peer = -1  # a pidfd of the receiver's process
+        self._peer: int | None = None  # a pidfd of the receiver's process
         self._ran = source.running
         self._gone = False  # whether the destination may be running
         self._begun = False
@@ -145,7 +146,8 @@ class Precopy:
         """Migrate; once."""
         if self._begun:
             raise ValueError("an attempt runs once: make another Precopy")
-        self._begun, self._start = True, time.perf_counter()
+        self._begun = True
+        self._start = self._told = time.perf_counter()
         try:
             with ExitStack() as stack:
                 try:
@@ -213,7 +215,7 @@ class Precopy:
             self._pause()
             for slot_id, late in self._collect().items():  # what was written until the pause
                 pages[slot_id] |= late
-            self._describe(one, pages)
+            one.dirty, one.remaining, one.cells = self._described(pages)
             if self._send(one, pages, last=True):
                 return
 
@@ -231,9 +233,7 @@ class Precopy:
             bitmap.fill()
         # What is dirty already needs no second pass. It is lent, too, so that a failure returns these bits.
         self._collect()
-        one = Pass(1, 0, 0)
-        self._describe(one, pages)
-        self.report.passes.append(one)
+        one = self._new(pages)
         self._sample(one)
         self._send(one, pages, last=False)
 
@@ -257,21 +257,17 @@ class Precopy:
         return lease
 
     def _begin(self, pages: dict[int, DirtyBitmap], began: float) -> Pass:
-        one = Pass(len(self.report.passes) + 1, 0, 0, throttle=self._throttle.percent)
-        self._describe(one, pages)
+        one = self._new(pages)
         one.dirty_rate = one.remaining / max(self._collected - began, 1e-9)
         one.collect_time = self._collect_time
-        bandwidth = self._bandwidth()
-        if bandwidth:
-            one.expected_downtime = one.remaining / bandwidth
-        self.report.passes.append(one)
+        one.expected_downtime = one.remaining / self._bandwidth()
         self._progress.add(one.number, one.remaining, one.expected_downtime)
         self._sample(one)
         return one
 
     def _sample(self, one: Pass) -> None:
         """Take note of what is known when a pass begins."""
-        report, self._asked = self.report, time.perf_counter()
+        report, self._asked = self.report, time.perf_counter()  # when a rule of others was asked last
         self._samples.append(
             Sample(
                 time.perf_counter() - self._start,
@@ -305,10 +301,18 @@ class Precopy:
             )
         self._forecast_cost = time.perf_counter() - began
 
-    def _describe(self, one: Pass, pages: dict[int, DirtyBitmap]) -> None:
-        one.dirty = sum(bitmap.weight() for bitmap in pages.values())
-        one.remaining = self.report.remaining = one.dirty * self._source.page_size
-        one.cells = folded(list(pages.values()))
+    def _new(self, pages: dict[int, DirtyBitmap]) -> Pass:
+        """Return the next pass, which is in the report then."""
+        dirty, remaining, cells = self._described(pages)
+        one = Pass(len(self.report.passes) + 1, dirty, remaining, throttle=self._throttle.percent, cells=cells)
+        self.report.passes.append(one)
+        return one
+
+    def _described(self, pages: dict[int, DirtyBitmap]) -> tuple[int, int, NDArray[np.float32]]:
+        """Return how many pages a pass is to send, how many bytes these are, and where they lie."""
+        dirty = sum(bitmap.weight() for bitmap in pages.values())
+        self.report.remaining = dirty * self._source.page_size
+        return dirty, self.report.remaining, folded(list(pages.values()))
 
     def _bandwidth(self) -> float:
         """Bytes of pages a second: as in the last pass that sent enough to say, and else as in all of them."""
@@ -388,7 +392,6 @@ class Precopy:
         self._one = one
         self._count()
         self._one = None
-        self.report.remaining = 0
         if last:
             self.report.downtime_bytes = self._channel.sent - sent
         self._tell()
@@ -534,17 +537,17 @@ class Precopy:
                 os.close(fd)
 
     def _close_peer(self) -> None:
-        peer, self._peer = self._peer, -1
-        if peer >= 0:
+        peer, self._peer = self._peer, None
+        if peer is not None:
             os.close(peer)
 
     def _peer_is_gone(self) -> bool:
         """Return whether the process that received has ended, and so can't run anything."""
-        if self._peer < 0:
+        if self._peer is None:
             return False
         poll = select.poll()
         poll.register(self._peer, select.POLLIN)
-        return bool(poll.poll(_DYING * 1e3))
+        return bool(poll.poll(_DYING))
 
     def _await_proof(self) -> None:
         """Wait until the destination has seen whether its guest goes on. It does have it, whatever comes now."""

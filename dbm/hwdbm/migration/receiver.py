@@ -122,7 +122,6 @@ class _Receiver:
         self._populated = populated
         self._stage = np.zeros(PAYLOAD, dtype=np.uint8)
         self._shared: SharedMemory | None = None
-        self._pages = [0, 0]  # normal and zero, of this pass
         self._arrived = False  # whether the guest runs here
         self.stands = True  # whether it is certain that no guest runs here: what the source takes an ERROR for
 
@@ -172,7 +171,7 @@ class _Receiver:
 
     def _ready(self) -> None:
         """Say READY; with it goes a descriptor by which a source on this machine sees that this process is gone."""
-        body = READY.pack(0 if self._shared is None else SHARING)
+        body = READY.pack(SHARING * (self._shared is not None))
         if not self._channel.local or not hasattr(os, "pidfd_open"):
             self._channel.send(Kind.READY, body)
             return
@@ -198,7 +197,7 @@ class _Receiver:
 
     def _pass(self) -> bool:
         """Receive a pass; return whether it was the last."""
-        self._pages = [0, 0]
+        self._pages = [0, 0]  # normal and zero
         while True:
             self._channel.keep_alive()
             head = self._channel.head()
@@ -263,7 +262,7 @@ class _Receiver:
         self._pages[0] += npages
 
     def _store(self, slot_id: int, runs: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
-        at = slice(runs[0, 0], runs[0, 0] + len(pages)) if len(runs) == 1 else _index(runs, len(pages))
+        at = _place(runs, len(pages))
         self._rows[slot_id][at] = pages
         self._came[slot_id][at] = True
 
@@ -344,9 +343,10 @@ class _Receiver:
             self._vm.mark_imported(slot.id, 0, slot.npages)
 
 
-def _index(runs: NDArray[np.int64], npages: int) -> NDArray[np.int64]:
-    """Return the page numbers of runs, `npages` in all, in order."""
-    if len(runs) == npages:
-        return runs[:, 0]
+def _place(runs: NDArray[np.int64], npages: int) -> slice | NDArray[np.int64]:
+    """Return the page numbers of runs, `npages` in all, in order: as a slice where they are one run."""
+    if len(runs) == 1:
+        ((first, count),) = runs.tolist()
+        return slice(first, first + count)
     before = np.cumsum(runs[:, 1]) - runs[:, 1]
     return np.repeat(runs[:, 0] - before, runs[:, 1]) + np.arange(npages)

@@ -235,7 +235,7 @@ def folded(bitmaps: list[DirtyBitmap], most: int = _CELLS) -> NDArray[np.float32
     [1.0, 0.5]
     """
     words = np.array([bitmap.words.size for bitmap in bitmaps])
-    per_cell = max(-(-int(words.sum()) // max(most - len(bitmaps), 1)), 1)
+    per_cell = -(-int(words.sum()) // max(most - len(bitmaps), 1))
     cells = -(-words // per_cell)
 
     def of_each(values: NDArray[np.int64]) -> NDArray[np.int64]:

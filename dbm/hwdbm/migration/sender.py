@@ -81,7 +81,7 @@ class PageSender:
         self._limiter, self._check = limiter, check
         self._size = source.page_size
         self._zero_runs: list[NDArray[np.uint64]] = []
-        self._zero_count, self._began = 0, 0.0
+        self._zero_count = 0
         self.restart()
 
     def restart(self) -> None:
@@ -188,7 +188,7 @@ def _batches(npages: int, pages: DirtyBitmap | None, most: int) -> Iterator[slic
     if pages is None:
         yield from (slice(first, min(first + most, npages)) for first in range(0, npages, most))
         return
-    rest = np.empty(0, dtype=np.int64)
+    rest = np.zeros(0, dtype=np.int64)
     for first in range(0, npages, _WINDOW):
         if not pages.words[first >> 6 : first + _WINDOW >> 6].any():
             continue

@@ -101,7 +101,7 @@ class Listener:
         if path is not None:
             self.address, self._made = f"unix:{path}", path.lstat()
         else:
-            host, port = sock.getsockname()[:2]
+            host, port, *_ = sock.getsockname()
             self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def __enter__(self) -> Self:
@@ -251,9 +251,9 @@ def listen_unix(path: Path) -> Listener:
         If something else is there, or it can't be made.
     """
     check_socket(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener = socket.socket(socket.AF_UNIX)
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(path.parent, os.O_DIRECTORY)
         try:
             # Between another's bind and its listen, its socket would look dead.
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -280,8 +280,8 @@ def _is_dead(path: Path) -> bool:
         raise OSError(EEXIST, "something is there that is no socket")
     if found.st_uid != os.geteuid():
         return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.settimeout(1)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
@@ -300,7 +300,7 @@ def check_socket(path: Path) -> None:
 def connect_unix(path: Path, timeout: float = TIMEOUT) -> Channel:
     """Connect to a Unix socket of this user's."""
     check_socket(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(timeout)
         sock.connect(str(path))
@@ -342,11 +342,11 @@ def listen_tcp(host: str, port: int, tls: TlsDir | None, *, insecure: bool = Fal
     OSError
         If it can't be had.
     """
-    address = _resolve(host, port, secure=tls is not None, insecure=insecure)
-    listener = socket.socket(address[0], socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    family, address = _resolve(host, port, secure=tls is not None, insecure=insecure)
+    listener = socket.socket(family)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address[1])
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
@@ -360,7 +360,7 @@ def connect_tcp(
     """Connect over TCP. Parameters and errors are `listen_tcp`'s. With `tls` the server must present a certificate."""
     context = tls.client() if tls else None
     family, address = _resolve(host, port, secure=tls is not None, insecure=insecure)
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = socket.socket(family)
     try:
         sock.settimeout(timeout)
         sock.connect(address)
@@ -391,10 +391,11 @@ def _resolve(
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
-    family, _, _, _, address = found[0]
+    (family, _, _, _, address), *_ = found
     if not secure:
         if not insecure:
             raise ValueError(f"{host}:{port}: TCP needs certificates (--tls-dir), or --insecure on a loopback address")
-        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            raise ValueError(f"{host}:{port}: --insecure is for loopback addresses, and {address[0]} is none")
+        number, *_ = address
+        if not ipaddress.ip_address(str(number).partition("%")[0]).is_loopback:
+            raise ValueError(f"{host}:{port}: --insecure is for loopback addresses, and {number} is none")
     return family, address  # type: ignore[return-value]  # str and int, for the families of TCP

@@ -72,9 +72,9 @@ SHARING: Final = 4
 PROVING: Final = 8
 """A flag of HELLO: when the guest has run there for a moment, the destination checks it, and says so with PROVED."""
 
-_HEAD = struct.Struct("<4sHHIIQII")
+_HEAD = struct.Struct("<4sHHIIQI")  # and its own CRC
 _MAGIC: Final = b"hDBM"
-HEAD_SIZE: Final = _HEAD.size
+HEAD_SIZE: Final = _HEAD.size + 4
 
 
 def _crc32() -> Callable[..., int]:
@@ -158,7 +158,7 @@ class Head:
 
     def to_bytes(self) -> bytes:
         """Return the 32 bytes."""
-        head = _HEAD.pack(_MAGIC, self.kind, 0, self.sequence, self.runs, self.length, self.crc, 0)[:-4]
+        head = _HEAD.pack(_MAGIC, self.kind, 0, self.sequence, self.runs, self.length, self.crc)
         return head + zlib.crc32(head).to_bytes(4, "little")
 
     @classmethod
@@ -177,11 +177,12 @@ class Head:
         StreamError
             If it is no head, is damaged, out of order or too large.
         """
-        fields: tuple[Any, ...] = _HEAD.unpack(raw)
-        magic, kind, zero, number, runs, length, crc, check = fields
+        fields: tuple[Any, ...] = _HEAD.unpack_from(raw)
+        magic, kind, zero, number, runs, length, crc = fields
+        check = int.from_bytes(raw[_HEAD.size :], "little")
         if magic != _MAGIC:
             raise StreamError(f"frame {sequence} begins with {bytes(magic).hex()}, and not with {_MAGIC.hex()}")
-        if check != zlib.crc32(raw[:-4]):
+        if check != zlib.crc32(raw[: _HEAD.size]):
             raise StreamError(f"frame {sequence}: its head is damaged (CRC {check:#010x})")
         if zero or kind not in _KINDS:
             raise StreamError(f"frame {sequence} is of unknown kind {kind} (flags {zero:#x})")

@@ -104,9 +104,7 @@ class Layer:
 
     def close(self) -> None:
         """Close the memory file."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        os.close(self.fd)
 
 
 def _read_pages(folder: int, where: Path, snapshot: Snapshot) -> list[DirtyBitmap]:
@@ -543,14 +541,16 @@ class Chain:
             snapshot = self._find(known, which)
             path = self._path(known, snapshot)
             self._check_files(folder, path)
-            if len(path) > 1 and in_place:
+            if snapshot.full:
+                return snapshot
+            if in_place:
                 self._check_alone(known, path)
-                snapshot = self._rebase_in_place(folder, path)
-            elif len(path) > 1:
-                snapshot = self._rebase(folder, path, merged=tuple(each.id for each in path[:-1]))
-                self._remove_merged(folder)
-                self._sweep(folder)
-            return snapshot
+                return self._rebase_in_place(folder, path)
+            *merged, _ = path
+            whole = self._rebase(folder, path, merged=tuple(each.id for each in merged))
+            self._remove_merged(folder)
+            self._sweep(folder)
+            return whole
 
     def prune(self, keep: int) -> list[Snapshot]:
         """Remove all but the newest snapshots; those that stay become full where their parent goes.
@@ -589,7 +589,7 @@ class Chain:
     @contextmanager
     def _locked(self, *, shared: bool = False) -> Iterator[int]:
         """Yield the folder, opened and locked."""
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(self.folder, os.O_DIRECTORY)
         try:
             end = time.monotonic() + _PATIENCE
             while True:
@@ -745,9 +745,9 @@ class Chain:
                     raise SnapshotError(f"{self.folder / name}: it is no regular file")
 
     def _check_alone(self, known: dict[str, Snapshot], path: Sequence[Snapshot]) -> None:
-        inside, last = {each.id for each in path[:-1]}, path[-1]
+        changed = {each.id for each in path}
         for each in known.values():
-            if each.parent in inside and each.id not in inside and each is not last:
+            if each.parent in changed - {path[-1].id} and each.id not in changed:
                 raise SnapshotError(
                     f"{self.folder / each.name}.json is a difference to what a rebase in place would change"
                 )
@@ -820,7 +820,7 @@ class Chain:
                 get_pages(
                     [layer.file for layer in layers],
                     runs[runs[:, 4] > 0],
-                    lambda slot, start, part: put(fd, part, base.offsets[slot] + start),
+                    lambda slot, start, part: put(fd, part.data, base.offsets[slot] + start),
                 )
                 os.fsync(fd)
                 found = get_pages([file], runs_of(base.layout, base.offsets, all_pages(base.layout)))

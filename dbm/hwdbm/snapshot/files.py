@@ -22,6 +22,7 @@ from hwdbm.bitmap import DirtyBitmap
 from hwdbm.check import instance
 from hwdbm.errors import StaleLeaseError
 from hwdbm.files import NewFile, naming, open_regular
+from hwdbm.snapshot.pages import put
 from hwdbm.vm.source import Pages, Source
 
 _CHUNK = 1 << 20  # bytes, a multiple of every page
@@ -119,7 +120,8 @@ def rebase(base: Path, diff: Path) -> int:
         symbolic link, a diff that is older than the base that it would change, and one without holes, where nothing
         tells what was dirty from what a copy filled with zeros.
     """
-    return rebase_all(base, [diff])[0]
+    (copied,) = rebase_all(base, [diff])
+    return copied
 
 
 def rebase_all(base: Path, diffs: Sequence[Path]) -> list[int]:
@@ -130,14 +132,14 @@ def rebase_all(base: Path, diffs: Sequence[Path]) -> list[int]:
     base, diffs = check.path(base, "base"), [check.path(diff, "diff") for diff in diffs]
     with ExitStack() as stack:
         files = [stack.enter_context(open_regular(_no_link(path))) for path in (base, *diffs)]
-        _check_chain((base, *diffs), [os.fstat(file.fileno()) for file in files])
+        size = _check_chain((base, *diffs), [os.fstat(file.fileno()) for file in files])
         for path, file in zip(diffs, files[1:], strict=True):
-            if list(extents(file.fileno())) == [(0, os.fstat(file.fileno()).st_size)]:
+            if list(extents(file.fileno())) == [(0, size)]:
                 raise _untrusted(path, "it has no holes: was it copied by something that fills them with zeros?")
         new = stack.enter_context(NewFile(base))
         copied = []
         with naming(base):
-            os.truncate(new.fd, os.fstat(files[0].fileno()).st_size)
+            os.truncate(new.fd, size)
             for path, file in zip((base, *diffs), files, strict=True):
                 with naming(path):
                     found = list(extents(file.fileno()))
@@ -155,12 +157,13 @@ def _no_link(path: Path) -> Path:
     return path
 
 
-def _check_chain(paths: Sequence[Path], stats: Sequence[os.stat_result]) -> None:
-    """Raise if the files can't be a base and the diffs that were made after it, in their order."""
+def _check_chain(paths: Sequence[Path], stats: Sequence[os.stat_result]) -> int:
+    """Return the size of a base and of the diffs that were made after it, or raise if they can't be that."""
+    size = stats[0].st_size
     seen: dict[tuple[int, int], Path] = {}
     for path, found in zip(paths, stats, strict=True):
-        if found.st_size != stats[0].st_size:
-            raise _untrusted(path, f"a diff of {found.st_size} bytes is not of a base of {stats[0].st_size}")
+        if found.st_size != size:
+            raise _untrusted(path, f"a diff of {found.st_size} bytes is not of a base of {size}")
         key = found.st_dev, found.st_ino
         if key in seen:
             raise _untrusted(path, f"it is the same file as {seen[key]}")
@@ -168,6 +171,7 @@ def _check_chain(paths: Sequence[Path], stats: Sequence[os.stat_result]) -> None
     for (earlier, before), (later, after) in pairwise(zip(paths, stats, strict=True)):
         if after.st_mtime_ns < before.st_mtime_ns:
             raise _untrusted(later, f"it is older than {earlier}, and would undo what came after it")
+    return size
 
 
 def _untrusted(path: Path, why: str) -> OSError:
@@ -199,7 +203,7 @@ def extents(fd: int) -> Iterator[tuple[int, int]]:
 Put = Callable[[int, Source, dict[int, DirtyBitmap]], None]
 
 
-def _write(source: Source, path: Path, put: Put) -> Written:
+def _write(source: Source, path: Path, put_memory: Put) -> Written:
     ran, lent = source.running, dict[int, Pages]()
     source.pause()
     try:
@@ -211,7 +215,7 @@ def _write(source: Source, path: Path, put: Put) -> Written:
                 size = sum(slot.npages for slot in source.slots) * source.page_size
                 with naming(path):
                     os.truncate(file.fd, size)
-                    put(file.fd, source, pages)
+                    put_memory(file.fd, source, pages)
                     data = sum(stop - start for start, stop in extents(file.fd))
                 file.commit()
             except BaseException:
@@ -224,7 +228,7 @@ def _write(source: Source, path: Path, put: Put) -> Written:
     finally:
         if ran:
             source.resume()
-    whole = put is _put_all
+    whole = put_memory is _put_all
     dirty = sum(slot.npages if whole else pages[slot.id].weight() for slot in source.slots)
     return Written(path, size, data, dirty)
 
@@ -234,7 +238,7 @@ def _put_all(fd: int, source: Source, _: dict[int, DirtyBitmap]) -> None:
         for start in range(0, memory.size, _CHUNK):
             part = memory[start : start + _CHUNK]
             if part.any():
-                _put(fd, part, at + start)
+                put(fd, part.data, at + start)
 
 
 def _put_dirty(fd: int, source: Source, pages: dict[int, DirtyBitmap]) -> None:
@@ -242,7 +246,7 @@ def _put_dirty(fd: int, source: Source, pages: dict[int, DirtyBitmap]) -> None:
     placed = list(_placed(source))
     for slot, (at, memory) in zip(source.slots, placed, strict=True):
         for start, length in pages[slot.id].ranges(unit=source.page_size).tolist():
-            _put(fd, memory[start : start + length], at + start)
+            put(fd, memory[start : start + length].data, at + start)
             dirty.append((at + start, at + start + length))
     # Holes come in whole blocks of the file system, which may be larger than a page. What else of such a block became
     # data would read as zeros, and would be laid over the base as such.
@@ -250,7 +254,7 @@ def _put_dirty(fd: int, source: Source, pages: dict[int, DirtyBitmap]) -> None:
         for at, memory in placed:
             lo, hi = max(start, at), min(stop, at + memory.size)
             if lo < hi:
-                _put(fd, memory[lo - at : hi - at], lo)
+                put(fd, memory[lo - at : hi - at].data, lo)
 
 
 def _placed(source: Source) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -285,15 +289,6 @@ def _beyond(data: list[tuple[int, int]], dirty: list[tuple[int, int]]) -> Iterat
             yield at, stop
 
 
-def _put(fd: int, part: NDArray[np.uint8], at: int) -> None:
-    view, done = part.data, 0
-    while done < view.nbytes:
-        count = os.pwrite(fd, view[done : done + (_CHUNK << 6)], at + done)
-        if not count:
-            raise OSError(EIO, "nothing could be written")
-        done += count
-
-
 def _copy(source: int, path: Path, target: int, start: int, stop: int) -> None:
     at = start
     while at < stop:
@@ -301,5 +296,5 @@ def _copy(source: int, path: Path, target: int, start: int, stop: int) -> None:
             chunk = os.pread(source, min(_CHUNK, stop - at), at)
             if not chunk:
                 raise OSError(EIO, f"it ends at {at}, inside of its data")
-        _put(target, np.frombuffer(chunk, dtype=np.uint8), at)
+        put(target, memoryview(chunk), at)
         at += len(chunk)

@@ -135,7 +135,7 @@ def open_beside(folder: int, name: str, what: Path, flags: int = os.O_RDONLY) ->
     """
     try:
         # O_NONBLOCK: a pipe in its place keeps nobody waiting.
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(what / name)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):

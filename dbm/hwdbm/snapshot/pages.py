@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EIO
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -91,7 +92,7 @@ def runs_of(
         runs[:, 0] = ranges[:, 0] + offsets[index]
         runs[:, 1], runs[:, 2], runs[:, 3], runs[:, 4] = ranges[:, 1], index, ranges[:, 0], layer
         found.append(runs)
-    return np.concatenate(found) if found else np.empty((0, 5), dtype=np.int64)
+    return np.concatenate(found)
 
 
 def put_pages(fd: int, runs: NDArray[np.int64], memory: Sequence[Bytes], page_size: int, *, holes: bool) -> str:
@@ -119,8 +120,8 @@ def put_pages(fd: int, runs: NDArray[np.int64], memory: Sequence[Bytes], page_si
             for at, length, slot, start, _ in runs.tolist():
                 if holes:
                     put_sparse(fd, memory[slot][start : start + length], at)
-                elif os.pwrite(fd, views[slot][start : start + length], at) != length:  # a long one, or a signal
-                    put(fd, memory[slot][start : start + length], at)
+                else:
+                    put(fd, views[slot][start : start + length], at)
         except BaseException:
             stop.append(True)
             raise
@@ -137,7 +138,7 @@ def _hashed(runs: NDArray[np.int64], memory: Sequence[Bytes], page_size: int, st
                     return ""
                 digest.update(memory[slot][at : min(at + _BATCH, start + length)].data)
         return digest.hexdigest()
-    step = max(_BATCH // page_size, 1)
+    step = _BATCH // page_size
     buffer = np.empty((step, page_size), dtype=np.uint8)
     for part in np.split(runs, np.flatnonzero(np.diff(runs[:, 2])) + 1):
         counts = part[:, 1] // page_size
@@ -158,17 +159,16 @@ def put_sparse(fd: int, part: Bytes, at: int) -> None:
     for start in range(0, part.size, _ZEROS):
         some = part[start : start + _ZEROS]
         if some.any():
-            put(fd, some, at + start)
+            put(fd, some.data, at + start)
 
 
-def put(fd: int, part: Bytes, at: int) -> None:
+def put(fd: int, part: memoryview, at: int) -> None:
     """Write all of some bytes to a place in a file."""
-    view, done = part.data, 0
-    while done < view.nbytes:
-        count = os.pwrite(fd, view[done:] if done else view, at + done)
+    while part:  # a long one takes several calls
+        count = os.pwrite(fd, part, at)
         if not count:
             raise OSError(EIO, "nothing could be written")
-        done += count
+        part, at = part[count:], at + count
 
 
 def get_pages(
@@ -192,23 +192,23 @@ def get_pages(
         If a file can't be read, with its name; and whatever `use` raises.
     """
     # Two buffers in turn: one is hashed while the other is filled.
-    buffers = (np.empty(_BATCH, dtype=np.uint8), np.empty(_BATCH, dtype=np.uint8))
+    buffers = cycle((np.empty(_BATCH, dtype=np.uint8), np.empty(_BATCH, dtype=np.uint8)))
     with Hash() as digest:
-        for number, batch in enumerate(_read_batches(runs)):
-            buffer, filled = buffers[number & 1], 0
-            joined: list[list[int]] = []  # slot, where in it, where in the buffer
-            layer = 0
-            try:
-                for at, length, slot, start, layer in batch:
-                    get(files[layer][0], buffer[filled : filled + length], at)
-                    if not joined or joined[-1][0] != slot or start - joined[-1][1] != filled - joined[-1][2]:
-                        joined.append([slot, start, filled])
-                    filled += length
-            except OSError:
-                with naming(files[layer][1]):
-                    raise
+        for buffer, batch in zip(buffers, _read_batches(runs), strict=False):
+            filled, due = 0, None
+            joined: list[tuple[int, int, int]] = []  # slot, where in it, where in the buffer
+            for at, length, slot, start, layer in batch:
+                fd, path = files[layer]
+                try:
+                    get(fd, buffer[filled : filled + length], at)
+                except OSError:
+                    with naming(path):
+                        raise
+                if (slot, start) != due:
+                    joined.append((slot, start, filled))
+                filled, due = filled + length, (slot, start + length)
             if use is not None:
-                for (slot, start, first), stop in zip(joined, [*(each[2] for each in joined[1:]), filled], strict=True):
+                for (slot, start, first), stop in zip(joined, [*(at for _, _, at in joined[1:]), filled], strict=True):
                     use(slot, start, buffer[first:stop])
             digest.add([buffer[:filled]])
         return digest.digest()
@@ -238,9 +238,9 @@ def get(fd: int, part: Bytes, at: int) -> None:
     OSError
         EIO if the file ends before.
     """
-    view, done = part.data, 0
-    while done < view.nbytes:
-        count = os.preadv(fd, [view[done:]], at + done)
+    view = part.data
+    while view:
+        count = os.preadv(fd, [view], at)
         if not count:
-            raise OSError(EIO, f"it ends at byte {at + done}")
-        done += count
+            raise OSError(EIO, f"it ends at byte {at}")
+        view, at = view[count:], at + count
