@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from migrationvm import LAYOUT, FakeVm
+from seen import as_seen
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import HwdbmError, LayoutError, SnapshotError
@@ -26,6 +28,7 @@ from hwdbm.memslot import Memslot
 from hwdbm.snapshot import Chain, Recorder, Snapshot
 from hwdbm.snapshot import chain as chains
 from hwdbm.snapshot import pages as moving
+from hwdbm.snapshot.manifest import parse
 from hwdbm.vm import MemoryMap, PlainGuest
 
 # Slots that don't lie in the order of their ids, and end within a word of the bitmap.
@@ -220,6 +223,47 @@ def test_groupings_of_a_long_chain_give_the_same_bytes(tmp_path):
         (last,) = Chain(tmp_path / name).snapshots()
         assert (tmp_path / name / last.memory).read_bytes() == story.moments[ids[-1]][0]
     story.recorder.close()
+
+
+def test_slots_may_lie_in_any_order_in_a_memory_file(story, tmp_path):
+    """As another program may have laid them: what is made of it has the same bytes, and the base in place its order."""
+    first, *_, last = story.chain.snapshots()
+    places = {2: 128 << 12, 0: 193 << 12, 5: 0}
+    memory, raw = story.chain.folder / first.memory, b""
+    old = dict(zip((slot.id for slot in SMALL.slots), first.offsets, strict=True))
+    for slot in sorted(SMALL.slots, key=lambda slot: places[slot.id]):
+        raw += memory.read_bytes()[old[slot.id] : old[slot.id] + slot.npages * 4096]
+    memory.write_bytes(raw)
+    file = story.chain.folder / f"{first.name}.json"
+    found = json.loads(file.read_bytes())
+    for slot in found["slots"]:
+        slot["offset"] = places[slot["id"]]
+    found["memory"]["pages-sha256"] = sha(raw)
+    file.write_text(json.dumps(found))
+    story.recorder._client = None
+    assert story.chain.check(whole=True) == []
+    wanted = story.moments[last.id][0]
+    story.chain.restore(tmp_path / "before", last.id)
+    whole = story.chain.rebase(in_place=True)
+    story.chain.restore(tmp_path / "after")
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes() == wanted
+    assert (whole.memory, whole.offsets) == (first.memory, tuple(places.values()))
+    assert whole.digest == sha(wanted) != whole.pages_digest
+    assert story.chain.check(whole=True) == []
+
+
+def test_names_are_numbers_that_grow_and_the_beginning_of_the_id(story):
+    every = story.chain.snapshots()
+    assert [each.name for each in every] == [f"{number:06d}-{each.id[:8]}" for number, each in enumerate(every)]
+    assert story.step().name.startswith("000004-")
+    story.chain.prune(1)
+    assert story.chain.find().memory.startswith("000005-")
+
+
+def test_a_snapshot_takes_what_its_files_take_on_disk(story):
+    for each in story.chain.snapshots():
+        du = subprocess.run(["du", "-B1", *each.files], cwd=story.chain.folder, capture_output=True, check=True)
+        assert story.chain.size(each) == sum(int(line.split()[0]) for line in du.stdout.splitlines())
 
 
 def test_prune_keeps_the_newest(story):
@@ -545,7 +589,7 @@ def test_what_is_missing_since_when(story):
     missing = ~(pages[third.id][slot.id] | pages[last.id][slot.id])
     assert said.text.endswith(f"; the first is at gpa {(slot.base_gfn + missing.pages()[0]) * 4096:#018x}")
     assert f"since before {third.name}.json, whose parent isn't there" in said.text
-    with pytest.raises(SnapshotError, match=r"its parent .* isn't there"):
+    with pytest.raises(SnapshotError, match=rf"/{third.name}\.json: its parent {second.id} isn't there$"):
         chain.rebase()
     assert (chain.folder / second.memory).exists()  # a manifest was moved away: nothing of it is swept
     chain.find(first.id)
@@ -659,6 +703,60 @@ def test_a_hostile_manifest_is_refused_by_one_line(story, tmp_path, path, value,
         assert sorted(story.chain.folder.iterdir()) == before
 
 
+def test_a_manifest_is_what_was_looked_at():
+    digests = (digit * 64 for digit in "abcdef")
+    snapshot = Snapshot(
+        "1" * 32, "2" * 32, 1_700_000_000_123, 7, SMALL, (7 << 12, 0, 72 << 12), 200 << 12, "a.mem", "a.bitmap",
+        next(digests), next(digests), next(digests), "a.state", next(digests), "tést", "compared",
+        ("3" * 32, "4" * 32), "a",
+    )  # fmt: skip
+    as_seen("manifest.json", snapshot.to_bytes().decode())
+    assert parse(snapshot.to_bytes(), Path("a.json")) == snapshot
+
+
+def manifest(**change: object) -> bytes:
+    digest = "0" * 64
+    found = {
+        "format": "hwdbm-snapshot", "version": 1, "id": "1" * 32, "parent": None, "time": 0, "epoch": 0, "source": "a",
+        "mechanism": "b", "page-size": 4096, "slots": [{"id": 0, "flags": 0, "gpa": "0x0", "size": 4096, "offset": 0}],
+        "memory": {"file": "m", "size": 4096, "pages-sha256": digest}, "bitmap": {"file": "b", "sha256": digest},
+    }  # fmt: skip
+    return json.dumps(found | change).encode()
+
+
+LENGTHS = [("time", (1 << 53) - 1), ("source", "x" * 200), ("bitmap", {"file": "é" * 127 + "b", "sha256": "0" * 64})]
+
+
+@pytest.mark.parametrize(("key", "most"), LENGTHS)
+def test_the_most_that_a_manifest_says(key, most):
+    assert parse(manifest(**{key: most}), Path("a.json"))
+    more = most + 1 if isinstance(most, int) else most + "x" if isinstance(most, str) else most | {"file": "é" * 128}
+    with pytest.raises(SnapshotError):
+        parse(manifest(**{key: more}), Path("a.json"))
+
+
+def test_a_manifest_that_is_too_long(tmp_path):
+    chain, file = Chain(tmp_path), tmp_path / "a.json"
+    file.write_bytes(manifest().ljust(4 << 20))
+    assert len(chain.snapshots()) == 1
+    file.write_bytes(manifest().ljust((4 << 20) + 1))
+    with pytest.raises(SnapshotError, match=f"it has more than {4 << 20} bytes"):
+        chain.snapshots()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ((1 << 64) - 1, "18446744073709551615"), (1 << 64, "a number beyond 64 bits"), (1 - (1 << 64), "-184467440737"),
+        (-1 << 64, "a number beyond 64 bits"), ("x" * 58, "'" + "x" * 58 + "', not"),
+        ("x" * 59, "'" + "x" * 56 + "..., not"), ([1, "é"], "[1, 'é'], not"),
+    ],
+)  # fmt: skip
+def test_how_a_value_that_is_refused_is_shown(value, shown):
+    with pytest.raises(SnapshotError, match=re.escape(f"a.json: its format is {shown}")):
+        parse(manifest(format=value), Path("a.json"))
+
+
 @pytest.mark.parametrize(
     "raw",
     [b"", b"[]", b"7", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": NaN}', b'{"id": 1, "id": 1}', b"9" * 5000],
@@ -695,8 +793,15 @@ def test_cycles_and_wrong_parents(story):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{}", b'{"path": 3}', b'{"format":"hwdbm-rebase","version":1,"path":[1,2],"sha256":""}']
-)
+    "raw",
+    [
+        b"", b"{}", b'{"path": 3}', b'{"format":"hwdbm-rebase","version":1,"path":[1,2],"sha256":""}',
+        b'{"format":"hwdbm-rebase","version":1,"path":["1"],"sha256":""}',
+        b'{"format":"hwdbm-rebase","version":2,"path":["1","2"],"sha256":""}',
+        b'{"format":"hwdbm-rebass","version":1,"path":["1","2"],"sha256":""}',
+        b'{"format":"hwdbm-rebase","version":1,"path":["1","2"],"sha256":7}',
+    ],
+)  # fmt: skip
 def test_a_journal_that_is_none(story, tmp_path, raw):
     (story.chain.folder / "rebase.journal").write_bytes(raw)
     assert kinds(story.chain) == ["unfinished"]
@@ -853,6 +958,28 @@ def test_runs_are_written_and_read_as_they_are(tmp_path_factory, data):
         moving._BATCH, moving._ZEROS, moving._LONG = before
 
 
+def test_runs_that_follow_each_other_come_together(tmp_path, monkeypatch):
+    """Of one slot, whatever file they are in, as far as they are read together."""
+    monkeypatch.setattr(moving, "_BATCH", 1000)
+    raw = np.random.default_rng(3).bytes(2000)
+    files = []
+    with ExitStack() as stack:
+        for name in ("a", "b"):
+            (tmp_path / name).write_bytes(raw)
+            files.append((stack.enter_context((tmp_path / name).open("rb")).fileno(), tmp_path / name))
+        runs = [[0, 100, 0, 0, 0], [900, 50, 0, 100, 1], [20, 30, 0, 200, 1], [0, 100, 1, 230, 0]]
+        runs.append([500, 900, 1, 330, 1])
+        used = []
+        moving.get_pages(files, np.array(runs), lambda slot, start, part: used.append((slot, start, part.tobytes())))
+        assert used == [
+            (0, 0, raw[:100] + raw[900:950]), (0, 200, raw[20:50]), (1, 230, raw[:100] + raw[500:1220]),
+            (1, 1050, raw[1220:1400]),
+        ]  # fmt: skip
+        with pytest.raises(OSError, match="it ends at byte 2000") as raised:
+            moving.get_pages(files, np.array([[0, 64, 0, 0, 0], [1900, 101, 0, 64, 1]]))
+    assert raised.value.filename == str(tmp_path / "b")
+
+
 def test_memory_from_elsewhere(story, tmp_path):
     """What another program wrote: compared with the newest, or with a bitmap that says what was dirtied."""
     chain, guest = Chain(tmp_path), story.guest
@@ -866,12 +993,16 @@ def test_memory_from_elsewhere(story, tmp_path):
 
     with pytest.raises(SnapshotError, match="there is no snapshot in it"):
         chain.add(SMALL, memory())
-    assert keep(chain.add(SMALL, memory(), full=True)).full
+    before = time.time()
+    first = keep(chain.add(SMALL, memory(), full=True))
+    assert (first.full, first.epoch) == (True, 0)
+    assert before * 1e3 - 1 <= first.time <= time.time() * 1e3
     guest.write(0x10_000, b"new")
     guest.write(0x200_000 + 64 * 4096, b"end")
     second = keep(chain.add(SMALL, memory(), source="another"))
     assert {slot: pages.pages().tolist() for slot, pages in chain.pages(second).items()} == {2: [64], 0: [0], 5: []}
     assert (second.mechanism, second.source, second.digest) == ("compared", "another", guest.digest())
+    assert second.epoch == 1
     guest.write(0x11_000, b"more")
     marked = {slot.id: DirtyBitmap(slot.npages) for slot in SMALL.slots}
     marked[0].set_range(1, 2)
@@ -882,9 +1013,14 @@ def test_memory_from_elsewhere(story, tmp_path):
         assert (tmp_path.parent / "ram").read_bytes() == story.moments[snapshot.id][0]
     before = sorted(tmp_path.iterdir())
     short = {slot: part[:-4096] for slot, part in memory().items()}
+    square = {slot: part.reshape(-1, 4096) for slot, part in memory().items()}
+    spread = {slot: np.repeat(part, 2)[::2] for slot, part in memory().items()}
     for wrong in (
         lambda: chain.add(SMALL, {}),
         lambda: chain.add(SMALL, short),
+        lambda: chain.add(SMALL, square),
+        lambda: chain.add(SMALL, spread),
+        lambda: chain.add(SMALL, {slot: part[None, :1] for slot, part in memory().items()}),
         lambda: chain.add(SMALL, memory(), pages={0: marked[0]}),
         lambda: chain.add(SMALL, memory(), pages={0: marked[0], 2: marked[0], 5: marked[5]}),
         lambda: chain.add(SMALL, memory(), pages=marked, full=True),

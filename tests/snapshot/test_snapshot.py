@@ -148,6 +148,18 @@ def test_blocks_larger_than_a_page(tmp_path, monkeypatch):
     assert (tmp_path / "full").read_bytes() == content(guest)
 
 
+def test_what_is_data_and_was_not_dirty():
+    """Against one byte after the other, for all ranges in a few."""
+
+    def ranges(chosen: int) -> list[tuple[int, int]]:
+        edges = np.flatnonzero(np.diff([0, *(chosen >> at & 1 for at in range(7)), 0]))
+        return list(map(tuple, edges.reshape(-1, 2).tolist()))
+
+    for data in range(1 << 7):
+        for dirty in range(0, 1 << 7, 3):
+            assert list(snapshot._beyond(ranges(data), ranges(dirty))) == ranges(data & ~dirty)
+
+
 def test_rebase_checks_the_size(tmp_path):
     (tmp_path / "base").write_bytes(bytes(8192))
     (tmp_path / "diff").write_bytes(bytes(4096))

@@ -37,6 +37,7 @@ _OURS = re.compile(r"([0-9]{6,12}-[0-9a-f]{8})\.(mem|bitmap|state)")
 _NUMBER = re.compile(r"([0-9]{6,12})-")
 _PATIENCE = 30.0  # seconds that a call waits for another one on the same folder
 _MOST_STATE = 1 << 30  # bytes of registers and devices
+_MOST_JOURNAL = 4 << 20  # bytes of the journal of a rebase
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _read_pages(folder: int, where: Path, snapshot: Snapshot) -> list[DirtyBitma
         size, wanted = os.fstat(file.fileno()).st_size, bitmap_size(layout)
         if size != wanted:
             raise SnapshotError(f"{path}: it has {size} bytes, and the bitmap of these slots has {wanted}")
-        raw = file.read(wanted + 1)
+        raw = file.read(wanted)
     if hashlib.sha256(raw).hexdigest() != snapshot.bitmap_digest:
         raise SnapshotError(f"{path}: the bitmap is damaged: its SHA-256 isn't that of the manifest")
     found, at = [], 0
@@ -163,7 +164,7 @@ class Draft:
             )
         self._chain, self._parent, self._layout = chain, parent, layout
         # A clock that was set back makes no snapshot older than those that were there: `prune` keeps the newest.
-        self._latest = max((each.time for each in chain._read(folder).values()), default=0)
+        self._times = [each.time for each in chain._read(folder).values()]
         self.id = secrets.token_hex(16)
         self.name = chain._new_name(folder, self.id)
         self.pages: list[DirtyBitmap] = []
@@ -187,7 +188,7 @@ class Draft:
         snapshot = Snapshot(
             id=self.id,
             parent=None if parent is None else parent.id,
-            time=max(when, self._latest),
+            time=max([when, *self._times]),
             epoch=epoch,
             layout=self._layout,
             offsets=_offsets_of(self._layout),
@@ -496,7 +497,8 @@ class Chain:
 
     def _compared(self, folder: int, path: Sequence[Snapshot], memory: Sequence[Bytes]) -> list[DirtyBitmap]:
         """Return the pages in which memory differs from a snapshot's."""
-        layout = path[-1].layout
+        *_, last = path
+        layout = last.layout
         flags = [np.zeros(slot.npages, dtype=np.bool_) for slot in layout.slots]
         page = layout.page_size
 
@@ -629,7 +631,7 @@ class Chain:
         """Return the name of the next one's files: a number beyond all, and the beginning of its id."""
         with naming(self.folder):
             numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NUMBER.match(name))]
-        return f"{max(numbers, default=-1) + 1:06d}-{snapshot_id[:8]}"
+        return f"{max([0, *(number + 1 for number in numbers)]):06d}-{snapshot_id[:8]}"
 
     def _read(self, folder: int) -> dict[str, Snapshot]:
         """Return the snapshots by their ids, the oldest first."""
@@ -662,32 +664,35 @@ class Chain:
         ]
         if len(found) != 1:
             raise SnapshotError(f"{self.folder}: {len(found) or 'no'} snapshots are called {which!r:.60}")
-        return found[0]
+        (one,) = found
+        return one
 
     def _path(self, known: dict[str, Snapshot], snapshot: Snapshot) -> list[Snapshot]:
         """Return the snapshots that one is made of, from its base to itself."""
         path = [snapshot]
-        while path[-1].parent is not None:
-            parent = known.get(path[-1].parent)
+        while (child := path[-1]).parent is not None:
+            parent = known.get(child.parent)
             if parent is None:
-                raise SnapshotError(f"{self.folder / path[-1].name}.json: its parent {path[-1].parent} isn't there")
-            why = _no_parent(parent, path[-1], path)
+                raise SnapshotError(f"{self.folder / child.name}.json: its parent {child.parent} isn't there")
+            why = _no_parent(parent, child, path)
             if why:
-                raise SnapshotError(f"{self.folder / path[-1].name}.json: {why}")
+                raise SnapshotError(f"{self.folder / child.name}.json: {why}")
             path.append(parent)
         return path[::-1]
 
     def _open(self, folder: int, path: Sequence[Snapshot], stack: ExitStack) -> list[Layer]:
         layers = []
         for each in path:
-            layers.append(Layer(folder, self.folder, each))
-            stack.callback(layers[-1].close)
+            layer = Layer(folder, self.folder, each)
+            stack.callback(layer.close)
+            layers.append(layer)
         return layers
 
     def _assemble(self, layers: Sequence[Layer], use: Callable[[int, int, Bytes], object] | None) -> str:
         """Read the memory that layers give, each page once, by address, and return its SHA-256."""
         runs, missing = _composed(layers)
-        last = layers[-1].snapshot
+        *_, newest = layers
+        last = newest.snapshot
         if missing:
             raise SnapshotError(f"{self.folder / last.name}.json: {missing} pages are in none of its layers")
         digest = get_pages([layer.file for layer in layers], runs, use)
@@ -698,7 +703,8 @@ class Chain:
 
     def _write_whole(self, file: NewFile, layers: Sequence[Layer]) -> str:
         """Write the memory that layers give to a new file, zeros as holes."""
-        layout = layers[-1].snapshot.layout
+        *_, newest = layers
+        layout = newest.snapshot.layout
         offsets = _offsets_of(layout)
         with naming(file.path):
             os.truncate(file.fd, layout.total)
@@ -712,7 +718,7 @@ class Chain:
 
     def _rebase(self, folder: int, path: Sequence[Snapshot], *, merged: tuple[str, ...]) -> Snapshot:
         """Write a snapshot anew as a full one; its manifest is replaced by rename."""
-        last = path[-1]
+        *_, last = path
         name = self._new_name(folder, last.id)
         raw = b"".join(pages.to_bytes() for pages in all_pages(last.layout))
         with ExitStack() as stack:
@@ -745,9 +751,10 @@ class Chain:
                     raise SnapshotError(f"{self.folder / name}: it is no regular file")
 
     def _check_alone(self, known: dict[str, Snapshot], path: Sequence[Snapshot]) -> None:
-        changed = {each.id for each in path}
+        *merged, last = path
+        gone = {each.id for each in merged}
         for each in known.values():
-            if each.parent in changed - {path[-1].id} and each.id not in changed:
+            if each.parent in gone and each.id not in gone and each is not last:
                 raise SnapshotError(
                     f"{self.folder / each.name}.json is a difference to what a rebase in place would change"
                 )
@@ -759,7 +766,7 @@ class Chain:
                 layer.verify()
             digest = self._assemble(layers, None)
         journal = {"format": "hwdbm-rebase", "version": 1, "path": [each.id for each in path], "sha256": digest}
-        write(self.folder / _JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
+        write(self.folder / _JOURNAL, json.dumps(journal).encode())
         return self._go_on(folder, path, digest)
 
     def _journal(self, folder: int) -> tuple[list[str], str] | None:
@@ -769,7 +776,7 @@ class Chain:
         except FileNotFoundError:
             return None
         with naming(self.folder / _JOURNAL), os.fdopen(fd, "rb") as file:
-            raw = file.read(4 << 20)
+            raw = file.read(_MOST_JOURNAL)
         try:
             found = json.loads(raw)
             path, digest = found["path"], found["sha256"]
@@ -794,9 +801,10 @@ class Chain:
             return
         ids, digest = found
         known = self._read(folder)
-        last = known.get(ids[-1])
+        *_, newest = ids
+        last = known.get(newest)
         if last is None:
-            raise SnapshotError(f"{self.folder / _JOURNAL}: its snapshot {ids[-1]} isn't there")
+            raise SnapshotError(f"{self.folder / _JOURNAL}: its snapshot {newest} isn't there")
         if last.parent is None:
             self._end(folder, last)
             return
@@ -807,26 +815,28 @@ class Chain:
 
     def _go_on(self, folder: int, path: Sequence[Snapshot], digest: str) -> Snapshot:
         """Lay the differences over the base's own file. Done twice, it is as done once."""
-        base, last = path[0], path[-1]
+        base, *between, last = path
         with ExitStack() as stack:
             layers = self._open(folder, path, stack)
-            for layer in layers[1:]:
+            _, *differences = layers
+            for layer in differences:
                 layer.verify()
             fd = open_beside(folder, base.memory, self.folder, os.O_RDWR)
             stack.callback(os.close, fd)
             runs, _ = _composed(layers)
-            file = fd, self.folder / base.memory
-            with naming(file[1]):
+            name = self.folder / base.memory
+            file = fd, name
+            with naming(name):
                 get_pages(
                     [layer.file for layer in layers],
-                    runs[runs[:, 4] > 0],
+                    runs[runs[:, 4].nonzero()],
                     lambda slot, start, part: put(fd, part.data, base.offsets[slot] + start),
                 )
                 os.fsync(fd)
                 found = get_pages([file], runs_of(base.layout, base.offsets, all_pages(base.layout)))
             by_address = get_pages([file], _by_address(base)) if not _in_order(base) else found
         if by_address != digest:
-            raise SnapshotError(f"{self.folder / base.memory}: its SHA-256 is {by_address}, and {digest} was to be")
+            raise SnapshotError(f"{name}: its SHA-256 is {by_address}, and {digest} was to be")
         whole = replace(
             last,
             parent=None,
@@ -837,7 +847,7 @@ class Chain:
             bitmap_digest=base.bitmap_digest,
             pages_digest=found,
             digest=digest,
-            merged=tuple(each.id for each in path[:-1]),
+            merged=tuple(each.id for each in (base, *between)),
         )
         write(self.folder / f"{last.name}.json", whole.to_bytes())
         self._end(folder, whole)
@@ -921,12 +931,13 @@ def _composed(layers: Sequence[Layer]) -> tuple[NDArray[np.int64], int]:
     (n, 5) int64 array, int
         Runs as `runs_of` has them, and how many pages no layer holds.
     """
-    layout = layers[-1].snapshot.layout
+    *_, newest = layers
+    layout = newest.snapshot.layout
     needed = all_pages(layout)
     parts = []
-    for number in range(len(layers) - 1, -1, -1):
-        held = [need & pages for need, pages in zip(needed, layers[number].pages, strict=True)]
-        parts.append(runs_of(layout, layers[number].snapshot.offsets, held, number))
+    for number, layer in reversed(list(enumerate(layers))):
+        held = [need & pages for need, pages in zip(needed, layer.pages, strict=True)]
+        parts.append(runs_of(layout, layer.snapshot.offsets, held, number))
         for need, mine in zip(needed, held, strict=True):
             need -= mine  # noqa: PLW2901  # in place
     runs = np.concatenate(parts)
@@ -967,7 +978,7 @@ class _Check:
             where = chain.folder / _JOURNAL
             self._add("unfinished", None, f"{where}: a rebase in place was cut short; the next one finishes it")
         self._read()
-        changing = journal[0][:1] if journal is not None else []
+        changing = [] if journal is None else [next(iter(journal[0]))]
         for each in self._known.values():
             self._look(each, data=data and each.id not in changing)
         self._parents()
@@ -976,7 +987,7 @@ class _Check:
             self._whole()
         with suppress(OSError):
             for name in _leftovers(folder, list(self._known.values())):
-                stem = name.partition(".")[0]
+                stem, _, _ = name.partition(".")
                 if stem in chain._manifests(folder) and all(each.name != stem for each in self._known.values()):
                     continue  # its manifest is there, and can't be read: that was said
                 why = "nothing needs it; the next call that writes removes it"
