@@ -225,8 +225,9 @@ class Feeds:
         """Return where re-protection is to put the dirty state that its caller has no use for: None if nobody has."""
         return self.fresh if self else None
 
-    def pour(self, live: DirtyBitmap, lo: int, hi: int, *, default: bool = True) -> None:
+    def pour(self, live: DirtyBitmap, lo: int = 0, hi: int | None = None, *, default: bool = True) -> None:
         """Move the bits of the pages [lo, hi) from `fresh` to all clients, and to `live` if they are for `default`."""
+        hi = live.npages if hi is None else hi
         if self.fresh is None:
             return
         part = slice(lo >> 6, hi + 63 >> 6)

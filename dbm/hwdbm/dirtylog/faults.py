@@ -79,7 +79,7 @@ def checked_frames(
     GfnError
         If there are no leaves of `level`, or the range or a frame is misaligned or beyond 48 address bits.
     """
-    if level != 3 and (level not in (1, 2) or level not in granule.block_levels(large=True)):
+    if level not in (1, 2, 3):
         raise GfnError(f"level {level} of a {granule} granule has no leaves")
     size, limit = granule.pages_per_entry(level), 1 << (48 - granule.page_shift)
     if gfn % size or npages % size:
@@ -183,7 +183,8 @@ def change_steps(slot: SlotLog, lo: int, hi: int, verb: Verb, changed: list[int]
 def mark(live: DirtyBitmap, pages: Pages) -> None:
     """Set bits; only words that the pages are in are touched, as others may be another thread's."""
     if pages.size == 1:
-        live.set_range(int(pages[0]), 1)
+        (page,) = pages.tolist()
+        live.set_range(page, 1)
         return
     bits = np.uint64(1) << (pages & 63).astype(np.uint64)
     np.bitwise_or.at(live.words, pages >> 6, bits)

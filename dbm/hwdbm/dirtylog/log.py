@@ -655,7 +655,8 @@ class DirtyLog:
         found.run_leaves(
             lambda: found.pages(first, count), lambda lo, hi: faults.change_steps(found, lo, hi, verb, changed)
         )
-        return changed[-1]
+        (number,) = changed
+        return number
 
     def deny_blocks(self, slot: int, first_page: int, npages: int) -> int:
         """Have the first write to each block that touches some pages fault, so that it can be split.

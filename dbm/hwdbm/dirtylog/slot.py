@@ -221,7 +221,7 @@ class SlotLog:
             return lo, hi
         layout, top = self.stage2.layout, self.stage2.level(1)
         start, stop = lo, hi
-        for page in (lo, hi - 1) if hi - lo > 1 else (lo,):
+        for page in {lo, hi - 1}:
             size = layout.sizes[1 if _LARGE(int(top[layout.index(1, page)])) else 2]
             first = page - (layout.base_gfn + page) % size
             start, stop = min(start, first), max(stop, first + size)
@@ -449,7 +449,7 @@ class SlotLog:
         if live.any():
             tally = self.mechanism.protect(self.stage2, live, 0, self.feeds.dropped())
             self.shared.meter.add(tally)
-            self.feeds.pour(live, 0, self.npages)
+            self.feeds.pour(live)
         yield Point.FLUSH
         self.flush(due, needed=live.any())
         yield Point.TAKE
@@ -467,7 +467,8 @@ class SlotLog:
             self.run(steps(), first_page, first_page + pages.npages)
         except FileNotFoundError:  # ENOENT: deleted
             return False
-        return done[-1]
+        (given,) = done
+        return given
 
     def spread(self, pages: NDArray[np.int64]) -> None:
         """Pour the bits of pages that were published just now, and are held."""
@@ -510,11 +511,12 @@ class SlotLog:
         try:
             self.run(steps())
         except BaseException:
-            if taken:
-                words = self.stage2.host_dirty.words
-                np.bitwise_or(words, taken[0].words, out=words)
+            words = self.stage2.host_dirty.words
+            for pages in taken:
+                np.bitwise_or(words, pages.words, out=words)
             raise
-        return taken[0]
+        (found,) = taken
+        return found
 
     # --- the slot's life -----------------------------------------------------------------------------------
 
@@ -579,7 +581,7 @@ class SlotLog:
             self.stage2.take_saved_into(DirtyBitmap(self.npages))
         else:
             self.stage2.take_saved_into(self.feeds.sink(self.live))
-            self.feeds.pour(self.live, 0, self.npages)
+            self.feeds.pour(self.live)
         yield Point.FLUSH
         self.flush(due, needed=mapped)
 
@@ -603,7 +605,7 @@ class SlotLog:
         self.mechanism = mechanism
         if self.live is not None:
             self.shared.meter.add(mechanism.enter(self.stage2, self.feeds.sink(self.live)))
-            self.feeds.pour(self.live, 0, self.npages)
+            self.feeds.pour(self.live)
         yield Point.FLUSH
         self.flush(due, needed=mapped)
 
