@@ -7,10 +7,12 @@ import pytest
 from clocks import Clock
 
 from hwdbm.bitmap import DirtyBitmap
+from hwdbm.memslot import Memslot
 from hwdbm.migration import Pass, sender
 from hwdbm.migration.precopy import Precopy
 from hwdbm.migration.sender import Limiter, PageSender, runs_of
 from hwdbm.migration.wire import ZERO_RUNS, Kind
+from hwdbm.vm import MemoryMap, PlainGuest
 
 PAGE = 4096
 
@@ -102,6 +104,28 @@ def test_batches_have_all_pages_in_order_and_each_is_full_but_the_last(most, win
 def test_a_frame_takes_a_quarter_of_a_second_or_is_one_page(bandwidth, pages):
     limiter = Limiter(bandwidth)
     assert (limiter.pages(PAGE), limiter.pages(16 * PAGE)) == pages
+
+
+def test_zeros_take_their_share_of_the_time_that_a_batch_takes(monkeypatch):
+    """Pages are of zeros whatever byte of them isn't; those that are left go together, as one run or several."""
+    guest = PlainGuest(MemoryMap(PAGE, (Memslot(0, 0, 7, 8, 0),)))
+    times, sent, frames, buffer = iter((10.0, 14.0)), [], Frames(), np.ones(1 << 21, dtype=np.uint8)
+    for at in (PAGE, 3 * PAGE - 1, 5 * PAGE + 2000):  # the first byte of page 1, the last of 2, and one of 5
+        guest.memory(0)[at] = 9
+    monkeypatch.setattr(sender, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    staging = SimpleNamespace(
+        buffer=lambda: buffer, send=lambda table, runs, payload: sent.append((table, runs, payload.copy()))
+    )
+    made = PageSender(guest, frames, staging, Limiter(), lambda: None)
+    (slot,) = guest.slots
+    made.send(slot)
+    assert (made.normal, made.duplicate, made.zero_time) == (3, 5, 4.0 * 5 / 8)
+    ((table, runs, payload),) = sent
+    assert (np.frombuffer(table, dtype=np.uint64).reshape(-1, 2) // PAGE).tolist() == [[8, 2], [12, 1]]
+    assert (runs, payload.shape) == (2, (3, PAGE))
+    assert (payload == guest.memory(0).reshape(8, PAGE)[[1, 2, 5]]).all()
+    assert frames.sent == [[[7, 1], [10, 2], [13, 2]]]
+    assert next(times, None) is None
 
 
 def test_what_remains_of_a_pass_is_what_was_not_sent():

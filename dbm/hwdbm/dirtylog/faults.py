@@ -56,7 +56,7 @@ def map_steps(slot: SlotLog, lo: int, hi: int, frames: int | NDArray[np.int64], 
     """Map pages as the state of the log wants it, and flush if that replaced a leaf."""
     s2, granule, leaf = slot.stage2, slot.stage2.granule, slot.leaf(write=False)
     logs, gfn = slot.live is not None, slot.memslot.base_gfn + lo
-    if logs and level != 3:
+    if logs:
         if isinstance(frames, np.ndarray):
             frames = (frames[:, None] + np.arange(granule.pages_per_entry(level))).ravel()
         level = 3

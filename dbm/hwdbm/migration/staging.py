@@ -187,8 +187,9 @@ class SharedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._buffers
-        os.close(self._done_fd)
+        done = self._done_fd
+        del self._buffers, self._done_fd
+        os.close(done)
 
     def payload(self, size: int) -> NDArray[np.uint8]:
         """Return the bytes of the batch that a frame announced."""

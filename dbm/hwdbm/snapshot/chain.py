@@ -105,7 +105,9 @@ class Layer:
 
     def close(self) -> None:
         """Close the memory file."""
-        os.close(self.fd)
+        fd = self.fd
+        del self.fd
+        os.close(fd)
 
 
 def _read_pages(folder: int, where: Path, snapshot: Snapshot) -> list[DirtyBitmap]:
