@@ -171,7 +171,7 @@ class _Receiver:
 
     def _ready(self) -> None:
         """Say READY; with it goes a descriptor by which a source on this machine sees that this process is gone."""
-        body = READY.pack(SHARING * (self._shared is not None))
+        body = READY.pack(0 if self._shared is None else SHARING)
         if not self._channel.local or not hasattr(os, "pidfd_open"):
             self._channel.send(Kind.READY, body)
             return

@@ -633,7 +633,7 @@ class Chain:
         """Return the name of the next one's files: a number beyond all, and the beginning of its id."""
         with naming(self.folder):
             numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NUMBER.match(name))]
-        return f"{max([0, *(number + 1 for number in numbers)]):06d}-{snapshot_id[:8]}"
+        return f"{max((number + 1 for number in numbers), default=0):06d}-{snapshot_id[:8]}"
 
     def _read(self, folder: int) -> dict[str, Snapshot]:
         """Return the snapshots by their ids, the oldest first."""
@@ -980,7 +980,7 @@ class _Check:
             where = chain.folder / _JOURNAL
             self._add("unfinished", None, f"{where}: a rebase in place was cut short; the next one finishes it")
         self._read()
-        changing = [] if journal is None else [next(iter(journal[0]))]
+        changing = journal[0][:1] if journal is not None else []
         for each in self._known.values():
             self._look(each, data=data and each.id not in changing)
         self._parents()
