@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from synthetic import Geometry, Tables, flags_of, geometries, populate
 
 import hwdbm
-from hwdbm import DirtyBitmap, pte
-from hwdbm.errors import ImageError
+from hwdbm import DirtyBitmap, Granule, pte
+from hwdbm.errors import GfnError, ImageError
 from hwdbm.image import NoTablesError, Registers, Slot, open_image, open_live
-from hwdbm.image.live import Live
+from hwdbm.image.live import Live, LiveTables
 
 KERNELS = [None, *hwdbm.kernels.available()]
 RULES = (pte.leaf, pte.dirty, pte.writable, pte.tracked, pte.young, pte.read_only)
@@ -145,6 +145,34 @@ def test_verbs_do_the_same_in_place(g, seed, junk, kernels, tmp_path):
     assert not (flips & np.uint64(~(pte.MUTABLE | pte.CONTIGUOUS) & (1 << 64) - 1)).any()
 
 
+@pytest.mark.parametrize(
+    ("g", "seed"),
+    [
+        (Geometry(12, 1, 36), 5),
+        (Geometry(14, 3, 27), 4),
+        (Geometry(16, 2, 38), 1),
+        (Geometry(12, 0, 48, 52, ds=True), 9),
+    ],
+    ids=str,
+)
+def test_every_verb_does_the_same_in_place(g, seed, tmp_path):
+    """One after the other, in a slot that begins in a table."""
+    rng, npages = random.Random(seed), 193
+    tables = Tables(g, seed=seed)
+    gfn = (1 << g.ipa - g.page - 1) - 65
+    for page in rng.sample(range(-5, npages + 5), 150):
+        tables.leaf(gfn + page << g.page, 3, flags_of(rng))
+    tables.leaf(gfn << g.page, 3, flags_of(rng))
+    both = Both(tables, gfn, npages, tmp_path / "ram")
+    both.check()
+    for number, verb in enumerate(VERBS):
+        lo = rng.choice([0, 1, 64, 65, 128])
+        mask = DirtyBitmap.from_pages(rng.sample(range(npages), 100), npages)
+        count = npages - lo if number % 2 else 65
+        assert verb(both.placed, mask, lo, count) == verb(both.flat, mask, lo, count)
+        both.check()
+
+
 @settings(max_examples=12 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     g=st.sampled_from([g for g in geometries() if g.start < 3 and g.ipa > g.shift(2) + 3 and not g.ds]),
@@ -195,6 +223,99 @@ def test_structure_changes_the_same_in_place(g, seed, tmp_path):
     used = {int(pa) for pa in both.placed._live.tables[3].pa}
     assert free | used >= set(pool)
     assert not free & used
+
+
+def dirty_blocks(g, level, count, *, flags=1 << 51 | 1 << 7):
+    """Tables with blocks of a level one after another, dirty, and pages for tables; where they begin in the guest."""
+    tables, gfn = Tables(g), 5 << g.shift(level) - g.page
+    for at in range(count):
+        tables.leaf((gfn << g.page) + (at << g.shift(level)), level, flags, pa=(at + 2) << g.shift(level))
+    return tables, gfn, [tables.new_table() for _ in range(count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("g", "level"),
+    [(Geometry(12, 1, 36), 2), (Geometry(12, 1, 36), 1), (Geometry(14, 2, 36), 2), (Geometry(16, 2, 38, 52), 2)],
+    ids=str,
+)
+def test_blocks_are_split_and_made_again_in_place(g, level, tmp_path):
+    """The last two, in tables that held something else before; then as they were, with the pages for tables back."""
+    size = 1 << g.shift(level) - g.page
+    blocks = 1 + level  # of a GiB each fewer
+    tables, gfn, pool = dirty_blocks(g, level, blocks)
+    free, flushed = list(pool), []
+    both = Both(
+        tables, gfn, blocks * size, tmp_path / "ram",
+        tables=free.pop, free=free.append, flush=lambda: flushed.append(len(free)),
+    )  # fmt: skip
+    for s2 in (both.placed, both.flat):
+        assert s2.split(gfn + (blocks - 2) * size, 2 * size, level=level + 1) == 2
+        assert s2.saved.bitmap.ranges().tolist() == [[(blocks - 2) * size, 2 * size]]
+    both.check()
+    assert [(both.placed.level(each) == both.flat.level(each)).all() for each in range(level + 1, 4)] == [True] * (
+        3 - level
+    )
+    assert flushed == [blocks - 1]  # between the break and the make, with two pages taken
+    both.live.refresh()
+    both.check()
+    for s2 in (both.placed, both.flat):
+        assert s2.collapse(gfn, blocks * size, level=level) == 2
+        assert s2.dirty().ranges().tolist() == [[0, blocks * size]]
+        assert s2.saved.bitmap.ranges().tolist() == [[(blocks - 2) * size, 2 * size]]
+    both.check()
+    assert sorted(free) == sorted(pool)
+    assert len(flushed) == 2
+
+
+@pytest.mark.parametrize("verb", ["split", "collapse", "unmap"])
+def test_a_flush_that_fails_leaves_what_there_was(verb, tmp_path):
+    """Between a break and a make: blocks and tables are there again, and no page is forgotten.
+
+    So are the leaves of a contiguous run that is taken apart, each for itself.
+    """
+    g, fail = Geometry(12, 1, 36), []
+    tables, gfn, pool = dirty_blocks(g, 2, 2)
+    for page in range(16):
+        tables.leaf(gfn + 1024 + page << 12, 3, 1 << 52 | 1 << 51 | (1 << 7 if page == 3 else 0), pa=page << 12)
+    free = list(pool)
+    both = Both(
+        tables, gfn, 2048, tmp_path / "ram",
+        tables=free.pop, free=free.append, flush=lambda: 1 / 0 if fail else None,
+    )  # fmt: skip
+    if verb == "collapse":
+        both.placed.split(gfn, 1024)
+    before, left, dirty = both.live.words.copy(), sorted(free), both.placed.dirty()
+    fail.append(True)
+    first, npages = (gfn + 1024 + 5, 1) if verb == "unmap" else (gfn, 1024)
+    with pytest.raises(ZeroDivisionError):
+        getattr(both.placed, verb)(first, npages)
+    assert sorted(free) == left
+    assert dirty.issubset(both.placed.dirty())
+    if verb == "unmap":
+        assert both.placed.scan(pte.leaf) == both.flat.scan(pte.leaf)
+        run, was = both.placed.level(3)[1024:1040], both.flat.level(3)[1024:1040]
+        assert (run == was & np.uint64(~(pte.CONTIGUOUS | pte.S2AP_W) & (1 << 64) - 1)).all()
+        assert both.placed.saved.bitmap.ranges().tolist() == [[1024, 16]]
+    else:
+        assert (both.live.words == before).all()
+
+
+@pytest.mark.parametrize("ends", [None, ZeroDivisionError])
+def test_pages_for_tables_that_are_too_few_are_given_back(ends, tmp_path):
+    """There are none left after the second one, or to ask for the third raises: nothing is changed."""
+    tables, gfn, pool = dirty_blocks(Geometry(12, 1, 36), 2, 3)
+    left, back = pool[:2], []
+
+    def take():
+        if not left and ends:
+            raise ends
+        return left.pop() if left else None
+
+    both = Both(tables, gfn, 3 * 512, tmp_path / "ram", tables=take, free=back.append, flush=lambda: None)
+    with pytest.raises(ends or NoTablesError, match=None if ends else "3 tables are needed, and there are 2"):
+        both.placed.split(gfn, 3 * 512)
+    assert back == pool[1::-1]
+    assert not both.changed().size
 
 
 @pytest.mark.parametrize("verb", ["map", "map_at"])
@@ -332,6 +453,70 @@ def test_tables_that_came_are_missed_by_no_verb_until_they_are_known(tmp_path):
     assert both.live.words[word] == 0x0008_0000_4000_04C3
 
 
+def test_the_first_table_that_is_not_known_is_named(tmp_path):
+    """By the guest frame that it begins at, or the slot's first one where it begins before."""
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for stripe in (1, 2, 4):
+        tables.leaf(stripe << 21, 3, 1 << 51 | 1 << 7)
+    found = [tables.output(tables.get(tables.entry(stripe << 21, 2)), 12) for stripe in (1, 2, 4)]
+    spare = [tables.new_table() for _ in range(3)]
+    both = Both(tables, 512 + 16, 4 * 512, tmp_path / "ram")
+    entries = [tables.entry(stripe << 21, 2) - both.base >> 3 for stripe in (1, 2, 4)]
+    for which, gfn in (([0, 1, 2], 0x210), ([1, 2], 0x400), ([2], 0x800)):
+        for at in which:
+            both.live.words[entries[at]] = spare[at] | 3
+        with pytest.raises(ImageError, match=f"^gfn {gfn:#x}: the table at {spare[which[0]]:#018x} wasn't there"):
+            both.placed.dirty()
+        for at in which:
+            both.live.words[entries[at]] = found[at] | 3
+    assert both.placed.dirty().pages().tolist() == [512 - 16, 3 * 512 - 16]
+
+
+def test_what_is_in_a_table_that_went_is_nobodys(tmp_path):
+    """The first of a slot, which begins in it, and the last: no verb reads or writes them."""
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for page in range(0x210, 0x210 + 1100):
+        tables.leaf(page << 12, 3, 1 << 51 | 1 << 7)
+    both = Both(tables, 0x210, 1100, tmp_path / "ram")
+    for stripe in (1, 3):
+        both.live.words[tables.entry(stripe << 21, 2) - both.base >> 3] = 0
+    before = both.live.words.copy()
+    everything = DirtyBitmap.from_pages(range(1100), 1100)
+    assert both.placed.leaf_at([0, 495, 496, 1007, 1008, 1099]).level.tolist() == [0, 0, 3, 3, 0, 0]
+    assert both.placed.track_part(everything).changed == 512
+    assert both.placed.mkyoung_at([0, 1099]) == 0
+    changed = np.flatnonzero(both.live.words != before)
+    assert (changed[0], changed[-1], changed.size) == (changed[0], changed[0] + 511, 512)
+
+
+@pytest.mark.parametrize("page", [0, 400, 799])
+def test_one_leaf_with_the_contiguous_bit_is_enough(page, tmp_path):
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for each in range(0, 800, 25):
+        tables.leaf(0x230 + each << 12, 3, 1 << 51)
+    assert not Both(tables, 0x230, 800, tmp_path / "ram").placed.contiguous
+    tables.put(tables.entry(0x230 + page << 12, 3), 0x0018_0000_4000_04C3)
+    assert Both(tables, 0x230, 800, tmp_path / "ram").placed.contiguous
+
+
+def test_a_copy_has_all_that_there_is(tmp_path):
+    """Leaves of each level, saved pages, and those of the host."""
+    tables, gfn, pool = dirty_blocks(Geometry(12, 1, 36), 2, 2)
+    both = Both(tables, gfn - 3, 1024 + 3, tmp_path / "ram", tables=pool.pop, flush=lambda: None)
+    both.placed.split(gfn, 512)
+    both.placed.map(gfn - 2, 1, 77, dbm=True)
+    both.placed.host_dirty.set_range(1, 1)
+    both.placed.host_dirty.set_range(1026, 1)
+    twin = both.placed.copy()
+    assert all((twin.level(level) == both.placed.level(level)).all() for level in (1, 2, 3))
+    assert twin.saved.bitmap == both.placed.saved.bitmap
+    assert twin.saved.span == both.placed.saved.span
+    assert twin.host_dirty == both.placed.host_dirty
+    assert {1, 1026} <= set(twin.host_dirty.pages().tolist())
+    assert twin.harvest() == both.placed.harvest()
+    assert not twin.contiguous
+
+
 def test_a_table_in_two_places_is_refused(tmp_path):
     g = Geometry(12, 1, 36)
     tables = Tables(g, junk=False)
@@ -340,6 +525,17 @@ def test_a_table_in_two_places_is_refused(tmp_path):
     for npages in (1024, 512):
         with pytest.raises(ImageError, match="is used in two places"):
             Both(tables, 0, npages, tmp_path / "ram")
+
+
+def test_the_first_of_several_tables_that_are_used_twice_is_named(tmp_path):
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for stripe in (0, 1, 2):
+        tables.leaf(stripe << 21, 3, 1 << 51)
+    for stripe, other in ((3, 2), (4, 1)):
+        tables.put(tables.entry(stripe << 21, 2), tables.get(tables.entry(other << 21, 2)))
+    first = tables.output(tables.get(tables.entry(1 << 21, 2)), 12)
+    with pytest.raises(ImageError, match=f"^the level-3 table at {first:#018x} is used in two places"):
+        Both(tables, 0, 5 * 512, tmp_path / "ram")
 
 
 def test_a_block_that_reaches_beyond_the_slot_is_read_and_not_changed(tmp_path):
@@ -358,6 +554,25 @@ def test_a_block_that_reaches_beyond_the_slot_is_read_and_not_changed(tmp_path):
         with pytest.raises(ImageError, match=r"gfn 0x0\.\.0x1ff is one block|tables are needed"):
             verb()
     assert not both.changed().size
+
+
+def test_a_block_of_the_masks_pages_alone_is_looked_at(tmp_path):
+    """One in which the range begins has no page of the mask, one in which it ends has: that one is named."""
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    for at in (1, 2, 3):
+        tables.leaf(at << 21, 2, 1 << 51 | 1 << 7)
+    both = Both(tables, 0x210, 1024, tmp_path / "ram", flush=lambda: None)
+    desc = int(both.placed.level(2)[2])
+    with pytest.raises(ImageError) as caught:
+        both.placed.clean(DirtyBitmap.from_pages([500, 1010], 1024))
+    assert str(caught.value) == (
+        f"gfn 0x600..0x7ff is one block, {pte.describe(desc, 2)}, and the slot is gfn 0x210..0x60f: cleaning it would "
+        "forget what it says of the others"
+    )
+    with pytest.raises(ImageError, match=r"^gfn 0x200\.\.0x3ff is one block"):
+        both.placed.clean(DirtyBitmap.from_pages([495, 1010], 1024))
+    assert not both.changed().size
+    assert both.placed.clean(DirtyBitmap.from_pages([496, 1007], 1024)) == 1
 
 
 @pytest.mark.parametrize(("gfn", "npages"), [(0, 1100), (100, 924), (100, 1000)])
@@ -465,6 +680,42 @@ def test_what_is_mapped_to_be_read_is_not_changed(tmp_path):
         both.placed.level(3)[0] = 0
 
 
+def test_which_tables_fit_into_ram():
+    """Those that are wholly inside of it, wherever it begins."""
+    for granule in Granule:
+        size = granule.page_size
+        for base, nbytes, tables in (
+            (0, size, 1), (size, 2 * size - 8, 1), (3 * size, 2 * size, 2), (size - 4096, size + size - 8, 1),
+            (size - 4096, size + size, 1 + (size == 4096)), (4096, 2 * size - 4096, 1 + (size == 4096) * 0),
+        ):  # fmt: skip
+            words = np.arange(nbytes // 8, dtype=np.uint64)
+            memory = LiveTables(words, base, granule)
+            first = -(-base // size) * size
+            at = np.array([first - size, first, first + (tables - 1) * size, first + tables * size]).astype(np.uint64)
+            assert memory.capacity == tables
+            assert memory.find(at).tolist() == [-1, 0, tables - 1, -1]
+            assert memory.extent == f"the RAM's {base:#018x}..{base + nbytes - 1:#018x}"
+            rows = memory.read(np.array([tables - 1, 0]), np.empty((3, size // 8), dtype=np.uint64))
+            assert rows[:, 0].tolist() == [(at[2] - base) // 8, (first - base) // 8]
+            assert not np.shares_memory(rows, words)
+        for base, nbytes in ((0, size - 8), (0, 0), (4096, size - 8)):
+            with pytest.raises(ImageError, match=f"^{nbytes} bytes of RAM: not one {granule} table fits in$"):
+                LiveTables(np.zeros(nbytes // 8, dtype=np.uint64), base, granule)
+
+
+def test_a_slot_may_end_where_the_ipa_space_ends(tmp_path):
+    tables = Tables(Geometry(12, 1, 36), junk=False)
+    top = 1 << 24
+    tables.leaf(top - 1 << 12, 3, 1 << 51 | 1 << 7)
+    both = Both(tables, top - 2, 2, tmp_path / "ram")
+    assert both.placed.dirty().pages().tolist() == [1]
+    for gfn, npages in ((top - 2, 3), (top - 1, 2), (top, 1)):
+        with pytest.raises(
+            GfnError, match=f"gfn {gfn:#x} and {npages} pages reach beyond the 36 bits of the IPA space"
+        ):
+            both.live.stage2(gfn, npages)
+
+
 def test_bad_files_and_registers(tmp_path):
     path = tmp_path / "ram"
     path.write_bytes(b"")
@@ -477,5 +728,11 @@ def test_bad_files_and_registers(tmp_path):
         open_live(path, ram_base=0x4000_0000, vttbr=0x1000_0000, vtcr=0x806A_3558).stage2(0, 1)
     with pytest.raises(hwdbm.errors.GfnError, match="40 bits"):
         Live(np.zeros(1 << 13, dtype=np.uint64), 0, Registers(0x2000, 0x806A_3558)).stage2(1 << 28, 1)
+    for base, shown in ((-4096, "-4096"), (1 << 52, "0x10000000000000")):
+        with pytest.raises(ImageError, match=f"^the RAM's base is 0 to 0xfffffffffffff, not {shown}$"):
+            open_live(path, ram_base=base, vttbr=0x1000_0000, vtcr=0x806A_3558)
+    assert repr(open_live(path, ram_base=(1 << 52) - (1 << 16), vttbr=0x1000_0000, vtcr=0x806A_3558)) == (
+        "<Live: the RAM's 0x000fffffffff0000..0x000fffffffffffff, 4K tables at 0x10000000>"
+    )
     with pytest.raises(FileNotFoundError):
         open_live(tmp_path / "none", ram_base=0, vttbr=0x1000, vtcr=0x806A_3558)

@@ -1,5 +1,6 @@
 """The format of traces: what is written is read, part by part; and what anybody may have written is refused."""
 
+import atexit
 import json
 import os
 import pickle
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime
-from errno import EEXIST, ENOSPC
+from errno import EEXIST, EIO, ELOOP, ENOSPC
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,71 @@ def test_a_writer_that_was_killed_leaves_whole_intervals(tmp_path):
     assert (open_trace(path).intervals, open_trace(path).complete) == (7, False)
 
 
+def test_a_trace_is_as_large_as_what_is_in_it(tmp_path):
+    """Once it is closed; while it is written it ends where its times do."""
+    import zarr
+
+    with Writer(tmp_path / "trace", slots_of(3), 4096) as writer:
+        assert open_trace(tmp_path / "trace").times.tolist() == [0]
+        with pytest.raises(ValueError, match="an interval ends after the last one's 0 ns, not at 0"):
+            writer.append(0, np.array([7], dtype=np.uint64))
+        writer.append(1, np.array([7], dtype=np.uint64), np.array([5], dtype=np.uint64))
+        assert open_trace(tmp_path / "trace").words(0, 1).tolist() == [[7]]
+    found = zarr.open_group(tmp_path / "trace", mode="r")
+    assert [found[name].shape for name in ("words", "zeros", "times")] == [(1, 1), (1, 1), (2,)]
+    assert found["times"][:].tolist() == [0, 1]
+    trace = open_trace(tmp_path / "trace")
+    assert trace.words(1, 0).shape == (0, 1)
+    assert trace.words(0, 1, 1).shape == (1, 0)
+
+
+@pytest.mark.parametrize("interval", [1e-6, 1e15])
+def test_the_shortest_and_the_longest_interval(interval, tmp_path):
+    Writer(tmp_path / "trace", slots_of(3), 4096, interval=interval).close()
+    assert open_trace(tmp_path / "trace").interval == interval
+    for wrong in (0, 1e15 + 1, -1):
+        with pytest.raises(ValueError, match="interval is a number"):
+            Writer(tmp_path / "wrong", slots_of(3), 4096, interval=wrong)
+
+
+@pytest.mark.parametrize("fails", [None, KeyError])
+def test_a_close_that_fails_is_told_unless_the_block_failed(fails, tmp_path, monkeypatch):
+    """An error without a number, or a text, or a file, has the trace's folder, and what there is of them."""
+
+    def failing(*_, **__):
+        raise OSError("odd")
+
+    path = tmp_path / "trace"
+    with pytest.raises(fails or OSError) as caught, Writer(path, slots_of(3), 4096) as writer:  # noqa: PT012
+        writer.append(1, np.array([7], dtype=np.uint64))
+        monkeypatch.setattr(group._zarr().Array, "resize", failing)
+        if fails:
+            raise fails
+    if not fails:
+        assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (EIO, "odd", str(path))
+    monkeypatch.undo()
+    assert open_trace(path).intervals == 1
+
+
+def test_a_trace_is_written_over_by_no_later_one(tmp_path):
+    """A path that was free is looked at again, by a writer and by who asks for it."""
+    path = tmp_path / "trace"
+    path.mkdir()
+    group.check_free(path)
+    Writer(path, slots_of(3), 4096).close()
+    for again in (lambda: Writer(path, slots_of(3), 4096), lambda: group.check_free(path)):
+        with pytest.raises(FileExistsError, match="there is something already"):
+            again()
+    assert open_trace(path).intervals == 0
+
+
+def test_traces_leave_one_thing_to_do_at_the_end(small):
+    open_trace(small)
+    before = atexit._ncallbacks()
+    open_trace(small)
+    assert atexit._ncallbacks() == before
+
+
 def test_wrong_arguments_change_nothing(tmp_path):
     slots = slots_of(65)
     good = np.array([1, 1], dtype=np.uint64)
@@ -387,6 +454,7 @@ def test_a_chunk_that_would_grow_is_not_decompressed(small):
         ([1, 2, 3, 4], "the first time is 0, not 1"),
         ([-1, -1, -1, -1], "the first time is 0, not to come|cut short"),  # zarr writes no fill values
         ([0, -1, 2, 3], "out of order: interval 0 begins at 0 ns and ends at -1"),
+        ([0, 5, 4, 3], "out of order: interval 1 begins at 5 ns and ends at 4"),
     ],
 )
 def test_times_out_of_order_are_refused(small, times, text):
@@ -405,11 +473,63 @@ def test_bits_of_no_page_are_refused(small):
         open_trace(small).words(0, 3)
 
 
+@pytest.mark.parametrize("npages", SIZES)
+def test_each_bit_beyond_a_slots_last_page_is_refused(npages, tmp_path):
+    """In a word of its own, and between others; where several slots have some, the first of them is named."""
+    slots = slots_of(64, npages, 1)
+    at = 1 + word_count(npages) - 1
+    with Writer(tmp_path / "trace", slots, 4096) as writer:
+        for bit in range(npages % 64 or 64, 64):
+            words = np.zeros(writer.nwords, dtype=np.uint64)
+            words[at] = 1 << bit
+            with pytest.raises(ValueError, match=r"^words: slot 2 has bits beyond its last page$"):
+                writer.append(1, words)
+            words[-1] = 2
+            with pytest.raises(ValueError, match=r"^words: slot 2 has bits beyond its last page$"):
+                writer.append(1, words)
+        words = np.zeros(writer.nwords, dtype=np.uint64)
+        words[-1] = 2
+        with pytest.raises(ValueError, match=r"^words: slot 1 has bits beyond its last page$"):
+            writer.append(1, words)
+        words[-1], words[at] = 1, 1 << (npages - 1) % 64
+        writer.append(1, words)
+    assert np.array_equal(open_trace(tmp_path / "trace").words(0, 1)[0], words)
+
+
+def test_a_part_is_looked_at_for_bits_of_no_page(small, monkeypatch):
+    """The words that are read, where those of a large guest are read by parts."""
+    import zarr
+
+    monkeypatch.setattr(group, "_KEPT", 0)
+    attributes(small, slots=[{"id": 5, "gpa": 0, "npages": 3}, {"id": 7, "gpa": 1 << 30, "npages": 9 * 64 - 1}])
+    zarr.open_group(small, mode="r+")["words"][:] = 0
+    zarr.open_group(small, mode="r+")["words"][2, 9] = 1 << 63
+    trace = open_trace(small)
+    assert not trace.words(0, 3, 0, 9).any()
+    assert not trace.words(0, 2, 9, 10).any()
+    for first in (0, 1, 9):
+        with pytest.raises(TraceError, match="words: slot 7 has bits beyond its last page"):
+            trace.words(0, 3, first, 10)
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
         ({"hwdbm-trace": 2}, "of version 2, and this reads version 1"),
         ({"hwdbm-trace": True}, "of version True"),
+        ({"hwdbm-trace": "x" * 58}, f"of version '{'x' * 58}', and"),
+        ({"hwdbm-trace": "x" * 59}, f"of version '{'x' * 56}\\.\\.\\., and"),
+        ({"hwdbm-trace": (1 << 64) - 1}, "of version 18446744073709551615, and"),
+        ({"hwdbm-trace": 1 << 64}, "of version a number beyond 64 bits, and"),
+        ({"hwdbm-trace": -1 << 64}, "of version a number beyond 64 bits, and"),
+        ({"interval": 0}, "interval is a number of milliseconds above 0, or null, not 0$"),
+        ({"interval": True}, "interval is a number of milliseconds above 0, or null, not True"),
+        ({"interval": 1 << 53}, "interval is a number of milliseconds above 0"),
+        ({"slots": [{"id": 0, "gpa": 1 << 53, "npages": 1}]}, "a slot's gpa is a whole number of 0 to 2\\^53 - 1"),
+        ({"slots": [{"id": 0, "gpa": 2048, "npages": 1}]}, "slot 0 isn't one or more whole pages of 4096 bytes"),
+        ({"source": "x" * 201}, "source is a printable text of 200 letters at most"),
+        ({"intervals": (1 << 53) - 1}, "cut short: there are 4 times of 9007199254740992$"),
+        ({"intervals": 1 << 53}, "intervals is a whole number"),
         ({"page-size": 4097}, "isn't one or more whole pages of 4097 bytes"),
         ({"page-size": 8192}, "a page has 4096, 16384 or 65536 bytes, not 8192"),
         ({"page-size": None}, "page-size is a whole number"),
@@ -465,6 +585,73 @@ def test_arrays_that_no_trace_has_are_refused(small, name, values, text):
     change(small / name / "zarr.json", **values)
     with pytest.raises(TraceError, match=text):
         open_trace(small)
+
+
+def test_what_is_read_at_the_edge_of_what_a_trace_may_say(small):
+    attributes(small, interval=0.5, source="x" * 200, mechanism="", intervals=3)
+    trace = open_trace(small)
+    assert (trace.interval, trace.source, trace.mechanism) == (0.5, "x" * 200, "")
+    attributes(small, interval=(1 << 53) - 1, started="2026-11-29")
+    assert (open_trace(small).interval, open_trace(small).started) == ((1 << 53) - 1, "2026-11-29T00:00:00")
+    for chunk, text in ([1 << 20, 8], "it has 80 bytes"), ([(1 << 20) + 1, 8], "8 to 67108864 bytes, not 67108928"):
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        change(small / "words" / "zarr.json", chunk_grid=grid)
+        (small / "words" / "c" / "0" / "1").write_bytes((small / "words" / "c" / "0" / "0").read_bytes())
+        with pytest.raises(TraceError, match="a chunk"):
+            open_trace(small).words(0, 1)
+        with pytest.raises(TraceError) as caught:
+            open_trace(small).words(0, 1)
+        assert (text in str(caught.value)) == (chunk[0] > 1 << 20)
+
+
+@pytest.mark.parametrize("where", range(3))
+def test_each_chunk_is_missed_before_any_is_read(where, tmp_path, monkeypatch):
+    """Of two rows of three chunks, and of what is known of zeros at the start."""
+    monkeypatch.setattr(group, "_CHUNK", 16)
+    slots = slots_of(40 * 64)
+    words = random_words(np.random.default_rng(2), slots, 2)
+    path = written(tmp_path / "trace", words, slots, initial_zeros=words[0])
+    assert np.array_equal(open_trace(path).words(0, 2), words)
+    for row in range(2):
+        file = path / "words" / "c" / str(row) / str(where)
+        raw = file.read_bytes()
+        file.unlink()
+        with pytest.raises(TraceError, match=f"words/c/{row}/{where}: the trace is cut short: this chunk is missing$"):
+            open_trace(path)
+        file.write_bytes(raw)
+    (path / "initial-zeros" / "c" / str(where)).unlink()
+    with pytest.raises(TraceError, match=f"initial-zeros/c/{where}: the trace is cut short"):
+        _ = open_trace(path).initial_zeros
+    change(path / "initial-zeros" / "zarr.json", shape=[39])
+    with pytest.raises(TraceError, match=r"initial-zeros: an interval has 40 words, and it has 39$"):
+        _ = open_trace(path).initial_zeros
+
+
+def test_a_folder_of_chunks_that_cannot_be_read_is_no_trace_that_was_cut_short(small):
+    shutil.rmtree(small / "words" / "c")
+    (small / "words" / "c").symlink_to("c")
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        open_trace(small)
+    assert caught.value.errno == ELOOP
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_writer_that_was_killed_as_it_began_a_chunk_of_times(times, small):
+    """The chunk isn't there, and the trace ends before it; without the first one there is no trace."""
+    raw = (small / "times" / "c" / "0").read_bytes()
+    attributes(small, intervals=None)
+    change(small / "times" / "zarr.json", shape=[4 * times])
+    grid = json.loads((small / "times" / "zarr.json").read_text())["chunk_grid"]
+    assert grid["configuration"]["chunk_shape"] == [1024]
+    change(small / "times" / "zarr.json", shape=[1024 + 4 * times])
+    assert open_trace(small).times.tolist() == [0, 10**8, 2 * 10**8, 3 * 10**8]
+    assert not open_trace(small).complete
+    (small / "times" / "c" / "0").unlink()
+    for shape in (4 * times, 1024 + 4 * times):
+        change(small / "times" / "zarr.json", shape=[shape])
+        with pytest.raises(TraceError, match="times/c/0: the trace is cut short: this chunk is missing"):
+            open_trace(small)
+    (small / "times" / "c" / "0").write_bytes(raw)
 
 
 def test_what_is_no_trace_is_refused(tmp_path):
@@ -569,7 +756,7 @@ def test_a_system_without_room_for_a_thread_is_no_damage(tmp_path, monkeypatch):
         raise RuntimeError("can't start new thread")
 
     with Writer(tmp_path / "trace", [Memslot(0, 0, 0, 64, 0)], 4096) as writer:
-        monkeypatch.setattr(group._zarr().Array, "resize", failing)
+        monkeypatch.setattr(group._zarr().Array, "__setitem__", failing)
         with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
             writer.append(1, np.zeros(1, dtype=np.uint64))
         monkeypatch.undo()
@@ -580,3 +767,15 @@ def test_what_is_no_zstd_frame_says_no_size(head: bytes) -> None:
     """Too short, or of another kind; of a frame of one segment a byte says the size."""
     assert metadata._content_size(head) is None
     assert metadata._content_size(b"\x28\xb5\x2f\xfd\x20\x07\x00") == 7
+
+
+def test_the_size_that_a_zstd_frame_says() -> None:
+    """Field by field of RFC 8878, 3.1.1.1: with a window, a dictionary, sizes of each width; and not cut short."""
+    for flag, single, dictionary in product(range(4), range(2), range(4)):
+        window, size = b"" if single else b"\x58", (b"\x09" * single, b"\x09\x01", b"\x09" * 4, b"\x09" * 8)[flag]
+        head = b"\x28\xb5\x2f\xfd" + bytes([flag << 6 | single << 5 | dictionary]) + window
+        head += b"\x77" * (0, 1, 2, 4)[dictionary]
+        said = int.from_bytes(size, "little") + 256 * (flag == 1) if size else None
+        assert metadata._content_size(head + size) == said
+        assert metadata._content_size(head + size + b"\x77") == said
+        assert metadata._content_size((head + size)[:-1]) is None

@@ -9,7 +9,8 @@ while a verb runs, nothing else links or unlinks tables; hardware may mark leave
 import mmap
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.image.memory import Array
 from hwdbm.image.raw import check_raw
 from hwdbm.image.registers import Registers
-from hwdbm.image.walk import Batch, walk
-from hwdbm.kernels import Notes, Place, Tally
+from hwdbm.image.walk import Batch, table_address, walk
+from hwdbm.kernels import Notes, Tally
 from hwdbm.stage2 import Stage2
 from hwdbm.stage2.layout import Layout, any_in
 from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record
@@ -37,9 +38,9 @@ from hwdbm.stage2.leaves import Asks, LeafAt, Leaves, Record
 Index = NDArray[np.int64]
 Spans = NDArray[np.int64]
 
+_ABOVE_1 = (-1, 0)  # start levels
 _ALL = (1 << 64) - 1
-_EMPTY = np.empty(0, dtype=np.uint64)
-_NONE = np.empty(0, dtype=np.int64)
+_NOWHERE = -1  # the number of what isn't in the RAM
 
 
 class NoTablesError(ImageError):
@@ -61,8 +62,8 @@ class LiveTables:
 
     def __init__(self, words: Array, ram_base: int, granule: Granule) -> None:
         skipped = -ram_base % granule.page_size
-        count = max(0, words.size * 8 - skipped) // granule.page_size
-        if not count:
+        count = (words.size * 8 - skipped) // granule.page_size
+        if count < 1:
             raise ImageError(f"{words.size * 8} bytes of RAM: not one {granule} table fits in")
         first = skipped // 8
         self._rows = words[first : first + count * granule.entries].reshape(count, granule.entries)
@@ -82,7 +83,7 @@ class LiveTables:
     def find(self, pa: Array) -> NDArray[np.intp]:
         """Return the number of each table, -1 where it isn't wholly inside."""
         row = (pa - np.uint64(self._first)) >> np.uint64(self._shift)
-        return np.where(row < len(self._rows), row.astype(np.intp), -1)
+        return np.where(row < len(self._rows), row.astype(np.intp), _NOWHERE)
 
     def read(self, where: NDArray[np.intp], out: Array) -> Array:
         """Return a copy of the tables `where`: what is checked is what is used."""
@@ -233,8 +234,9 @@ class _Tables:
     def __init__(self, layout: Layout, level: int, width: int) -> None:
         self.layout, self.level, self.width = layout, level, width
         self._parts: list[tuple[Index, Array]] = []
-        self.first, self.pa = _NONE, _EMPTY  # the slot's entry that each begins with, and where each is
-        self.others = _EMPTY  # where tables are that map no page of the slot
+        # The slot's entry that each begins with, and where each is; and where those are that map no page of the slot.
+        self.first, self.pa = np.array([], dtype=np.int64), np.array([], dtype=np.uint64)
+        self.others = self.pa
 
     def take(self, batch: Batch) -> None:
         shift = np.uint64(self.layout.granule.shift(self.level))
@@ -285,11 +287,8 @@ class _Entries:
         self.size = leaves.layout.count(level)
 
     def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return self._leaves.read(self._level, np.arange(*at.indices(self.size), dtype=np.int64))
-        if isinstance(at, np.ndarray):
-            return self._leaves.read(self._level, at.ravel()).reshape(at.shape)
-        return self._leaves.read(self._level, np.array([at], dtype=np.int64))[0]
+        index = np.arange(*at.indices(self.size), dtype=np.int64) if isinstance(at, slice) else np.asarray(at)
+        return self._leaves.read(self._level, index.ravel()).reshape(index.shape)[()]
 
 
 class _LiveLeaves(Leaves):
@@ -324,34 +323,33 @@ class _LiveLeaves(Leaves):
         return (pa.astype(np.int64) if isinstance(pa, np.ndarray) else pa) - self._live.ram_base >> 3
 
     def where(self, level: int, index: Index) -> Index:
-        """Return the word of RAM in which each entry of `level` lies, -1 where there is no table."""
+        """Return the word of RAM in which each entry of `level` lies, `_NOWHERE` where there is no table."""
         tables = self.tables.get(level)
         if tables is None or not tables.first.size:
-            return np.full(index.size, -1, dtype=np.int64)
-        at = np.maximum(np.searchsorted(tables.first, index, side="right") - 1, 0)
+            return np.full(index.size, _NOWHERE, dtype=np.int64)
+        at = np.searchsorted(tables.first, index, side="right") - 1  # before the first one it is the last, too far on
         offset = index - tables.first[at]
         there = (offset >= 0) & (offset < tables.width)
-        return np.where(there, self._word(tables.pa[at]) + offset, -1)
+        return np.where(there, self._word(tables.pa[at]) + offset, _NOWHERE)
 
     def read(self, level: int, index: Index) -> Array:
         """Return the entries `index` of `level`."""
         if level < self.start:  # there is nothing above the start level, and something below it
             return np.full(index.size, pte.TABLE, dtype=np.uint64)
         where = self.where(level, index)
-        if level == 3 and self.start < 3:  # a table that isn't linked any more maps nothing
-            pages = np.maximum(index, 0)
-            where[~pte.table(2)(self.read(2, self.layout.index(2, pages)))] = -1
-        found = np.where(where >= 0, self._ram[np.maximum(where, 0)], np.uint64(0))
+        if level == 3:  # a table that isn't linked any more maps nothing
+            where[~pte.table(2)(self.read(2, self.layout.index(2, index)))] = _NOWHERE
+        missing = where == _NOWHERE
+        found = np.where(missing, np.uint64(0), self._ram[where])
         if level < 3:
             found[found & pte.VALID == 0] = 0
-        if level == 1 and self.start <= 0:
-            above = self._under_level_0(index[where < 0])
-            found[where < 0] = above
+        if level == 1 and self.start in _ABOVE_1:
+            found[missing] = self._under_level_0(index[missing])
         return found
 
     def _under_level_0(self, index: Index) -> Array:
         """Return the level-1 blocks that a level-0 block is worth, 0 where there is none."""
-        pages = np.maximum(self.layout.span(1, index)[:, 0], 0)
+        pages = self.layout.span(1, index)[:, 0]
         block = self.read(0, self.layout.index(0, pages))
         size = np.uint64((1 << self.layout.granule.shift(0)) - (1 << self.layout.granule.shift(1)))
         gpa = (pages + self.layout.base_gfn).astype(np.uint64) << np.uint64(self.layout.granule.page_shift)
@@ -370,11 +368,7 @@ class _LiveLeaves(Leaves):
             index = np.arange(where.start, where.stop, dtype=np.int64)
             (tables,) = pte.table(level)(entries := self.read(level, index)).nonzero()
             found = self._address(entries[tables])
-            child = self.layout.first_child(level, index[tables])
-            known = self.where(level + 1, np.maximum(child, 0))
-            # Of a table that begins before the slot the first entry in the slot is looked at.
-            expected = self._word(found) + np.maximum(-child, 0)
-            wrong = known != expected
+            wrong = self.where(level + 1, self.layout.first_child(level, index[tables])) != self._word(found)
             if wrong.any():
                 at = int(np.argmax(wrong))
                 gfn = self.layout.base_gfn + max(int(self.layout.span(level, index[tables])[at, 0]), 0)
@@ -384,9 +378,7 @@ class _LiveLeaves(Leaves):
                 )
 
     def _address(self, desc: Array) -> Array:
-        bits = (1 << (52 if self._live.vtcr.pa_bits == 52 else 50)) - 1
-        vtcr = self._live.vtcr
-        return pte.output_address(desc, self.layout.granule.page_shift, vtcr.address_bits) & np.uint64(bits)
+        return table_address(self._live.vtcr, desc)
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -413,23 +405,19 @@ class _LiveLeaves(Leaves):
         """Return the level-3 entries of [lo, hi) that are under tables, as rows (word, word after, page)."""
         self.fresh(lo, hi)
         tables = self.tables[3]
-        if not tables.first.size or lo >= hi:
-            return np.empty((0, 3), dtype=np.int64)
-        first, last = np.searchsorted(tables.first, [lo - tables.width + 1, hi])
+        first, last = np.searchsorted(tables.first, [lo - tables.width, hi])
         begins, word = tables.first[first:last], self._word(tables.pa[first:last])
-        if self.start < 3:  # those whose entry above is a table still
-            entries = self.read(2, self.layout.index(2, np.maximum(begins, 0)))
-            linked = pte.table(2)(entries)
-            begins, word = begins[linked], word[linked]
+        linked = pte.table(2)(self.read(2, self.layout.index(2, begins)))  # others map nothing any more
+        begins, word = begins[linked], word[linked]
         start = np.maximum(begins, lo)
         stop = np.minimum(begins + tables.width, hi)
-        runs = np.stack([word + start - begins, word + stop - begins, start], axis=1)
-        if len(runs) < 2:
+        runs = np.stack([word + start - begins, word + stop - begins, start], axis=1)[start < stop]
+        if not len(runs):
             return runs
         # Tables that lie one after the other are one run.
         joins = (runs[1:, 0] == runs[:-1, 1]) & (runs[1:, 2] - runs[:-1, 2] == runs[1:, 0] - runs[:-1, 0])
-        apart = np.append(True, ~joins), np.append(~joins, True)
-        return np.stack([runs[apart[0], 0], runs[apart[1], 1], runs[apart[0], 2]], axis=1)
+        begins, ends = np.append(True, ~joins), np.append(~joins, True)
+        return np.stack([runs[begins, 0], runs[ends, 1], runs[begins, 2]], axis=1)
 
     # --- changing ------------------------------------------------------------------------------------------
 
@@ -451,10 +439,10 @@ class _LiveLeaves(Leaves):
                 start, stop = self.layout.span(level, index)
                 if mask is not None:
                     inside = np.array([[max(start, lo), min(stop, hi)]]) - lo
-                    if not any_in(mask.words, inside)[0]:
+                    if not any_in(mask.words, inside).any():
                         continue
                 if start < 0 or stop > self.layout.npages:
-                    desc = int(self.read(level, np.array([index]))[0])
+                    desc = self.read(level, np.array([index])).item()
                     if pte.leaf(level)(desc) and rule(level).where(desc):
                         gfn = self.layout.base_gfn
                         raise ImageError(
@@ -471,7 +459,7 @@ class _LiveLeaves(Leaves):
 
     def update_within(self, update: pte.Update, mask: DirtyBitmap, first: int, record: Record) -> Tally:
         lo, hi = first, first + mask.npages
-        runs, words, tally = self.table_runs(lo, hi), slice(lo >> 6, hi + 63 >> 6), Tally()
+        runs, words, tally = self.table_runs(lo, hi), slice(lo >> 6, (lo >> 6) + mask.words.size), Tally()
         runs[:, 2] -= lo
         for part in _apart(runs):
             tally += self.kernels.rewrite_within(
@@ -483,47 +471,42 @@ class _LiveLeaves(Leaves):
 
     def update_at(self, level: int, index: Index, update: pte.Update, record: Record, lo: int, hi: int) -> int:
         changed, words = 0, self._words(record)
-        for entries, numbers, place in self._by_table(level, index, lo, hi):
-            changed += self.kernels.rewrite_at(entries, numbers[0], update, place, *words, record.notes(level))
-        if level == 1 and self.start <= 0:
-            rest = index[self.where(1, index) < 0]
-            above = np.unique(self.layout.index(0, np.maximum(self.layout.span(1, rest)[:, 0], 0)))
+        for entries, first, where in self._by_table(level, index):
+            numbers, place = index[where] - first, self._place(level, lo, hi, first)
+            changed += self.kernels.rewrite_at(entries, numbers, update, place, *words, record.notes(level))
+        if level == 1 and self.start in _ABOVE_1:
+            rest = index[self.where(1, index) == _NOWHERE]
+            above = np.unique(self.layout.index(0, self.layout.span(1, rest)[:, 0]))
             changed += self.update_at(0, above, update, record, lo, hi)
         return changed
 
     def set_bits(self, level: int, index: Index, bits: Array) -> None:
-        for entries, (numbers, where), _ in self._by_table(level, index, 0, self.layout.npages):
-            self.kernels.set_at(entries, numbers, bits[where])
+        for entries, first, where in self._by_table(level, index):
+            self.kernels.set_at(entries, index[where] - first, bits[where])
 
     def _swap(self, level: int, index: Index, values: Array, record: Record) -> None:
-        self._swap_noted(level, index, values, self._words(record), record.notes(level))
+        self._swap_noted(level, index, values, record, record.notes(level))
 
-    def _swap_noted(
-        self, level: int, index: Index, values: Array, words: tuple[Array, Array, Array], notes: Notes
-    ) -> None:
-        hi = min(self.layout.npages, min(words[0].size, words[1].size) * 64)
-        for entries, (numbers, where), place in self._by_table(level, index, 0, hi):
-            some = values[where]
+    def _swap_noted(self, level: int, index: Index, values: Array, record: Record, notes: Notes) -> None:
+        for entries, first, where in self._by_table(level, index):
+            place, some = self._place(level, 0, self.layout.npages, first), values[where]
             try:
-                self.kernels.exchange_at(entries, numbers, some, place, *words, notes)
+                self.kernels.exchange_at(entries, index[where] - first, some, place, *self._words(record), notes)
             finally:
                 values[where] = some
 
-    def _by_table(self, level: int, index: Index, lo: int, hi: int) -> "list[tuple[Array, tuple[Index, Index], Place]]":
-        """Return for each table in which entries of `index` lie its entries, which those are, and their place."""
+    def _by_table(self, level: int, index: Index) -> Iterator[tuple[Array, int, Index]]:
+        """Yield for each table its entries, the number of the first, and which of `index` it has."""
         tables = self.tables.get(level)
         if tables is None or not index.size or not tables.first.size:
-            return []
-        at = np.searchsorted(tables.first, index, side="right") - 1
-        offset = index - tables.first[np.maximum(at, 0)]
-        at[(offset < 0) | (offset >= tables.width)] = -1
-        parts = []
-        for number in np.unique(at[at >= 0]).tolist():
-            (where,) = (at == number).nonzero()
-            word, first = self._word(int(tables.pa[number])), int(tables.first[number])
-            place = Place(self.layout.span(level, first)[0], self.layout.sizes[level], lo, hi, self.layout.npages)
-            parts.append((self._ram[word : word + tables.width], (index[where] - first, where), place))
-        return parts
+            return
+        at = np.searchsorted(tables.first, index, side="right") - 1  # as in `where`
+        offset = index - tables.first[at]
+        there = (offset >= 0) & (offset < tables.width)
+        for number in np.unique(at[there]).tolist():
+            word = self._word(int(tables.pa[number]))
+            (where,) = (there & (at == number)).nonzero()
+            yield self._ram[word : word + tables.width], int(tables.first[number]), where
 
     # --- structure -----------------------------------------------------------------------------------------
 
@@ -535,21 +518,21 @@ class _LiveLeaves(Leaves):
         """Break the blocks `index` of `level`, and make tables of leaves of the next level, which are clean."""
         if not index.size:
             return
-        if (self.where(level, index) < 0).any():
+        if (self.where(level, index) == _NOWHERE).any():
             raise ImageError("a level-0 block isn't split in place")
-        lo, hi = self.layout.span(level, index[[0, -1]])[[0, 1], [0, 1]].tolist()
-        self._whole(_gone, max(lo, 0), min(hi, self.layout.npages))
-        pages = self._room.take(index.size)
+        pages = self.extent(level, index)
+        self._whole(_gone, int(pages.min()), int(pages.max()))
+        room = self._room.take(index.size)
         values = np.zeros(index.size, dtype=np.uint64)
         try:
             self._swap(level, index, values, record)  # a break
             self._room.flush()
         except BaseException:
             self._swap(level, index, values, record)
-            self._room.give(pages)
+            self._room.give(room)
             raise
         made = np.zeros(index.size, dtype=np.uint64)
-        for at, (entry, block, page) in enumerate(zip(index.tolist(), values.tolist(), pages, strict=True)):
+        for at, (entry, block, page) in enumerate(zip(index.tolist(), values.tolist(), room, strict=True)):
             word = self._word(page)
             self._ram[word : word + self.layout.granule.entries] = self._children(level, block)
             made[at] = pte.make_table(page, self._live.vtcr.address_bits)
@@ -591,14 +574,13 @@ class _LiveLeaves(Leaves):
             self._swap(level, index, values, record)
             self._room.flush()
         finally:
-            gone = values != 0
+            (gone,) = values.nonzero()
             made = pte.clean(level)(values[gone]) & np.uint64(~pte.CONTIGUOUS & _ALL)
             self.exchange(level, index[gone], made, record)
 
     def exchange_back(self, level: int, index: Index, values: Array, record: Record) -> None:
         """Swap entries with `values`, where they aren't leaves: nothing is noted of them."""
-        del record
-        self._swap_noted(level, index, values, (_EMPTY, _EMPTY, _EMPTY), Notes(None, None))
+        self._swap_noted(level, index, values, record, Notes(None, None))
 
     def put(self, level: int, lo: int, hi: int, leaves: Callable[[int, int], Array], record: Record) -> None:
         """Break what maps [lo, hi), and make leaves of `level`. No block may straddle its ends."""
@@ -615,7 +597,7 @@ class _LiveLeaves(Leaves):
 
     def put_at(self, level: int, index: Index, leaves: Array, record: Record) -> None:
         for above in range(max(self.start, 1), level):
-            entries = np.unique(self.layout.index(above, np.maximum(self.layout.span(level, index)[:, 0], 0)))
+            entries = np.unique(self.layout.index(above, self.layout.span(level, index)[:, 0]))
             self._link(above, entries[self.read(above, entries) & pte.VALID == 0], record)
         self.exchange(level, index, leaves, record)
 
@@ -636,8 +618,7 @@ class _LiveLeaves(Leaves):
         if level == 3:
             return
         index = index[pte.table(level)(self.read(level, index))]
-        if level + 1 < 3:
-            self._drop_tables(level + 1, self._rows(level, index).ravel(), record)
+        self._drop_tables(level + 1, self._rows(level, index).ravel(), record)
         self.exchange_back(level, index, np.zeros(index.size, dtype=np.uint64), record)
         self._room.give([self.tables[level + 1].drop(self.layout.first_child(level, i)) for i in index.tolist()])
 
@@ -660,10 +641,10 @@ def _apart(runs: Spans) -> "list[Spans]":
 
     A kernel that reads what lies between would read memory that is no table.
     """
-    if len(runs) < 2:
-        return [runs] if len(runs) else []
-    cut = (runs[1:, 0] - runs[:-1, 0] == runs[1:, 2] - runs[:-1, 2]).nonzero()[0] + 1
-    return np.split(runs, cut) if cut.size else [runs]
+    if not len(runs):
+        return []
+    cut = np.flatnonzero(runs[1:, 0] - runs[:-1, 0] == runs[1:, 2] - runs[:-1, 2]) + 1
+    return np.split(runs, cut)
 
 
 class _Room:
@@ -686,18 +667,14 @@ class _Room:
             )
         pages: list[int] = []
         try:
-            for _ in range(count):
-                page = self._take()
-                if page is None:
-                    break
-                pages.append(page)
-            else:
-                return pages
+            pages.extend(islice(iter(self._take, None), count))
         except BaseException:
             self.give(pages)
             raise
-        self.give(pages)
-        raise NoTablesError(f"{count} tables are needed, and there are {len(pages)}")
+        if len(pages) < count:
+            self.give(pages)
+            raise NoTablesError(f"{count} tables are needed, and there are {len(pages)}")
+        return pages
 
     def give(self, pages: list[int]) -> None:
         """Take pages back that aren't used any more."""

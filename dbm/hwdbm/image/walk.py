@@ -7,7 +7,7 @@ that are corrupt in one place aren't to be trusted in another.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from hwdbm.vtcr import Vtcr
 
 _BATCH = 1 << 20  # bytes of tables looked at together, so that they stay in the cache
 _SPARE = 1 << 26  # bytes of tables that may be read over again, where an image is small
+_BELOW_SH = (1 << 50) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,19 @@ def walk(memory: TableMemory, vtcr: Vtcr, root: int, *, large_blocks: bool = Fal
     return _Walk(memory, vtcr, root, large_blocks).batches()
 
 
+@overload
+def table_address(vtcr: Vtcr, desc: int) -> int: ...
+@overload
+def table_address(vtcr: Vtcr, desc: Array) -> Array: ...
+def table_address(vtcr: Vtcr, desc: int | Array) -> int | Array:
+    """Return the physical address in a table descriptor, or in each of some."""
+    found: Any = pte.output_address(desc, vtcr.granule.page_shift, vtcr.address_bits)
+    # With DS set, bits 51:50 lie where SH was. Where addresses have fewer bits, emulators
+    # don't look there, and software may have left SH in place: it isn't taken for an address.
+    address: int | Array = found if vtcr.pa_bits == 52 else found & _BELOW_SH
+    return address
+
+
 class _Walk:
     def __init__(self, memory: TableMemory, vtcr: Vtcr, root: int, large_blocks: bool) -> None:
         self.memory, self.vtcr, self.root = memory, vtcr, root
@@ -92,9 +106,6 @@ class _Walk:
         self.planned = 0  # tables visited, and to be visited
         self.limit = 4 * memory.capacity + (_SPARE >> self.granule.page_shift)
         self.above = np.empty(0, dtype=np.uint64)  # the tables of the levels so far, sorted
-        # With DS set, bits 51:50 lie where SH was. Where addresses have fewer bits, emulators
-        # don't look there, and software may have left SH in place: it isn't taken for an address.
-        self.address_mask = (1 << (52 if vtcr.pa_bits == 52 else 50)) - 1
 
     def batches(self) -> Iterator[Batch]:
         frontier = self._start()
@@ -155,12 +166,12 @@ class _Walk:
         elif batch.level == 3:
             self._check_reserved(batch, "01 is reserved at level 3")
         # Addresses are made of bits: if all entries' bits together aren't too high, none is.
-        if self._address(int(np.bitwise_or.reduce(batch.entries, axis=None))) >> self.vtcr.pa_bits:
-            high = self._address(batch.entries) >> np.uint64(self.vtcr.pa_bits) != 0
+        if table_address(self.vtcr, int(np.bitwise_or.reduce(batch.entries, axis=None))) >> self.vtcr.pa_bits:
+            high = table_address(self.vtcr, batch.entries) >> np.uint64(self.vtcr.pa_bits) != 0
             high &= batch.entries & pte.VALID != 0
             if high.any():
                 at = int(np.argmax(high))
-                pa = self._address(int(batch.entries.flat[at]))
+                pa = table_address(self.vtcr, int(batch.entries.flat[at]))
                 raise self._error(batch, at, f"its address {pa:#x} is beyond the {self.vtcr.pa_bits} bits of PS")
 
     def _check_reserved(self, batch: Batch, why: str) -> None:
@@ -172,7 +183,7 @@ class _Walk:
 
     def _children(self, batch: Batch) -> _Frontier:
         at = np.flatnonzero((batch.entries & pte.TABLE) == pte.TABLE)
-        pa = self._address(batch.entries.ravel()[at])
+        pa = table_address(self.vtcr, batch.entries.ravel()[at])
         where = self.memory.find(pa)
         outside = where < 0
         if outside.any():
@@ -198,16 +209,6 @@ class _Walk:
         row, column = np.divmod(at, self.granule.entries)
         shift = np.uint64(self.granule.shift(batch.level))
         return _Frontier(pa, batch.ipa[row] + (column.astype(np.uint64) << shift), where)
-
-    @overload
-    def _address(self, desc: int) -> int: ...
-    @overload
-    def _address(self, desc: Array) -> Array: ...
-    def _address(self, desc: int | Array) -> int | Array:
-        shift, bits = self.granule.page_shift, self.vtcr.address_bits
-        if isinstance(desc, int):
-            return pte.output_address(desc, shift, bits) & self.address_mask
-        return pte.output_address(desc, shift, bits) & np.uint64(self.address_mask)
 
     def _error(self, batch: Batch, at: int, what: str) -> ImageError:
         """Return the error that names entry `at` of the batch, counted over all of its tables."""

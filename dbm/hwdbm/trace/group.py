@@ -24,17 +24,18 @@ from hwdbm import check
 from hwdbm.bitmap import word_count
 from hwdbm.errors import ClosedError, TraceError, has_no_thread, printable
 from hwdbm.memslot import Memslot, slot_name
-from hwdbm.trace.metadata import NOT_YET, Grid, Header, read_grid, read_header
+from hwdbm.trace.metadata import MOST_TEXT, NOT_YET, SECOND, Grid, Header, read_grid, read_header
 from hwdbm.vm import MemoryMap
 
 Words = NDArray[np.uint64]
 
 _CHUNK = 1 << 17  # words of a chunk: 1 MiB
 _TIMES = 1 << 10  # times of a chunk
-_KEPT = 16 << 20  # bytes of a band that a reader keeps for its next call
+_KEPT = 1 << 21  # words of a band that a reader keeps for its next call
 _LEVEL = 3  # zstd's own
 _PATIENCE = 30.0  # seconds
 _MOST_TIME = (1 << 63) - 1
+_ALL = (1 << 64) - 1
 
 
 def _zarr() -> Any:
@@ -49,13 +50,13 @@ def _zarr() -> Any:
     return zarr
 
 
-@cache
 def check_free(path: Path) -> None:
     """Refuse a path where a trace can't begin: it is there, and isn't an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(EEXIST, "there is something already: remove it, or choose another name", str(path))
 
 
+@cache
 def _end_patiently() -> None:
     """Have zarr's thread end before the process does, however slow the machine is: zarr waits 0.2 s, and complains."""
     from zarr.core import sync  # noqa: PLC0415  # as _zarr
@@ -155,7 +156,7 @@ class Writer:
         if started is not None:
             check.instance(started, datetime, "started")
         moment = (started or datetime.now(UTC)).isoformat(timespec="milliseconds")
-        header = Header(layout, printable(source)[:200], printable(mechanism)[:200], interval, moment)
+        header = Header(layout, printable(source)[:MOST_TEXT], printable(mechanism)[:MOST_TEXT], interval, moment)
         self._tails = _tails(layout)
         self.nwords, self.intervals, self._last = header.nwords, 0, 0
         if initial_zeros is not None:
@@ -176,9 +177,9 @@ class Writer:
                                             zarr_format=3)  # fmt: skip
             self._wide = min(self.nwords, _CHUNK)
             self._band = _CHUNK // self._wide
-            self._words = self._create("words", (0, self.nwords), (self._band, self._wide), "uint64")
+            self._words = self._create("words", (self._band, self.nwords), (self._band, self._wide), "uint64")
             self._zeros: Any = None
-            self._times = self._create("times", (1,), (_TIMES,), "int64", fill=NOT_YET)
+            self._times = self._create("times", (_TIMES,), (_TIMES,), "int64", fill=NOT_YET)
             self._times[0] = 0
 
     def _create(self, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], kind: str, fill: int = 0) -> Any:
@@ -261,19 +262,19 @@ class Writer:
             zeros = self._checked(zeros, "zeros")
             if np.bitwise_and(zeros, ~words).any():
                 raise ValueError("zeros are pages that were written, and one isn't in words")
-        row = self.intervals
+        row, after = self.intervals, self.intervals + 1
         with _failures(self.path):
             if zeros is not None and self._zeros is None:
-                self._zeros = self._create("zeros", (0, self.nwords), self._words.chunks, "uint64")
+                self._zeros = self._create("zeros", self._words.shape, self._words.chunks, "uint64")
             for array, values in ((self._words, words), (self._zeros, zeros)):
                 if values is not None:
                     if row >= array.shape[0]:
-                        array.resize(((row // self._band + 1) * self._band, self.nwords))
+                        array.resize((row + self._band, self.nwords))
                     array[row] = values
-            if row + 1 >= self._times.shape[0]:
-                self._times.resize((((row + 1) // _TIMES + 1) * _TIMES,))
-            self._times[row + 1] = time_ns  # last: now the interval is there
-        self.intervals, self._last = row + 1, time_ns
+            if after >= self._times.size:
+                self._times.resize((after + _TIMES,))
+            self._times[after] = time_ns  # last: now the interval is there
+        self.intervals, self._last = after, time_ns
 
     def _checked(self, words: Words, name: str) -> Words:
         words = check.uint64s(words, name, self.nwords)
@@ -301,10 +302,9 @@ class Writer:
         self._open = False
         with _failures(self.path):
             for array in (self._words, self._zeros):
-                if array is not None and array.shape[0] != self.intervals:
+                if array is not None:
                     array.resize((self.intervals, self.nwords))
-            if self._times.shape[0] != self.intervals + 1:
-                self._times.resize((self.intervals + 1,))
+            self._times.resize((self.intervals + 1,))
             self._group.attrs["intervals"] = self.intervals
 
     def discard(self) -> None:
@@ -386,7 +386,7 @@ class Trace:
         self.interval, self.started = header.interval, header.started
         self._tails = _tails(header.layout)
         self._arrays: dict[str, tuple[Grid, Any]] = {}
-        self._kept: tuple[str, int, Words] | None = None
+        self._kept: tuple[object, Words] = None, np.array([], dtype=np.uint64)
         self.times = self._read_times(header.intervals)
         self.complete = header.intervals is not None
         for name in ("words", "zeros"):
@@ -395,7 +395,7 @@ class Trace:
         self.has_zeros = "zeros" in self._arrays
 
     def __repr__(self) -> str:
-        seconds = int(self.times[-1]) / 1e9
+        seconds = int(self.times[-1]) / SECOND
         return (
             f"<Trace of {self.intervals} intervals of {self.npages} pages of {self.page_size} bytes, {seconds:.3g} s>"
         )
@@ -421,20 +421,21 @@ class Trace:
     def _read_times(self, intervals: int | None) -> NDArray[np.int64]:
         where = self.path / "times"
         grid = read_grid(where, "int64", 1)
-        count = grid.shape[0] if intervals is None else intervals + 1
-        if not 0 < count <= grid.shape[0]:
-            raise TraceError(f"{where}: the trace is cut short: there are {grid.shape[0]} times of {max(count, 1)}")
-        if intervals is None and not (where / "c" / str((count - 1) // grid.chunk[0])).exists():
-            count = max((count - 1) // grid.chunk[0] * grid.chunk[0], 1)  # what it ended in had just been begun
+        (size,), (chunk,) = grid.shape, grid.chunk
+        count = size if intervals is None else intervals + 1
+        if not 0 < count <= size:
+            raise TraceError(f"{where}: the trace is cut short: there are {size} times of {max(count, 1)}")
+        last = (count - 1) // chunk
+        if intervals is None and last and not (where / "c" / str(last)).exists():
+            count = last * chunk  # what it ended in had just been begun
         grid.check_files(count)
-        grid.check_chunks(range(-(-count // grid.chunk[0])))
+        grid.check_chunks(range(-(-count // chunk)))
         with _failures(where):
             times: NDArray[np.int64] = np.ascontiguousarray(_open_array(grid)[:count], dtype=np.int64)
-        there = np.flatnonzero(times != NOT_YET)
+        if times[0] != 0:
+            raise TraceError(f"{where}: the first time is 0, not {'to come' if times[0] == NOT_YET else int(times[0])}")
         if intervals is None:  # it is being written, or its writer was killed
-            times = times[: int(there[-1]) + 1] if there.size else times[:0]
-        if not times.size or times[0] != 0:
-            raise TraceError(f"{where}: the first time is 0, not {int(times[0]) if times.size else 'to come'}")
+            times = times[: int(np.flatnonzero(times != NOT_YET)[-1]) + 1]
         backwards = np.flatnonzero(times[1:] <= times[:-1])
         if backwards.size:
             at = int(backwards[0])
@@ -483,10 +484,11 @@ class Trace:
         if not where.exists():
             return None
         grid = read_grid(where, "uint64", 1)
-        if grid.shape != (self.nwords,):
-            raise TraceError(f"{where}: an interval has {self.nwords} words, and it has {grid.shape[0]}")
+        (size,), (chunk,) = grid.shape, grid.chunk
+        if size != self.nwords:
+            raise TraceError(f"{where}: an interval has {self.nwords} words, and it has {size}")
         grid.check_files(self.nwords)
-        grid.check_chunks(range(-(-self.nwords // grid.chunk[0])))
+        grid.check_chunks(range(-(-self.nwords // chunk)))
         with _failures(where):
             found: Words = np.ascontiguousarray(_open_array(grid)[:], dtype=np.uint64)
         self._check_tails(where, found[None], 0)
@@ -499,21 +501,21 @@ class Trace:
         if lo >= hi or first == stop:
             return np.empty((max(hi - lo, 0), stop - first), dtype=np.uint64)
         grid, _ = self._arrays[name]
-        high = grid.chunk[0]
+        high, _ = grid.chunk
         # Of a small guest many intervals are in a chunk, which isn't decompressed for each of them.
-        if (hi - 1) // high == lo // high and 8 * min(high, self.intervals) * self.nwords <= _KEPT:
+        if (hi - 1) // high == lo // high and min(high, self.intervals) * self.nwords <= _KEPT:
             band = self._band(name, lo // high)
             return band[lo % high : lo % high + hi - lo, first:stop].copy()
         return self._chunks(name, lo, hi, first, stop)
 
     def _band(self, name: str, number: int) -> Words:
         """Return the intervals of a row of chunks, which may be the last one that was asked for."""
-        kept = self._kept
-        if kept is not None and kept[:2] == (name, number):
-            return kept[2]
-        high = self._arrays[name][0].chunk[0]
-        band = self._chunks(name, number * high, min((number + 1) * high, self.intervals), 0, self.nwords)
-        self._kept = (name, number, band)
+        kept, band = self._kept
+        if kept != (name, number):
+            grid, _ = self._arrays[name]
+            high, _ = grid.chunk
+            band = self._chunks(name, number * high, min((number + 1) * high, self.intervals), 0, self.nwords)
+            self._kept = (name, number), band
         return band
 
     def _chunks(self, name: str, lo: int, hi: int, first: int, stop: int) -> Words:
@@ -583,7 +585,7 @@ def _failures(path: os.PathLike[str]) -> Iterator[None]:
 
 
 class _Tails(NamedTuple):
-    """Of each slot whose last word isn't whole: its id, that word of an interval, and the bits beyond."""
+    """Of each slot: its id, the last word of an interval that is its, and the bits in that beyond its last page."""
 
     slots: list[int]
     at: NDArray[np.int64]
@@ -591,11 +593,9 @@ class _Tails(NamedTuple):
 
 
 def _tails(layout: MemoryMap) -> _Tails:
-    ends = np.cumsum([word_count(slot.npages) for slot in layout.slots]) - 1
-    ragged = [slot.npages & 63 != 0 for slot in layout.slots]
-    bits = [~((1 << (slot.npages & 63)) - 1) & (1 << 64) - 1 for slot in layout.slots if slot.npages & 63]
-    slots = [slot.id for slot in layout.slots if slot.npages & 63]
-    return _Tails(slots, ends[ragged], np.array(bits, dtype=np.uint64))
+    at = np.cumsum([word_count(slot.npages) for slot in layout.slots]) - 1
+    bits = [_ALL ^ _ALL >> -slot.npages % 64 for slot in layout.slots]
+    return _Tails([slot.id for slot in layout.slots], at, np.array(bits, dtype=np.uint64))
 
 
 def _beyond(words: Words, tails: _Tails, first: int = 0) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from errno import ENOENT, ENOTDIR
+from itertools import product
 from pathlib import Path
 from typing import Any, Never
 
@@ -19,12 +20,16 @@ from hwdbm.vm import MemoryMap
 KEY, VERSION = "hwdbm-trace", 1
 NOT_YET = -1
 """The time of an interval that isn't there yet."""
+SECOND = 10**9
+"""Nanoseconds: times are in them."""
+MOST_TEXT = 200
+"""Letters of a text for people."""
 
 _MOST = 4 << 20  # bytes of a zarr.json: that of 32,767 slots has 2 MiB
 _MOST_CHUNK = 64 << 20  # bytes of a chunk
 _END = 1 << 53  # no address and no number reaches it
-_TEXT = 200  # letters
-_ZSTD = 0xFD2FB528
+_GROWTH = 1 << 10  # what can't be compressed grows by a byte or so in a block of 128 KiB
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _FRAME_HEAD = 18  # bytes of the head of a zstd frame, at most
 
 
@@ -99,12 +104,12 @@ class Grid:
     def check_files(self, rows: int) -> None:
         """Raise `TraceError` unless each chunk of the first `rows` has a file; zarr takes what is missing for zeros."""
         folder = self.folder / "c"
-        count = -(-rows // self.chunk[0])
-        if len(self.shape) == 1:
+        count, *across = (-(-n // chunk) for n, chunk in zip((rows, *self.shape[1:]), self.chunk, strict=True))
+        if not across:
             self._check_names(folder, count)
             return
         for band in range(count):  # ends at the first that isn't there, whatever is claimed
-            self._check_names(folder / str(band), -(-self.shape[1] // self.chunk[1]))
+            self._check_names(folder / str(band), *across)
 
     def _check_names(self, folder: Path, count: int) -> None:
         try:
@@ -114,17 +119,14 @@ class Grid:
             if count and error.errno not in (ENOENT, ENOTDIR):
                 raise
             names = set()
-        if len(names) < count or any(str(each) not in names for each in range(count)):
-            missing = next(each for each in range(count) if str(each) not in names)
+        missing = next((each for each in range(count) if str(each) not in names), None)
+        if missing is not None:
             raise TraceError(f"{folder / str(missing)}: the trace is cut short: this chunk is missing")
 
     def check_chunks(self, *ranges: range) -> None:
         """Raise `TraceError` unless the files of some chunks are there, and give what a chunk has."""
-        first, *rest = ranges
-        for row in first:
-            for tail in rest[0] if rest else (None,):
-                path = self.folder / "c" / str(row)
-                _check_frame(path if tail is None else path / str(tail), self.chunk_bytes)
+        for place in product(*ranges):
+            _check_frame(self.folder.joinpath("c", *map(str, place)), self.chunk_bytes)
 
 
 def _check_frame(path: Path, size: int) -> None:
@@ -135,8 +137,7 @@ def _check_frame(path: Path, size: int) -> None:
             head = file.read(_FRAME_HEAD)
     except FileNotFoundError:
         raise TraceError(f"{path}: the trace is cut short: this chunk is missing") from None
-    # What can't be compressed grows by a byte or so in a block of 128 KiB.
-    if length > size + size // 1024 + 1024:
+    if length > size + size // _GROWTH + _GROWTH:
         raise TraceError(f"{path}: a chunk of {size} bytes doesn't take {length}")
     found = _content_size(head)
     if found != size:
@@ -146,11 +147,12 @@ def _check_frame(path: Path, size: int) -> None:
 
 def _content_size(head: bytes) -> int | None:
     """Return the bytes that a zstd frame has when decompressed (RFC 8878, 3.1.1.1); None if it doesn't say."""
-    if len(head) < 6 or int.from_bytes(head[:4], "little") != _ZSTD:
+    if not head.startswith(_ZSTD) or len(head) == len(_ZSTD):
         return None
-    flag, single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
+    kind = head[len(_ZSTD)]
+    flag, single, dictionary = kind >> 6, kind >> 5 & 1, kind & 3
     width = (single, 2, 4, 8)[flag]
-    at = 5 + (not single) + (0, 1, 2, 4)[dictionary]
+    at = len(_ZSTD) + 1 + (not single) + (0, 1, 2, 4)[dictionary]
     if not width or len(head) < at + width:
         return None
     return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
@@ -222,20 +224,21 @@ def read_grid(path: Path, kind: str, dimensions: int) -> Grid:
     if found.get("data_type") != kind:
         read.refuse(f"it is of {kind}, not {shown(found.get('data_type'))}")
     shape = [read.number(each, "its shape") for each in read.many(found.get("shape"), "its shape")]
-    grid = read.mapping(found.get("chunk_grid"), "its chunk grid")
-    if grid.get("name") != "regular":
-        read.refuse(f"its chunk grid is regular, not {shown(grid.get('name'))}")
-    settings = read.mapping(grid.get("configuration"), "its chunk grid")
+    chunks = read.mapping(found.get("chunk_grid"), "its chunk grid")
+    if chunks.get("name") != "regular":
+        read.refuse(f"its chunk grid is regular, not {shown(chunks.get('name'))}")
+    settings = read.mapping(chunks.get("configuration"), "its chunk grid")
     chunk = [read.number(each, "its chunks") for each in read.many(settings.get("chunk_shape"), "its chunks")]
     if len(shape) != dimensions or len(chunk) != dimensions:
         read.refuse(f"it has {dimensions} dimensions, not shape {shown(shape)} in chunks {shown(chunk)}")
-    if not all(chunk) or 8 * math.prod(chunk) > _MOST_CHUNK:
-        read.refuse(f"a chunk has 8 to {_MOST_CHUNK} bytes, not {8 * math.prod(chunk)}")
+    grid = Grid(path, tuple(shape), tuple(chunk))
+    if not 0 < grid.chunk_bytes <= _MOST_CHUNK:
+        read.refuse(f"a chunk has 8 to {_MOST_CHUNK} bytes, not {grid.chunk_bytes}")
     if [_codec(each) for each in read.many(found.get("codecs"), "its codecs")] != ["bytes", "zstd"]:
         read.refuse(f"its codecs are little-endian bytes and zstd, not {shown(found.get('codecs'))}")
     if found.get("storage_transformers") or _codec(found.get("chunk_key_encoding")) != "default":
         read.refuse("its chunks lie in files c/0, c/1 and so on, and nothing transforms them")
-    return Grid(path, tuple(shape), tuple(chunk))
+    return grid
 
 
 def _codec(value: Any) -> str:
@@ -291,8 +294,8 @@ class _Json:
         return value
 
     def text(self, value: Any, what: str) -> str:
-        if not isinstance(value, str) or not value.isprintable() or len(value) > _TEXT:
-            self.refuse(f"{what} is a printable text of {_TEXT} letters at most, not {shown(value)}")
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MOST_TEXT:
+            self.refuse(f"{what} is a printable text of {MOST_TEXT} letters at most, not {shown(value)}")
         return value
 
     def moment(self, value: Any) -> str:
