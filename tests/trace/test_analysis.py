@@ -1,5 +1,6 @@
 """Analyses against sets of pages; and what one of a large guest holds in memory."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seen import as_seen
 
 from hwdbm.bitmap import word_count
 from hwdbm.memslot import Memslot
@@ -112,6 +114,34 @@ def test_a_working_set_is_of_about_a_second():
     words = np.ones((64, 1), dtype=np.uint64)
     found = analyse(Arrays([Memslot(0, 0, 0, 64, 0)], 4096, np.arange(65) * 10**8, words))
     assert (found.working.intervals, found.working.seconds) == (8, pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+    ("count", "milliseconds", "intervals"),
+    [(3, 300, 1), (4, 300, 1), (7, 300, 1), (8, 300, 2), (16, 300, 4), (64, 300, 4), (5, 2000, 1), (1, 10, 1)],
+)
+def test_a_working_set_has_four_windows_where_there_are_so_many(count, milliseconds, intervals):
+    times = np.arange(count + 1) * milliseconds * 10**6
+    found = analyse(Arrays([Memslot(0, 0, 0, 64, 0)], 4096, times, np.ones((count, 1), dtype=np.uint64)))
+    assert found.working.intervals == intervals
+    assert found.working.seconds == intervals * milliseconds / 1000
+
+
+def test_what_an_analysis_says_was_looked_at():
+    """As JSON: of two slots, one of them of a page, by intervals of thirds of a second; and of nothing at all."""
+    slots, rng = (Memslot(0, 0, 0x100, 130, 0), Memslot(1, 0, 0x800, 1, 0)), np.random.default_rng(3)
+    bits = [rng.random((7, npages)) < 0.3 for npages in (130, 1)]
+    bits[1][:3] = True
+    times = np.arange(8) * 333_333_333
+    some = Arrays(slots, 16384, times, packed(bits), packed([each & False for each in bits]), packed(bits)[0])
+    none = Arrays(slots, 4096, [0], np.zeros((0, 4), dtype=np.uint64))
+    found = [analyse(some, rows=4, cells=3), analyse(some, rows=1, cells=1), analyse(none)]
+    as_seen("asked/analysis.json", "\n".join(json.dumps(each.to_dict(), indent=1) for each in found) + "\n")
+    assert found[0].map_times.tolist() == (times[[0, 2, 4, 6, 7]] / 1e9).tolist()
+    assert found[0].map[:2, 1].tolist() == [
+        bits[0][:2, 128:].sum() / 6 + 2 / 6,
+        bits[0][2:4, 128:].sum() / 6 + bits[1][2:4].sum() / 6,
+    ]
 
 
 @pytest.mark.slow

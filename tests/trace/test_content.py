@@ -83,6 +83,20 @@ def test_what_is_no_memory(compare) -> None:
         compare([[0]], good)
 
 
+@pytest.mark.parametrize("word", ["x", "xx"])
+def test_where_numba_cannot_compile_it_is_numpy_s(word, monkeypatch, caplog):
+    """It says why, in 200 letters at most."""
+
+    def failing():
+        raise RuntimeError(word + " x" * 200)
+
+    monkeypatch.setattr(content, "ready", failing)
+    monkeypatch.setattr(content, "find_spec", lambda name: name)
+    assert content._best.__wrapped__() is content.by_numpy
+    why = word + " x" * 97 + " ..."
+    assert caplog.messages == [f"hwdbm: the comparison of pages can't be compiled here: {why}; NumPy takes over"]
+
+
 @pytest.mark.parametrize("missing", ["sys.modules['numba'] = None", "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'"])
 def test_without_numba_it_is_numpy_s(missing: str) -> None:
     code = f"""{missing}

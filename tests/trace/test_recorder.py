@@ -235,6 +235,55 @@ def test_a_real_guest_misses_nothing(tmp_path, ring):
     assert trace.source.startswith("kvm ")
 
 
+class Clock(threading.Event):
+    """A clock, and the event that is waited for, which is set after some time: to wait takes as long as it is to."""
+
+    def __init__(self, monkeypatch, ends=1 << 62) -> None:
+        super().__init__()
+        self.now, self._ends = 7 * 10**9, 7 * 10**9 + ends
+        monkeypatch.setattr(recorder.time, "monotonic_ns", lambda: self.now)
+
+    def wait(self, timeout=None):
+        self.now = max(self.now, min(self.now + round(timeout * 1e9), self._ends))
+        return self.now >= self._ends
+
+
+@pytest.mark.parametrize(
+    ("interval", "duration", "work", "ends"),
+    [
+        (0.1, 0.35, 0, [100, 200, 300, 350]),
+        (0.1, 0.3, 0, [100, 200, 300]),
+        (0.1, 0.3009, 0, [100, 200, 300.9]),  # the rest is too short for an interval
+        (0.1, 0.302, 0, [100, 200, 300, 302]),
+        (0.1, 0.05, 0, [50]),
+        (0.1, 0.5, 30, [100, 200, 300, 400, 500]),
+        (0.1, 0.5, 150, [100, 250, 400, 550]),  # one that is late is ended at once
+        (2, 5.5, 0, [2000, 4000, 5500]),
+        (0.1, None, 0, [100, 200, 250]),  # by a cancel
+    ],
+)
+def test_when_intervals_end(interval, duration, work, ends, monkeypatch):
+    """At multiples of the interval, and after the duration; all in milliseconds since the start."""
+    clock, told, found = Clock(monkeypatch, 1 << 62 if duration else 250 * 10**6), [], []
+    ticks = recorder._Ticks(interval, duration, clock, lambda *what: told.append(what))
+    ticks.start()
+    for number, _ in enumerate(ticks):
+        found.append(ticks.now())
+        ticks.tell(number + 1, found[-1], np.array([5, 1 << 63], dtype=np.uint64))
+        clock.now += work * 10**6
+    assert found == pytest.approx([each * 1e6 for each in ends], abs=2)  # nanoseconds
+    assert told == [(number + 1, each / 1e9, 3) for number, each in enumerate(found)]
+
+
+@pytest.mark.parametrize("what", ["interval", "duration"])
+def test_the_longest_times(what, tmp_path):
+    for seconds in (1e9, 1e-6):
+        recorder._Ticks(**{"interval": 1, "duration": 1, "cancel": None, "tell": None} | {what: seconds})
+    for seconds in (1e9 + 1, 0, -1):
+        with pytest.raises(ValueError, match=f"{what} is a number"):
+            recorder._Ticks(**{"interval": 1, "duration": 1, "cancel": None, "tell": None} | {what: seconds})
+
+
 @given(
     npages=st.sampled_from([1, 63, 64, 65, 500]),
     page_size=st.sampled_from([4096, 65536]),
@@ -285,6 +334,7 @@ def test_a_ram_file_is_compared_with_what_it_was(tmp_path, monkeypatch):
     assert [pages_of(row) for row in trace.zeros(0, 4)] == [[], [], [11, 64], []]
     assert pages_of(trace.initial_zeros) == [*range(9), *range(12, 129)]
     assert (trace.slots[0].base_gfn, trace.npages, trace.mechanism) == (0x40000, 130, "content")
+    assert (trace.source, trace.interval, trace.slots[0].id) == ("ram file", 5.0, 0)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["ram", "trace"]
     os.close(file)
 
@@ -377,6 +427,36 @@ def test_bitmaps_that_no_trace_can_be_made_of_are_refused(tmp_path):
     (tmp_path / "other" / "x").rename(tmp_path / "twice" / "b-1000us")
     with pytest.raises(TraceError, match=r"b-1000us: it has the time of a-1ms"):
         from_bitmaps(tmp_path / "twice", tmp_path / "e")
+
+
+def test_a_first_bitmap_without_a_byte_is_refused(tmp_path):
+    """By default it says of how many pages they are: of 64 or more."""
+    kept(tmp_path / "kept", [[], [1]])
+    (tmp_path / "kept" / "000.bitmap").write_bytes(b"")
+    with pytest.raises(BitmapError, match=r"000\.bitmap: bitmaps of these slots have 8 bytes, got 0$"):
+        from_bitmaps(tmp_path / "kept", tmp_path / "a")
+    (tmp_path / "kept" / "000.bitmap").write_bytes(bytes(16))
+    with pytest.raises(BitmapError, match=r"001\.bitmap: bitmaps of these slots have 16 bytes, got 17 or more$"):
+        from_bitmaps(tmp_path / "kept", tmp_path / "a")
+
+
+def test_bitmaps_of_several_slots_from_the_first_nanosecond_on(tmp_path):
+    """At the shortest times that there are, or a long one each."""
+    (tmp_path / "kept").mkdir()
+    for name, row in (("b-1ns", [1, 2, 3]), ("a-2ns", [4, 1, 7])):
+        (tmp_path / "kept" / name).write_bytes(np.array(row, dtype=np.uint64).tobytes())
+    slots = [Memslot(1, 0, 0, 65, 0), Memslot(0, 0, 0x100, 3, 0)]
+    (tmp_path / "kept" / "b-1ns").write_bytes(np.array([1, 0, 3], dtype=np.uint64).tobytes())
+    trace, named = from_bitmaps(tmp_path / "kept", tmp_path / "a", slots)
+    assert (named, trace.times.tolist(), trace.words(0, 2).tolist()) == (True, [0, 1, 2], [[1, 0, 3], [4, 1, 7]])
+    for name in ("b-1ns", "a-2ns"):
+        (tmp_path / "kept" / name).rename(tmp_path / "kept" / name[0])
+    for seconds, end in ((1e-6, 1000), (1e9, 10**18)):
+        trace, named = from_bitmaps(tmp_path / "kept", tmp_path / f"x{end}", slots, interval=seconds)
+        assert (named, trace.times.tolist(), trace.interval) == (False, [0, end, 2 * end], seconds * 1e3)
+        assert trace.words(0, 2).tolist() == [[4, 1, 7], [1, 0, 3]]
+    with pytest.raises(ValueError, match="interval is a number"):
+        from_bitmaps(tmp_path / "kept", tmp_path / "y", slots, interval=1e9 + 1)
 
 
 def test_recording_leaves_no_thread_of_its_own(guest, tmp_path):

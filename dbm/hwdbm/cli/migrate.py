@@ -45,7 +45,7 @@ from hwdbm.cli.output import busy, columns, leave, milliseconds, warn
 from hwdbm.cli.streams import json_text, note, result, width
 from hwdbm.files import NewFile, open_regular
 from hwdbm.forecast import RULES, Estimate
-from hwdbm.image.raw import check_raw
+from hwdbm.image.raw import HEAD, check_raw
 from hwdbm.kvm import KvmVm
 from hwdbm.machine import Machine
 from hwdbm.migration import Channel, DigestError, HandoverError, Pass, Precopy, Report, Settings, StreamError, transport
@@ -306,7 +306,7 @@ def migrate(
     guest.check_room(memory)
     if memory_image is not None:
         with open_regular(memory_image) as file:
-            check_raw(memory_image, file.read(512))
+            check_raw(memory_image, file.read(HEAD))
     vm: Machine | KvmVm | ArmVm
     with busy("the guest is made ready"):
         if source is Vm.ARM:

@@ -157,7 +157,7 @@ class Capture:
         (count,) = self.shape("regs", 1)
         if count != 5:
             raise ImageError(f"{self.path}: 'regs' has 5 registers, not {count}")
-        values: list[int] = self.integers("regs", 1, 5).tolist()
+        values: list[int] = self.integers("regs", 1, count).tolist()
         return values
 
     def slots(self) -> list[Slot]:

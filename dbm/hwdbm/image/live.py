@@ -27,7 +27,7 @@ from hwdbm.errors import GfnError, ImageError
 from hwdbm.files import open_regular
 from hwdbm.granule import LEAF_LEVELS, Granule
 from hwdbm.image.memory import Array
-from hwdbm.image.raw import check_raw
+from hwdbm.image.raw import HEAD, check_raw
 from hwdbm.image.registers import Registers
 from hwdbm.image.walk import Batch, table_address, walk
 from hwdbm.kernels import Notes, Tally
@@ -214,7 +214,7 @@ def open_live(path: str | PathLike[str], *, ram_base: int, vttbr: int, vtcr: int
     """
     path, readonly = check_path(path, "path"), flag(readonly, "readonly")
     with open_regular(path) as file:
-        check_raw(path, file.read(512))
+        check_raw(path, file.read(HEAD))
     with Path(path).open("rb" if readonly else "r+b", buffering=0) as file:
         access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
         try:

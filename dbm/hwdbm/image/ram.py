@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Never
 
@@ -21,14 +21,15 @@ from hwdbm.errors import BitmapError, ImageError, printable
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
 from hwdbm.image.memory import Array
-from hwdbm.image.raw import check_raw
+from hwdbm.image.raw import HEAD, check_raw
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_slots
 
 Bytes = NDArray[np.uint8]
 
 _MOST_SEGMENTS = 1 << 16
-_GPA_BITS = 52
-_PAGE_SIZES = {1 << bits for bits in range(10, 21)}
+_MOST_CAPABILITIES = 256
+_GPA_BITS, _SLOT_BITS = 52, 64
+_SMALLEST_PAGE, _LARGEST_PAGE = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,12 +89,14 @@ def open_ram(
         If it can't be read.
     """
     path = check.path(path, "path")
-    slots = check_slots(slots, 64)
+    slots = check_slots(slots, _SLOT_BITS)
     extents = _placed(path, extents_of(path), ram_base, block)
-    if extents[0].gpa is None:  # then there is no other
-        return _one_after_another(path, extents[0].data, slots)
+    first, *_ = extents
+    if first.gpa is None:  # then there is no other
+        return _one_after_another(path, first.data, slots)
     if not slots:
-        slots = check_slots((Slot(i, extent.gpa or 0, extent.size) for i, extent in enumerate(extents)), 64)
+        found = (Slot(i, extent.gpa or 0, extent.size) for i, extent in enumerate(extents))
+        slots = check_slots(found, _SLOT_BITS)
     return {slot: _inside(path, extents, slot) for slot in slots}
 
 
@@ -113,7 +116,7 @@ def extents_of(path: Path) -> tuple[Extent, ...]:
         As `open_ram` has them.
     """
     with open_regular(path) as file:
-        head = file.read(512)
+        head = file.read(HEAD)
         if not head:
             raise ImageError(f"{path} is empty")
         # A copy on write: what a bitmap says is zero is made zero here, and not in the file.
@@ -254,7 +257,7 @@ def _subsection(stream: _Stream) -> None:
     name = stream.text()
     stream.take(4)  # its version
     if name == "configuration/capabilities":
-        capabilities = [stream.text() for _ in range(min(stream.number(4), 256))]
+        capabilities = [stream.text() for _ in range(min(stream.number(4), _MOST_CAPABILITIES))]
         if "x-ignore-shared" in capabilities:
             stream.refuse("it leaves shared memory out (x-ignore-shared)")
     elif name == "configuration/target-page-bits":
@@ -274,7 +277,8 @@ def _block(stream: _Stream) -> Extent:
         stream.refuse(
             "migrate to a file with the capability mapped-ram, or write the guest's RAM as it is, as pmemsave does"
         )
-    if page_size not in _PAGE_SIZES or not used or used % page_size:
+    whole = _SMALLEST_PAGE <= page_size <= _LARGEST_PAGE and not page_size & page_size - 1
+    if not whole or not used or used % page_size:
         stream.refuse(f"{where} has {used:#x} bytes in pages of {page_size:#x}")
     npages = used // page_size
     words = word_count(npages)
@@ -313,12 +317,13 @@ def _placed(path: Path, extents: Sequence[Extent], ram_base: int | None, block: 
         raise ImageError(f"{path} has several blocks: say which (--block): {have:.400}")
     if ram_base is None:
         return list(extents)
-    if extents[0].gpa is not None:
+    first, *_ = extents
+    if first.gpa is not None:
         raise ImageError(f"{path} says itself where its memory is: a RAM base is for files that don't")
     ram_base = check.integer(ram_base, "the RAM's base", high=(1 << 52) - 1, error=ImageError)
     if ram_base % SLOT_UNIT:
         raise ImageError(f"the RAM's base {ram_base:#x} isn't a multiple of 4 KiB")
-    return [Extent(extents[0].name, ram_base, extents[0].data, extents[0].page_size)]
+    return [replace(first, gpa=ram_base)]
 
 
 def _one_after_another(path: Path, data: Bytes, slots: Sequence[Slot]) -> dict[Slot, Bytes]:
@@ -335,9 +340,9 @@ def _one_after_another(path: Path, data: Bytes, slots: Sequence[Slot]) -> dict[S
 
 
 def _inside(path: Path, extents: Sequence[Extent], slot: Slot) -> Bytes:
-    """Return the bytes of a slot, which extents that follow each other hold."""
-    parts = list(_cut(path, sorted(extents, key=lambda extent: extent.gpa or 0), slot))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    """Return the bytes of a slot, which extents in the order of their addresses hold, one after another."""
+    first, *more = _cut(path, extents, slot)
+    return np.concatenate([first, *more]) if more else first
 
 
 def _cut(path: Path, extents: Sequence[Extent], slot: Slot) -> Iterator[Bytes]:
@@ -374,15 +379,16 @@ class RamTables:
 
     def __init__(self, path: Path, granule: Granule, *, ram_base: int | None = None, block: str | None = None) -> None:
         extents = _placed(path, extents_of(path), ram_base, block)
-        if extents[0].gpa is None:
+        first, *_ = extents
+        if first.gpa is None:
             raise ImageError(f"{path} doesn't say where its memory is: give --ram-base")
         self._granule = granule
         self._rows: list[Array] = []
         self._firsts: list[int] = []
         for extent in extents:
             skipped = -(extent.gpa or 0) % granule.page_size
-            count = max(0, extent.size - skipped) // granule.page_size
-            if count:
+            count = (extent.size - skipped) // granule.page_size
+            if count > 0:
                 part = extent.data[skipped : skipped + count * granule.page_size]
                 # The bytes of a file may lie anywhere: a copy where the words don't lie by themselves.
                 words = part if part.ctypes.data % 8 == 0 else part.copy()

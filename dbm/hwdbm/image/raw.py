@@ -12,6 +12,9 @@ from hwdbm.files import open_regular
 from hwdbm.granule import Granule
 from hwdbm.image.memory import Array, gather
 
+HEAD = 512
+"""Bytes of a file that say what it is."""
+
 _DUMP = "write the guest's RAM as it is, as QEMU's pmemsave does"
 _PACKED = "unpack it first"
 _DISK = "it is no memory"
@@ -75,7 +78,7 @@ def check_raw(path: Path, head: bytes) -> None:
     path : Path
         The file, for the error's text.
     head : bytes
-        Its first 512 bytes, or all of them.
+        Its first `HEAD` bytes, or all of them.
     """
     for at, magic, what, then in _MAGICS:
         if head.startswith(magic, at):
@@ -113,11 +116,11 @@ class RawTables:
         if ram_base % 4096:
             raise ImageError(f"the RAM's base {ram_base:#x} isn't a multiple of 4 KiB")
         with open_regular(path) as file:
-            check_raw(path, file.read(512))
+            check_raw(path, file.read(HEAD))
             size = file.seek(0, 2)
             skipped = -ram_base % granule.page_size
-            count = max(0, size - skipped) // granule.page_size
-            if not count:
+            count = (size - skipped) // granule.page_size
+            if count < 1:
                 raise ImageError(f"{path} has {size} bytes: not one {granule} table fits in")
             if ram_base + size > 1 << 64:
                 raise ImageError(f"{path} has {size} bytes, which reach beyond 2^64 from {ram_base:#x} on")

@@ -16,7 +16,7 @@ from hwdbm.image.capture import Capture, CapturedTables, is_capture
 from hwdbm.image.fill import Filler
 from hwdbm.image.memory import TableMemory
 from hwdbm.image.ram import RamTables, extents_of, kind_of_ram
-from hwdbm.image.raw import RawTables, check_raw
+from hwdbm.image.raw import HEAD, RawTables, check_raw
 from hwdbm.image.registers import Registers
 from hwdbm.image.runs import RunMarker
 from hwdbm.image.slots import Slot, check_page_size, check_slots, cut
@@ -317,7 +317,7 @@ def open_image(
     if block is not None:
         raise ImageError(f"{path} is no migration file of QEMU: only these have blocks")
     with open_regular(path) as file:
-        check_raw(path, file.read(512))
+        check_raw(path, file.read(HEAD))
     if ram_base is None or vttbr is None or vtcr is None:
         raise ImageError(
             f"{path} is no capture, and of a raw image the RAM's base, VTTBR_EL2 and VTCR_EL2 must be given"

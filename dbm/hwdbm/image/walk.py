@@ -19,6 +19,7 @@ from hwdbm.vtcr import Vtcr
 
 _BATCH = 1 << 20  # bytes of tables looked at together, so that they stay in the cache
 _SPARE = 1 << 26  # bytes of tables that may be read over again, where an image is small
+_AGAIN = 4  # times that each table of a full image may be read
 _BELOW_SH = (1 << 50) - 1
 
 
@@ -104,8 +105,8 @@ class _Walk:
         self.granule = vtcr.granule
         self.block_levels = self.granule.block_levels(large=large_blocks)
         self.planned = 0  # tables visited, and to be visited
-        self.limit = 4 * memory.capacity + (_SPARE >> self.granule.page_shift)
-        self.above = np.empty(0, dtype=np.uint64)  # the tables of the levels so far, sorted
+        self.limit = _AGAIN * memory.capacity + (_SPARE >> self.granule.page_shift)
+        self.above = np.array([], dtype=np.uint64)  # the tables of the levels so far, sorted
 
     def batches(self) -> Iterator[Batch]:
         frontier = self._start()
@@ -144,18 +145,18 @@ class _Walk:
         return _Frontier(pa, ipa, where)
 
     def _read(self, frontier: _Frontier, level: int) -> Iterator[Batch]:
-        step = max(1, _BATCH >> self.granule.page_shift)
+        step = _BATCH >> self.granule.page_shift
         out = np.empty((min(step, frontier.pa.size), self.granule.entries), dtype=np.uint64)
         for start in range(0, frontier.pa.size, step):
             part = slice(start, start + step)
             pa = frontier.pa[part]
             entries = self.memory.read(frontier.where[part], out)
             if level == self.vtcr.start_level and self.vtcr.root_entries < self.granule.entries:
-                first = (self.root - int(pa[0])) // 8
+                first = (self.root - pa.item()) // 8
                 pa = np.array([self.root], dtype=np.uint64)
                 few = entries[:, first : first + self.vtcr.root_entries]
                 entries = np.zeros_like(entries)
-                entries[:, : few.shape[1]] = few
+                entries[:, : self.vtcr.root_entries] = few
             yield Batch(level, pa, frontier.ipa[part], entries)
 
     # --- checking -----------------------------------------------------------------------------

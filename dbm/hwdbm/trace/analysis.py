@@ -15,6 +15,7 @@ from hwdbm import check
 from hwdbm.bitmap import word_count
 from hwdbm.memslot import Memslot
 from hwdbm.trace.group import Words
+from hwdbm.trace.metadata import SECOND
 
 _PART = 1 << 17  # words of a part: those of a chunk, and whole pages of each size
 _BAND = 1 << 22  # words that are looked at together: 32 MiB
@@ -326,7 +327,7 @@ class _Tally:
 
     def result(self) -> Analysis:
         """Return what was counted."""
-        seconds = self._times / 1e9
+        seconds = self._times / SECOND
         periods = []
         for level, windows in enumerate(self._windows):
             if windows.size:
@@ -350,7 +351,7 @@ class _Tally:
                 Amount(factor * page, int(pages), int(parts) * page)
                 for factor, (pages, parts) in zip(self._factors, self._coarse, strict=True)
             ),
-            map=self._map / np.maximum(room, 1),
+            map=self._map / room,
             map_times=seconds[tall],
             zeros=self._zeros,
             initial_zeros=None if initial is None else int(np.bitwise_count(initial).sum(dtype=np.int64)),

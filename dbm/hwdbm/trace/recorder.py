@@ -21,13 +21,17 @@ from hwdbm.files import open_regular
 from hwdbm.memslot import Memslot, slot_name
 from hwdbm.trace.content import compare
 from hwdbm.trace.group import Trace, Words, Writer, open_trace
+from hwdbm.trace.metadata import SECOND
 from hwdbm.vm import Client, MemoryMap, Pages, Source, client_of
 from hwdbm.vm.source import mechanism_of, roll_back
 
 _WINDOW = 1 << 16  # pages whose numbers are listed together
 _LOOK = 1 << 20  # bytes of pages that are looked at together
 _PART = 4 << 20  # bytes of a RAM file that are compared together
+_GLANCE = (0, 256, -1)  # words of a page that are looked at first
 _MOST_TIME = (1 << 63) - 1
+_SHORTEST, _LONGEST = 1e-6, 1e9  # seconds
+_FAR = 1 << 62  # beyond any file
 _SOON = 1e-3  # seconds: a last interval of less isn't begun
 _TIME = re.compile(r"(\d{1,18})(ns|us|ms|s)(?![0-9A-Za-z])")
 _UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -152,8 +156,8 @@ class _Ticks:
     def __init__(
         self, interval: float, duration: float | None, cancel: threading.Event | None, tell: Tell | None
     ) -> None:
-        self.interval = check.real(interval, "interval", 1e-6, 1e9)
-        self._duration = None if duration is None else check.real(duration, "duration", 1e-6, 1e9)
+        self.interval = check.real(interval, "interval", _SHORTEST, _LONGEST)
+        self._duration = None if duration is None else check.real(duration, "duration", _SHORTEST, _LONGEST)
         if cancel is not None:
             check.instance(cancel, threading.Event, "cancel")
         elif duration is None:
@@ -173,17 +177,17 @@ class _Ticks:
     def __iter__(self) -> Iterator[None]:
         due, last = 0.0, False
         while not last:
-            due = max(due + self.interval, self.now() / 1e9)
+            due = max(due + self.interval, self.now() / SECOND)
             if self._duration is not None and due >= self._duration - _SOON:
-                due, last = max(self._duration, self.now() / 1e9), True
-            if self._cancel.wait(max(due - self.now() / 1e9, 0)):
+                due, last = max(self._duration, self.now() / SECOND), True
+            if self._cancel.wait(due - self.now() / SECOND):
                 last = True
             yield
 
     def tell(self, intervals: int, ended: int, words: Words) -> None:
         """Say that there is one more."""
         if self._tell is not None:
-            self._tell(intervals, ended / 1e9, int(np.bitwise_count(words).sum(dtype=np.int64)))
+            self._tell(intervals, ended / SECOND, int(np.bitwise_count(words).sum(dtype=np.int64)))
 
 
 # --- pages of zeros ----------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def zero_pages(memory: NDArray[np.uint8], words: Words, page_size: int) -> Words
             continue
         count = min(_WINDOW, len(rows) - first)
         pages = DirtyBitmap.from_words(words[part].copy(), count).pages() + first
-        for column in (0, page_size // 16, -1):
+        for column in _GLANCE:
             pages = pages[rows[pages, column] == 0]
         some = _LOOK // page_size
         zero = [each[~rows[each].any(axis=1)] for each in np.split(pages, range(some, pages.size, some))]
@@ -360,7 +364,7 @@ def _next_data(fd: int, start: int) -> int:
     try:
         return os.lseek(fd, start, os.SEEK_DATA)
     except OSError as error:  # a file system that can't tell has data everywhere
-        return start if error.errno == EINVAL else 1 << 62
+        return start if error.errno == EINVAL else _FAR
 
 
 # --- bitmaps -----------------------------------------------------------------------------------------------
@@ -406,13 +410,13 @@ def from_bitmaps(
     ValueError
         If the interval isn't above 0.
     """
-    folder, seconds = check.path(folder, "folder"), check.real(interval, "interval", 1e-6, 1e9)
+    folder, seconds = check.path(folder, "folder"), check.real(interval, "interval", _SHORTEST, _LONGEST)
     files = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     if not files:
         raise OSError(ENOENT, "there are no bitmaps", str(folder))
     named = [_time_of(each.name) for each in files]
     by_name = all(each is not None for each in named)
-    times = [each or 0 for each in named] if by_name else [round(seconds * 1e9 * (i + 1)) for i in range(len(files))]
+    times = [each or 0 for each in named] if by_name else [round(seconds * SECOND * (i + 1)) for i in range(len(files))]
     order = sorted(range(len(files)), key=times.__getitem__)
     if slots is None:
         slots = [Memslot(0, 0, 0, max(files[0].stat().st_size // 8, 1) * 64, 0)]
