@@ -23,6 +23,8 @@ from hwdbm.errors import ImageError
 from hwdbm.granule import Granule
 from hwdbm.image import Image, Slot, open_image
 from hwdbm.image.raw import RawTables
+from hwdbm.image.slots import check_page_size, check_slots
+from hwdbm.stage2 import Stage2
 
 CAPTURES = Path(__file__).parents[1] / "data" / "captures"
 CAPTURE = CAPTURES / "4k_ipa40" / "round1.npz"
@@ -184,7 +186,15 @@ def test_the_same_tables_over_and_over(tmp_path: Path) -> None:
             tables.put(at + 8 * i, tables.get(at))
     image = opened(tables, tmp_path)
     start = time.perf_counter()
-    with pytest.raises(ImageError, match=r"again and again.*4 tables"):
+    # By the last entry of the first batch of a MiB, of 256 times the same table of level 1.
+    at, ipa = table_entry(tables, 1, 0) + 8 * 511, 255 << 39 | 511 << 30
+    planned = 1 + 512 + 256 * 512
+    where = (
+        f"level-1 entry at {at:#018x}, for IPA {ipa:#018x}, .*: by here the tables lead to {planned} others, and to "
+    )
+    with pytest.raises(
+        ImageError, match=f"{where}the same ones again and again: there is room for 4 in the .* 4 tables"
+    ):
         image.dirty(0)
     assert time.perf_counter() - start < 5
 
@@ -226,6 +236,18 @@ def test_root_outside_of_the_image() -> None:
         image.dirty(0)
 
 
+def test_which_table_of_the_start_level_is_outside_of_the_image(tmp_path: Path) -> None:
+    g = Geometry(12, 1, 41)
+    (tmp_path / "ram.img").write_bytes(bytes(3 * 4096))
+    how = {"ram_base": 0x4000_0000, "vttbr": g.vttbr(0x4000_0000), "vtcr": g.vtcr}
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / "ram.img", **how).read()
+    assert str(caught.value) == (
+        "VTTBR_EL2.BADDR = 0x0000000040000000: table 4 of the 4 of level 1, at 0x0000000040003000, is not in the "
+        "image's 0x0000000040000000..0x0000000040002fff"
+    )
+
+
 # --- slots ------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +277,54 @@ def test_slots_against_each_other(slots: list[tuple[int, int, int]], why: str) -
 def test_slot(slot: tuple[int, int, int], why: str) -> None:
     with pytest.raises(ImageError, match=why):
         Slot(*slot)
+
+
+def test_slots_that_just_fit() -> None:
+    """One after the other, to the end of the addresses that there are."""
+    top = (1 << 64) - 4096
+    slots = check_slots([Slot(9, 4096, 4096), Slot(3, 0, 4096), Slot((1 << 64) - 1, top, 4096)], 64)
+    assert [slot.id for slot in slots] == [3, 9, (1 << 64) - 1]
+    assert slots[2].end == 1 << 64
+    for number, gpa, size, why in (
+        (1 << 64, 0, 4096, "a slot's id is 0 to 0xffffffffffffffff, not 0x10000000000000000"),
+        (0, top, 8192, "slot 0: gpa 0xfffffffffffff000 and size 0x2000 reach beyond 64 bits"),
+        (5, 0, 0, "slot 5: size 0x0 isn't a multiple of 4 KiB, or isn't more than 0"),
+    ):
+        with pytest.raises(ImageError, match=f"^{why}$"):
+            Slot(number, gpa, size)
+    assert check_slots([Slot(0, (1 << 40) - 4096, 4096)], 40)
+    for bad, why in (
+        (
+            [Slot(4, 0x2000, 0x3000), Slot(6, 0, 0x2000), Slot(5, 0x4000, 0x1000)],
+            (
+                "slot 4 (0x0000000000002000..0x0000000000004fff) and "
+                "slot 5 (0x0000000000004000..0x0000000000004fff) overlap"
+            ),
+        ),
+        (
+            [Slot(0, 0x2000, 0x1000), Slot(1, 0x3000, 1 << 40)],
+            "slot 1 (0x0000000000003000..0x0000010000002fff) reaches beyond the 40 bits of the IPA space",
+        ),
+    ):
+        with pytest.raises(ImageError, match=f"^{re.escape(why)}$"):
+            check_slots(bad, 40)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "asked", "best"),
+    [(0x3000, 0x2000, 8192, "4K"), (0x4000, 0x6000, 16384, "8K"), (1 << 21, 3 << 20, 1 << 21, "1024K")],
+)
+def test_the_largest_page_that_a_slot_is_made_of(gpa: int, size: int, asked: int, best: str) -> None:
+    slot = Slot(2, gpa, size)
+    why = f"slot 2 ({gpa:#018x}, {size:#x} bytes) isn't made of whole pages of {asked >> 10}K: "
+    why += f"choose a page size of {best}"
+    with pytest.raises(ImageError, match=f"^{re.escape(why)} or less$"):
+        check_page_size(slot, Granule.K4, asked)
+    assert check_page_size(slot, Granule.K64, int(best[:-1]) << 10) == int(best[:-1]) << 10
+    assert check_page_size(slot, Granule.K4, None) == 4096
+    for wrong in (2048, 4097, 12288):
+        with pytest.raises(ImageError, match=f"a page is a power of two of 4 KiB or more, not {wrong:#x} bytes"):
+            check_page_size(slot, Granule.K4, wrong)
 
 
 def test_no_such_slot() -> None:
@@ -498,6 +568,56 @@ def test_a_root_with_nothing_above_the_slots(tables: Tables, tmp_path: Path) -> 
         image.read()
 
 
+def test_a_root_is_looked_at_where_the_slots_are(tmp_path: Path) -> None:
+    """From the GiB of a slot's first page to that of its last."""
+    tables = Tables(Geometry(12, 1, 40, 40), junk=False)
+    tables.leaf(5 << 30, 3, 1 << 51)
+    for gfn, npages, there in (
+        (5 << 18, 1, True), (6 << 18, 1, False), ((5 << 18) - 1, 1, False), ((5 << 18) - 1, 2, True),
+        ((6 << 18) - 1, 1, True), ((4 << 18), 1 << 18, False), ((4 << 18), (1 << 18) + 1, True),
+    ):  # fmt: skip
+        image = opened(tables, tmp_path, [(3, gfn, npages)])
+        with contextlib.nullcontext() if there else pytest.raises(ImageError, match="no valid descriptor for slot 3"):
+            image.read()
+
+
+def test_a_bitmap_is_of_the_slots_pages(tables: Tables, tmp_path: Path) -> None:
+    image = opened(tables, tmp_path)
+    with pytest.raises(ImageError, match=r"^the slot has 64 pages, and the leaves 65$"):
+        image.bitmap(image.slots[0], Stage2(65), "dbm", 4096)
+
+
+def test_levels_that_a_capture_says_are_those_of_the_walk(tmp_path: Path) -> None:
+    """As bytes, of which that before level 0 is 255; of tables in any order."""
+    g = Geometry(12, -1, 52, 52, ds=True)
+    tables = Tables(g)
+    tables.leaf(IPA, 3, 1 << 51 | 1 << 7)
+    arrays = tables.arrays([(0, 0x80600, 64)])
+    at = {tables.root >> 12 << 12: 255}
+    for level in range(4):
+        at[tables.entry(IPA, level) >> 12 << 12] = level
+    arrays["table_level"] = np.array([at[int(pa)] for pa in arrays["table_pa"]], dtype=np.uint8)
+    np.savez(tmp_path / "image.npz", **arrays)
+    assert open_image(tmp_path / "image.npz").dirty(0).pages().tolist() == [3]
+    arrays["table_level"][-1] ^= 1
+    last, level = int(arrays["table_pa"][-1]), at[int(arrays["table_pa"][-1])]
+    np.savez(tmp_path / "image.npz", **arrays)
+    with pytest.raises(
+        ImageError, match=f"table {last:#018x} is found at level {level}, and 'table_level' says {level ^ 1}"
+    ):
+        open_image(tmp_path / "image.npz").dirty(0)
+
+
+def test_an_array_with_a_header_of_another_version(tmp_path: Path) -> None:
+    path = change(tmp_path, lambda arrays: arrays.pop("regs"))
+    out = io.BytesIO()
+    with np.load(CAPTURE) as arrays:
+        np.lib.format.write_array(out, arrays["regs"], version=(2, 0))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("regs.npy", out.getvalue())
+    assert open_image(path).registers == open_image(CAPTURE).registers
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     import os
 
@@ -508,12 +628,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ram_base", -1), ("ram_base", 1 << 64), ("ram_base", 1 << 52), ("vttbr", 1 << 64), ("vtcr", -1)],
+    [("ram_base", -1), ("ram_base", 1 << 52), ("vttbr", -1), ("vttbr", 1 << 64), ("vtcr", -1), ("vtcr", 1 << 64)],
 )
 def test_numbers_that_are_too_large(tmp_path: Path, name: str, value: int) -> None:
     (tmp_path / "ram.img").write_bytes(bytes(8192))
     how = {"ram_base": 0, "vttbr": 0, "vtcr": G.vtcr} | {name: value}
-    with pytest.raises(ImageError, match=" is 0 to 0x"):
+    most = (1 << (52 if name == "ram_base" else 64)) - 1
+    with pytest.raises(ImageError, match=f" is 0 to {most:#x}, not {value if value < 0 else hex(value)}$"):
         open_image(tmp_path / "ram.img", **how)
 
 
@@ -566,6 +687,18 @@ def test_raw_image_of_no_table(tmp_path: Path) -> None:
         path.write_bytes(bytes(size))
         with pytest.raises(ImageError, match=f"has {size} bytes: not one 4K table"):
             open_image(path, ram_base=0, vttbr=0, vtcr=G.vtcr)
+
+
+def test_a_raw_image_may_end_where_addresses_do(tmp_path: Path) -> None:
+    path, top = tmp_path / "ram.img", (1 << 64) - 8192
+    path.write_bytes(bytes(4096) + b"\1" * 4096)
+    tables = RawTables(path, top, Granule.K4)
+    assert tables.extent == "the image's 0xffffffffffffe000..0xffffffffffffffff"
+    assert tables.find(np.array([top - 4096, top, top + 4096, 0], np.uint64)).tolist() == [-1, 0, 1, -1]
+    with pytest.raises(ImageError, match=f"has 8192 bytes, which reach beyond 2\\^64 from {top + 4096:#x} on"):
+        RawTables(path, top + 4096, Granule.K4)
+    with pytest.raises(ImageError, match=r"^the RAM's base is 0 to 0xffffffffffffffff, not 0x10000000000000000$"):
+        RawTables(path, 1 << 64, Granule.K4)
 
 
 def test_raw_image_that_ends_before_its_first_granule(tmp_path: Path) -> None:

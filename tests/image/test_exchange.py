@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hwdbm import DirtyBitmap
 from hwdbm.errors import BitmapError, ImageError
+from hwdbm.image import compare, exchange
 from hwdbm.image.compare import differing
 from hwdbm.image.exchange import from_pagemap, from_ranges, to_pagemap, to_ranges
 
@@ -98,8 +99,64 @@ def test_other_memory_of_the_process_is_passed_over():
     assert from_pagemap(raw, 2, BASE, 1 << 20, 4096).pages().tolist() == [0, 1]  # larger pages than the image's
 
 
+@pytest.mark.parametrize("most", [1, 3, 64])
+def test_entries_of_no_more_pages_than_crius_can_have(most, monkeypatch):
+    """A longer run is several of them, and the same when it is read."""
+    bitmap = DirtyBitmap.from_ranges([[5, most], [100, 65]], 170)
+    long = to_pagemap(bitmap, BASE, 4096)
+    monkeypatch.setattr(exchange, "_MOST_PAGES", most)
+    raw = to_pagemap(bitmap, BASE, 4096)
+    assert from_pagemap(raw, 170, BASE, 4096) == bitmap == from_pagemap(long, 170, BASE, 4096)
+    found = [fields for _, fields in exchange._messages(raw, 8)][1:]
+    at = 0
+    for fields in found:  # one after the other, from the first page to the last
+        assert fields[1] == BASE + at * 4096
+        assert 0 < fields[2] <= most
+        assert fields.keys() == ({1, 2, 4} if fields[4] == 4 else {1, 2, 3, 4})
+        at += fields[2]
+    assert at == 170
+
+
+def test_memory_that_ends_where_addresses_do():
+    """The last byte of 2^64 may be written; what begins or ends beyond is in no form."""
+    last, page = (1 << 64) - 3 * 4096, 4096
+    bitmap = DirtyBitmap.from_pages([0, 2], 3)
+    assert from_ranges(to_ranges(bitmap, last, page), 3, last, page) == bitmap
+    assert from_pagemap(to_pagemap(bitmap, last, page), 3, last, page) == bitmap
+    assert from_ranges(struct.pack("<QQ", (1 << 64) - 1, 1), 3, last, page).pages().tolist() == [2]
+    assert not from_ranges(struct.pack("<QQ", last, 0), 3, last, page).any()
+    with pytest.raises(BitmapError, match=f"4 pages of 4096 from {last:#x} don't fit into 64 bits"):
+        from_ranges(b"", 4, last, page)
+    with pytest.raises(BitmapError, match="64 bits"):
+        to_pagemap(DirtyBitmap.from_pages([3], 4), last, page)
+    raw = to_pagemap(bitmap, last, page)
+    with pytest.raises(BitmapError, match=f"the entry at byte {len(raw) - 19} of a pagemap image ends beyond 64 bits"):
+        from_pagemap(raw, 3, last, page, pages_of=4097)
+
+
+def test_which_range_is_not_inside():
+    """The first of those that aren't, in full."""
+    rows = struct.pack("<QQQQQQ", BASE, 4096, BASE + 0x2001, 0x1000, BASE - 1, 1)
+    with pytest.raises(BitmapError) as caught:
+        from_ranges(rows, 3, BASE, 4096)
+    assert str(caught.value) == (
+        "the range of 0x1000 bytes at 0x0000000040002001 isn't inside of 0x0000000040000000..0x0000000040002fff"
+    )
+
+
+def test_a_number_of_more_than_ten_bytes_does_not_end():
+    """Ten are enough for 64 bits; 2^64 and more is none."""
+    for number, why in ((b"\x80" * 9 + b"\x01", "no address"), (b"\x80" * 10 + b"\0", "doesn't end"),
+                        (b"\x80" * 9 + b"\x02", "doesn't end"), (b"\xff" * 9 + b"\x01", "no address")):  # fmt: skip
+        body = b"\x08" + number
+        with pytest.raises(BitmapError, match=rf"at byte {len(GOLDEN)} of a pagemap image has .*{why}"):
+            from_pagemap(GOLDEN + struct.pack("<I", len(body)) + body, 8, BASE, 4096)
+
+
+@pytest.mark.parametrize("step", [1, 4096, 3 * 4096, 32 << 20])
 @pytest.mark.parametrize("shift", [0, 1, 4])
-def test_memories_that_differ(shift):
+def test_memories_that_differ(shift, step, monkeypatch):
+    monkeypatch.setattr(compare, "_STEP", step)
     rng = np.random.default_rng(2)
     raw = rng.integers(0, 256, 70 * 4096 + 8, dtype=np.uint8)
     one, two = raw[shift : shift + 70 * 4096], raw[shift : shift + 70 * 4096].copy()

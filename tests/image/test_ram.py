@@ -18,8 +18,9 @@ from synthetic import Geometry, Tables
 
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.errors import ImageError
+from hwdbm.granule import Granule
 from hwdbm.image import Slot, open_image
-from hwdbm.image.ram import kind_of_ram, open_ram
+from hwdbm.image.ram import RamTables, _placed, extents_of, kind_of_ram, open_ram
 from hwdbm.pte import DBM, S2AP_W
 
 MIB = 1 << 20
@@ -37,7 +38,9 @@ def pascal(text: bytes) -> bytes:
     return bytes([len(text)]) + text
 
 
-def mapped_ram(blocks, *, page=4096, dirt=b"", capabilities=(b"mapped-ram",), version=1, tail=b"\x10") -> bytes:
+def mapped_ram(
+    blocks, *, page=4096, dirt=b"", capabilities=(b"mapped-ram",), version=1, tail=b"\x10", uuid=b""
+) -> bytes:
     """Return a migration file: blocks of (name, memory), pages of zeros left out, what lies there `dirt`."""
     out = bytearray(b"QEVM" + struct.pack(">I", 3))
     out += b"\x07" + struct.pack(">I", 4) + b"virt"
@@ -45,6 +48,8 @@ def mapped_ram(blocks, *, page=4096, dirt=b"", capabilities=(b"mapped-ram",), ve
     for each in capabilities:
         out += pascal(each)
     out += b"\x05" + pascal(b"configuration/target-page-bits") + struct.pack(">II", 1, 12)
+    if uuid:
+        out += b"\x05" + pascal(b"configuration/uuid") + struct.pack(">I", 1) + uuid
     out += b"\x01" + struct.pack(">I", 2) + pascal(b"ram") + struct.pack(">II", 0, 4)
     out += struct.pack(">Q", sum(len(memory) for _, memory in blocks) | 4)
     for name, memory in blocks:
@@ -85,6 +90,24 @@ def test_mapped_ram_is_read(tmp_path, npages):
     with pytest.raises(ValueError, match="read-only"):
         part[0] = 1
     assert path.read_bytes() == mapped_ram([(b"mach-virt.ram", memory), (b"virt.flash0", rom)], dirt=b"stale")
+
+
+@pytest.mark.parametrize("page", [512, 1024, 2048, 3 << 10, 65536, 1 << 20, 1 << 21])
+def test_mapped_ram_of_other_page_sizes(page, tmp_path):
+    """Those that targets of QEMU have; of a VM with an identity."""
+    memory = (noise(page) + bytes(page) + noise(page)) * max(4096 // page, 1)
+    size = len(memory)
+    path = tmp_path / "vm"
+    path.write_bytes(mapped_ram([(b"pc.ram", memory)], page=page, uuid=bytes(range(16)), dirt=b"old"))
+    if page in (1024, 2048, 65536, 1 << 20):
+        (extent,) = extents_of(path)
+        assert (extent.name, extent.gpa, extent.page_size, extent.size) == ("pc.ram", None, page, size)
+        assert extent.data.tobytes() == memory
+        (placed,) = _placed(path, [extent], 0x5000, None)
+        assert (placed.name, placed.gpa, placed.page_size) == ("pc.ram", 0x5000, page)
+    else:
+        with pytest.raises(ImageError, match=f"its block 'pc.ram' has {size:#x} bytes in pages of {page:#x}"):
+            extents_of(path)
 
 
 def test_a_golden_file(tmp_path):
@@ -219,6 +242,65 @@ def test_a_core_is_read(tmp_path):
     assert joined[Slot(0, 0x1000, 5 * 4096)].tobytes() == low + high
     (tmp_path / "core").write_bytes(core([(0x1000, low)], whole=4 * 4096))
     assert open_ram(tmp_path / "core")[Slot(0, 0x1000, 4 * 4096)].tobytes() == low + bytes(4096)
+
+
+@pytest.mark.parametrize("gpa", [0, 1 << 40, (1 << 52) - 8192])
+def test_a_core_at_either_end_of_memory(gpa, tmp_path):
+    """From address 0, and to the last byte below 2^52; with tables in it."""
+    memory = noise(8192)
+    (tmp_path / "core").write_bytes(core([(gpa, memory[:4096]), (gpa + 4096, memory[4096:])]))
+    assert list(open_ram(tmp_path / "core")) == [Slot(0, gpa, 4096), Slot(1, gpa + 4096, 4096)]
+    slot = Slot(3, gpa, 8192)
+    assert open_ram(tmp_path / "core", slots=[slot])[slot].tobytes() == memory
+    top = Slot(1 << 40, (1 << 64) - 4096, 4096)
+    with pytest.raises(ImageError, match=f"no memory at {(1 << 64) - 4096:#018x}, which is in slot {1 << 40}"):
+        open_ram(tmp_path / "core", slots=[top])
+
+
+@pytest.mark.parametrize("granule", Granule)
+def test_which_tables_are_in_the_parts_of_a_core(granule, tmp_path):
+    """Those wholly in one part, numbered one part after the other."""
+    size = granule.page_size
+    parts = [(0, 1, 0), (4 * size + 4096, 3 * size - 4096, 0), (9 * size - 4096, size, 0), (16 * size, 2 * size, 0)]
+    parts = [(gpa, max(-(-nbytes // 4096) * 4096, 4096)) for gpa, nbytes, _ in parts]
+    data = [noise(nbytes) for _, nbytes in parts]
+    (tmp_path / "core").write_bytes(core([(gpa, each) for (gpa, _), each in zip(parts, data, strict=True)]))
+    tables = RamTables(tmp_path / "core", granule)
+    whole = [
+        (at, each[at - gpa : at - gpa + size])
+        for (gpa, nbytes), each in zip(parts, data, strict=True)
+        for at in range(-(-gpa // size) * size, gpa + nbytes - size + 1, size)
+    ]
+    assert tables.capacity == len(whole)
+    asked = np.array([*(at for at, _ in whole), *(at + size for at, _ in whole), 1 << 51], dtype=np.uint64)
+    there = {at: number for number, (at, _) in enumerate(whole)}
+    assert tables.find(asked).tolist() == [there.get(int(at), -1) for at in asked]
+    order = np.random.default_rng(1).permutation(len(whole))
+    rows = tables.read(order, np.empty((len(whole) + 2, granule.entries), dtype=np.uint64))
+    assert [row.tobytes() for row in rows] == [whole[number][1] for number in order]
+    first, last = whole[0][0], whole[-1][0] + size - 1
+    of = {at // size // 4 for at, _ in whole}
+    assert tables.extent == f"the image's {first:#018x}..{last:#018x} (in {len(of)} parts)"
+
+
+def test_a_core_of_no_table(tmp_path):
+    (tmp_path / "core").write_bytes(core([(4096, noise(8192))]))
+    with pytest.raises(ImageError, match="not one 16K table fits in"):
+        RamTables(tmp_path / "core", Granule.K16)
+    assert RamTables(tmp_path / "core", Granule.K4).extent == "the image's 0x0000000000001000..0x0000000000002fff"
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0x9000), (0x8000_0000, 0x4000_0000)])
+def test_slots_lie_in_raw_ram_one_after_another(first, second, tmp_path):
+    """By their addresses, whatever their ids; and fill it."""
+    memory = noise(5 * 4096)
+    (tmp_path / "ram").write_bytes(memory)
+    low, high = Slot(7, min(first, second), 2 * 4096), Slot(2, max(first, second), 3 * 4096)
+    found = open_ram(tmp_path / "ram", slots=[high, low])
+    assert {slot: part.tobytes() for slot, part in found.items()} == {low: memory[:8192], high: memory[8192:]}
+    for size in (4 * 4096, 6 * 4096):
+        with pytest.raises(ImageError, match=f"has {5 * 4096} bytes, and its slots {size}: they lie in it"):
+            open_ram(tmp_path / "ram", slots=[Slot(0, 0, size)])
 
 
 @pytest.mark.parametrize(

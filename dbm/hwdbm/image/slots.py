@@ -93,7 +93,7 @@ def check_slots(slots: Iterable[Slot], ipa_bits: int) -> tuple[Slot, ...]:
                 f"slot {one.id} ({one.gpa:#018x}..{one.end - 1:#018x}) and slot {next_one.id} "
                 f"({next_one.gpa:#018x}..{next_one.end - 1:#018x}) overlap"
             )
-    for slot in by_gpa[-1:]:
+    for slot in by_gpa:
         if slot.end > 1 << ipa_bits:
             raise ImageError(
                 f"slot {slot.id} ({slot.gpa:#018x}..{slot.end - 1:#018x}) reaches beyond the "
