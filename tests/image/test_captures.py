@@ -48,7 +48,7 @@ def test_a_contiguous_run_is_widened(granule: Granule, entries: int) -> None:
     s2 = Stage2(3 * entries, entries // 2, granule)
     s2.map(s2.base_gfn, s2.npages, pfn=s2.base_gfn, dbm=True)
     s2.level(3)[: entries // 2 + entries] |= np.uint64(pte.CONTIGUOUS)
-    bitmap = DirtyBitmap.from_pages([0, entries, 2 * entries], s2.npages)
+    bitmap = DirtyBitmap.from_pages([1, entries, 2 * entries], s2.npages)
     widen(bitmap, s2)
     assert bitmap.ranges().tolist() == [[0, entries // 2 + entries], [2 * entries, 1]]
     blocks = Stage2(granule.pages_per_entry(2) * 64, 0, granule)

@@ -139,6 +139,19 @@ def test_level_0_block(tmp_path: Path, junk: bool) -> None:
     assert image.dirty(0).ranges().tolist() == [[5, 1 << 27]]
 
 
+@pytest.mark.parametrize("dirty", [0, 7, 15])
+def test_a_run_of_blocks_around_a_slot(dirty: int, tmp_path: Path) -> None:
+    """One of its blocks is dirty, perhaps outside of the slot: all pages of the slot are that are in the run."""
+    tables = Tables(Geometry(12, 1, 40), junk=False)
+    for at in range(32):
+        tables.leaf((32 + at) << 21, 2, 1 << 52 | 1 << 51 | (1 << 7 if at == dirty else 0), pa=at << 21)
+    slots = [(0, (32 + 3 << 9) + 5, 1024), (1, (32 + 14 << 9) + 9, 1024), (2, 32 + 17 << 9, 512), (3, 31 << 9, 512)]
+    np.savez(tmp_path / "capture.npz", **tables.arrays(slots))
+    image = open_image(tmp_path / "capture.npz")
+    found = [image.dirty(number).ranges().tolist() for number, _, _ in slots]
+    assert found == [[[0, 1024]], [[0, 1024 - 9]], [], []]
+
+
 def test_tables_of_start_level_are_what_the_levels_above_point_to(tmp_path: Path) -> None:
     g = Geometry(14, 2, 40)
     tables = Tables(g, junk=False)

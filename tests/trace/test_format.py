@@ -575,8 +575,13 @@ def test_attributes_that_no_trace_has_are_refused(small, values, text):
         ("words", {"codecs": [{"name": "bytes"}]}, "codecs"),
         ("words", {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "zstd"}]}, "codecs"),
         ("words", {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip"}]}, "codecs"),
+        ("words", {"codecs": [{"name": []}, {"name": "zstd"}]}, "codecs"),
+        ("words", {"codecs": [7, "zstd"]}, "codecs"),
         ("words", {"storage_transformers": [{"name": "x"}]}, "transforms"),
         ("words", {"chunk_key_encoding": {"name": "v2"}}, "files c/0"),
+        ("words", {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}}, "files c/0"),
+        ("words", {"chunk_key_encoding": {"name": "default", "configuration": [1]}}, "files c/0"),
+        ("words", {"chunk_key_encoding": 3}, "files c/0"),
         ("words", {"zarr_format": 2}, "no Zarr array of version 3"),
         ("words", {"node_type": "group"}, "no Zarr array"),
     ],
@@ -602,6 +607,12 @@ def test_what_is_read_at_the_edge_of_what_a_trace_may_say(small):
         with pytest.raises(TraceError) as caught:
             open_trace(small).words(0, 1)
         assert (text in str(caught.value)) == (chunk[0] > 1 << 20)
+
+
+@pytest.mark.parametrize("encoding", [{"name": "default"}, {"name": "default", "configuration": {}}])
+def test_chunks_lie_in_folders_where_nothing_else_is_said(encoding, small):
+    change(small / "words" / "zarr.json", chunk_key_encoding=encoding)
+    assert open_trace(small).intervals == 3
 
 
 @pytest.mark.parametrize("where", range(3))

@@ -28,7 +28,7 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, ImageError
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
-from hwdbm.image.memory import Array, gather
+from hwdbm.image.memory import NOWHERE, Array, gather
 from hwdbm.image.slots import SLOT_UNIT, Slot
 from hwdbm.image.walk import Batch
 
@@ -269,9 +269,9 @@ class CapturedTables:
     def find(self, pa: Array) -> NDArray[np.intp]:
         """Return the row of each table, -1 where there is none."""
         if not self._pa.size:
-            return np.full(pa.size, -1, dtype=np.intp)
+            return np.full(pa.size, NOWHERE, dtype=np.intp)
         nearest = np.minimum(np.searchsorted(self._pa, pa), self._pa.size - 1)
-        return np.where(self._pa[nearest] == pa, self._row[nearest], -1)
+        return np.where(self._pa[nearest] == pa, self._row[nearest], NOWHERE)
 
     def read(self, where: NDArray[np.intp], out: Array) -> Array:
         """Return the rows `where`."""

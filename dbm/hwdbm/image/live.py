@@ -26,7 +26,7 @@ from hwdbm.check import path as check_path
 from hwdbm.errors import GfnError, ImageError
 from hwdbm.files import open_regular
 from hwdbm.granule import LEAF_LEVELS, Granule
-from hwdbm.image.memory import Array
+from hwdbm.image.memory import NOWHERE, Array
 from hwdbm.image.raw import HEAD, check_raw
 from hwdbm.image.registers import Registers
 from hwdbm.image.walk import Batch, table_address, walk
@@ -40,7 +40,6 @@ Spans = NDArray[np.int64]
 
 _ABOVE_1 = (-1, 0)  # start levels
 _ALL = (1 << 64) - 1
-_NOWHERE = -1  # the number of what isn't in the RAM
 
 
 class NoTablesError(ImageError):
@@ -83,7 +82,7 @@ class LiveTables:
     def find(self, pa: Array) -> NDArray[np.intp]:
         """Return the number of each table, -1 where it isn't wholly inside."""
         row = (pa - np.uint64(self._first)) >> np.uint64(self._shift)
-        return np.where(row < len(self._rows), row.astype(np.intp), _NOWHERE)
+        return np.where(row < len(self._rows), row.astype(np.intp), NOWHERE)
 
     def read(self, where: NDArray[np.intp], out: Array) -> Array:
         """Return a copy of the tables `where`: what is checked is what is used."""
@@ -323,14 +322,14 @@ class _LiveLeaves(Leaves):
         return (pa.astype(np.int64) if isinstance(pa, np.ndarray) else pa) - self._live.ram_base >> 3
 
     def where(self, level: int, index: Index) -> Index:
-        """Return the word of RAM in which each entry of `level` lies, `_NOWHERE` where there is no table."""
+        """Return the word of RAM in which each entry of `level` lies, `NOWHERE` where there is no table."""
         tables = self.tables.get(level)
         if tables is None or not tables.first.size:
-            return np.full(index.size, _NOWHERE, dtype=np.int64)
+            return np.full(index.size, NOWHERE, dtype=np.int64)
         at = np.searchsorted(tables.first, index, side="right") - 1  # before the first one it is the last, too far on
         offset = index - tables.first[at]
         there = (offset >= 0) & (offset < tables.width)
-        return np.where(there, self._word(tables.pa[at]) + offset, _NOWHERE)
+        return np.where(there, self._word(tables.pa[at]) + offset, NOWHERE)
 
     def read(self, level: int, index: Index) -> Array:
         """Return the entries `index` of `level`."""
@@ -338,8 +337,8 @@ class _LiveLeaves(Leaves):
             return np.full(index.size, pte.TABLE, dtype=np.uint64)
         where = self.where(level, index)
         if level == 3:  # a table that isn't linked any more maps nothing
-            where[~pte.table(2)(self.read(2, self.layout.index(2, index)))] = _NOWHERE
-        missing = where == _NOWHERE
+            where[~pte.table(2)(self.read(2, self.layout.index(2, index)))] = NOWHERE
+        missing = where == NOWHERE
         found = np.where(missing, np.uint64(0), self._ram[where])
         if level < 3:
             found[found & pte.VALID == 0] = 0
@@ -475,7 +474,7 @@ class _LiveLeaves(Leaves):
             numbers, place = index[where] - first, self._place(level, lo, hi, first)
             changed += self.kernels.rewrite_at(entries, numbers, update, place, *words, record.notes(level))
         if level == 1 and self.start in _ABOVE_1:
-            rest = index[self.where(1, index) == _NOWHERE]
+            rest = index[self.where(1, index) == NOWHERE]
             above = np.unique(self.layout.index(0, self.layout.span(1, rest)[:, 0]))
             changed += self.update_at(0, above, update, record, lo, hi)
         return changed
@@ -518,7 +517,7 @@ class _LiveLeaves(Leaves):
         """Break the blocks `index` of `level`, and make tables of leaves of the next level, which are clean."""
         if not index.size:
             return
-        if (self.where(level, index) == _NOWHERE).any():
+        if (self.where(level, index) == NOWHERE).any():
             raise ImageError("a level-0 block isn't split in place")
         pages = self.extent(level, index)
         self._whole(_gone, int(pages.min()), int(pages.max()))

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.uint64]
 
+NOWHERE = -1
+"""The number of a table that isn't in a memory."""
+
 
 @runtime_checkable
 class TableMemory(Protocol):

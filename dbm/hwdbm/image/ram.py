@@ -20,7 +20,7 @@ from hwdbm.bitmap import DirtyBitmap, word_count
 from hwdbm.errors import BitmapError, ImageError, printable
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
-from hwdbm.image.memory import Array
+from hwdbm.image.memory import NOWHERE, Array
 from hwdbm.image.raw import HEAD, check_raw
 from hwdbm.image.slots import SLOT_UNIT, Slot, check_slots
 
@@ -412,7 +412,7 @@ class RamTables:
 
     def find(self, pa: Array) -> NDArray[np.intp]:
         """Return the number of each table, -1 where it isn't wholly inside."""
-        found = np.full(pa.shape, -1, dtype=np.intp)
+        found = np.full(pa.shape, NOWHERE, dtype=np.intp)
         for first, rows, start in zip(self._firsts, self._rows, self._starts.tolist(), strict=False):
             row = (pa - np.uint64(first)) >> np.uint64(self._granule.page_shift)
             inside = row < len(rows)

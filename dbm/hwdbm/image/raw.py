@@ -10,7 +10,7 @@ from hwdbm.check import integer
 from hwdbm.errors import ImageError
 from hwdbm.files import open_regular
 from hwdbm.granule import Granule
-from hwdbm.image.memory import Array, gather
+from hwdbm.image.memory import NOWHERE, Array, gather
 
 HEAD = 512
 """Bytes of a file that say what it is."""
@@ -144,7 +144,7 @@ class RawTables:
         """Return the number of each table, -1 where it isn't wholly inside."""
         # What is below the base wraps around to a huge number, and so is outside too.
         row = (pa - np.uint64(self._first)) >> np.uint64(self._granule.page_shift)
-        return np.where(row < len(self._rows), row.astype(np.intp), -1)
+        return np.where(row < len(self._rows), row.astype(np.intp), NOWHERE)
 
     def read(self, where: NDArray[np.intp], out: Array) -> Array:
         """Return the tables `where`."""

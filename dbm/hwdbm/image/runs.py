@@ -74,5 +74,5 @@ def widen(bitmap: DirtyBitmap, stage2: Stage2) -> None:
         size = stage2.granule.contiguous_entries(level) * stage2.granule.pages_per_entry(level)
         of = (leaves.level == level) & (leaves.desc & np.uint64(pte.CONTIGUOUS) != 0)
         for start in (np.unique((pages[of] + stage2.base_gfn) // size) * size - stage2.base_gfn).tolist():
-            stop = min(start + size, stage2.npages)
-            bitmap.set_range(max(start, 0), stop - max(start, 0))
+            first, stop = max(start, 0), min(start + size, stage2.npages)
+            bitmap.set_range(first, stop - first)

@@ -366,10 +366,10 @@ def _coarse(words: Words, bits: NDArray[np.uint8], factor: int) -> tuple[int, Ca
     if factor == 1:
         return int(bits.sum(dtype=np.int64)), lambda _: 0  # no page is a part of one
     if factor >= 64:
-        rest = -bits.shape[1] % (factor // 64)
-        lanes = (np.pad(bits, ((0, 0), (0, rest))) if rest else bits).view(f"u{factor // 64}")
+        rest = -bits.shape[1] % (factor >> 6)
+        lanes = (np.pad(bits, ((0, 0), (0, rest))) if rest else bits).view(f"u{factor >> 6}")
     elif factor >= 8:
-        lanes = words.view(f"u{factor // 8}")
+        lanes = words.view(f"u{factor >> 3}")
     else:  # the lowest bit of each run says whether it has one
         low, shift = words.copy(), 1
         while shift < factor:

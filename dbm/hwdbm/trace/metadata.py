@@ -241,19 +241,21 @@ def read_grid(path: Path, kind: str, dimensions: int) -> Grid:
     return grid
 
 
+# By name the setting that counts, what it is where it isn't given, and what it is to be.
+_SETTINGS = {"bytes": ("endian", None, "little"), "default": ("separator", "/", "/")}
+
+
 def _codec(value: Any) -> str:
     """Return the name of a codec, or of an encoding of keys, that is as a trace has it; empty for another."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
         return ""
-    settings = value.get("configuration") or {}
-    if not isinstance(settings, dict):
+    name, settings = value.get("name"), value.get("configuration") or {}
+    if not isinstance(name, str) or not isinstance(settings, dict):
         return ""
-    wanted = {"bytes": ("endian", "little"), "default": ("separator", "/")}.get(value.get("name", ""))
-    if wanted is not None and settings.get(wanted[0], "/" if wanted[0] == "separator" else None) != wanted[1]:
-        return ""
-    return str(value.get("name"))
+    key, otherwise, wanted = _SETTINGS.get(name, ("", None, None))
+    return name if settings.get(key, otherwise) == wanted else ""
 
 
 class _Json:
