@@ -51,6 +51,7 @@ class Both:
                 assert self.placed.mapped(page, 1) == (page in self.flat.scan(pte.leaf))
         self.placed.verify()
         pages, runs = self.placed.level(3), self.placed._live.table_runs(0, self.flat.npages).tolist()
+        assert not len(self.placed._live.table_runs(1, 1))
         for word, end, page in runs:
             assert (self.live.words[word:end] == pages[page : page + end - word]).all()
         for (word, end, page), (next_word, _, next_page) in pairwise(runs):
@@ -320,14 +321,15 @@ def test_pages_for_tables_that_are_too_few_are_given_back(ends, tmp_path):
 
 @pytest.mark.parametrize("verb", ["map", "map_at"])
 def test_what_is_mapped_where_nothing_was_has_tables(tmp_path, verb):
-    tables = Tables(Geometry(12, 1, 36), junk=False)
-    tables.leaf(5 << 12, 3, 1 << 51 | 1 << 7)
+    """At each level: in a GiB that has some, and in the next, which has none."""
+    tables, gfn = Tables(Geometry(12, 1, 36), junk=False), (1 << 18) - 1024
+    tables.leaf(gfn + 5 << 12, 3, 1 << 51 | 1 << 7)
     pool = [tables.new_table() for _ in range(4)]
-    both = Both(tables, 0, 2048, tmp_path / "ram", tables=pool.pop, free=pool.append, flush=lambda: None)
+    both = Both(tables, gfn, 2048, tmp_path / "ram", tables=pool.pop, free=pool.append, flush=lambda: None)
     for s2 in (both.placed, both.flat):
         for page in (700, 1030, 1031):
             if verb == "map":
-                s2.map(page, 1, 0x50000 + page, dbm=True)
+                s2.map(gfn + page, 1, 0x50000 + page, dbm=True)
             else:
                 s2.map_at(np.array([page]), np.array([0x50000 + page]), dbm=True)
     both.check()
@@ -451,6 +453,20 @@ def test_tables_that_came_are_missed_by_no_verb_until_they_are_known(tmp_path):
     assert not both.placed.harvest().any()
     assert both.placed.leaf_level(517) is None
     assert both.live.words[word] == 0x0008_0000_4000_04C3
+
+
+@pytest.mark.parametrize("g", [Geometry(12, 1, 36), Geometry(12, 2, 33), Geometry(14, 2, 36)], ids=str)
+def test_what_is_not_valid_is_nothing_above_level_3(g, tmp_path):
+    """Whatever its bits are, and those of the entries beside it."""
+    tables, size = Tables(g, seed=3), g.entries
+    for stripe in (1, 3):
+        tables.leaf((4 * size + stripe * size) << g.page, 3, 1 << 51 | 1 << 7)
+    both = Both(tables, 4 * size - 1, 5 * size, tmp_path / "ram")
+    both.check()
+    entries = both.placed.level(2)
+    assert entries.nonzero()[0].tolist() == [2, 4]
+    assert all(int(entries[at]) & pte.TABLE == pte.TABLE for at in (2, 4))
+    assert both.placed.level(3).nonzero()[0].size > 2 * size - 9  # in tables there is what there is
 
 
 def test_the_first_table_that_is_not_known_is_named(tmp_path):
