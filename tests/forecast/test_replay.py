@@ -437,7 +437,9 @@ class Broken(MemoryWrites):
     [
         ([0, 5, 4, 9], "interval 1 of the trace ends at 4 ns, and begins at 5 ns"),
         ([0, 5, 5, 9], "interval 1 of the trace ends at 5 ns, and begins at 5 ns"),
+        ([3, 5, 4, 9, 8], "interval 1 of the trace ends at 4 ns, and begins at 5 ns"),
         ([1, 5, 6, 9], "the trace begins at 1 ns, and not at 0"),
+        ([-1, 5, 6, 9], "the trace begins at -1 ns, and not at 0"),
         ([0], "a trace has an interval or more, and this one has none"),
     ],
 )
@@ -584,11 +586,19 @@ def test_a_trace_that_is_shorter_than_the_first_pass_is_said_to_be(terms: Terms,
     assert ("the rest may be more" in why) == (seconds < 10)
 
 
-@pytest.mark.parametrize("times", [[1, 10**18, 10**18 + 1], [10**18, 10**18 + 1], [1 << 60, (1 << 60) + 5, 1 << 61]])
-def test_an_interval_that_is_nothing_beside_the_trace(times: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("times", "first"),
+    [
+        ([1, 10**18, 10**18 + 1], 2),
+        ([10**18, 10**18 + 1, 10**18 + 2], 1),
+        ([1 << 60, (1 << 60) + 5, 1 << 61], 1),
+    ],
+)
+def test_an_interval_that_is_nothing_beside_the_trace(times: list[int], first: int) -> None:
     writes = MemoryWrites(np.ones((len(times), 2), dtype=np.uint64), interval=1.0)
     writes.times = np.array([0, *times])
-    with pytest.raises(ValueError, match=r"interval [0-9] of the trace is too short for its time"):
+    said = f"interval {first} of the trace is too short for its time, from {times[first - 1]} to {times[first]} ns"
+    with pytest.raises(ValueError, match=said):
         replay(writes, bandwidth=1e6)
 
 

@@ -564,3 +564,178 @@ def test_what_is_less_than_nothing_is_no_sample(name: str, number: float) -> Non
     with pytest.raises(ValueError, match=f"{name} is a number of 0 or more"):
         replace(made, **{name: number})
     assert getattr(replace(made, **{name: 0.0}), name) == 0
+
+
+# --- at the least, and at the edges -------------------------------------------------------------------------------
+
+BARE: dict[str, tuple[list[str], list[Sample]]] = {
+    "query-migrate": (
+        [
+            '{"total-time": 500, "ram": {"remaining": 9}}',
+            qmp(1000, 3, 8),
+            '{"total-time": 1500, "ram": {"remaining": 7}}',
+        ],
+        [
+            Sample(0.5, 1, 9, source="qemu"),
+            Sample(1, 3, 8, 1 << 30, 5, 1e8, 409600, 7, source="qemu"),
+            Sample(1.5, 3, 7, source="qemu"),
+        ],
+    ),
+    "libvirt": (
+        [
+            '{"time_elapsed": 500, "memory_remaining": 9}',
+            ('{"time_elapsed": 1000, "memory_iteration": 3, "memory_remaining": 8, '
+             '"memory_page_size": 512, "memory_dirty_rate": 2, "auto_converge_throttle": 30}'),
+            '{"time_elapsed": 1500, "memory_remaining": 7, "memory_bps": 1}',
+        ],
+        [
+            Sample(0.5, 1, 9, source="libvirt"),
+            Sample(1, 3, 8, dirty_rate=1024, page_size=512, throttle=30, source="libvirt"),
+            Sample(1.5, 3, 7, bandwidth=1, source="libvirt"),
+        ],
+    ),
+    "domjobinfo": (
+        [
+            "Job type: Unbounded", "Time elapsed: 500 ms", "Memory remaining: 9", "",
+            "Job type: Unbounded", "Time elapsed: 1000 ms", "Memory remaining: 8 B", "Iteration: 3",
+            "Dirty rate: 2 pages/s", "Page size: 512 bytes", "Auto converge throttle: 30", "Constant pages: 0", "",
+            "Job type: Unbounded", "Time elapsed: 1500 ms", "Memory remaining: 7 bytes", "Dirty rate: 0 pages/s",
+        ],
+        [
+            Sample(0.5, 1, 9, source="libvirt"),
+            Sample(1, 3, 8, dirty_rate=1024, zero_pages=0, page_size=512, throttle=30, source="libvirt"),
+            Sample(1.5, 3, 7, dirty_rate=0, source="libvirt"),
+        ],
+    ),
+    "cloud-hypervisor": (
+        [
+            '{"timestamp_begin_ms": 500, "timestamp_current_ms": 500}',
+            ('{"timestamp_begin_ms": 500, "timestamp_current_ms": 500, '
+             '"memory_transmission_info": {"memory_iteration": 0, "memory_bytes_remaining_iteration": 9}}'),
+            ('{"timestamp_begin_ms": 500, "timestamp_snapshot_ms": 2000, "timestamp_current_ms": 9000, '
+             '"memory_transmission_info": {"memory_iteration": 4, "memory_bytes_remaining_iteration": 8}}'),
+        ],
+        [Sample(0, 1, 9, source="cloud-hypervisor"), Sample(1.5, 5, 8, source="cloud-hypervisor")],
+    ),
+    "a log from its second iteration on": (
+        [
+            "iter=1 curr=4MiB total=64MiB bw=2.00MiB/s transfer=2.00s elapsed=1.50s",
+            "iter=2 curr=2MiB total=66MiB bw=0.00MiB/s transfer=1.00s elapsed=4.00s",
+            "iter=3 curr=1MiB total=67MiB bw=8.00MiB/s transfer=0.50s elapsed=5.00s",
+        ],
+        [
+            Sample(0, 2, 4 * MIB, None, 60 * MIB, 2 * MIB, source="cloud-hypervisor"),
+            Sample(3, 3, 2 * MIB, None, 64 * MIB, 2 * MIB, source="cloud-hypervisor"),
+            Sample(4.5, 4, 1 * MIB, None, 66 * MIB, 2 * MIB, source="cloud-hypervisor"),
+        ],
+    ),
+    "a log whose first iteration had no time": (
+        [
+            "iter=0 curr=4MiB total=4MiB bw=0.00MiB/s transfer=0.00s elapsed=0.00s",
+            "iter=1 curr=2MiB total=6MiB bw=3.00MiB/s transfer=0.25s elapsed=0.50s",
+        ],
+        [
+            Sample(0, 1, 4 * MIB, 4 * MIB, 0, 0, source="cloud-hypervisor"),
+            Sample(0.25, 2, 2 * MIB, 4 * MIB, 4 * MIB, 3 * MIB, source="cloud-hypervisor"),
+        ],
+    ),
+    "passes": (
+        [
+            '{"pass": 1, "remaining": 64}',
+            '{"pass": 2, "remaining": 32, "time": 500, "bandwidth": 0.5, "duplicate": 3}',
+            ('{"pass": 4, "remaining": 16, "dirty-rate": 8, "collect-time": 250, "transferred": 7, "bandwidth": 1, '
+             '"cpu-throttle-percentage": 20, "duplicate": 2}'),
+            '{"pass": 5, "remaining": 8}',
+        ],
+        [
+            Sample(0, 1, 64, 64, 0, None, None, 0, source="hwdbm"),
+            Sample(0, 2, 32, 64, 0, None, None, 0, source="hwdbm"),
+            Sample(0.75, 4, 16, 64, 0, None, 8, 3, throttle=20, source="hwdbm"),
+            Sample(0.75, 5, 8, 64, 7, 1, None, 5, source="hwdbm"),
+        ],
+    ),
+    "passes without the first": (
+        ['{"pass": 2, "remaining": 32, "dirty-rate": 4}'], [Sample(0, 2, 32, None, 0, None, 4, 0, source="hwdbm")]
+    ),
+    "a report": (
+        ['{"setup-time": 250, "ram": {"total": 99, "page-size": 512}, "passes": [{"pass": 1, "remaining": 64}]}'],
+        [Sample(0.25, 1, 64, 99, 0, None, None, 0, 512, source="hwdbm")],
+    ),
+    "a report of the least": (
+        ['{"ram": {}, "passes": [{"pass": 1, "remaining": 64, "dirty-rate": 5}]}'],
+        [Sample(0, 1, 64, 64, 0, None, None, 0, source="hwdbm")],
+    ),
+    "what is just a number": (
+        [json.dumps({"total-time": 0, "ram": {"remaining": 0, "transferred": 10**30 - 1, "mbps": 8e-6}})],
+        [Sample(0, 1, 0, transferred=1e30, bandwidth=1.0, source="qemu")],
+    ),
+    "what texts round": (
+        [qmp(1, 1, 1.01 * (1 << 30)), qmp(1, 1, 5)],
+        [
+            Sample(0.001, 1, each, 1 << 30, 5, 1e8, 409600, 7, source="qemu")
+            for each in (1.01 * (1 << 30), 5)
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", BARE)
+def test_what_the_least_of_each_form_says(form: str) -> None:
+    """What isn't there is taken from the sample before it, or isn't known."""
+    lines, expected = BARE[form]
+    assert read_samples(lines) == expected
+
+
+LONG = "".join(chr(ord("a") + at % 26) for at in range(99))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (LONG, f"lines is an iterable of lines, not '{LONG[:20]}'"),
+        ([int("12345" * 9)], "lines are of type str, not '12345123451234512345'"),
+        ([GOOD, LONG], f"line 2: '{LONG[:40]}' is no JSON object, and nothing else known"),
+        ([f'["{LONG}"]'], f'line 1: a sample is a JSON object, not ["{LONG[:38]}'),
+        ([f'{{"ram": "{LONG}"}}'], f'line 1: ram is an object, not "{LONG[:39]}'),
+        (
+            [f'{{"total-time": "{LONG}", "ram": {{"remaining": 5}}}}'],
+            f'line 1: total-time is a number, not "{LONG[:39]}',
+        ),
+        (
+            ["Job type: x", "Time elapsed: 5 ms", f"Memory remaining: {LONG}"],
+            f"line 1: Memory remaining is a number with a unit, not '{LONG[:40]}'",
+        ),
+        (
+            [json.dumps(dict.fromkeys("abcdefg", 1))],
+            "line 1: an object with the keys a, b, c, d, e is no sample of a migration that is known here",
+        ),
+        ([qmp(5, 1, 10**30)], "line 1: remaining is a number of 0 or more, not a number of 31 digits"),
+        ([qmp(5, 1, -(10**30) + 1)], f"line 1: remaining is a number of 0 or more, not -{'9' * 30}"),
+        ([qmp(5, 1, 1e30)], "line 1: remaining is a number of 0 or more, not 1e+30"),
+        ([" " * (1 << 20)], "there are no samples of a migration in that"),
+        ([" " * ((1 << 20) + 1)], "line 1: it has 1048577 characters, and 1048576 is the most"),
+        (["", "{", '"a": 1,', '"b" 2', "}"], "line 4: no JSON object: Expecting ':' delimiter"),
+        (["", '{"a": "b'], "line 2: the JSON object is cut short"),
+        (["", '{"a": }'], "line 2: no JSON object: Expecting value"),
+        ([GOOD, "[", "5,"], "line 2: the JSON object is cut short at line 3"),
+        (['{"pass": null, "remaining": 5}'], "line 1: pass is a number, not null"),
+        (
+            ['{"pass": 3, "remaining": 5}', '{"pass": 4, "remaining": 5}', '{"pass": 4, "remaining": 5}'],
+            "line 3: pass 4 comes after pass 4",
+        ),
+        (['{"ram": {}, "passes": [5]}'], "line 1: passes is a list of objects"),
+        (
+            [json.dumps(CLOUD | {"timestamp_snapshot_ms": 1_699_999_999_999})],
+            "line 1: the snapshot's time 1699999999999 ms is before the begin, 1700000000000",
+        ),
+        (['{"timestamp_begin_ms": 5, "memory_transmission_info": {}}'], "line 1: there is no timestamp_snapshot_ms"),
+        (
+            [qmp(5, 1, 1.0101 * (1 << 30))],
+            "line 1: 1084586616 bytes are said to remain of 1073741824 bytes of memory",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_said_in_few_words(lines: Any, said: str) -> None:
+    with pytest.raises((SampleError, TypeError)) as raised:
+        read_samples(lines)
+    assert str(raised.value) == said

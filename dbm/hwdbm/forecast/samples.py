@@ -13,6 +13,7 @@ from hwdbm.errors import SampleError, brief, shown, some
 _MIB = float(1 << 20)
 _ROUNDED = 1.01  # ratio by which sizes in texts may be off
 _LONGEST = 1 << 20  # characters of a line
+_END = 10**30  # no number reaches it
 MOST = 64 << 20
 """Bytes of a file of samples."""
 
@@ -120,7 +121,6 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
     samples: list[Sample] = []
     passes: list[_Numbers] = []
     kinds: set[str] = set()
-    number = 0
     for number, item in _items(lines):
         kind = _kind(item, number)
         if not kind:
@@ -194,7 +194,7 @@ def _items(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
     """Yield JSON values, blocks of ``virsh domjobinfo`` as dictionaries, and lines of a log; with their line."""
     parts: list[str] = []  # of a JSON object that goes over several lines
     block: dict[str, str] = {}
-    begin = number = 0
+    begin = 0
     for number, raw in enumerate(lines, 1):
         line = _text(raw, number).rstrip()
         if parts and not line.startswith("{"):
@@ -280,7 +280,7 @@ class _Numbers:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SampleError(f"line {self.line}: {key} is a number, not {brief(json.dumps(value))}")
-        if not 0 <= value < 1e30:  # NaN isn't either
+        if not 0 <= value < _END:  # NaN isn't either
             raise SampleError(f"line {self.line}: {key} is a number of 0 or more, not {_shown(value)}")
         return value * scale
 
@@ -304,7 +304,7 @@ class _Numbers:
 
 
 def _shown(value: float) -> str:
-    return f"a number of {len(str(value))} digits" if isinstance(value, int) and abs(value) >= 1e30 else str(value)
+    return f"a number of {len(str(value))} digits" if isinstance(value, int) and abs(value) >= _END else str(value)
 
 
 def _measured(rate: float | None) -> float | None:

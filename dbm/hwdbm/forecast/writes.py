@@ -467,13 +467,11 @@ def _seconds(edges: NDArray[np.int64]) -> list[float]:
     if edges.ndim != 1 or edges.size < 2:
         raise ValueError("a trace has an interval or more, and this one has none")
     (wrong,) = (np.diff(edges) <= 0).nonzero()
-    if edges[0] != 0 or wrong.size:
-        at = int(wrong[0]) if wrong.size else -1
-        raise ValueError(
-            f"interval {at} of the trace ends at {edges[at + 1]} ns, and begins at {edges[at]} ns"
-            if wrong.size
-            else f"the trace begins at {edges[0]} ns, and not at 0"
-        )
+    if wrong.size:
+        at = int(wrong[0])
+        raise ValueError(f"interval {at} of the trace ends at {edges[at + 1]} ns, and begins at {edges[at]} ns")
+    if edges[0] != 0:
+        raise ValueError(f"the trace begins at {edges[0]} ns, and not at 0")
     seconds = edges / 1e9
     (short,) = (np.diff(seconds) <= 0).nonzero()
     if short.size:  # of more than 100 days a float doesn't tell single nanoseconds apart
