@@ -313,8 +313,7 @@ def fair_shares(ways: Ints, floor: Floats, capacity: Floats) -> Floats:
         # A link is full if its level is the lowest for all that rise on it: what they have is known then.
         others = np.full(links, inf)
         np.minimum.at(others, ways[rising], lowest[:, None])
-        full = others >= level
-        stops = ((level[ways[rising]] <= lowest[:, None]) & full[ways[rising]]).any(axis=1)
+        stops = (others >= level)[ways[rising]].any(axis=1)
         index = np.flatnonzero(rising)[stops]
         shares[index] = np.maximum(floor[index], lowest[stops])
         rising[index] = False
