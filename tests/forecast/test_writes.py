@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hwdbm.forecast import MemoryWrites
+from hwdbm.forecast import MemoryWrites, writes
 from hwdbm.forecast.writes import Dirty, TraceWrites, _sample
 
 STEP = 0.25  # seconds of an interval
@@ -67,6 +67,7 @@ def guests(seed: int) -> tuple[TraceWrites, Slow]:
     n = int(random.choice([1, 2, 5, 18, 40]))
     often = random.choice([0.0, 0.02, 0.5, 1.0], PAGES, p=[0.5, 0.3, 0.1, 0.1])
     written = random.random((n, PAGES)) < often
+    written[: n // 4] |= random.random((n // 4, PAGES)) < 0.5 * (seed % 2)  # of some, the steady part begins later
     zero = written & (random.random((n, PAGES)) < 0.4)
     guest = TraceWrites(MemoryWrites(packed(written), STEP, PAGES, 4096, packed(zero)))
     return guest, Slow(written, zero, guest.again)
@@ -180,6 +181,24 @@ def test_words_in_the_order_in_which_they_are_sent() -> None:
     assert [each.tolist() for each in Dirty(2.0, 0.0, words * np.uint64(0)).by_word(0)] == [[0, 0, 0], [0, 0, 0]]
     half = one.part(0.5)
     assert (half.pages, half.zeros, half.words, half.zero_words) == (0.25, 0.125, one.words, one.zero_words)
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1, 1), (47, 1), (48, 2), (100, 4), (1 << 20, 10)])
+def test_no_more_than_so_many_bytes_of_a_trace_are_read_together(most: int, rows: int, monkeypatch) -> None:
+    """But an interval, of 24 bytes here, is."""
+    seen = []
+
+    class Seen(MemoryWrites):
+        def words(self, lo: int, hi: int) -> np.ndarray:
+            seen.append(hi - lo)
+            return super().words(lo, hi)
+
+    monkeypatch.setattr(writes, "_BATCH", most)
+    whole = np.arange(30, dtype=np.uint64).reshape(10, 3)
+    guest = TraceWrites(Seen(whole, STEP, zeros=whole >> np.uint64(1)))
+    assert max(seen) == rows
+    assert guest.written(0, 10 * STEP).pages == np.bitwise_count(np.bitwise_or.reduce(whole, axis=0)).sum()
+    assert guest.written(9 * STEP, 10 * STEP).zeros == np.bitwise_count((whole[-1] >> np.uint64(1)) & whole[-1]).sum()
 
 
 @pytest.mark.parametrize(("intervals", "most"), [(1, 1 << 18), (64, 1 << 17), (1 << 20, 1024)])

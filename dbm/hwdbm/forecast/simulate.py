@@ -98,7 +98,7 @@ class _Migration:
         self._share, self._rate = 0.0, plan.bandwidth
         self._slack = self._terms.burst  # seconds of the link that can be handed over at once
         self._looked = 0.0  # bytes of all pages over the seconds of all passes
-        self._resumed = 0.0  # when the guest went on after a pause that took too long
+        self._resumed: float  # when the guest went on after a pause that took too long
         self._least, self._best, self._flat = inf, 0, 0
         self._samples: list[Sample] = []
         self._verdict: Verdict | None = None
@@ -174,7 +174,7 @@ class _Migration:
                 int(zeros),
                 self._guest.page_size,
                 self._limit,
-                min(int(self._throttle), 100),
+                int(self._throttle),
             )
         )
 

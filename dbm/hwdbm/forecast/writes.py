@@ -270,7 +270,7 @@ class TraceWrites:
         if not quarter:
             return 0
         means = [float(rates[i * quarter : (i + 1) * quarter].mean()) for i in range(4)]
-        for first in range(2):
+        for first in (0, 1):
             if all(max(each, means[3]) <= _STEADY * min(each, means[3]) for each in means[first:]):
                 return first * quarter
         return 2 * quarter
@@ -315,7 +315,7 @@ class TraceWrites:
             time = self._edges[self.again] + over - (laps - 1) * self.period
         interval = min(bisect_right(self._edges, time) - 1, self._n - 1)
         part = (time - self._edges[interval]) / (self._edges[interval + 1] - self._edges[interval])
-        return interval + laps * (self._n - self.again), min(max(part, 0.0), 1.0)
+        return interval + laps * (self._n - self.again), min(part, 1.0)
 
     def _real(self, interval: int) -> int:
         if interval < self._n:
@@ -413,7 +413,7 @@ class TraceWrites:
         real = self._real(interval)
         pages = int(self._counts[real])
         if part >= 1 or not pages:
-            return min(max(part, 0.0), 1.0)
+            return part
         other = self._real(interval + 1)
         common = count(self._rows[real] & self._rows[other]) if other != real else pages
         once = max(1 - common / pages, _OFTEN)
