@@ -201,6 +201,7 @@ def test_each_rule_says_something_of_any_samples(made) -> None:
 HISTORIES = {
     "falls to the limit": (4096, 1024, 256, 64, 32, 31),
     "stays": (4096, *[64] * 12),
+    "stays from the first pass on": [64] * 10,
     "stays, not far": (4096, *[48] * 12),
     "waves": (4096, 80, 64, 96, 63, 100, 61.4375, 70, 66, 60, 61, 62, 59, 80, 80),
     "creeps": (4096, *(100 * 0.97**i for i in range(12))),

@@ -400,6 +400,32 @@ def test_samples_of_a_replay_say_what_the_replay_says() -> None:
         assert found.total_time.value == pytest.approx(whole.total_time.value, rel=0.15)
 
 
+def test_a_guest_of_a_model_has_whole_pages_and_one_at_least() -> None:
+    """And no more of them are dirty than it has."""
+    model = Model(hot=0.0, tau=1.0, cold=4096.0)
+    for total, pages in ((1.0, 1), (4096.0, 1), (6143.0, 1), (6145.0, 2), (40960.0, 10)):
+        guest = ModelWrites(model, total, 4096)
+        assert (guest.npages, guest.everything(0, 9)) == (pages, Dirty(pages, 0.0))
+        assert [guest.written(5, 5 + each).pages for each in (0.0, 0.5, 99.0)] == [0.0, 0.5, pages]
+    none = ModelWrites(Model(hot=0.0, tau=1.0, cold=0.0), 40960.0, 4096)
+    assert none.written(0, 9, Dirty(3.0, 1.0)) == Dirty(3.0, 0.0)
+
+
+def test_of_what_is_left_over_the_hot_part_is_written_again() -> None:
+    """Half of what it writes within `tau` is hot; of that, half is written again by then."""
+    guest = ModelWrites(Model(hot=8 * 4096.0, tau=2.0, cold=4 * 4096.0), 1e9, 4096)
+    fresh = 8 * (1 - np.exp(-0.5)) + 4
+    assert guest.written(3, 4, Dirty(10.0, 0.0)).pages == pytest.approx(fresh + 10 * (1 - (1 - np.exp(-0.5)) / 2))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-170, 1e-100])
+def test_periods_of_nothing_are_fitted_too(scale: float) -> None:
+    """Their squares are no numbers any more, or hardly."""
+    for model in fit(np.array([1.0, 2.0, 4.0]) * scale, np.array([1e3, 2e3, 3e3]), 1e9):
+        assert 0 <= model.hot <= 1e9
+        assert 0 <= model.cold < float("inf")
+
+
 def test_what_is_left_over_counts_once() -> None:
     guest = ModelWrites(Model(hot=40960, tau=0.001, cold=0.0), 1 << 20, 4096)
     assert guest.written(0, 1, Dirty(10.0, 0.0)).pages == pytest.approx(10)
@@ -545,8 +571,8 @@ def test_models_of_small_samples_were_looked_at() -> None:
         for total in (1 << 20, 1 << 30):
             lines.append(f"{name} of {total}")
             for model in fit(np.array(periods), np.array(sizes), float(total)):
-                parts = (f"{each.name}={getattr(model, each.name):.4g}" for each in fields(model))
-                lines.append(f"  {', '.join(parts)}; {model.dirtied(0.3):.4g}, {model.dirtied(1e4):.4g}")
+                parts = (f"{each.name}={getattr(model, each.name):.7g}" for each in fields(model))
+                lines.append(f"  {', '.join(parts)}; {model.dirtied(0.3):.7g}, {model.dirtied(1e4):.7g}")
     polls = [(1.0, 2, 9e6), (1.2, 2, 5e6), (1.5, 3, 4e6), (1.5, 4, 4e6), (2.0, 7, 1e6)]
     for bandwidth in (None, 2e7, 0.0, 1e9):
         samples = [Sample(time, number, left, float(1 << 30), bandwidth=bandwidth) for time, number, left in polls]

@@ -135,15 +135,15 @@ def _two(
     """Return the two coefficients of 0 or more with the least relative error, of which single outliers say little."""
     x, y = hot / sizes, cold / sizes
     robust: Floats = weight
-    one = two = 0.0
     for _ in range(6):
         # The normal equations of two unknowns; where one of them were negative, it is 0.
         xx, xy, yy = float(robust @ (x * x)), float(robust @ (x * y)), float(robust @ (y * y))
         gx, gy = float(robust @ x), float(robust @ y)
-        det = xx * yy - xy * xy
-        one, two = ((gx * yy - gy * xy) / det, (gy * xx - gx * xy) / det) if det > 1e-12 * xx * yy else (-1.0, 0.0)
-        if one < 0 or two < 0:
-            alone = (max(gx / xx, 0.0) if xx else 0.0, 0.0), (0.0, max(gy / yy, 0.0) if yy else 0.0)
+        det, one, two = xx * yy - xy * xy, gx * yy - gy * xy, gy * xx - gx * xy
+        if det > 1e-12 * xx * yy and one >= 0 and two >= 0:
+            one, two = one / det, two / det
+        else:
+            alone = (gx / xx if xx else 0.0, 0.0), (0.0, gy / yy if yy else 0.0)
             one, two = min(alone, key=lambda c: float(robust @ (c[0] * x + c[1] * y - 1) ** 2))
         robust = weight / np.maximum(np.abs(one * x + two * y - 1), 0.02)
     return min(one, total), two
@@ -175,12 +175,11 @@ class ModelWrites:
 
     def written(self, begin: float, end: float, left: Dirty | None = None) -> Dirty:
         """Return how many pages are dirtied between two times, with what was left over."""
-        seconds = max(end - begin, 0.0)
-        fresh = self._model.dirtied(seconds)
-        pages = fresh / self.page_size
-        if left is not None and left.pages:
+        model, seconds = self._model, end - begin
+        pages = model.dirtied(seconds) / self.page_size
+        if left is not None:
             # Of what was left over, the hot pages are written again.
-            hot = self._model.hot / (self._model.hot + self._model.cold * self._model.tau or 1.0)
-            again = hot * (1 - exp(-seconds / self._model.tau))
+            hot = model.hot / (model.hot + model.cold * model.tau) if model.hot else 0.0
+            again = hot * (1 - exp(-seconds / model.tau))
             pages += left.pages * (1 - again)
         return Dirty(min(pages, float(self.npages)), 0.0)

@@ -131,15 +131,15 @@ def ours(
     implied = _implied(last, last.bandwidth)
     if implied <= limit:
         return Verdict("switch", f"the rest takes {_ms(implied)}, and {_ms(limit)} are allowed")
-    least, flat, best = inf, 0, 0
-    for each in passes(samples):
-        if each.iteration > 1:
-            progress = each.remaining < least * _PROGRESS
-            least, best = (each.remaining, each.iteration) if progress else (least, best)
-            flat = 0 if progress else flat + 1
+    best, *others = (each for each in passes(samples) if each.iteration > 1)
+    flat = 0
+    for each in others:
+        best, flat = (each, 0) if each.remaining < best.remaining * _PROGRESS else (best, flat + 1)
     if flat < most or on_limit == "wait":
         return Verdict("continue", f"the rest takes {_ms(implied)}")
-    return Verdict("abort" if on_limit == "abort" else "switch", f"no pass after pass {best} left notably less")
+    return Verdict(
+        "abort" if on_limit == "abort" else "switch", f"no pass after pass {best.iteration} left notably less"
+    )
 
 
 def qemu(samples: Sequence[Sample], *, max_downtime: float = 0.3, auto_converge: bool = False) -> Verdict:
@@ -280,8 +280,7 @@ class _Stalled:
             old = [each for each in self._seen if each[0] <= now - self._window]
             if not old or remaining < min(left for _, left in old) * (1 - self._margin):
                 return False
-            start = min(old, key=lambda each: each[1])[0]
-            self._best = min(left for time, left in self._seen if time >= start)
+            self._best = min(left for _, left in self._seen)
             self._until = now + self._patience
         else:
             self._since.append(remaining)
