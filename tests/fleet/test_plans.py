@@ -102,6 +102,16 @@ def test_the_links_of_a_way() -> None:
     assert highest(pair(guest("a"), hosts=1), ["h0"]) == [0.0]
 
 
+def test_no_vm_goes_to_a_host_that_is_drained_nor_to_one_without_room() -> None:
+    """However small it is."""
+    fleet = pair(guest("a", 1), room=0)
+    plan = drain(fleet, ["h0"], tabulate(fleet, ["h0"], steady()))  # type: ignore[arg-type]
+    assert [(each.guest, each.why) for each in plan.left] == [("a", "no host has 0.0 MiB free for it")]
+    fleet = pair(guest("a", 2), guest("b", 3, "h1"), room=5)
+    plan = drain(fleet, ["h0"], tabulate(fleet, ["h0"], steady()))  # type: ignore[arg-type]
+    assert [(move.guest, move.destination) for move in plan.moves] == [("a", "h1")]
+
+
 def test_hosts_that_are_there_are_told_but_not_all() -> None:
     fleet = pair(hosts=25)
     names = sorted(host.name for host in fleet.hosts)

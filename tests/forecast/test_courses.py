@@ -115,15 +115,16 @@ class Sizes(Even):
     [
         # A pass of 1 MiB and 50 ms says what the bandwidth is, its own time counted in, until the next such pass.
         ((256, 255, 256, 1), 1024, 0.25, (512 / 0.75, 512, 512, 512)),
-        ((256, 255, 256, 1), 1024**4, 0.05, (512 / 0.05, 256 / 0.05, 256 / 0.05, 256 / 0.05)),
+        ((256, 255, 256, 1), 1024**6, 0.05, (512 / 0.05, 256 / 0.05, 256 / 0.05, 256 / 0.05)),
         # Shorter ones do together.
-        ((256, 255, 1), 1024**4, 0.03125, (512 / 0.03125, 768 / 0.0625, 1023 / 0.09375)),
+        ((256, 255, 1), 1024**6, 0.03125, (512 / 0.03125, 768 / 0.0625, 1023 / 0.09375)),
     ],
 )
 def test_the_bandwidth_is_what_long_passes_had(sizes, speed, each: float, expected) -> None:
     course = Course(Terms("own", pass_time=each), float(speed * PAGE), 0.0, max_iterations=len(sizes) - 1)
     done = run(Sizes(*sizes), replace(course, decide=decide(**{f"pass{len(sizes) + 1}": Verdict("abort")})))
-    assert [sample.bandwidth for sample in done.samples] == pytest.approx([rate * PAGE for rate in expected])
+    bandwidths = [sample.bandwidth for sample in done.samples]
+    assert bandwidths == pytest.approx([rate * PAGE for rate in expected], rel=1e-9)
 
 
 def test_little_is_known_of_the_bandwidth_before_a_mib_was_sent() -> None:
@@ -134,6 +135,22 @@ def test_little_is_known_of_the_bandwidth_before_a_mib_was_sent() -> None:
         course = Course(Terms("own", setup=1.0, pass_time=0.03125), 2.0**60, 0.0, decide=decide(pass2=Verdict("abort")))
         sample = run(guest, course).samples[-1]
         assert sample.bandwidth == pytest.approx(expected * PAGE)
+
+
+@pytest.mark.parametrize(("timeout", "converges"), [(3.125, True), (3.0, True), (2.9, False)])
+def test_what_ends_with_the_time_is_in_time(timeout: float, converges: bool) -> None:
+    """64 pages at 32 a second, and 2 s after which one page is left for ever, which takes 1/32 s of the pause."""
+    course = Course(Terms("own", setup=1.0), 32.0 * PAGE, 0.5, timeout=timeout - 1)
+    done = run(Burst({2.0: 0.0}), replace(course, terms=FREE["own"]))
+    assert (done.converges, done.total_time) == (converges, 2.0)
+
+
+def test_a_late_pause_ends_what_has_no_time_left() -> None:
+    """As in the one by hand above: it goes on at 3.375 s, which is in time, or isn't."""
+    for timeout, passes, end in ((3.375, 3, 3.625), (3.25, 2, 3.375)):
+        course = Course(Terms("own", pause=0.25), 32 * PAGE, 0.125, timeout=timeout)
+        done = run(Burst({2.0: 4.0, 2.25: 36.0}), course)
+        assert (done.converges, done.passes, done.total_time) == (False, passes, end)
 
 
 def test_pages_of_zeros_may_be_no_bytes_at_all() -> None:
@@ -186,9 +203,9 @@ def decide(**verdicts: Verdict) -> Decide:
 
 
 def begun(number: int, since: float, *left: float) -> Begun:
-    """Return a migration in a pass after others, that leaves 8 pages by now."""
+    """Return a migration in a pass after others, that leaves some pages by now."""
     return Begun(
-        7.5, number, 8.0 * PAGE, since, 96.0 * PAGE, tuple((at, each * PAGE) for at, each in enumerate(left, 2))
+        7.5, number, 8.5 * PAGE, since, 96.0 * PAGE, tuple((at, each * PAGE) for at, each in enumerate(left, 2))
     )
 
 
@@ -239,15 +256,17 @@ COURSES: dict[str, dict[str, Any]] = {
 
 
 def shown(done: Outcome) -> Iterator[str]:
-    """Yield a line for all of it, and one for each of the first samples and the last one."""
+    """Yield a line for all of it, and one for some of the samples."""
     said = "" if done.verdict is None else f", {done.verdict.action} {done.verdict.why}"
     yield (
         f"  {'converges' if done.converges else 'gives up'}{said}: {done.passes} passes, flat from {done.flat_from}; "
         f"{done.total_time:.9g} s, {done.downtime:.9g} s; the guest's {done.guest:.9g} s; "
         f"{done.transferred / PAGE:.9g} pages, least {done.least / PAGE:.9g}"
     )
+    known = [-1, *(each.iteration for each in done.samples), -1]
     for number, each in enumerate(done.samples):
-        if number < 4 or number == len(done.samples) - 1:
+        # The first of each pass, and the last.
+        if known[number : number + 3] != [each.iteration] * 3 and (each.iteration < 6 or number == len(known) - 3):
             rates = (f"{rate / PAGE:.9g}" if rate is not None else "-" for rate in (each.bandwidth, each.dirty_rate))
             yield (
                 f"    {each.time:.9g} s, {each.iteration}: {each.remaining / PAGE:.9g} left, "

@@ -181,7 +181,7 @@ class Network:
     capacity : (links + 1,) float64 array
         Bytes a second. The last is never full.
     link, rack, uplink : (hosts,) intp array
-        Each host's link, its rack (-1 for none) and that rack's uplink, by number.
+        Each host's link, its rack and that rack's uplink, by number; of hosts of none, the one that is never full.
     """
 
     capacity: Floats
@@ -192,11 +192,10 @@ class Network:
     def way(self, source: int, destination: int) -> tuple[int, ...]:
         """Return the links between two hosts, each once, padded with the one that is never full."""
         found = [int(self.link[source]), int(self.link[destination])]
-        if self.rack[source] != self.rack[destination] or self.rack[source] < 0:
+        if self.rack[source] != self.rack[destination]:
             found += [int(self.uplink[source]), int(self.uplink[destination])]
-        free = self.capacity.size - 1
-        once = [each for each in dict.fromkeys(found) if each != free]
-        return (*once, *[free] * (_WAY - len(once)))
+        once = dict.fromkeys(found)
+        return (*once, *[self.capacity.size - 1] * (_WAY - len(once)))
 
     def bandwidth(self, source: int, destination: int) -> float:
         """Return what one migration between two hosts can have, bytes a second."""
@@ -207,11 +206,11 @@ def _network(fleet: Fleet) -> Network:
     """Return a fleet's links."""
     number = {link.name: at for at, link in enumerate(fleet.links)}
     free, uplinks = len(fleet.links), dict(fleet.uplinks)
-    racks = {name: at for at, name in enumerate(fleet.racks)}
+    racks = {name: at for at, name in enumerate(("", *fleet.racks))}
     return Network(
         np.array([*(link.bandwidth for link in fleet.links), _NEVER_FULL], dtype=np.float64),
         np.array([number[host.link] for host in fleet.hosts], dtype=np.intp),
-        np.array([racks.get(host.rack, -1) for host in fleet.hosts], dtype=np.intp),
+        np.array([racks[host.rack] for host in fleet.hosts], dtype=np.intp),
         np.array([number.get(uplinks.get(host.rack, ""), free) for host in fleet.hosts], dtype=np.intp),
     )
 
@@ -254,7 +253,8 @@ def _place(
     leaving, at = set(hosts), {host.name: number for number, host in enumerate(fleet.hosts)}
     room = np.array([0 if host.name in leaving else host.memory for host in fleet.hosts], dtype=np.int64)
     for guest in fleet.guests:
-        room[at[guest.host]] -= 0 if guest.host in leaving else guest.memory
+        if guest.host not in leaving:
+            room[at[guest.host]] -= guest.memory
     ways: dict[int, tuple[Ints, Floats]] = {}
     for source in {at[guest.host] for guest in guests}:
         links = np.array([net.way(source, each) for each in range(len(fleet.hosts))], dtype=np.intp)
@@ -313,7 +313,7 @@ def fair_shares(ways: Ints, floor: Floats, capacity: Floats) -> Floats:
         # A link is full if its level is the lowest for all that rise on it: what they have is known then.
         others = np.full(links, inf)
         np.minimum.at(others, ways[rising], lowest[:, None])
-        stops = (others >= level)[ways[rising]].any(axis=1)
+        stops = (others == level)[ways[rising]].any(axis=1)
         index = np.flatnonzero(rising)[stops]
         shares[index] = np.maximum(floor[index], lowest[stops])
         rising[index] = False

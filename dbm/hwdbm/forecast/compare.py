@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any, Literal
 
 from hwdbm import check
@@ -153,4 +152,4 @@ def _told(name: str, action: Literal["switch", "abort", "goes on"], done: Outcom
     switched = action == "switch"
     time = done.total_time - done.downtime if switched else done.total_time
     downtime = done.downtime if switched else None
-    return RuleOutcome(name, action, min(max(time, 0.0), inf), done.passes, downtime, done.transferred, why)
+    return RuleOutcome(name, action, max(time, 0.0), done.passes, downtime, done.transferred, why)

@@ -1,9 +1,10 @@
 """Forecasts: a migration replayed on a trace, at several moments and bandwidths."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
-from math import ceil, inf
+from itertools import accumulate, groupby, pairwise
+from math import ceil, inf, isinf
 from statistics import NormalDist, median
 from typing import Any
 
@@ -21,7 +22,6 @@ _DRAWS = 15  # migrations that are tried, at least, where the bandwidth isn't su
 _GOLDEN = (5**0.5 - 1) / 2
 _SILVER = 2**0.5 - 1
 _THIRD = 3**0.5 - 1
-_FEW = 2
 _RECENT = 16  # samples whose bandwidth counts
 _LIKELY = 1.64  # standard deviations: nine times out of ten it is within that
 _CLOSE = 1.02  # ratio at which a search ends
@@ -211,7 +211,7 @@ def _draws(plan: Course, begins: Sequence[float]) -> list[Course]:
             plan, start=begins[i * len(begins) // number], held=held[i],
             bandwidth=plan.bandwidth * _factor(terms.spread, bandwidths[i]),
             terms=replace(terms, last_bandwidth=max(terms.last_bandwidth * _factor(terms.last_spread, lasts[i]), 1.0))
-            if terms.last_bandwidth and terms.last_spread else terms,
+            if terms.last_bandwidth else terms,
         )
         for i in range(number)
     ]  # fmt: skip
@@ -236,20 +236,15 @@ def _likeliest(values: Sequence[float]) -> float:
     second than where it was two; which is a median with weights of 1 / value.
     """
     ordered = sorted(values)
-    if ordered[0] <= 0:
+    if not ordered[0]:
         return float(median(ordered))
-    weights = [1 / each for each in ordered]
-    half, before = sum(weights) / 2, 0.0
-    for value, weight in zip(ordered, weights, strict=True):
-        before += weight
-        if before >= half:
-            return value
-    return ordered[-1]
+    weights = list(accumulate(1 / each for each in ordered))
+    return ordered[bisect_left(weights, weights[-1] / 2)]
 
 
 def _time_for(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> float | None:
     """Return the seconds in which it converges at each of some times, where the timeout is too short for that."""
-    if plan.timeout == inf:
+    if isinf(plan.timeout):
         return None
     done = [run(guest, replace(plan, start=begin, timeout=inf)) for begin in _some(begins)]
     longest = max(each.total_time for each in done)
@@ -258,7 +253,7 @@ def _time_for(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> floa
 
 def _some(begins: Sequence[float]) -> Sequence[float]:
     """Return a few of the times, the first and the last among them."""
-    return begins if len(begins) <= _FEW else begins[:: len(begins) // 2]
+    return [begins[at] for at in sorted({0, len(begins) // 2, len(begins) - 1})]
 
 
 def _needs(guest: GuestWrites, plan: Course, begins: Sequence[float]) -> Needs:
@@ -388,11 +383,11 @@ def from_samples(
         speed if bandwidth is None else bandwidth,  # type: ignore[arg-type]  # one of them is there
         limit if max_downtime is None else max_downtime,
         replace(terms, spread=max(terms.spread, spread)) if bandwidth is None else terms,
-        timeout, max_iterations, on_limit, auto_converge, 0.0,
+        timeout, max_iterations, on_limit, auto_converge,
     )  # fmt: skip
     periods, sizes = measured(samples)
     models = fit(periods, sizes, total)
-    plan = replace(plan, begun=_begun(samples), horizon=0.0)
+    plan = replace(plan, begun=_begun(samples))
     needs = check.flag(needs, "needs")
     return _of_models(models, plan, total, last.page_size, needs=needs)
 
@@ -415,7 +410,7 @@ def _begun(samples: Sequence[Sample]) -> Begun:
     last = samples[-1]
     history = tuple((each.iteration, each.remaining) for each in firsts if each.iteration > 1)
     since, sent = last.time - firsts[-1].time, last.transferred or 0.0
-    return Begun(last.time, max(last.iteration, 1), last.remaining, since, sent, history)
+    return Begun(last.time, last.iteration, last.remaining, since, sent, history)
 
 
 def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: int, *, needs: bool) -> Forecast:
@@ -423,11 +418,11 @@ def _of_models(models: Sequence[Model], plan: Course, total: float, page_size: i
         return ModelWrites(replace(model, hot=model.hot * scale, cold=model.cold * scale), total, page_size)
 
     best = models[0]
-    forecast = _forecast_of(guest(best), plan, [0.0], needs=needs)
+    forecast = _forecast_of(guest(best), plan, [plan.start], needs=needs)
     others = [guest(model) for model in models[1:]]
     others += [guest(best, max(1 + side * _LIKELY * best.error, 0.05)) for side in (-1, 1)]
     still = replace(plan, terms=replace(plan.terms, spread=0.0))
-    wide = [_forecast_of(other, still, [0.0], needs=False) for other in others]
+    wide = [_forecast_of(other, still, [plan.start], needs=False) for other in others]
     alike = [forecast, *(each for each in wide if each.converges == forecast.converges)]
 
     def wider(name: str) -> Estimate:

@@ -302,7 +302,7 @@ class _Migration:
             if done < 1:
                 self._ask_within(self._remaining(dirty) * (1 - done), size * done)
         self._advance(self._terms.pass_time)
-        self._count(size * done, (seconds + self._terms.pass_time) * done, dirty)
+        self._count(size * done, seconds + self._terms.pass_time, dirty)
         return size * done
 
     def _count(self, size: float, busy: float, dirty: Dirty) -> None:
