@@ -110,6 +110,8 @@ def test_no_vm_goes_to_a_host_that_is_drained_nor_to_one_without_room() -> None:
     fleet = pair(guest("a", 2), guest("b", 3, "h1"), room=5)
     plan = drain(fleet, ["h0"], tabulate(fleet, ["h0"], steady()))  # type: ignore[arg-type]
     assert [(move.guest, move.destination) for move in plan.moves] == [("a", "h1")]
+    plan = drain(fleet, ["h1"], tabulate(fleet, ["h1"], steady()))  # type: ignore[arg-type]
+    assert [(move.guest, move.destination) for move in plan.moves] == [("b", "h0")]
 
 
 def test_hosts_that_are_there_are_told_but_not_all() -> None:

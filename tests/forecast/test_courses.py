@@ -241,7 +241,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "in its first pass, just begun": {"start": 2.0, "begun": begun(1, 0.0)},
     "in its third pass": {"start": 2.0, "begun": begun(3, 0.25, 30, 8)},
     "in its third pass, just begun": {"start": 2.0, "begun": begun(3, 0.0, 30, 8)},
-    "at its very beginning": {"begun": Begun(0.0, 2, 8.0 * PAGE, 0.0, 0.0, ())},
+    "at its very beginning": {"begun": Begun(0.0, 2, 9.0 * PAGE, 0.0, 0.0, ()), "max_iterations": 1},
     "flat for long": {"start": 2.0, "begun": begun(4, 0.5, 8, 9, 9), "max_iterations": 3, "bandwidth": 6.0 * PAGE},
     "a rule that switches": {"decide": decide(pass3=Verdict("switch", "now")), "max_downtime": 0.0},
     "a rule that gives up": {"decide": decide(pass3=Verdict("abort", "no"))},

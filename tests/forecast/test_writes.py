@@ -113,21 +113,21 @@ def test_what_is_written_between_two_times(seed: int) -> None:
         ((8, 8, 8, 10), 0),  # a quarter more is alike
         ((10, 10, 10, 8), 0),
         ((8, 10, 8, 9), 0),
-        ((7, 8, 8, 10), 2),  # and this is more than a quarter
-        ((11, 10, 10, 8), 2),
-        ((8, 8, 7, 10), 4),
-        ((8, 7, 8, 10), 4),
-        ((8, 8, 1, 8), 4),
-        ((8, 8, 8, 1), 4),
+        ((7, 8, 8, 10), 3),  # and this is more than a quarter
+        ((11, 10, 10, 8), 3),
+        ((8, 8, 7, 10), 6),
+        ((8, 7, 8, 10), 6),
+        ((8, 8, 1, 8), 6),
+        ((8, 8, 8, 1), 6),
     ],
 )
 @pytest.mark.parametrize("more", [0, 3])
 def test_the_steady_part_begins_with_a_quarter(counts: tuple[int, ...], again: int, more: int) -> None:
     """From it on all of them write about as much a second as the last one, however long the intervals are."""
-    lengths = [1, 3] * 4 + [1] * more
+    lengths = [1, 3, 2] * 4 + [1] * more
     written = np.zeros((len(lengths), PAGES), dtype=np.bool_)
-    for number, length in enumerate(lengths[:8]):
-        written[number, : counts[number // 2] * length] = True
+    for number, length in enumerate(lengths[:12]):
+        written[number, : counts[number // 3] * length] = True
     writes = MemoryWrites(packed(written), STEP)
     writes.times = np.cumsum([0, *lengths]) * 10**9
     guest = TraceWrites(writes)

@@ -10,7 +10,7 @@ orders are such plans too, so that the best plan can't be worse than they are.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf, isfinite
+from math import inf, isfinite, isinf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -410,7 +410,6 @@ def _simulate(job: _Job, way: _Way, capacity: Floats, curves: Curves, *, steps: 
         waiting.look_again(job.ways[gone])
         if steps:
             told.append((time, gone, np.zeros(gone.size)))
-            before[gone] = 0
         running = running[~ends]
     with np.errstate(invalid="ignore"):
         mean = carried / (end - start)
@@ -532,7 +531,7 @@ def drain(fleet: Fleet, hosts: Sequence[str], curves: Curves, *, seed: int = 0) 
         at_times.setdefault(time, {}).update((names[at], float(share)) for at, share in zip(which, shares, strict=True))
     steps = [Shift(time, tuple(changed.items())) for time, changed in at_times.items() if changed]
     left = _left(fleet, hosts, guests, curves, job)
-    most = None if way.most == inf else int(way.most)
+    most = None if isinf(way.most) else int(way.most)
     bound = _bound(job, net.capacity, curves)
     return Drained(tuple(hosts), tuple(moves), most, left, tuple(steps), ending, naive, bound, tried.count)
 
@@ -565,7 +564,7 @@ class _Tried:
     @staticmethod
     def _better(ending: Ending, best: Ending, part: float) -> bool:
         moved, makespan, completions = best.worth
-        sooner = ending.worth < (moved, makespan * part, 0.0)
+        sooner = ending.worth[:2] < (moved, makespan * part)
         return sooner or (ending.worth[:2] <= (moved, makespan) and ending.worth[2] < completions * part)
 
 
@@ -575,7 +574,7 @@ def _search(jobs: dict[str, _Job], tried: _Tried, random: np.random.Generator) -
     def ending(at_once: float, order: str, place: str) -> Ending:
         job = jobs[place]
         floor = np.maximum(job.wide / at_once, tried.curves.least[job.guest])
-        name = f"{order}, {'any number' if at_once == inf else int(at_once)} at once"
+        name = f"{order}, {'any number' if isinf(at_once) else int(at_once)} at once"
         return tried.consider(job, _Way(name, _order(job, tried.curves, order), floor))
 
     if not any(job.guest.size for job in jobs.values()):

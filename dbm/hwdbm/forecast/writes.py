@@ -405,7 +405,7 @@ class TraceWrites:
         only_head, only_tail = head & ~whole, tail & ~whole
         both = count(only_head & only_tail)
         pages = count(whole) + a * count(only_head) + b * count(only_tail) - a * b * both
-        words = whole | (head if a else np.uint64(0)) | (tail if b else np.uint64(0))
+        words = whole | head | (tail if b else np.uint64(0))
         return words, float(pages) * self._scale
 
     def _of_part(self, interval: int, part: float) -> float:
@@ -452,14 +452,12 @@ class TraceWrites:
     def _zeros_at(self, initial: Words, time: float) -> Words:
         interval, _ = self._locate(time)
         interval = min(interval, self._n)
-        if interval in self._zero_pages:
-            return self._zero_pages[interval]
-        zero = np.array(initial, dtype=np.uint64)
-        if interval and self._fold_zeros(0, interval, zero) is None:
-            zero &= ~self._or(0, interval)
-        if len(self._zero_pages) * self._nwords < self._rows.size:
+        if interval not in self._zero_pages:
+            zero = np.array(initial, dtype=np.uint64)
+            if self._fold_zeros(0, interval, zero) is None:
+                zero &= ~self._or(0, interval)
             self._zero_pages[interval] = zero
-        return zero
+        return self._zero_pages[interval]
 
 
 def _seconds(edges: NDArray[np.int64]) -> list[float]:
