@@ -13,6 +13,8 @@ from hwdbm.errors import PlanError
 from hwdbm.fleet import FleetVm
 from hwdbm.fleet.forecasts import Forecasts
 from hwdbm.forecast import OWN
+from hwdbm.forecast.model import fit, measured
+from hwdbm.forecast.samples import read_sample_file
 from hwdbm.memslot import Memslot
 
 PAGES = 4096
@@ -85,3 +87,47 @@ def test_more_memory_than_its_trace_is_all_right_and_less_is_refused(written) ->
     assert more.downtime == pytest.approx(one.downtime, abs=0.01)
     with pytest.raises(PlanError, match=f"has {SIZE - 1} bytes of memory, and its trace .* is of {SIZE}"):
         model(replace(guest(trace), memory=SIZE - 1))
+
+
+@pytest.mark.parametrize("engine", ["qemu", "hwdbm"])
+def test_without_a_start_the_worst_of_three_moments_counts(written, engine) -> None:
+    """At a rate of 2 they lie at 0, 8/3 and 16/3 s of the trace, of which the last is busy."""
+    trace, model = written(1.0), Forecasts(engine)
+    for bandwidth in (SIZE * 2, SIZE * 20):
+        each = [model(guest(trace, rate=2.0, start=start))(bandwidth) for start in (0.0, 8 / 3, 16 / 3)]
+        found = model(guest(trace, rate=2.0))(bandwidth)
+        assert found.converges == all(one.converges for one in each)
+        assert found.total == pytest.approx(max(one.total for one in each), rel=1e-9)
+        assert found.downtime == pytest.approx(max(one.downtime for one in each), rel=1e-9)
+
+
+@pytest.mark.parametrize(("engine", "costs"), [("qemu", 0.003 + 0.01), ("hwdbm", 0.001 + 0.001 + 0.003)])
+def test_an_engine_s_limit_leaves_time_for_the_rest_of_the_pause(engine, costs: float) -> None:
+    """It has to stand still, to harvest 4 GiB once more, 2 ms a GiB, and to hand over."""
+    vm = FleetVm("vm", "h0", 4 << 30, 0.3, trace=Path("t"))
+    assert Forecasts(engine).limit(vm) == pytest.approx(0.3 - costs - 0.008)
+    assert Forecasts(engine).limit(replace(vm, max_downtime=costs + 0.0085)) == pytest.approx(0.0005)
+    assert Forecasts(engine).limit(replace(vm, max_downtime=costs)) == 0.0
+
+
+def test_a_vm_without_a_trace_or_samples_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"^the VM 'vm' has neither a trace nor samples$"):
+        Forecasts()(FleetVm("vm", "h0", SIZE, 0.3))
+
+
+def test_samples_are_fitted_to_all_of_the_memory(tmp_path: Path) -> None:
+    """Of three passes that leave less and less, in pages of 512 bytes."""
+    lines = [
+        f'{{"total-time": {at * 1000}, "ram": {{"remaining": {left}, "dirty-sync-count": {at}, "page-size": 512, '
+        f'"mbps": 80}}}}'
+        for at, left in ((1, SIZE), (3, SIZE // 4), (4, SIZE // 9))
+    ]
+    (tmp_path / "samples").write_text("\n".join(lines))
+    curve = Forecasts("hwdbm")(FleetVm("vm", "h0", SIZE, 0.3, samples=tmp_path / "samples"))
+    writes, moments = Forecasts("hwdbm")._writes(FleetVm("vm", "h0", SIZE, 0.3, samples=tmp_path / "samples"))
+    assert (writes.page_size, writes.npages, moments) == (512, SIZE // 512, [0.0])
+    best = fit(*measured(read_sample_file(tmp_path / "samples")), SIZE)[0]
+    assert writes.written(0, 2).pages * 512 == pytest.approx(best.dirtied(2)) != 0
+    slow, quick = curve(SIZE / 2), curve(SIZE * 9.0)
+    assert slow.total > quick.total
+    assert quick.converges

@@ -131,6 +131,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, place: list, value: object, says
     assert says in str(caught.value)
 
 
+def test_the_first_name_that_comes_twice_is_told() -> None:
+    hosts = tuple(Host(name, 1, "a") for name in ("y", "z", "x", "z", "x", "x"))
+    with pytest.raises(PlanError, match=r"^hosts has 'z' twice$"):
+        Fleet((Link("a", 1.0),), hosts, ())
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
