@@ -131,6 +131,24 @@ def test_what_is_wrong_is_named(tmp_path: Path, place: list, value: object, says
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ((1 << 64) - 1, "18446744073709551615"),
+        (1 << 64, "a number beyond 64 bits"),
+        (1 - (1 << 64), "-18446744073709551615"),
+        (-(1 << 64), "a number beyond 64 bits"),
+        ("x" * 58, "'" + "x" * 58 + "'"),
+        ("x" * 59, "'" + "x" * 56 + "..."),
+    ],
+)
+def test_a_value_is_told_in_few_letters(tmp_path: Path, value: object, shown: str) -> None:
+    path = written(tmp_path, PLAN | {"format": value})
+    with pytest.raises(PlanError) as caught:
+        read_plan(path)
+    assert str(caught.value) == f"{path}: format: a plan's is 'hwdbm-fleet', not {shown}"
+
+
 def test_the_first_name_that_comes_twice_is_told() -> None:
     hosts = tuple(Host(name, 1, "a") for name in ("y", "z", "x", "z", "x", "x"))
     with pytest.raises(PlanError, match=r"^hosts has 'z' twice$"):
