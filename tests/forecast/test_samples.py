@@ -648,11 +648,13 @@ BARE: dict[str, tuple[list[str], list[Sample]]] = {
             "iter=1 curr=4MiB total=64MiB bw=2.00MiB/s transfer=2.00s elapsed=1.50s",
             "iter=2 curr=2MiB total=66MiB bw=0.00MiB/s transfer=1.00s elapsed=4.00s",
             "iter=3 curr=1MiB total=67MiB bw=8.00MiB/s transfer=0.50s elapsed=5.00s",
+            "iter=4 curr=3MiB total=70MiB bw=5.00MiB/s transfer=0.50s elapsed=6.00s",
         ],
         [
             Sample(0, 2, 4 * MIB, None, 60 * MIB, 2 * MIB, source="cloud-hypervisor"),
             Sample(3, 3, 2 * MIB, None, 64 * MIB, 2 * MIB, source="cloud-hypervisor"),
             Sample(4.5, 4, 1 * MIB, None, 66 * MIB, 2 * MIB, source="cloud-hypervisor"),
+            Sample(5.5, 5, 3 * MIB, None, 67 * MIB, 8 * MIB, source="cloud-hypervisor"),
         ],
     ),
     "a log whose first iteration had no time": (

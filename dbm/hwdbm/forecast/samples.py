@@ -121,6 +121,7 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
     samples: list[Sample] = []
     passes: list[_Numbers] = []
     kinds: set[str] = set()
+    text = ""
     for number, item in _items(lines):
         kind = _kind(item, number)
         if not kind:
@@ -128,7 +129,9 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
         kinds.add(kind)
         if len(kinds) > 1:
             raise SampleError(f"line {number}: a sample of another kind than those before it")
-        numbers = _Numbers(item.get("return", item) if isinstance(item, dict) else {"text": item}, number)
+        if isinstance(item, str):
+            item, text = {"text": item, "before": text}, item  # noqa: PLW2901 - as an object
+        numbers = _Numbers(item.get("return", item), number)
         if kind == "pass":
             passes.append(numbers)
         else:
@@ -465,8 +468,7 @@ def _cloud_time(item: _Numbers) -> float:
 
 def _of_cloud_log(item: _Numbers, before: list[Sample]) -> list[Sample]:
     """Read a line that Cloud Hypervisor logs after an iteration: what it sent, in all, and how long it took."""
-    text = item.values["text"]
-    found = dict(re.findall(r"(\w+)=([0-9.]+)", text))
+    found, last = (dict(re.findall(r"(\w+)=([0-9.]+)", item.values[key])) for key in ("text", "before"))
     try:
         number, size, sent = int(found["iter"]) + 1, float(found["curr"]), float(found["total"])
         elapsed, bandwidth = float(found["elapsed"]), float(found["bw"])
@@ -475,9 +477,10 @@ def _of_cloud_log(item: _Numbers, before: list[Sample]) -> list[Sample]:
     except (KeyError, ValueError) as error:
         raise SampleError(f"line {item.line}: the line of a log is cut short: there is no {error}") from error
     total = size * _MIB if number == 1 else before[-1].total if before else None
-    known = bandwidth if number == 1 or not before else (before[-1].bandwidth or 0) / _MIB
-    before_it, bandwidth = (sent - size) * _MIB, (known or bandwidth) * _MIB
-    return [Sample(max(began, 0.0), number, size * _MIB, total, before_it, bandwidth, source="cloud-hypervisor")]
+    # What was known then is what the last iteration with any bytes had.
+    known = float(last.get("bw", 0)) * _MIB or (before[-1].bandwidth if before else None) or bandwidth * _MIB
+    before_it = (sent - size) * _MIB
+    return [Sample(max(began, 0.0), number, size * _MIB, total, before_it, known, source="cloud-hypervisor")]
 
 
 _NOTHING_YET = {"none", "setup", "wait-unplug", "cancelled", "cancelling", "failed", "completed"}
