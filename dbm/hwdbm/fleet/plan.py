@@ -273,8 +273,9 @@ class _Reader:
     def guest(self, found: Any, place: str, hosts: set[str]) -> FleetVm:
         optional = {"trace", "samples", "start", "rate", "pinned"}
         guest = self.mapping(found, place, {"name", "host", "memory", "max-downtime"}, optional)
-        if ("trace" in guest) == ("samples" in guest):
-            has = "both" if "trace" in guest else "neither"
+        given = {"trace", "samples"} & guest.keys()
+        if len(given) != 1:
+            has = "both" if given else "neither"
             self.refuse(place, f"a VM has a trace or samples, and {shown(guest['name'])} has {has}")
         for key in ("start", "rate"):
             if key in guest and "samples" in guest:

@@ -130,8 +130,9 @@ def read_samples(lines: Iterable[str]) -> list[Sample]:
         if len(kinds) > 1:
             raise SampleError(f"line {number}: a sample of another kind than those before it")
         if isinstance(item, str):
-            item, text = {"text": item, "before": text}, item  # noqa: PLW2901 - as an object
-        numbers = _Numbers(item.get("return", item), number)
+            numbers, text = _Numbers({"text": item, "before": text}, number), item
+        else:
+            numbers = _Numbers(item.get("return", item), number)
         if kind == "pass":
             passes.append(numbers)
         else:
