@@ -48,7 +48,7 @@ FLEETS: dict[str, tuple[Fleet, tuple[str, ...], Model]] = {
     ),
     "racks": (racks(), ("h0", "h1"), geometric),
     "many": (
-        pair(*(guest(f"v{at}", (at * 7 % 11 + 1) * GIB, f"h{at % 3}") for at in range(18)), bandwidth=1.25e9, hosts=6),
+        pair(*(guest(f"v{at}", (at * 7 % 11 + 1) * GIB, f"h{at % 3}") for at in range(11)), bandwidth=1.25e9, hosts=6),
         ("h0", "h1"), geometric,
     ),
     "none": (pair(guest("a", host="h1")), ("h0",), geometric),
@@ -79,7 +79,7 @@ def shown(plan: Drained) -> Iterator[str]:
 def test_plans_were_looked_at(name: str) -> None:
     fleet, hosts, model = FLEETS[name]
     curves, lines = tabulate(fleet, hosts, model), []
-    for seed in (0, 1) if name == "racks" else (0,):
+    for seed in (0,) if name != "bytes alone" else (0, 1):
         lines += [f"seed {seed}", *shown(drain(fleet, hosts, curves, seed=seed))]
     for row, (vm, top) in enumerate(zip(drained_guests(fleet, hosts), highest(fleet, hosts), strict=True)):
         needs, pause = curves.least[row] / MIB, curves.pause[row]
