@@ -1,6 +1,7 @@
 """The machine against verdicts, the broken machines against the tests, and the reader of herd's format."""
 
 from contextlib import suppress
+from errno import ENOENT
 
 import pytest
 from seen import as_seen
@@ -68,6 +69,60 @@ def test_compares_and_names_what_it_did_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("condition", "verdicts"),
+    [
+        ("exists x=2", {"Forbidden"}),
+        ("exists x=1", {"Allowed"}),
+        (r"exists (x=0 \/ x=1)", {"Allowed", "Required"}),
+    ],
+)
+def test_a_verdict_is_of_never_sometimes_and_always(condition, verdicts):
+    test = Litmus.read(STORE_AND_SWAP + condition)
+    states = test.outcomes()[2]
+    found = {kind: test.verdict(kind) for kind in ("Allowed", "Forbidden", "Required")}
+    assert found == {kind: (kind in verdicts, states) for kind in found}
+
+
+def test_all_of_a_folder_is_compared_whatever_comes_first():
+    """States are those of all that were read; the machine is the one that was asked for."""
+    one, two = (
+        STORE_AND_SWAP.replace("SWPptex", name) + end for name, end in (("1", "exists x=1"), ("2", "exists x=2"))
+    )
+    unread, unjudged = one.replace("+1", "+3").replace("STR W1", "STXR W1"), one.replace("+1", "+4")
+    kinds = {f"STRx+{number}": "Allowed" for number in (1, 2, 3)}
+    states = [Litmus.read(text).outcomes()[2] for text in (one, two)]
+    for texts in ([unjudged, unread, one, two], [two, one, unread, unjudged], ["", unread, two, unjudged, one]):
+        found = compare(texts, kinds)
+        assert (found.agree, found.differ, list(found.unread)) == (["STRx+1"], ["STRx+2"], ["STRx+3"])
+        assert found.unjudged == ["?"] * texts.count("") + ["STRx+4"]
+        assert found.states == sum(states)
+    assert compare([], kinds).states == 0
+    assert compare([one], kinds, frozenset({"H1"})).states != states[0]
+
+
+def test_what_the_caller_says_of_ets2_counts_more_than_the_test():
+    """The mark of a store isn't behind a DSB ST: it may come before the store that this orders, but with FEAT_ETS2."""
+    text = """AArch64 MP
+TTHM=HA HD
+{ [PTE(y)]=(oa:PA(y), db:0, dbm:1); 0:X1=x; 0:X2=y; 0:X3=1; 1:X1=x; 1:X2=PTE(y); }
+ P0 | P1;
+ STR X3,[X1] | LDR X6,[X2];
+ DSB ST | DMB LD;
+ STR X3,[X2] | LDR X7,[X1];
+exists (1:X6=(oa:PA(y), db:1, dbm:1) /\\ 1:X7=0)
+"""
+    with_it = text.replace("TTHM", "Variant=ets2\nTTHM")
+    for kind, ets2, some in (
+        ("Allowed", None, text),
+        ("Forbidden", None, with_it),
+        ("Allowed", False, with_it),
+        ("Forbidden", True, text),
+    ):
+        assert compare([some], {"MP": kind}, ets2=ets2).agree == ["MP"]
+        assert not compare([some], {"MP": kind}, ets2=ets2).differ
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("AArch64", "X86_64"),
@@ -87,8 +142,10 @@ def test_what_is_not_read_is_an_error_that_says_so(old, new):
 
 
 def test_a_folder_without_tests_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        list(read_folder(tmp_path))
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no folder with") as raised:
+            list(read_folder(folder))
+        assert (raised.value.errno, raised.value.filename) == (ENOENT, str(folder))
 
 
 @pytest.mark.parametrize("text", ["fly x", "store x", "store q 1", "load x@r -> a", "store x blue", "tlbi q"])

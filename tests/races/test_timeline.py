@@ -3,7 +3,7 @@
 import pytest
 from seen import as_seen
 
-from hwdbm.races import MISTAKES, check, diagram, timeline
+from hwdbm.races import MISTAKES, Finding, Step, check, diagram, timeline
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +13,20 @@ def report():
 
 def test_the_diagram_is_the_one_that_was_looked_at(report):
     as_seen("device-marks-first.svg", diagram(report) + "\n")
+
+
+def test_what_fills_its_lines_is_laid_out_as_it_was_looked_at():
+    """Texts without spaces are cut at the last column; 61 is the least width that has room for four columns."""
+    steps = (
+        Step("S", "m" * 70, ("x 1",)),
+        Step("T", "f" * 28, ("y 0x" + "1" * 60, "z 2")),
+        Step("a third", "", ()),
+        Step("S", "a few words", ("l" * 27,)),
+    )
+    for lost_at in (1, 3, None):
+        report = Finding("full & wide", 9, proved=False, wrong="w" * 300, steps=steps, lost_at=lost_at)
+        texts = [f"{width}:\n{timeline(report, width)}" for width in (60, 61, 62, 80)]
+        as_seen(f"races/full-{lost_at}.txt", "\n".join([*texts, diagram(report, "A <title>")]) + "\n")
 
 
 LOST = "the page is lost here: whatever comes next, no end is right"
