@@ -484,6 +484,7 @@ def test_the_reference_by_hand_on_blocks_that_are_tracked(make, hw):
     assert reference.load(GPA + 5 * PAGE) == 1
     reference.store(GPA + 7 * PAGE, 2)
     assert reference.tlb == {(0, 2, 0): Cached.WRITABLE}
+    assert state(machine, 7, level=2) is (State.WRITABLE_DIRTY if hw else State.UNTRACKED)
     assert dirty(machine) == list(range(512))
     assert reference.faults["permission"] == (0 if hw else 1)
     with pytest.raises(OSError, match=r"0x50000000 can.t be handled: no slot is there"):

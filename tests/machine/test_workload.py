@@ -73,6 +73,12 @@ def test_hot_pages_get_their_weight():
     assert found[:50].sum() == pytest.approx(0.81, abs=0.01)  # and their part of what goes anywhere
 
 
+@pytest.mark.parametrize(("share", "hot"), [(0.0, 1), (0.009, 1), (0.019, 1), (0.02, 2), (0.999, 99), (1.0, 100)])
+def test_a_share_is_of_whole_pages_of_which_one_is_always_hot(share, hot):
+    found = shares(HotSet(seed=3, share=share, weight=1.0), npages=100, stores=5000)
+    assert np.count_nonzero(found) == hot
+
+
 def test_zipf_falls_by_rank():
     found = np.sort(shares(Zipf(seed=3, exponent=0.99)))[::-1]
     assert found[0] > 0.08

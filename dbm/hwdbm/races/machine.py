@@ -40,10 +40,6 @@ class Format(NamedTuple):
             desc = desc & ~_DIRTY | self.dirty
         return desc | bits & pte.AF
 
-    def clean(self, desc: int) -> int:
-        """Return a descriptor whose next store must be marked, or faults."""
-        return desc & ~_DIRTY | _DIRTY - self.dirty
-
 
 STAGE1: Final = Format(0)
 STAGE2: Final = Format(_DIRTY)
