@@ -32,6 +32,7 @@ _STATES: Final = {
     "clean": _LEAF | pte.DBM,
     "dirty": _LEAF | pte.DBM | pte.S2AP_W,
 }
+_BARRIERS: Final = [[name, *of] for name in ("dmb", "dsb") for of in ([], ["ld"], ["st"])] + [["isb"]]
 _BITS: Final = {"W": pte.S2AP_W, "V": pte.VALID, "AF": pte.AF, "DBM": pte.DBM}
 _APPLY: Final[dict[str, Callable[[int, int], int]]] = {
     "swap": lambda _, new: new,
@@ -144,7 +145,7 @@ class Scene:
             head, _, result = (part.strip() for part in each.partition("->"))
             words = head.split()
             name = words[0]
-            if name in ("dmb", "dsb", "isb") and words[1:] in ([], ["ld"], ["st"]):
+            if words in _BARRIERS:
                 ops.append(Op(kind=OpKind[name.upper()], scope=words[1] if words[1:] else "full", label=each))
                 continue
             kind = {"load": OpKind.LOAD, "store": OpKind.STORE, "tlbi": OpKind.TLBI}.get(name, OpKind.RMW)
@@ -174,13 +175,14 @@ class Scene:
             at = registers[word]
             return lambda values: values[at], frozenset({at})
         name, _, frame = word.partition(":")
+        if not frame and (own := re.search(r"pte:(\w+)", each)):
+            frame = own[1]
         if re.fullmatch(r"\d+", word):
             number = int(word)
         elif word in _BITS:
             number = _BITS[word]
-        elif name in _STATES:
-            own = next((page for page in self.pages if f"pte:{page}" in each), "")
-            number = descriptor(name, self.frame[frame or own])
+        elif name in _STATES and frame in self.frame:
+            number = descriptor(name, self.frame[frame])
         else:
             raise ValueError(f"{each!r}: {word!r} is no value")
         return lambda _: number, frozenset()
