@@ -156,3 +156,55 @@ def test_a_close_that_is_cut_in_two_closes_no_other_file(monkeypatch):
     made.close()
     made.__del__()
     assert not closed
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, PAGE + 3])
+def test_words_are_whole(size):
+    for made in (GuestMemory(size), GuestMemory(size, private=True)):
+        assert (made.size, made.view.size, made.words.size) == (size, size, size // 8)
+        made.close()
+
+
+def test_a_name_has_200_bytes_at_most():
+    for name in ("", "n" * 200, "é" * 100):
+        GuestMemory(8, name).close()
+    for name in ("n" * 201, "é" * 101, "a\n"):
+        with pytest.raises(ValueError, match="200 bytes at most") as raised:
+            GuestMemory(8, name)
+        assert str(raised.value).endswith(f"unlike {name[:40]!r}")
+
+
+def test_a_file_is_no_shorter_than_the_memory(tmp_path):
+    """It may be longer, and stays the caller's: what is written to the memory is in it, also after a close."""
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(100))
+    with path.open("r+b") as file:
+        for size in (99, 100):
+            made = GuestMemory(size, fd=file.fileno())
+            assert made.fd == -1
+            made.view[-1] = size
+            made.sync()
+            made.close()
+        assert path.read_bytes()[98:] == bytes([99, 100])
+        with pytest.raises(OSError, match="0x65 bytes of guest memory") as raised:
+            GuestMemory(101, fd=file.fileno())
+        assert raised.value.errno == EINVAL
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 2500])
+def test_what_is_done_in_steps_is_done_whole(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(memories, "_STEP", 1000)
+    data = np.random.default_rng(size).integers(1, 256, size, dtype=np.uint8)
+    (tmp_path / "image").write_bytes(b"before" + data.tobytes())
+    made = np.zeros(size, dtype=np.uint8)
+    assert memories.load(made, tmp_path / "image", 6) == size
+    assert np.array_equal(made, data)
+    assert memories.digest([made, made[:5]]) == hashlib.sha256(data.tobytes() + data[:5].tobytes()).hexdigest()
+    with pytest.raises(OSError, match=f"{size} bytes from 6 on don't fit into {size - 1}") as raised:
+        memories.load(made[1:], tmp_path / "image", 6)
+    assert (raised.value.errno, raised.value.filename) == (EINVAL, str(tmp_path / "image"))
+    with pytest.raises(OSError, match=f"{size + 6} bytes don't fit into {size}"):
+        memories.load(made, tmp_path / "image")
+    with pytest.raises(OSError, match=f"-1 bytes from {size + 7} on don't fit"):
+        memories.load(made, tmp_path / "image", size + 7)
+    assert memories.load(made, tmp_path / "image", size + 6) == 0
