@@ -34,6 +34,7 @@ from hwdbm.races.program import Scene, state_name
 from hwdbm.races.search import Graph, search
 
 _NOBODY: Final[frozenset[User]] = frozenset()
+_LOOKED_AT = 20_000  # states, from one step of a counterexample, for an end that is right
 
 
 class BlockedError(HwdbmError, RuntimeError):
@@ -602,7 +603,7 @@ def _lost_at(protocol: Protocol, way: Sequence[Situation], wrong: str) -> int | 
                 way[at],
                 protocol.steps,
                 lambda here, _: protocol.ended(here) and protocol.wrong(here) is None,
-                20_000,
+                _LOOKED_AT,
             )
         except ValueError:
             break
