@@ -16,6 +16,7 @@ from hwdbm.races.program import Scene
 from hwdbm.races.search import explore
 
 FILE, COUNT, STATES = "races/programs.jsonl", 250, 300
+PATHS = "races/paths.jsonl"
 STATES_OF_PAGES = ("clean", "dirty", "readonly", "untracked", "absent", "old clean", "old untracked")
 
 
@@ -91,3 +92,12 @@ def test_programs_have_the_states_and_ends_that_they_had() -> None:
     assert len(programs) == COUNT
     now = [{**each, **explored(each)} for each in programs]
     as_seen(FILE, "".join(json.dumps(each) + "\n" for each in now))
+
+
+def test_programs_that_go_on_where_one_way_ends() -> None:
+    """A machine that looks no further at one of the places where it should has other states on one of these.
+
+    Those are walks that were found already, and earlier accesses that have faulted, for example.
+    """
+    programs = [json.loads(line) for line in (DATA / PATHS).read_text().splitlines()]
+    as_seen(PATHS, "".join(json.dumps({**each, **explored(each)}) + "\n" for each in programs))
