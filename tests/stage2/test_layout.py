@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 
 from hwdbm.errors import GfnError
 from hwdbm.granule import Granule
-from hwdbm.stage2.layout import Layout, any_in, merged, pieces, runs_of
+from hwdbm.stage2.layout import Layout, any_in, distinct, merged, pieces, runs_of
 
-LEVELS = (1, 2, 3)
+LEVELS = (0, 1, 2, 3)
 # Around the borders of words, stripes and 1 GiB blocks of a 4 KiB granule.
 BASES = (0, 1, 63, 64, 511, 512, 513, 0x3FFFF, 0x40000, 0x4_2A15)
 SIZES = (1, 2, 63, 64, 65, 511, 512, 513, 1300)
-PAGES = {Granule.K4: (1 << 18, 512, 1), Granule.K16: (1 << 22, 2048, 1), Granule.K64: (1 << 26, 8192, 1)}
+PAGES = {
+    Granule.K4: (1 << 27, 1 << 18, 512, 1),
+    Granule.K16: (1 << 33, 1 << 22, 2048, 1),
+    Granule.K64: (1 << 39, 1 << 26, 8192, 1),
+}
 
 granules = pytest.mark.parametrize("granule", Granule, ids=str)
 
@@ -26,7 +30,7 @@ granules = pytest.mark.parametrize("granule", Granule, ids=str)
 def entry_of(layout: Layout, level: int) -> np.ndarray:
     """Return for each page of the slot the number of its entry, counted from guest frame 0."""
     gfns = np.arange(layout.base_gfn, layout.base_gfn + layout.npages)
-    return gfns // PAGES[layout.granule][level - 1]
+    return gfns // PAGES[layout.granule][level]
 
 
 def check_layout(layout: Layout, cuts: list[int]) -> None:
@@ -41,12 +45,12 @@ def check_layout(layout: Layout, cuts: list[int]) -> None:
         check_spans(layout, level, entries - first)
         for lo, hi in product(cuts, repeat=2):
             check_range(layout, level, numbers - first, lo, hi)
-    for level in (1, 2):
+    for level in (0, 1, 2):
         check_children(layout, level)
 
 
 def check_spans(layout: Layout, level: int, index: np.ndarray) -> None:
-    size = PAGES[layout.granule][level - 1]
+    size = PAGES[layout.granule][level]
     number = layout.base_gfn // size + index
     starts = (number * size - layout.base_gfn).tolist()
     spans = [(start, start + size) for start in starts]
@@ -60,6 +64,7 @@ def check_range(layout: Layout, level: int, index: np.ndarray, lo: int, hi: int)
     inside = np.unique(index[lo:hi]).tolist() if lo < hi else []
     touched = layout.entries(level, lo, hi)
     assert list(range(touched.start, touched.stop)) == inside
+    assert inside or touched == slice(0, 0), "its length is stop - start"
     if lo <= hi:
         whole = layout.whole(level, lo, hi)
         assert whole.start <= whole.stop, "its length is stop - start"
@@ -165,9 +170,9 @@ def check_any_in(function: Callable[[Any, Any], Any]) -> None:
 
 
 def check_pieces(function: Callable[[int, int, int], Any]) -> None:
-    """Check each range of slots of up to three words: whole words, and masks for parts of one."""
-    for npages in (1, 2, 63, 64, 65, 100, 128, 129, 150):
-        for lo, hi in product(range(npages + 1), repeat=2):
+    """Check each range of slots of up to three words, some of larger ones: whole words, and masks for parts of one."""
+    for npages in (1, 2, 63, 64, 65, 100, 128, 129, 150, 321, 384):
+        for lo, hi in product(range(0, npages + 1, 1 + 63 * (npages > 150)), range(npages, -1, -1)):
             check_cut(list(function(lo, hi, npages)), lo, hi, npages)
 
 
@@ -290,3 +295,28 @@ def test_arrays_of_another_type_are_refused(method: str, dtype: Any) -> None:
         assert np.array_equal(ask(2, np.array(1, dtype=np.uint8)), ask(2, 1))
         with pytest.raises(TypeError):
             ask(2, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "1", None, True, np.array([1])], ids=repr)
+def test_ends_of_a_range_are_integers(wrong: Any) -> None:
+    """Each of them, of any type: what comes back is a slice of `int`."""
+    layout = Layout(1000, 0x1F0, Granule.K4)
+    for lo, hi in ((wrong, 600), (3, wrong)):
+        with pytest.raises(TypeError, match="is an integer, not"):
+            layout.entries(2, lo, hi)
+    for lo, hi in ((np.int32(3), 600), (3, np.uint64(600)), (np.array(3), np.int16(600))):
+        found = layout.entries(2, lo, hi)
+        assert (found, type(found.start), type(found.stop)) == (slice(0, 3), int, int)
+
+
+def test_a_layout_is_shown_and_compared_by_what_made_it() -> None:
+    layout = Layout(1000, 0x1F0, Granule.K4)
+    assert repr(layout) == "Layout(npages=1000, base_gfn=496, granule=<Granule.K4: 12>)"
+    assert layout == Layout(1000, 0x1F0, Granule.K4) != Layout(1000, 0x1F0, Granule.K16)
+
+
+@pytest.mark.parametrize(
+    ("given", "once"), [([], []), ([7], [7]), ([7, 7], [7]), ([9, 7], [7, 9]), ([3, 1, 3], [1, 3])]
+)
+def test_numbers_once(given: list[int], once: list[int]) -> None:
+    assert distinct(np.array(given, dtype=np.int64)).tolist() == once

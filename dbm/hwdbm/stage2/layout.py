@@ -40,7 +40,7 @@ class Layout:
     npages: int
     base_gfn: int
     granule: Granule
-    sizes: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
+    sizes: tuple[int, int, int, int] = field(init=False, repr=False)
     """Pages under an entry of each level, from 0: every operation on a slot asks for them."""
 
     def __post_init__(self) -> None:
@@ -49,8 +49,7 @@ class Layout:
             object.__setattr__(self, name, integer(getattr(self, name), name, None))
         if self.npages < 1:
             raise GfnError(f"a slot has 1 page or more, not {self.npages}")
-        sizes = (*(self.granule.pages_per_entry(level) for level in range(3)), 1)
-        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "sizes", tuple(self.granule.pages_per_entry(level) for level in range(4)))
         top = 1 << (52 - self.granule.page_shift)
         if self.base_gfn < 0 or self.base_gfn + self.npages > top:
             raise GfnError(
@@ -164,16 +163,16 @@ def any_in(words: NDArray[np.uint64], ranges: Ranges) -> NDArray[np.bool_]:
     [False, True, False]
     """
     # No loop over words, and no array of bits: a row is the masked bits of its first and last word, and whole words
-    # between. How many of those aren't zero is a difference of two running counts, whatever the row's length.
+    # between. Whether some of those aren't zero is seen by two running counts, whatever the row's length.
     full = np.uint64((1 << 64) - 1)
     head, last = ranges[:, 0] >> 6, ranges[:, 1] - 1 >> 6
     head_mask = full << (ranges[:, 0] & 63).astype(np.uint64)
-    last_mask = full >> (63 - (ranges[:, 1] - 1 & 63)).astype(np.uint64)
+    last_mask = full >> (-ranges[:, 1] & 63).astype(np.uint64)
     # In one word both masks hold; in two, each holds for its own, and the words between are counted.
     inner, outer = np.where(head == last, last_mask, full), np.where(head == last, head_mask, full)
-    before = np.concatenate(([0], np.cumsum(words != 0)))
     ends = words[head] & head_mask & inner | words[last] & last_mask & outer
-    found: NDArray[np.bool_] = (ends != 0) | (before[last] > before[np.minimum(head + 1, last)])
+    upto, before = np.cumsum(words != 0), last - 1  # where the last word is word 0 too, a count is compared with itself
+    found: NDArray[np.bool_] = (ends != 0) | (upto[before] > upto[np.minimum(head, before)])
     return found
 
 
@@ -192,7 +191,8 @@ def runs_of(flags: NDArray[np.bool_]) -> Ranges:
     """
     framed = np.zeros(flags.size + 2, dtype=np.bool_)
     framed[1:-1] = flags
-    return np.flatnonzero(framed[1:] != framed[:-1]).astype(np.int64, copy=False).reshape(-1, 2)
+    edges: Ranges = np.flatnonzero(framed[1:] != framed[:-1]).reshape(-1, 2)
+    return edges
 
 
 def pieces(lo: int, hi: int, npages: int) -> Iterator[tuple[int, int, int | None]]:

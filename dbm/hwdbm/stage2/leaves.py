@@ -4,8 +4,9 @@ Each descriptor is changed by one operation of a kernel, which decides on what i
 was there asks for. Nothing here knows what a dirty bit is for: `hwdbm.Stage2` puts the consumers and the verbs on top.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,19 +29,21 @@ _ALL = (1 << 64) - 1
 _BRIDGE = 2  # stripes
 _CHUNK = 1 << 15  # descriptors built or compared together: 256 KiB
 _LINE = 8  # descriptors in a line of the cache
-_EMPTY = np.empty(0, dtype=np.uint64)
+_EMPTY = np.array([], dtype=np.uint64)
+_NO_INDEX = np.array([], dtype=np.int64)
+_NO_RUNS = _NO_INDEX.reshape(-1, 3)
 _GONE = pte.Update(pte.ANY, clears=_ALL)
 
 
 def _all_tables(entries: Array) -> bool:
     """Return whether entries are all tables, as most often they are: faster than to ask of each."""
-    common = entries[0] if entries.size == 1 else np.bitwise_and.reduce(entries)
-    return int(common) & pte.TABLE == pte.TABLE
+    common = entries.item() if entries.size == 1 else int(np.bitwise_and.reduce(entries))
+    return common & pte.TABLE == pte.TABLE
 
 
 def _unbacked(level: int, count: int) -> Array:
     """Return entries that are all zero, the first at the start of a cache line: vectors across two lines are slower."""
-    words = zeros(count + _LINE - 1, f"level {level}")
+    words = zeros(count + _LINE, f"level {level}")
     first = -words.ctypes.data // 8 % _LINE
     return words[first : first + count]
 
@@ -182,9 +185,10 @@ class Leaves:
         where = self.layout.entries(level, lo, hi)
         runs = self.kernels.find(self.level[level][where], match)
         if not len(runs):
-            return np.empty(0, dtype=np.int64)
+            return _NO_INDEX
         if len(runs) == 1:
-            return np.arange(where.start + runs[0, 0], where.start + runs[0, 1], dtype=np.int64)
+            ((start, stop),) = runs.tolist()
+            return np.arange(where.start + start, where.start + stop, dtype=np.int64)
         first = int(runs[0, 0])
         found: Index = np.flatnonzero(match(self.level[level][where][first : int(runs[-1, 1])])) + (where.start + first)
         return found
@@ -200,13 +204,12 @@ class Leaves:
         index = pages.copy()
         for above in (2, 1):
             (rest,) = (level == 0).nonzero()
-            if not rest.size:
-                break
-            entry = self.layout.index(above, pages[rest])
-            found = self.level[above][entry]
-            leaf = pte.leaf(above)(found)
-            rest = rest[leaf]
-            level[rest], index[rest], desc[rest] = above, entry[leaf], found[leaf]
+            if rest.size:
+                entry = self.layout.index(above, pages[rest])
+                found = self.level[above][entry]
+                leaf = pte.leaf(above)(found)
+                rest = rest[leaf]
+                level[rest], index[rest], desc[rest] = above, entry[leaf], found[leaf]
         return LeafAt(level, index, desc, int(np.count_nonzero(level)), small)
 
     def extent(self, level: int, index: Index) -> Spans:
@@ -232,11 +235,11 @@ class Leaves:
         # them. For the same reason it does no harm to read some of those too, where that makes one run of two.
         where = self.layout.entries(2, lo, hi)
         entries = self.level[2][where]
-        if lo < hi and _all_tables(entries):
+        if entries.size and _all_tables(entries):
             return np.array([[lo, hi, lo]], dtype=np.int64)
         runs = self.kernels.find(entries, pte.table(2))
         if not len(runs):
-            return np.empty((0, 3), dtype=np.int64)
+            return _NO_RUNS
         if len(runs) > 1:  # a short gap costs less to read, all zeros, than the memory's next stride costs to begin
             apart = runs[1:, 0] - runs[:-1, 1] > _BRIDGE
             runs = np.stack([runs[np.append(True, apart), 0], runs[np.append(apart, True), 1]], axis=1)
@@ -257,9 +260,8 @@ class Leaves:
 
     def update_blocks(self, rule: ByLevel, lo: int, hi: int, record: Record, mask: DirtyBitmap | None = None) -> Tally:
         """Apply `rule` to the blocks that touch [lo, hi), and a page of `mask`, whose bit 0 is `lo`."""
-        if mask is None:
-            return self.update_all(1, rule(1), lo, hi, record) + self.update_all(2, rule(2), lo, hi, record)
-        return sum((self.update_found(level, rule(level), lo, hi, record, mask) for level in (1, 2)), Tally())
+        change = self.update_all if mask is None else partial(self.update_found, mask=mask)
+        return sum((change(level, rule(level), lo, hi, record) for level in (1, 2)), Tally())
 
     def update_all(self, level: int, update: pte.Update, lo: int, hi: int, record: Record) -> Tally:
         """Apply `update` to the entries of `level` that touch [lo, hi)."""
@@ -277,11 +279,11 @@ class Leaves:
         where, index = self.layout.entries(level, lo, hi), self.find(level, update.where, lo, hi)
         if mask is not None and index.size:
             index = index[any_in(mask.words, np.clip(self.layout.span(level, index), lo, hi) - lo)]
-        changed, words = self.update_at(level, index, update, record, lo, hi), 0
-        if changed:
-            inside = np.clip(self.layout.span(level, index), lo, hi)
-            words = int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum())
-        return Tally(where.stop - where.start, changed, words)
+        read, changed = where.stop - where.start, self.update_at(level, index, update, record, lo, hi)
+        if not changed:
+            return Tally(read)
+        inside = np.clip(self.layout.span(level, index), lo, hi)
+        return Tally(read, changed, int((inside[:, 1] - inside[:, 0] + 63 >> 6).sum()))
 
     def update_pages(self, update: pte.Update, lo: int, hi: int, record: Record) -> Tally:
         """Apply `update` to the level-3 entries of [lo, hi)."""
@@ -292,10 +294,9 @@ class Leaves:
 
     def update_within(self, update: pte.Update, mask: DirtyBitmap, first: int, record: Record) -> Tally:
         """Apply `update` to the level-3 entries of the pages in `mask`; bit 0 is page `first`, a multiple of 64."""
-        lo, hi = first, first + mask.npages
-        runs, words = self.table_runs(lo, hi), slice(lo >> 6, hi + 63 >> 6)
-        if lo:
-            runs[:, 2] -= lo
+        runs, words = self.table_runs(first, first + mask.npages), slice(first >> 6, None)
+        if first:
+            runs[:, 2] -= first
         return self.kernels.rewrite_within(
             self.level[3], runs, update, mask.words, record.out.words[words], record.also.words[words], record.notes(3)
         )
@@ -389,7 +390,7 @@ class Leaves:
 
     def put_at(self, level: int, index: Index, leaves: Array, record: Record) -> None:
         """Put leaves in place of the entries `index` of `level`, under which nothing is, with tables above them."""
-        pages = np.maximum(self.layout.span(level, index)[:, 0], 0)
+        pages = self.layout.span(level, index)[:, 0]
         for above in range(1, level):
             entries = distinct(self.layout.index(above, pages))
             entries = entries[~pte.table(above)(self.level[above][entries])]
@@ -421,8 +422,6 @@ class Leaves:
     def _inside(self, level: int, lo: int, hi: int) -> slice:
         """Return the entries of `level` of which all pages in the slot are in [lo, hi), and at least one is."""
         touched = self.layout.entries(level, lo, hi)
-        if touched.start == touched.stop:
-            return touched
         begins = max(self.layout.span(level, touched.start)[0], 0) >= lo
         ends = min(self.layout.span(level, touched.stop - 1)[1], self.layout.npages) <= hi
         first, stop = touched.start + (not begins), touched.stop - (not ends)
@@ -437,53 +436,47 @@ class Leaves:
 
     def split(self, level: int, index: Index, record: Record) -> None:
         """Replace the blocks `index` of `level` by tables of leaves of the next level, which are clean."""
-        step = max(1, _CHUNK // self.layout.granule.entries)
-        for chunk in (index[i : i + step] for i in range(0, index.size, step)):
+        for chunk in self._chunks(index):
             values = np.full(chunk.size, pte.TABLE, dtype=np.uint64)
             try:
                 self._swap(level, chunk, values, record)
             finally:
                 # An exception between the two must not leave the guest without its pages.
                 done = pte.table(level)(self.level[level][chunk]) & pte.leaf(level)(values)
-                self._put_children(level, chunk[done], values[done])
+                self._put_children(level, chunk[done], values[done], record)
 
-    def _put_children(self, level: int, index: Index, blocks: Array) -> None:
+    def _put_children(self, level: int, index: Index, blocks: Array, record: Record) -> None:
         """Put leaves of the next level, as clean `blocks` would have them, into the empty tables `index`."""
-        granule, children = self.layout.granule, self.level[level + 1]
-        drop = pte.TABLE | pte.CONTIGUOUS | ((1 << granule.shift(level)) - granule.page_size) & pte.ADDRESS
-        parent = pte.clean(level)(blocks) & np.uint64(~drop & _ALL) | np.uint64(pte.leaf(level + 1).value)
+        granule, count = self.layout.granule, self.level[level + 1].size
+        drop = pte.TABLE | pte.CONTIGUOUS | (1 << granule.shift(level)) - granule.page_size
+        parent = pte.clean(level)(blocks) & ~np.uint64(drop) | np.uint64(pte.leaf(level + 1).value)
         number = np.arange(granule.entries, dtype=np.int64)
         address = number.astype(np.uint64) << np.uint64(granule.shift(level + 1))
         where = self.layout.first_child(level, index)[:, None] + number
-        inside = (where >= 0) & (where < children.size)  # a block at the slot's edge may reach beyond it
+        inside = (where >= 0) & (where < count)  # a block at the slot's edge may reach beyond it
         values = (parent[:, None] | address)[inside]
-        self.kernels.exchange_at(
-            children, where[inside], values, self._place(level + 1, 0, 0), _EMPTY, _EMPTY, _EMPTY, Notes(None, None)
-        )
+        self._swap(level + 1, where[inside], values, Record(record.out, record.also, out_of=None, also_of=None))
 
     def collapsible(self, level: int, lo: int, hi: int) -> Index:
         """Return the tables of `level`, wholly in [lo, hi), whose leaves make up a block."""
         whole = self.layout.whole(level, lo, hi)
         index = whole.start + np.flatnonzero(pte.table(level)(self.level[level][whole]))
-        step = max(1, _CHUNK // self.layout.granule.entries)
-        chunks = (index[i : i + step] for i in range(0, index.size, step))
-        return np.concatenate([index[:0], *(chunk[self._alike(level, chunk)] for chunk in chunks)])
+        return np.concatenate([_NO_INDEX, *(chunk[self._alike(level, chunk)] for chunk in self._chunks(index))])
 
     def _alike(self, level: int, index: Index) -> NDArray[np.bool_]:
         """Return for each table whether its leaves differ in nothing but AF, dirty, contiguous, and their place."""
         granule, below = self.layout.granule, level + 1
         leaves = self.level[below][self._rows(level, index)]
-        leaves = pte.clean(below)(leaves & np.uint64(~(pte.AF | pte.CONTIGUOUS) & _ALL))
+        leaves = pte.clean(below)(leaves & ~np.uint64(pte.AF | pte.CONTIGUOUS))
         first, child_size = leaves[:, 0], 1 << granule.shift(below)
         place = np.arange(granule.entries, dtype=np.uint64) * np.uint64(child_size)
-        unaligned = first & np.uint64((1 << granule.shift(level)) - child_size & pte.ADDRESS)
+        unaligned = first & np.uint64((1 << granule.shift(level)) - child_size)
         same: NDArray[np.bool_] = (leaves == first[:, None] | place).all(axis=1) & (unaligned == 0)
         return same & pte.leaf(below)(first)
 
     def collapse(self, level: int, index: Index, record: Record) -> None:
         """Replace the tables `index`, which are collapsible, by clean blocks."""
-        step = max(1, _CHUNK // self.layout.granule.entries)
-        for chunk in (index[i : i + step] for i in range(0, index.size, step)):
+        for chunk in self._chunks(index):
             rows = self._rows(level, chunk)
             values = np.zeros(rows.size, dtype=np.uint64)
             try:
@@ -492,8 +485,13 @@ class Leaves:
                 leaves = values.reshape(rows.shape)
                 done = leaves[:, 0] != 0  # an exception between the two must not leave the guest without its pages
                 young = np.bitwise_or.reduce(leaves, axis=1) & np.uint64(pte.AF)
-                first = pte.clean(level + 1)(leaves[:, 0]) & np.uint64(~(pte.TABLE | pte.CONTIGUOUS) & _ALL)
+                first = pte.clean(level + 1)(leaves[:, 0]) & ~np.uint64(pte.TABLE | pte.CONTIGUOUS)
                 self.exchange(level, chunk[done], (first | np.uint64(pte.leaf(level).value) | young)[done], record)
+
+    def _chunks(self, index: Index) -> Iterator[Index]:
+        """Yield parts of an index of tables, each with as many leaves as are built or compared together."""
+        step = _CHUNK // self.layout.granule.entries
+        return (index[i : i + step] for i in range(0, index.size, step))
 
     def _rows(self, level: int, index: Index) -> Index:
         """Return as rows the entries of the next level under each of `index`, all inside of the slot."""
@@ -505,9 +503,6 @@ class Leaves:
         """Raise `InvariantError` if a leaf isn't at exactly one level, or an encoding is reserved."""
         for level in (1, 2):
             entries, below = self.level[level], self.level[level + 1]
-            if level not in self.layout.granule.block_levels(large=True):
-                for index in np.flatnonzero(pte.leaf(level)(entries)).tolist():
-                    self._broken(level, index, "the granule has no blocks at this level")
             for lo, hi in runs_of(~pte.table(level)(entries)).tolist():
                 first = max(0, self.layout.first_child(level, lo))
                 (wrong,) = below[first : self.layout.first_child(level, hi)].nonzero()
