@@ -385,5 +385,5 @@ def _indices(value: Any, name: str, columns: int) -> Runs:
     return np.ascontiguousarray(value) if not (value.flags.c_contiguous and value.flags.aligned) else value
 
 
-_NO_INDEX = np.empty(0, dtype=np.int64)
+_NO_INDEX = np.array([], dtype=np.int64)
 _log = logging.getLogger("hwdbm")

@@ -60,6 +60,6 @@ def _said(name: str, features: str) -> str:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        said = os.pread(pipe, 1 << 12, 0).decode(errors="replace")
+        said = os.pread(pipe, os.fstat(pipe).st_size, 0).decode(errors="replace")
         os.close(pipe)
     return said

@@ -241,7 +241,8 @@ def _edges(hit: Bools) -> Runs:
     """Return the runs [start, stop) of true elements."""
     framed = np.zeros(hit.size + 2, dtype=np.bool_)
     framed[1:-1] = hit
-    return np.flatnonzero(framed[1:] != framed[:-1]).astype(np.int64, copy=False).reshape(-1, 2)
+    edges: Runs = np.flatnonzero(framed[1:] != framed[:-1]).reshape(-1, 2)
+    return edges
 
 
 def _flips(update: Update) -> np.uint64 | None:
@@ -294,7 +295,7 @@ def _covered(hit: Bools, start: int, place: Place) -> int:
     end = min(max((hi - first) // size, begin), hit.size)
     words = int(np.count_nonzero(hit[begin:end])) * (size + 63 >> 6)
     for i in (begin - 1, end):
-        if 0 <= i < hit.size and hit[i]:
+        if i in range(hit.size) and hit[i]:
             words += max(min(first + (i + 1) * size, hi) - max(first + i * size, lo) + 63 >> 6, 0)
     return words
 
@@ -314,7 +315,7 @@ def _fill(words: Array, ranges: Runs) -> None:
     full = np.uint64(_ALL)
     head, last = ranges[:, 0] >> 6, ranges[:, 1] - 1 >> 6
     head_mask = full << (ranges[:, 0] & 63).astype(np.uint64)
-    last_mask = full >> (63 - (ranges[:, 1] - 1 & 63)).astype(np.uint64)
+    last_mask = full >> (-ranges[:, 1] & 63).astype(np.uint64)
     one = head == last
     np.bitwise_or.at(words, head[one], head_mask[one] & last_mask[one])
     np.bitwise_or.at(words, head[~one], head_mask[~one])
