@@ -181,7 +181,9 @@ def check_views(bitmap: DirtyBitmap, pages: Pages) -> None:
     assert bitmap.weight() == len(pages) == bitmap.bits.count()
     assert bitmap.any() is bool(pages)
     assert bitmap.pages().tolist() == sorted(pages)
-    assert bitmap.ranges().tolist() == runs(pages)
+    ranges = bitmap.ranges()
+    assert ranges.tolist() == runs(pages)
+    assert ranges.shape == (len(ranges), 2)
     assert pages_of(bitmap) == pages
 
 
@@ -308,6 +310,8 @@ def test_listing_goes_on_after_a_chunk() -> None:
     assert bitmap.pages().tolist() == [5, border - 1, border, border + 20]
     assert bitmap.ranges().tolist() == [[5, 1], [border - 1, 2], [border + 20, 1]]
     assert bitmap.weight() == 4
+    assert [bitmap.count(first, border + 21 - first) for first in (5, 6, border, border + 1)] == [4, 3, 2, 1]
+    assert [bitmap.count(0, stop) for stop in (border - 1, border, border + 1, border + 20)] == [1, 2, 3, 3]
 
 
 @given(sets(), st.data())

@@ -129,6 +129,19 @@ def test_what_has_no_octets(value: object) -> None:
         check.octets(value, "data")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1 << 20, "0x100000"), ((1 << 20) - 1, "1048575"), (-(1 << 20), "-0x100000"), (1 - (1 << 20), "-1048575"),
+        (1 << 511, hex(1 << 511)), (1 << 512, "a number of many digits"), (-(1 << 512), "a number of many digits"),
+    ],
+)  # fmt: skip
+def test_a_large_number_is_shown_as_an_address_and_a_huge_one_not_at_all(value: int, said: str) -> None:
+    low, high = (0, None) if value < 0 else (None, 7)
+    with pytest.raises(ValueError, match=f"page is {'0 or more' if value < 0 else 'at most 7'}, not {said}$"):
+        check.integer(value, "page", low, high)
+
+
 @pytest.mark.parametrize(("size", "said"), [(58, "'" + "x" * 58 + "'"), (59, "'" + "x" * 56 + "...")])
 def test_a_long_argument_is_cut(size: int, said: str) -> None:
     with pytest.raises(TypeError) as raised:

@@ -396,3 +396,10 @@ def test_what_is_asked_for_already_may_be_asked_for_again(bits: tuple[int, int])
     assert again.also(ones=ones, zeros=zeros) == again
     for desc in range(16):
         assert again(desc) == (match(desc) and desc & ones == ones and not desc & zeros)
+
+
+def test_a_rule_of_no_level_means_nothing_at_any() -> None:
+    rule = pte.Rule("never", lambda level: pte.ANY, levels=[])
+    for level, said in ((0, r"^pte\.never is of levels \[\], not 0$"), (1, "0 to 0, not 1$"), (-1, "0 to 0, not -1$")):
+        with pytest.raises(ValueError, match=said):
+            rule(level)

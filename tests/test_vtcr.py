@@ -150,6 +150,10 @@ class TestForVm:
         v = Vtcr.for_vm(Granule.K4, 40, mmfr1=mmfr1, hw_dbm=False)
         assert (v.ha, v.hd, v.vs) == (ha, False, False)
 
+    @pytest.mark.parametrize("vmid_bits", range(16))
+    def test_vmids_have_16_bits_where_the_cpu_says_so(self, vmid_bits: int) -> None:
+        assert Vtcr.for_vm(Granule.K4, 40, mmfr1=vmid_bits << 4 | 2).vs == (vmid_bits == 2)
+
     @pytest.mark.parametrize("hafdbs_", [2, 3, 4])
     def test_cpu_with_it(self, hafdbs_: int) -> None:
         v = Vtcr.for_vm(Granule.K64, 40, mmfr1=0x20 | hafdbs_)
@@ -176,10 +180,16 @@ class TestVttbr:
         assert Vttbr.decode(0x1234_0000_4100_2001, v) == Vttbr(0x4100_2000, 0x1234, True)
         eight = Vtcr.decode(0x8062_3558)  # VS = 0
         assert Vttbr.decode(0x0034_0000_4100_2000, eight) == Vttbr(0x4100_2000, 0x34, False)
+        for vmid in (0x1, 0xFF, 0x8000, 0xFFFF):
+            assert Vttbr.decode(vmid << 48 | 0x4100_2001, v) == Vttbr(0x4100_2000, vmid, True)
+            assert Vttbr.decode(vmid << 48 | 0x4100_2001, eight) == Vttbr(0x4100_2000, vmid & 0xFF, True)
 
     def test_52_bits(self) -> None:
         v = Vtcr.for_vm(Granule.K64, 48, mmfr1=2, pa_bits=52)
-        assert Vttbr.decode(0x4100_0000 | 0b1010 << 2, v).baddr == 0xA_0000_4100_0000
+        for top in range(16):
+            for cnp in (False, True):
+                baddr = top << 48 | 0xFFFF_FFF8_0000
+                assert Vttbr.decode(0xFFFF_FFF8_0000 | top << 2 | cnp, v) == Vttbr(baddr, 0, cnp)
 
     def test_part_of_a_table(self) -> None:
         v = Vtcr.for_vm(Granule.K4, 36, mmfr1=2)  # 64 entries at level 1

@@ -197,7 +197,7 @@ class DirtyBitmap:
         first, last = first[some], stop[some] - 1
         head, tail, full = first >> 6, last >> 6, np.uint64(_ALL)
         begins = full << (first & 63).astype(np.uint64)
-        ends = full >> (63 - (last & 63)).astype(np.uint64)
+        ends = full >> (~last & 63).astype(np.uint64)
         one = head == tail
         np.bitwise_or.at(self.words, head[one], begins[one] & ends[one])
         np.bitwise_or.at(self.words, head[~one], begins[~one])
@@ -300,10 +300,7 @@ class DirtyBitmap:
 
     def weight(self) -> int:
         """Return how many pages are dirty. Equal to ``sum(page in self for page in range(len(self)))``."""
-        return sum(
-            int(np.bitwise_count(self.words[i : i + _CHUNK]).sum(dtype=np.int64))
-            for i in range(0, self.words.size, _CHUNK)
-        )
+        return _weight(self.words)
 
     def count(self, first: int, npages: int) -> int:
         """Return how many of `npages` pages from `first` are dirty. Equal to ``part(first, npages).weight()``.
@@ -327,11 +324,7 @@ class DirtyBitmap:
         head, last = first >> 6, stop - 1 >> 6
         below = int(self.words[head]) & ((1 << (first & 63)) - 1)
         above = int(self.words[last]) >> ((stop - 1 & 63) + 1)
-        whole = sum(
-            int(np.bitwise_count(self.words[i : min(i + _CHUNK, last + 1)]).sum(dtype=np.int64))
-            for i in range(head, last + 1, _CHUNK)
-        )
-        return whole - below.bit_count() - above.bit_count()
+        return _weight(self.words[head : last + 1]) - below.bit_count() - above.bit_count()
 
     def pages(self) -> NDArray[np.int64]:
         """Return the dirty pages in order, as an int64 array: 8 bytes a dirty page, so ask when there are few."""
@@ -401,7 +394,7 @@ class DirtyBitmap:
         if npages == 0:
             return
         head, last = first >> 6, stop - 1 >> 6
-        head_mask, last_mask = _ALL << (first & 63) & _ALL, _ALL >> (63 - (stop - 1 & 63))
+        head_mask, last_mask = _ALL << (first & 63) & _ALL, _ALL >> (-stop & 63)
         if head == last:
             self._write(head, head_mask & last_mask, value)
         else:
@@ -483,8 +476,7 @@ class DirtyBitmap:
         if first < 0 or npages < 0 or first + npages > self.npages:
             raise BitmapError(f"pages {first}..{first + npages - 1} are not inside of the {self.npages}")
         cut = type(self)(npages)
-        word, shift, n = first >> 6, np.uint64(first & 63), cut.words.size
-        source = self.words[word : word + n + 1]
+        source, shift, n = self.words[first >> 6 :], np.uint64(first & 63), cut.words.size
         cut.words[:] = source[:n] >> shift
         if shift:
             rest = source[1 : n + 1]
@@ -504,14 +496,14 @@ class DirtyBitmap:
         factor = integer(factor, "factor", None)
         if factor < 1:
             raise BitmapError(f"a page is divided into 1 part or more, not {factor}")
-        if factor > _MOST // max(self.npages, 1):
+        if self.npages * factor > _MOST:
             raise BitmapError(f"{self.npages} pages of {factor:#x} parts each are more than a bitmap has")
         fine = type(self)(self.npages * factor)
         if factor > _CHUNK:  # a page's parts alone are more than should be unpacked at once
             for first, count in self.ranges().tolist():
                 fine.set_range(first * factor, count * factor)
             return fine
-        step = max(1, _CHUNK // factor)
+        step = _CHUNK // factor
         for start in range(0, self.words.size, step):
             octets = np.unpackbits(self.words[start : start + step].view(np.uint8), bitorder="little")
             words = np.packbits(np.repeat(octets, factor), bitorder="little").view(np.uint64)
@@ -581,6 +573,12 @@ class DirtyBitmap:
         if to == page_size:
             return self.copy()
         return self.coarsen(to // page_size) if to > page_size else self.refine(page_size // to)
+
+
+def _weight(words: Words) -> int:
+    """Return how many bits are set."""
+    chunks = (words[i : i + _CHUNK] for i in range(0, words.size, _CHUNK))
+    return sum(int(np.bitwise_count(chunk).sum(dtype=np.int64)) for chunk in chunks)
 
 
 def _ends(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

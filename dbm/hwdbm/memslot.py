@@ -297,10 +297,10 @@ class Memslots:
         instance(plan, Plan, "plan")
         if plan.change is Change.NOTHING:
             return
-        for slot in (plan.old, plan.new):
-            by_base = [] if slot is None else self._by_base[slot.as_id]
-            at = bisect_left(by_base, slot.base_gfn, key=_BASE) if slot is not None else 0
-            if at < len(by_base) and slot is not None and by_base[at].id == slot.id:
+        for slot in (each for each in (plan.old, plan.new) if each is not None):
+            by_base = self._by_base[slot.as_id]
+            at = bisect_left(by_base, slot.base_gfn, key=_BASE)
+            if at < len(by_base) and by_base[at].id == slot.id:
                 del by_base[at]
         if plan.new is None:
             self._slots.pop(plan.id, None)
@@ -308,7 +308,8 @@ class Memslots:
             by_base = self._by_base[plan.new.as_id]
             by_base.insert(bisect_left(by_base, plan.new.base_gfn, key=_BASE), plan.new)
             self._slots[plan.id] = plan.new
-        self.generation = max(self.generation + 1, 0 if plan.new is None else plan.new.generation)
+        generation = self.generation + 1
+        self.generation = generation if plan.new is None else max(generation, plan.new.generation)
 
     def _check_numbers(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
         if slot & 0xFFFF >= self.slot_limit:  # the ioctl's own check, before all others

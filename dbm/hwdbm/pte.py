@@ -559,5 +559,5 @@ def _states(desc: NDArray[np.uint64], level: int) -> NDArray[np.uint8]:
 
 @cache
 def _lookup(level: int) -> NDArray[np.uint8]:
-    rows = ((i & TABLE) | (i >> 2 & 1) * S2AP_W | (i >> 3 & 1) * DBM for i in range(16))
+    rows = (kind | written | dbm for dbm in (0, DBM) for written in (0, S2AP_W) for kind in range(TABLE + 1))
     return np.array([state(desc, level) for desc in rows], dtype=np.uint8)

@@ -397,7 +397,7 @@ class Vttbr:
         instance(vtcr, Vtcr, "vtcr")
         baddr = value & 0xFFFF_FFFF_FFFE
         if vtcr.pa_bits == 52:  # then bits 51:48 of the base are in 5:2
-            baddr = baddr & ~0x3F | (value >> 2 & 0xF) << 48
+            baddr = value & 0xFFFF_FFFF_FFC0 | (value >> 2 & 0xF) << 48
         size = 8 * vtcr.root_entries
         if baddr % size:
             raise ValueError(

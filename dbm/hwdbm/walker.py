@@ -495,11 +495,10 @@ def split(s2: Stage2, gfn: int, npages: int, level: int = 3) -> int:
     level = integer(level, "level", 2, 3, GfnError)
     _take_apart(s2, lo, hi, level - 1)
     count = 0
-    for _ in range(1, level):  # the pieces of a level-1 block are split in the second pass
-        for leaf in list(_leaves(s2, lo, hi)):
-            if leaf.level < level:
-                _split(s2, leaf)
-                count += 1
+    while blocks := [leaf for leaf in _leaves(s2, lo, hi) if leaf.level < level]:  # and then the pieces of large ones
+        for leaf in blocks:
+            _split(s2, leaf)
+            count += 1
     return count
 
 
@@ -520,10 +519,8 @@ def _split(s2: Stage2, leaf: Leaf) -> None:
 def _isolate(s2: Stage2, lo: int, hi: int) -> None:
     """Split the blocks that are partly in [lo, hi) and partly not."""
     for page in (lo, hi) if lo < hi else ():
-        for _ in (1, 2):
-            leaf = _walk(s2, page) if 0 < page < s2.npages else None
-            if leaf and leaf.pages.start < page:
-                _split(s2, leaf)
+        while page < s2.npages and (leaf := _walk(s2, page)) and leaf.pages.start < page:
+            _split(s2, leaf)
 
 
 def collapse(s2: Stage2, gfn: int, npages: int, level: int = 2) -> int:
@@ -545,7 +542,7 @@ def _collapse(s2: Stage2, level: int, page: int) -> bool:
     leaves = [_walk(s2, page + i * step) for i in range(granule.entries)]
     first = leaves[0]
     place = (1 << granule.shift(level)) - (1 << granule.shift(level + 1))  # address bits that tell children apart
-    if first is None or first.desc & place & pte.ADDRESS:
+    if first is None or first.desc & place:
         return False
     for i, leaf in enumerate(leaves):
         if leaf is None or leaf.level != level + 1:
