@@ -4,7 +4,7 @@ The slot begins in the middle of a stripe, 1100 pages before a 1 GiB border, and
 entries of level 2, of which the first stands for 76 pages and the last for 77, under two of level 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -280,6 +280,42 @@ def test_a_harvest_counts_pages_blocks_and_what_was_saved(kernels: object) -> No
     assert s2.harvest_into(out) == Tally(read, 1 + 5, 8 + 4 + 4)
     assert out.ranges().tolist() == [[0, 513], *([page, 1] for page in (577, 600, 640, 1030, 1100, 1200, 1300, 1537))]
     assert s2.harvest_into(out) == Tally(read)
+
+
+@pytest.mark.parametrize("blocks", [range(7), (0, 3, 6), (1, 2), (6,), (0,)], ids=str)
+def test_what_blocks_recorded_is_saved_up_to_the_ends_of_the_slot(kernels: object, blocks: Sequence[int]) -> None:
+    """Where they are split, and where a harvest takes a part of one: pages that it doesn't take wait for the next."""
+    s2 = Stage2(NPAGES, BASE)
+    s2.level(1)[:], spans = pte.TABLE, [s2.layout.span(2, block) for block in blocks]
+    s2.level(2)[list(blocks)] = pte.make_leaf(0, 2, dbm=True, dirty=True)
+    every = bitmap({page for start, stop in spans for page in range(max(start, 0), min(stop, NPAGES))})
+    for lo, hi in RANGES[::4]:
+        twin, out = s2.copy(), DirtyBitmap(NPAGES)
+        twin.harvest_into(out, lo, hi - lo)
+        twin.verify()
+        part = DirtyBitmap(NPAGES)
+        part.set_range(lo, hi - lo)
+        assert out == every & part
+        assert twin.harvest() == every - part
+    assert s2.split(BASE, NPAGES) == len(blocks)
+    s2.verify()
+    assert s2.saved.bitmap == every
+    assert s2.harvest() == every
+
+
+@pytest.mark.parametrize("at", [0, 48])
+def test_what_a_run_recorded_is_saved_up_to_the_ends_of_the_slot(kernels: object, at: int) -> None:
+    s2 = Stage2(64, contiguous=True)
+    s2.map(0, 64, pfn=0, dbm=True)
+    s2.level(3)[at : at + 16] |= np.uint64(pte.CONTIGUOUS)
+    s2.level(3)[at + 8] |= np.uint64(pte.S2AP_W)
+    twin, run = s2.copy(), set(range(at, at + 16))
+    assert twin.harvest(None, at + 5, 6).pages().tolist() == list(range(at + 5, at + 11))
+    twin.verify()
+    assert set(twin.harvest().pages().tolist()) == run - set(range(at + 5, at + 11))
+    assert s2.clean(DirtyBitmap.from_pages([at + 8], 64)) == 1
+    s2.verify()
+    assert set(s2.harvest().pages().tolist()) == run - {at + 8}
 
 
 # --- structure ----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ Runs = NDArray[np.int64]
 
 _ALL = (1 << 64) - 1
 _SOME = 256  # words of a mask that are looked at together
+_FEW = 1024  # set bits of so many words: where there are fewer, each descriptor is looked at by itself
 
 # Types of arguments: arrays that are written, arrays that are only read, words and indices.
 _W = types.Array(types.uint64, 1, "C")
@@ -343,7 +344,7 @@ def _rewrite_listed(pte, mask, value, keep, sets, mask1, value1, mask2, value2, 
         at[hits] = at[i]
         if _hit(pte[at[i]], mask, value):
             hits += 1
-    before = np.uint64(1 << 62)
+    before = ~np.uint64(0)
     for i in range(hits):
         j = at[i]
         d = pte[j]
@@ -377,7 +378,7 @@ def _rewrite_asked(pte, mask, value, keep, sets, mask1, value1, mask2, value2, w
 @njit
 def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, value2, within, out, also):
     changed, words, read = np.uint64(0), 0, 0
-    at = np.empty(_SOME * 8, np.uint64)
+    at = np.empty(_FEW, np.uint64)
     for first in range(0, within.size, _SOME):
         last = min(first + _SOME, within.size)
         asked = np.uint64(0)
@@ -386,7 +387,7 @@ def _rewrite_groups_within(pte, mask, value, keep, sets, mask1, value1, mask2, v
         if asked == 0:
             continue
         part, some, outs, alsos = pte[first * 64 : last * 64], within[first:last], out[first:last], also[first:last]
-        if asked < np.uint64(_SOME * 4):  # few: looking at each takes less than reading the groups that they are in
+        if asked < np.uint64(_FEW):  # looking at each takes less than reading the groups that they are in
             r, c, n = _rewrite_listed(
                 part, mask, value, keep, sets, mask1, value1, mask2, value2, some, outs, alsos, at
             )
@@ -653,7 +654,7 @@ def _fill(words, ranges):
 def _find(entries, mask, value):
     runs = np.empty((entries.size // 2 + 1, 2), np.int64)
     found, inside, full = 0, False, entries.size // 64
-    for w in range((entries.size + 63) // 64):
+    for w in range(full + 1):
         if w < full:  # a group without a match, or of matches in the middle of a run, is passed over whole
             word = _word64(entries, w * 64, mask, value)
             if (word == 0 and not inside) or (~word == 0 and inside):

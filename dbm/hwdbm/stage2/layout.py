@@ -17,6 +17,8 @@ from hwdbm.granule import Granule
 
 Ranges = NDArray[np.int64]
 
+_LEVELS = frozenset(range(4))
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -124,7 +126,7 @@ class Layout:
 
     def _size(self, level: int) -> int:
         """Return the pages of an entry of a level."""
-        if type(level) is not int or not 0 <= level <= 3:
+        if type(level) is not int or level not in _LEVELS:
             level = integer(level, "level", 0, 3)
         return self.sizes[level]
 

@@ -276,7 +276,7 @@ class Stage2:
             if frames.shape != (count,):
                 raise GfnError(f"{count} leaves need {count} frames, got an array of shape {frames.shape}")
             low, high = (int(frames.min()), int(frames.max())) if count else (0, 0)
-            wrong = next((int(frame) for frame in frames[frames % size != 0][:1]), None) if size > 1 else None
+            wrong = next((int(frame) for frame in frames[frames % size != 0]), None) if size > 1 else None
         else:
             low = integer(pfn, "pfn", None)
             high, wrong = low + max(count - 1, 0) * size, low if low % size else None
