@@ -720,22 +720,22 @@ LONG = "".join(chr(ord("a") + at % 26) for at in range(99))
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (LONG, f"lines is an iterable of lines, not '{LONG[:20]}'"),
-        ([int("12345" * 9)], "lines are of type str, not '12345123451234512345'"),
-        ([GOOD, LONG], f"line 2: '{LONG[:40]}' is no JSON object, and nothing else known"),
-        ([f'["{LONG}"]'], f'line 1: a sample is a JSON object, not ["{LONG[:38]}'),
-        ([f'{{"ram": "{LONG}"}}'], f'line 1: ram is an object, not "{LONG[:39]}'),
+        (LONG, f"lines is an iterable of lines, not '{LONG[:56]}..."),
+        ([12345 << 70], "lines are of type str, not a number beyond 64 bits"),
+        ([GOOD, LONG], f"line 2: '{LONG[:56]}... is no JSON object, and nothing else known"),
+        ([f'["{LONG}"]'], f'line 1: a sample is a JSON object, not ["{LONG[:55]}...'),
+        ([f'{{"ram": "{LONG}"}}'], f'line 1: ram is an object, not "{LONG[:56]}...'),
         (
             [f'{{"total-time": "{LONG}", "ram": {{"remaining": 5}}}}'],
-            f'line 1: total-time is a number, not "{LONG[:39]}',
+            f'line 1: total-time is a number, not "{LONG[:56]}...',
         ),
         (
             ["Job type: x", "Time elapsed: 5 ms", f"Memory remaining: {LONG}"],
-            f"line 1: Memory remaining is a number with a unit, not '{LONG[:40]}'",
+            f"line 1: Memory remaining is a number with a unit, not '{LONG[:56]}...",
         ),
         (
             [json.dumps(dict.fromkeys("abcdefg", 1))],
-            "line 1: an object with the keys a, b, c, d, e is no sample of a migration that is known here",
+            "line 1: an object with the keys a, b, c, d, e, f, g is no sample of a migration that is known here",
         ),
         ([qmp(5, 1, 10**30)], "line 1: remaining is a number of 0 or more, not a number of 31 digits"),
         ([qmp(5, 1, -(10**30) + 1)], f"line 1: remaining is a number of 0 or more, not -{'9' * 30}"),
