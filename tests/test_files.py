@@ -307,3 +307,46 @@ def test_a_link_that_is_called_as_a_stale_file_is_left(tmp_path: Path) -> None:
     files.write(tmp_path / "a", b"a")
     assert link.is_symlink()
     assert (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_a_file_that_another_writer_took_for_a_stale_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a name for a moment before it has its lock; one that lost its name by then isn't the one."""
+    real, lost, open_before = files.fcntl.flock, [], descriptors()
+
+    def flock(fd: int, how: int) -> None:
+        if len(lost) < 2:
+            lost.extend(path.name for path in tmp_path.iterdir())
+            for path in tmp_path.iterdir():
+                path.unlink()
+        real(fd, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.write(tmp_path / "a", b"new")
+    named = len(set(lost))
+    assert named == len(lost)
+    assert named in (0, 2)  # none where the file has no name until it is complete
+    assert held(tmp_path) == {"a": b"new"}
+    assert descriptors() == open_before
+
+
+def test_a_file_says_whether_it_is_open(tmp_path: Path) -> None:
+    file = NewFile(tmp_path / "a")
+    assert repr(file) == f"<NewFile: {str(tmp_path / 'a')!r}, open>"
+    file.close()
+    assert (repr(file), file.fd) == (f"<NewFile: {str(tmp_path / 'a')!r}, closed>", -1)
+
+
+def test_a_temporary_folder_is_where_its_name_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the usual place if its path is then as long as it may be, and no longer; otherwise in memory."""
+    (tmp_path / "é").mkdir()  # a path's length is in bytes
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "é"))
+    monkeypatch.setattr(files, "_IN_MEMORY", str(tmp_path / "memory"))
+    with files.scratch() as folder:
+        size = len(os.fsencode(folder))
+    for longest, where in ((size + 1, "é"), (size, "é"), (size - 1, "memory"), (1, "memory")):
+        with files.scratch(longest) as folder:
+            assert folder.parent == tmp_path / where
+            assert folder.stat().st_mode & 0o777 == 0o700

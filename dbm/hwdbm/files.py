@@ -20,6 +20,7 @@ from hwdbm.errors import HwdbmError
 __all__ = ["NewFile", "abandon", "naming", "open_regular", "scratch", "write", "write_together"]
 
 _NO_UNNAMED = (EINVAL, EISDIR, EOPNOTSUPP)  # what a file system or kernel without O_TMPFILE says
+_CLOSED = -1  # no file's number
 _PREFIX, _SUFFIX = ".hwdbm-", ".tmp"  # of a file that has a name before it has its place
 
 _IN_MEMORY, _NAME = "/dev/shm", len("/hwdbm-0123456789abcdef")  # noqa: S108  # the folder in it is private
@@ -66,12 +67,12 @@ class NewFile:
     >>> folder.cleanup()
     """
 
-    fd = -1
+    fd = _CLOSED
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self._owner = Path(path), os.getpid()
         self._name: str | None = None  # beside the place, as long as it has one
-        self._folder = -1
+        self._folder = _CLOSED
         try:
             self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._check_place()
@@ -86,7 +87,7 @@ class NewFile:
             raise
 
     def __repr__(self) -> str:
-        return f"<NewFile: {str(self.path)!r}, {'closed' if self.fd < 0 else 'open'}>"
+        return f"<NewFile: {str(self.path)!r}, {'closed' if self.fd == _CLOSED else 'open'}>"
 
     def _check_place(self) -> None:
         if self.path.name in ("", ".."):
@@ -123,13 +124,13 @@ class NewFile:
         else:
             self._lock()
             return
-        while self.fd < 0:
+        while self.fd == _CLOSED:
             self._take_name()
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.fd = os.open(str(self._name), flags, 0o600, dir_fd=self._folder)
             self._lock()
             if not os.fstat(self.fd).st_nlink:  # before the lock it looked stale to another writer
-                fd, self.fd = self.fd, -1
+                fd, self.fd = self.fd, _CLOSED
                 os.close(fd)
 
     def _lock(self) -> None:
@@ -137,7 +138,7 @@ class NewFile:
             fcntl.flock(self.fd, fcntl.LOCK_EX)
 
     def _take_name(self) -> None:
-        self._name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        self._name = f"{_PREFIX}{_word()}{_SUFFIX}"
         _named.add(self)
 
     def put(self, data: bytes) -> None:
@@ -164,7 +165,7 @@ class NewFile:
         ValueError
             If it is closed.
         """
-        if self.fd < 0:
+        if self.fd == _CLOSED:
             raise ValueError(f"{self!r}: it was committed or given up before")
         try:
             os.fsync(self.fd)
@@ -199,11 +200,11 @@ class NewFile:
 
     def close(self) -> None:
         """Give the file up, unless it was committed. In a process forked off since, nothing is removed."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        fd, self.fd = self.fd, _CLOSED
+        if fd != _CLOSED:
             os.close(fd)
-        folder, self._folder = self._folder, -1
-        if folder >= 0:
+        folder, self._folder = self._folder, _CLOSED
+        if folder != _CLOSED:
             if self._name is not None and os.getpid() == self._owner:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._name, dir_fd=folder)
@@ -217,13 +218,13 @@ class NewFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None and self.fd >= 0:
+            if error is None and self.fd != _CLOSED:
                 self.commit()
         finally:
             self.close()
 
     def __del__(self) -> None:
-        if self.fd >= 0:
+        if self.fd != _CLOSED:
             self.close()
 
 
@@ -330,7 +331,7 @@ def scratch(longest: int | None = None) -> Iterator[Path]:
     Path
         The folder.
     """
-    folder = Path(_place(longest), f"hwdbm-{secrets.token_hex(8)}")
+    folder = Path(_place(longest), f"hwdbm-{_word()}")
     _scratch.add(folder)  # before it is there: an interrupt may come as soon as it is
     try:
         folder.mkdir(mode=0o700)
@@ -340,6 +341,11 @@ def scratch(longest: int | None = None) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):  # somebody else, such as a child that ends, removes some of it
                 shutil.rmtree(folder)
         _scratch.discard(folder)
+
+
+def _word() -> str:
+    """Return the part of a name that nobody else has."""
+    return secrets.token_hex(8)
 
 
 def _place(longest: int | None) -> str:

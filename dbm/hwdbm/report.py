@@ -728,9 +728,9 @@ def _chart(chart: Chart) -> _Drawn:
         drawn.path([(_LEFT, up(tick)), (_RIGHT, up(tick))], "grid")
         drawn.text(_LEFT - 5, up(tick) + 4, _number(tick), "end")
     step = (_RIGHT - _LEFT) / max(len(chart.labels), 1)
-    every = -(-len(chart.labels) * max(map(len, chart.labels), default=1) // 42)  # labels that have room
+    every = -(-len(chart.labels) * max(map(len, (" ", *chart.labels))) // 42)  # labels that have room
     for at, label in enumerate(chart.labels):
-        if at % max(every, 1) == 0:
+        if at % every == 0:
             drawn.text(_LEFT + (at + 0.5) * step, _BASE + 15, label if len(label) < 24 else f"{label[:22]}…")
     drawn.text((_LEFT + _RIGHT) / 2, _BASE + 33, f"{chart.over} (up: {chart.unit})")
     for place, (name, series) in enumerate(chart.series.items()):
@@ -775,7 +775,7 @@ def _dial(dial: Dial, number: int) -> str:
     def at(place: int) -> str:
         return f'data-at="{place}"{"" if place == dial.chosen else " hidden"}'
 
-    values = [max(each, 0.0) for place in dial.places for each in (*place.values, place.limit)]
+    values = [each for place in dial.places for each in (*place.values, place.limit)]
     positive = [each for each in values if 0 < each < float("inf")] or [1.0]
     low, high = min(positive) / 1.5, max(positive) * 1.5
     left, right = dial.x[0] / 1.1, dial.x[-1] * 1.1
@@ -834,7 +834,7 @@ def _ticks(low: float, high: float, *, log: bool) -> list[float]:
         return found if len(found) <= 7 else [tick for tick in found if log10(tick) % 1 < 1e-9]
     size = 10.0 ** np.floor(log10(high / 4))
     size *= next(each for each in (1, 2, 5, 10) if high / (size * each) <= 6)
-    return [float(tick) for tick in np.arange(0, high + size / 100, size)]
+    return [float(tick) for tick in np.arange(low, high + size / 100, size)]
 
 
 def _map(drawing: DirtyMap) -> _Drawn:

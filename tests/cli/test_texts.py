@@ -1,7 +1,9 @@
 """What commands print, wide, narrow and as JSON, is what was looked at: the numbers, their units and their places."""
 
 import dataclasses
+import json
 import re
+import time
 from math import inf
 from pathlib import Path
 
@@ -11,11 +13,14 @@ from clocks import Clock
 from rich.console import Console
 from seen import as_seen
 
-from hwdbm.cli import fleet, migrate, plan, receive
-from hwdbm.fleet import Drained, Ending, Left, Move
+from hwdbm.bench import Row
+from hwdbm.cli import bench, fleet, migrate, plan, receive, snapshot, trace
+from hwdbm.cli.example import find_trace
+from hwdbm.fleet import Drained, Ending, Left, Move, Shift
 from hwdbm.forecast import Estimate, Forecast, Needs, RuleOutcome
 from hwdbm.migration import Pass, Report
 from hwdbm.migration.receiver import Received
+from hwdbm.trace import Amount, Period, analyse, open_trace
 
 MIB = 1 << 20
 COMMANDS = {
@@ -23,11 +28,13 @@ COMMANDS = {
     "inspect-kvm": "inspect example:kvm-6.1",
     "harvest": "harvest example:16k_ipa40 --check",
     "harvest-writable": "harvest example:kvm-6.1 --policy writable",
+    "harvest-written": "harvest example:16k_ipa40 --output dirty",
     "trace": "trace show example:machine-bursty",
     "trace-idle": "trace show example:machine-idle",
     "races": "races no-flush",
     "bitmap": "bitmap show {bitmap} --pages 500 --base 0x40000000 --page-size 16K",
     "bitmap-diff": "bitmap diff {bitmap} {other}",
+    "bitmap-or": "bitmap or {bitmap} {other} --output both",
     "memory-diff": "bitmap diff --memory {ram} {written}",
 }
 
@@ -50,7 +57,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("how", ["80", "40", "json"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_a_command_prints_was_looked_at(run, files, name, how, monkeypatch):
+def test_what_a_command_prints_was_looked_at(run, files, name, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", how if how != "json" else "80")
     arguments = COMMANDS[name].format(**files).split()
     result = run(*arguments, *(["--json"] if how == "json" else []))
@@ -87,7 +95,7 @@ REPORTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("columns_", [80, 69, 40])
+@pytest.mark.parametrize("columns_", [80, 70, 69, 40])
 def test_the_text_of_a_migration_was_looked_at(columns_, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns_))
     texts = [migrate._text(Report(4096, 512 * MIB, 0.3, passes=PASSES, **more)) for more in REPORTS.values()]
@@ -142,6 +150,68 @@ def test_the_text_of_a_drain_was_looked_at(columns_, monkeypatch):
     nothing = dataclasses.replace(DRAINED, moves=(), left=(), ending=Ending("spread", 0.0, 0.0, 0))
     texts = [fleet._text(each, limits) for each in (DRAINED, nothing)]
     as_seen(f"texts/drained-{columns_}.txt", "\n\n".join(texts) + "\n")
+
+
+def test_the_json_of_a_drain_was_looked_at():
+    """It has limits of the plan and of the engine, and no time of what never ends."""
+    left = (dataclasses.replace(DRAINED.left[0], max_downtime=0.43215678), *DRAINED.left)
+    steps = (Shift(0.0417, (("a", 5 * MIB + 0.4), ("longer", 6.0))), Shift(12.34, ()))
+    drained = dataclasses.replace(DRAINED, left=left, steps=steps)
+    found = [fleet._as_json("plan", each, {"a": (0.3, 0.25), "longer": (1.0, 1.5)}) for each in (DRAINED, drained)]
+    as_seen("texts/drained-json.txt", json.dumps(found, indent=2) + "\n")
+
+
+ROWS = [
+    Row("enable", 0.0123456, "copy", 0.0061728, 1.25, "s"), Row("all of it", 0.9999, "copy", 0.5, None, "s"),
+    Row("as long", 1.0, "copy", 2.0, 0.25, "s"), Row("longer", 12.3456, "other", 0.1, 1.5, "s"),
+    Row("memory", 96 * MIB + (MIB >> 1) + 1, "bytes", 400 * MIB, 0.5, "byte"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["80", "40", "json"])
+def test_the_table_of_a_bench_was_looked_at(how, monkeypatch):
+    """Below a second a time has microseconds, and then none."""
+    monkeypatch.setenv("COLUMNS", how if how != "json" else "80")
+    text = bench._table(ROWS) if how != "json" else json.dumps([bench._record(each) for each in ROWS], indent=2)
+    as_seen(f"texts/bench-{how}.txt", text + "\n")
+
+
+def test_a_trace_of_many_periods_was_looked_at():
+    """Some of the periods are shown, the first and the last among them, and the page's size in the unit that it has."""
+    opened = open_trace(find_trace("example:machine-hot"))
+    found = analyse(opened)
+    texts = []
+    for many, nbytes in ((12, MIB), (13, MIB), (40, 0)):
+        periods = tuple(
+            Period(at, at / 16, 100.0 * at, 10 * at, 20 * at, np.array([10 * at, 20 * at])) for at in range(1, many + 1)
+        )
+        amounts = tuple(Amount(4096 << shift, 1, nbytes * (shift + 2)) for shift in (0, 7, 8, 9, 10))
+        texts.append(trace._text(Path("a"), opened, dataclasses.replace(found, periods=periods, amounts=amounts)))
+    as_seen("texts/trace-many.txt", "\n\n".join(texts) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0009989, "999 us"), (0.0009996, "1 ms"), (0.9989, "999 ms"), (0.9996, "1 s"), (12.345, "12.3 s")],
+)
+def test_a_time_has_the_unit_of_its_size(seconds, said):
+    """When it is rounded there are no thousand milliseconds."""
+    assert trace._time(seconds) == said
+
+
+@pytest.mark.parametrize("columns_", [80, 40])
+def test_the_table_of_snapshots_was_looked_at(columns_, monkeypatch):
+    """A parent is called by its number, or by some of its id where it isn't there."""
+    monkeypatch.setenv("COLUMNS", str(columns_))
+    monkeypatch.setattr(snapshot.time, "localtime", time.gmtime)
+    one = {"id": "ab" * 16, "name": "000000-abababababab", "full": True, "time": 1_700_000_001_007, "pages": 1234}
+    one |= {"page-size": 4096, "disk": 5 * MIB}
+    two = one | {"id": "cd" * 16, "name": "000001-cdcdcdcdcdcd", "full": False, "time": 1_700_000_002_678}
+    tables = [
+        [one], [one | {"overlap": 0}, two | {"parent": one["id"], "overlap": 12}], [two | {"parent": "0123456789abcdef"}],
+        [one | {"paused": 12.34}, two | {"parent": one["id"], "paused": 0.06}], [],
+    ]  # fmt: skip
+    as_seen(f"texts/snapshots-{columns_}.txt", "\n\n".join(map(snapshot._table, tables)) + "\n")
 
 
 @pytest.mark.parametrize("columns_", [100, 76, 75])

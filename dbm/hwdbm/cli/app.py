@@ -46,7 +46,7 @@ class _Command(TyperCommand):
     def get_help(self, ctx: Any) -> str:
         return _help(self, ctx)
 
-    def get_short_help_str(self, limit: int = 0) -> str:
+    def get_short_help_str(self, limit: int = _WIDEST) -> str:
         return super().get_short_help_str(max(limit, _WIDEST))  # it is wrapped, and not cut
 
 
@@ -58,7 +58,7 @@ class _Group(TyperGroup):
     def get_help(self, ctx: Any) -> str:
         return _help(self, ctx)
 
-    def get_short_help_str(self, limit: int = 0) -> str:
+    def get_short_help_str(self, limit: int = _WIDEST) -> str:
         return super().get_short_help_str(max(limit, _WIDEST))
 
 

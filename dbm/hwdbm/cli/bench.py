@@ -59,7 +59,7 @@ def bench(
         raise typer.BadParameter(
             f"there is no benchmark {', '.join(map(repr, unknown))}: there are {', '.join(BENCHMARKS)}"
         )
-    if memory < 512 << 12 or memory % (512 << 12):
+    if not memory or memory % (2 << 20):
         raise typer.BadParameter(f"--memory is a multiple of 2M, not {memory}")
     if memory > 1 << 52:
         raise typer.BadParameter(f"--memory is 4096T at most, what 52 bits of address have, not {memory}")

@@ -258,10 +258,10 @@ def convert(
     Ranges that aren't whole pages mark each page that they touch. In CRIU's form dirty pages are present, and the
     others are in the parent.
     """
-    if from_ is not Form.KVM and pages is None:
-        raise typer.BadParameter(f"--from {from_} doesn't say how many pages there are: give --pages")
     if from_ is Form.KVM:
         found = DirtyBitmap.load(file, pages)
+    elif pages is None:
+        raise typer.BadParameter(f"--from {from_} doesn't say how many pages there are: give --pages")
     else:
         with open_regular(file) as opened:
             raw = opened.read(_MOST_FILE + 1)
@@ -269,7 +269,7 @@ def convert(
             raise BitmapError(f"{file} has more than {_MOST_FILE} bytes")
         read = exchange.from_ranges if from_ is Form.RANGES else exchange.from_pagemap
         try:
-            found = read(raw, pages or 0, base, page_size)
+            found = read(raw, pages, base, page_size)
         except BitmapError as error:
             raise BitmapError(f"{file}: {error}") from error
     forms: dict[Form, Callable[[], bytes]] = {
@@ -281,14 +281,14 @@ def convert(
     _say(found, as_json=as_json, base=base, page_size=page_size, output=output)
 
 
-def _done(found: DirtyBitmap, output: Path | None, *, as_json: bool, page_size: int = 4096) -> None:
+def _done(found: DirtyBitmap, output: Path | None, *, as_json: bool, page_size: int = guest.PAGE) -> None:
     if output is not None:
         found.save(output)
     _say(found, as_json=as_json, page_size=page_size, output=output)
 
 
 def _say(
-    found: DirtyBitmap, *, as_json: bool, base: int = 0, page_size: int = 4096, output: Path | None = None
+    found: DirtyBitmap, *, as_json: bool, page_size: int, base: int = 0, output: Path | None = None
 ) -> None:
     runs = found.ranges(base=base, unit=page_size)
     shown = [{"gpa": hexadecimal(start), "size": size} for start, size in runs[:_SHOWN].tolist()]

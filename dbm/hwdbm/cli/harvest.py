@@ -299,7 +299,7 @@ def _text(report: dict[str, Any]) -> str:
         if "file" in slot:
             rows[-1].append(slot["file"])
     for key, head in (("differs", "check"), ("file", "file")):
-        if key in report["slots"][0]:
+        if any(key in slot for slot in report["slots"]):
             heads.append(head)
     total = report["total"]
     head = f"{report['image']}: {report['granule']} granule, {report['ipa-bits']}-bit IPA, {dbm}"

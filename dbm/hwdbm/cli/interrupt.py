@@ -37,8 +37,8 @@ _LOOK = 0.05  # seconds until it is looked whether there was an interrupt
 _CLEAR = b"\r\x1b[2K\x1b[?25h"  # the line, and the cursor is back
 
 _cleanups: list[Callable[[], object]] = []
-_shown: list[bool] = []  # whether stderr is a terminal that shows what goes on, and no cursor
-_leaving: list[bool] = []  # whether an interrupt is being answered
+_shown: list[bytes] = []  # what puts stderr right, where it is a terminal that shows what goes on, and no cursor
+_leaving: list[int] = []  # the interrupt that is being answered
 
 
 def install(*cleanups: Callable[[], object]) -> None:
@@ -70,7 +70,7 @@ def nudge() -> None:
 
     def watch() -> None:
         while True:
-            if os.read(woken, 1)[0] != _NUDGE:
+            if os.read(woken, 1) != bytes([_NUDGE]):
                 for delay in _NUDGES:
                     time.sleep(delay)
                     signal.pthread_kill(main, _NUDGE)
@@ -91,7 +91,7 @@ def on_interrupt(cleanup: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def shown() -> Iterator[None]:
     """Have the terminal put right if an interrupt ends the process meanwhile."""
-    _shown.append(True)
+    _shown.append(_CLEAR)
     try:
         yield
     finally:
@@ -170,12 +170,12 @@ def elsewhere(what: Callable[[], T], cancel: threading.Event | None = None) -> T
                 raise InterruptedError
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
+def _leave(number: int, _frame: FrameType | None) -> None:
     if _leaving:
         os._exit(INTERRUPTED)  # a cleanup that hangs can be interrupted too
-    _leaving.append(True)
+    _leaving.append(number)
     with suppress(OSError):
-        os.write(2, (_CLEAR if _shown else b"") + b"hwdbm: interrupted\n")
+        os.write(2, b"".join(_shown) + b"hwdbm: interrupted\n")
     with suppress(OSError):  # that is all: other threads miss what is cleaned up, and would say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for cleanup in reversed(_cleanups):

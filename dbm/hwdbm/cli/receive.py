@@ -174,7 +174,8 @@ def receive(
         there = stack.enter_context(closing(received.destination))
         if not received.told:
             warn("the source couldn't be told that the guest runs here; it stays paused there")
-        time.sleep(run or 0)
+        if run is not None:
+            time.sleep(run)
         there.pause()
         result(json_text(_report(received)) if as_json else _text(received), done="the guest arrived")
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -251,7 +252,7 @@ def _record(
     receiver: list[str] | None,
 ) -> _Taken:
     taken, moved = _Taken(), threading.Event()
-    most = 1 << 62 if count is None and receiver is not None else _COUNT if count is None else count
+    most = inf if count is None and receiver is not None else _COUNT if count is None else count
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(vm, folder, digest=digest))
         tell = stack.enter_context(busy("a full snapshot"))
@@ -267,7 +268,7 @@ def _record(
         begun = time.monotonic()
         while len(taken.snapshots) <= most and not cancel.is_set() and not moved.is_set():
             begun = max(begun + every, time.monotonic())
-            cancel.wait(max(begun - time.monotonic(), 0))
+            cancel.wait(begun - time.monotonic())
             if not cancel.is_set() and not moved.is_set():
                 take(recorder.diff)
     return taken
@@ -713,9 +714,9 @@ def _table(entries: list[dict[str, Any]], known: Iterable[Snapshot] = ()) -> str
         if "paused" in entry:
             row.append(f"{entry['paused']:.1f}")
         rows.append(row)
-    if entries and "overlap" in entries[0]:
+    if any("overlap" in entry for entry in entries):
         heads.append("anew")
-    if entries and "paused" in entries[0]:
+    if any("paused" in entry for entry in entries):
         heads.append("paused ms")
     return columns(rows, left=(0, 1, 2))
 

@@ -98,7 +98,7 @@ def _text(path: Path, trace: Trace, found: Analysis) -> str:
     if not trace.intervals:
         return "\n".join([*lines, "", "There is no interval."])
     rows: list[list[object]] = [["period", "distinct MiB", "low", "high", "MiB/s", "of all"]]
-    for each in found.periods[-_ROWS:] if len(found.periods) <= _ROWS else _some(found.periods):
+    for each in _some(found.periods):
         size = each.pages * page
         rows.append([
             _time(each.seconds), mib(size), mib(each.low * page), mib(each.high * page), mib(each.rate * page),
@@ -106,10 +106,10 @@ def _text(path: Path, trace: Trace, found: Analysis) -> str:
         ])  # fmt: skip
     lines += ["", columns(rows)]
     rows = [["pages of", "sent MiB/s", "times"]]
-    least = found.amounts[0].nbytes or 1
+    least = found.amounts[0].nbytes
     for amount in found.amounts:
         name = f"{amount.page_size >> 10} KiB" if amount.page_size < 1 << 20 else f"{amount.page_size >> 20} MiB"
-        rows.append([name, mib(amount.nbytes / found.seconds), f"{amount.nbytes / least:.2f}"])
+        rows.append([name, mib(amount.nbytes / found.seconds), f"{amount.nbytes / least if least else 0.0:.2f}"])
     lines += ["", columns(rows), ""]
     return "\n".join([*lines, *_rest(found, total)])
 
@@ -130,8 +130,8 @@ def _rest(found: Analysis, total: int) -> list[str]:
 
 
 def _some(periods: tuple[Any, ...]) -> list[Any]:
-    """Return a few periods, the first and the last among them."""
-    return [periods[round(i * (len(periods) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    """Return a few periods, the first and the last among them; all where there are few."""
+    return [periods[at] for at in sorted({round(i * (len(periods) - 1) / (_ROWS - 1)) for i in range(_ROWS)})]
 
 
 def _time(seconds: float) -> str:
