@@ -18,6 +18,7 @@ from hwdbm.forecast.sweep import Sweep, sweep
 from hwdbm.image import Slot, open_image
 from hwdbm.image.harvest import Ask, harvest_slots
 from hwdbm.migration.report import Pass, Report
+from hwdbm.trace import analyse, open_trace
 
 HOSTILE = "<script>alert('x')</script> & $title \x1b[2J \u202e"
 VOID = {"meta", "!doctype", "input"}
@@ -197,8 +198,9 @@ def test_a_dial_of_extremes(numbers: float, says: str) -> None:
 
 def test_a_dial_that_does_not_fit() -> None:
     place = report.DialPlace("a", "b", 1.0, (1.0,), (True,))
-    with pytest.raises(ValueError, match="place 1 of 1"):
-        report.Dial("a", "ms", "x", "d", "good", "bad", (1.0,), (place,), 1)
+    for chosen in (1, -1):
+        with pytest.raises(ValueError, match=f"place {chosen} of 1"):
+            report.Dial("a", "ms", "x", "d", "good", "bad", (1.0,), (place,), chosen)
     with pytest.raises(ValueError, match="'a' has 1 numbers for 2 of x"):
         report.Dial("a", "ms", "x", "d", "good", "bad", (1.0, 2.0), (place,), 0)
 
@@ -253,7 +255,8 @@ def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
         (1, 100, True, [1, 2, 5, 10, 20, 50, 100]), (3, 99, True, [5, 10, 20, 50]), (0.1, 1, True, [0.1, 0.2, 0.5, 1]),
         (1, 200, True, [1, 10, 100]), (0, 4, False, [0, 1, 2, 3, 4]), (0, 3.9, False, [0, 1, 2, 3]),
         (0, 7, False, [0, 2, 4, 6]), (0, 24, False, [0, 5, 10, 15, 20]),
-        (0, 0.6, False, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        (0, 0.6, False, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), (0, 30, False, [0, 5, 10, 15, 20, 25, 30]),
+        (0, 35, False, [0, 10, 20, 30]), (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
     ],
 )  # fmt: skip
 def test_ticks_are_round(low: float, high: float, log: bool, ticks: list[float]) -> None:
@@ -268,6 +271,84 @@ def test_any_numbers(values, log: bool, lines: bool) -> None:
     chart = report.Chart("a", "b", "c", labels, {"d": values}, ("limit", 3.0), lines=lines, log=log)
     page = alone(report.Document("x", {}, (chart,)).html())
     assert [len(row) for row in page.tables[0]] == [2] * (1 + len(values))
+
+
+def texts(part: report.Part) -> list[str]:
+    """Return the texts of a part's picture."""
+    return re.findall(r"<text [^>]*>([^<]*)</text>", report.Document("x", {}, (part,)).html())
+
+
+@pytest.mark.parametrize("values", [(), (None,), (0.0,), (0.0, None)])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_chart_of_nothing_goes_from_0_to_1(values: tuple[float | None, ...], log: bool) -> None:
+    labels = tuple("ab"[: len(values)])
+    chart = report.Chart("a", "MiB", "pass", labels, {"sent": values}, lines=True, log=log)
+    assert texts(chart) == ["0", "0.2", "0.4", "0.6", "0.8", "1", *labels, "pass (up: MiB)"]
+
+
+def test_a_dial_of_nothing_has_ticks() -> None:
+    """What is 0, or has no end, stands at the edge of the picture."""
+    for values, ticks in (((0.0, float("inf")), ["1"]), ((0.4, -1.0), ["0.5"]), ((0.4, 500.0), ["1", "10", "100"])):
+        place = report.DialPlace("a", "b", 0.0, values, (True, False))
+        dial = report.Dial("a", "ms", "x", "d", "good", "bad", (1.0, 2.0), (place,), 0)
+        assert texts(dial) == [*ticks, "1", "2", "x (up: ms)"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (tuple("a" * 42), ["a"] * 42), (tuple("a" * 43), ["a"] * 22), (("ab",) * 21, ["ab"] * 21),
+        (("ab",) * 22, ["ab"] * 11), (("",) * 3, [""] * 3), (("a" * 23,), ["a" * 23]), (("a" * 24,), ["a" * 22 + "…"]),
+        (tuple("abcdefghi") * 10, ["a", "d", "g"] * 10), ((), []),
+    ],
+)  # fmt: skip
+def test_labels_are_left_out_where_there_is_no_room(labels: tuple[str, ...], shown: list[str]) -> None:
+    """In a row there are 42 letters of them, and 23 of one."""
+    chart = report.Chart("a", "MiB", "pass", labels, {"sent": (1.0,) * len(labels)})
+    assert texts(chart)[len(["0", "0.2", "0.4", "0.6", "0.8", "1"]) : -1] == shown
+
+
+@pytest.mark.parametrize(
+    ("lengths", "labels", "ranges", "pages"),
+    [
+        ([1], ["1"], (1,), (1,)),
+        ([1, 2, 3, 4, 7, 8], ["1", "2 to 3", "4 to 7", "8 to 15"], (1, 2, 2, 1), (1, 5, 11, 8)),
+        ([1023, 1024, 2047], 10, (0,) * 9 + (1, 2), (0,) * 9 + (1023, 3071)),
+        ([2048, 4095, 4096, 9000], 11, (0,) * 11 + (4,), (0,) * 11 + (19239,)),
+    ],
+)
+def test_ranges_are_counted_by_powers_of_two(lengths, labels, ranges, pages) -> None:
+    """From 2048 pages on they are all one class."""
+    starts = np.cumsum([1, *(length + 1 for length in lengths)])
+    one = DirtyBitmap.from_ranges(list(zip(starts[:-1].tolist(), lengths, strict=True)), int(starts[-1]))
+    for bitmaps in ([one], [DirtyBitmap(100), one]):
+        chart = report._ranges(bitmaps)
+        if isinstance(labels, list):
+            assert list(chart.labels) == labels
+        else:
+            last = {10: "1024 to 2047", 11: "2048 or more"}[labels]
+            assert chart.labels[9:] == ("512 to 1023", *["1024 to 2047"][: labels - 10], last)
+        assert chart.series == {"ranges": ranges, "pages in them": pages}
+
+
+def test_a_forecast_of_a_trace() -> None:
+    """It has a map of what is written when, the periods, and the first thirty passes."""
+    samples = [Sample(at / 2, at, 1e9 / at, 1e9) for at in range(1, 33)]
+    analysis = analyse(open_trace(example.find_trace("example:kvm-random")), rows=3, cells=4)
+    document = report.of_forecast("x", sweep_of().forecasts[3][8], sweep_of(), samples, {}, analysis)
+    dial, totals, left, drawn, periods, passes = document.parts
+    assert left.title == "What is left at the beginning of each pass, the first 30 of 32"
+    assert left.labels == tuple(map(str, range(1, 31)))
+    assert [row[0] for row in passes.rows] == [*left.labels]
+    times = analysis.map_times.tolist()
+    assert list(drawn.rows) == [f"{start:.3g} s" for start in times[:-1]]
+    for cells, row in zip(drawn.rows.values(), analysis.map, strict=True):
+        assert cells == pytest.approx(row)
+    assert set(drawn.extents.values()) == {analysis.npages * analysis.page_size}
+    wanted = tuple(each.pages * analysis.page_size / (1 << 20) for each in analysis.periods)
+    assert periods.series == {"written": pytest.approx(wanted)}
+    exactly = report.of_forecast("x", sweep_of().forecasts[3][8], sweep_of(), samples[:30], {}).parts
+    assert [each.title for each in exactly[2:]] == ["What is left at the beginning of each pass", "The passes"]
 
 
 def test_a_chart_says_in_words_what_it_shows() -> None:

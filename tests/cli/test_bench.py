@@ -23,6 +23,24 @@ def test_json_is_in_ms_and_bytes(run) -> None:
     assert 1 << 26 < unmapped["bytes"] < unmapped["floor-bytes"] == 400 << 20
 
 
+@pytest.mark.parametrize(
+    ("memory", "pages", "why"),
+    [
+        ("2M", 512, ""), ("6M", 1536, ""), ("4096T", 1 << 40, ""), ("0", 0, "--memory is a multiple of 2M, not 0"),
+        ("1M", 0, "--memory is a multiple of 2M, not 1048576"), ("3M", 0, "--memory is a multiple of 2M, not 3145728"),
+        ("2049K", 0, "--memory is a multiple of 2M, not 2098176"),
+        (str((1 << 52) + (2 << 20)), 0, f"4096T at most, what 52 bits of address have, not {(1 << 52) + (2 << 20)}"),
+    ],
+)  # fmt: skip
+def test_memory_is_of_whole_blocks(run, memory: str, pages: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(bench, "run", lambda setup, names: asked.append((setup, names)) or [])
+    result = run("bench", "enable", "--memory", memory, "--repeat", "7", "--json")
+    assert asked == ([] if why else [(Setup(pages, 7), ["enable"])])
+    assert result.status == (2 if why else 0)
+    assert why in " ".join(result.err.split())
+
+
 @pytest.mark.slow
 def test_the_whole_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """On 80 columns with figures as of large memory; on fewer it is a line for each cell."""

@@ -9,6 +9,9 @@ from hwdbm.cli import bitmap
 from hwdbm.errors import ImageError
 
 
+DOCS = " (docs: formats#the-dirty-bitmap)"
+
+
 @pytest.fixture
 def two(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
@@ -107,3 +110,25 @@ def test_where_memory_is_said_to_be(kind, slot, given, monkeypatch, tmp_path):
     monkeypatch.setattr(bitmap, "open_ram", lambda *_, **__: {0: "a", 1: "b"})
     with pytest.raises(ImageError, match=r"has memory in 2 pieces: say which part \(--slot ID:GPA:SIZE\)"):
         bitmap._ram(tmp_path, None, None)
+
+
+@pytest.mark.parametrize("form", ["ranges", "criu"])
+def test_a_file_that_is_too_large_is_not_read(run, two, tmp_path, form, monkeypatch):
+    """Of the largest that is read all is."""
+    middle, out = tmp_path / "middle", tmp_path / "out"
+    assert run("bitmap", "convert", two[0], "--to", form, "--pages", "100", "--output", middle).status == 0
+    size = middle.stat().st_size
+    how = ["--from", form, "--pages", "100", "--output", out]
+    monkeypatch.setattr(bitmap, "_MOST_FILE", size)
+    assert run("bitmap", "convert", middle, *how).status == 0
+    assert out.read_bytes() == two[0].read_bytes()
+    monkeypatch.setattr(bitmap, "_MOST_FILE", size - 1)
+    done = run("bitmap", "convert", middle, *how)
+    assert (done.status, done.err) == (1, f"hwdbm: {middle} has more than {size - 1} bytes{DOCS}\n")
+
+
+def test_there_may_be_no_pages(run, tmp_path):
+    (tmp_path / "none").write_bytes(b"")
+    done = run("bitmap", "convert", tmp_path / "none", "--from", "ranges", "--pages", "0", "--output", tmp_path / "out")
+    assert (done.status, done.out, done.err) == (0, "0 of 0 pages dirty, in 0 runs\n", "")
+    assert (tmp_path / "out").read_bytes() == b""

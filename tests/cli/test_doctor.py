@@ -79,6 +79,26 @@ def test_numba(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_numba_keeps_is_counted(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/one.nbi", "a/one.1.nbc", "a/two.nbi", "b/three.nbi"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert f"3 functions compiled, in {tmp_path}\n" in run("doctor", "kernels").out
+
+
+@pytest.mark.parametrize("stream", ["", ">&2"])
+def test_a_program_s_version_is_its_first_line(
+    run, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of stderr where stdout says nothing."""
+    program = tmp_path / "qemu-system-aarch64"
+    program.write_text(f"#!/bin/sh\necho ' version 9' {stream}\necho 'for all' {stream}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert run("doctor", "qemu").out.splitlines()[1:] == [f"yes  qemu  {program}: version 9"]
+
+
 def test_no_kvm(run, monkeypatch: pytest.MonkeyPatch) -> None:
     from hwdbm import kvm
     from hwdbm.errors import KvmUnavailableError

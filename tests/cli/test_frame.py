@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -209,6 +210,44 @@ class TestInterrupt:
         assert closed.wait(20)
         late = Late()
         assert interrupt.elsewhere(lambda: late) is late
+
+    def test_what_comes_late_and_is_waited_for(self) -> None:
+        """It is looked several times whether there was an interrupt, and there was none."""
+        for cancel in (None, threading.Event()):
+            late = SimpleNamespace(close=None)
+            assert interrupt.elsewhere(lambda late=late: time.sleep(3 * interrupt._LOOK) or late, cancel) is late
+            with pytest.raises(ZeroDivisionError):
+                interrupt.elsewhere(lambda: 1 // 0, cancel)
+
+    def test_what_never_comes_keeps_no_process(self) -> None:
+        code = (
+            "import threading, time; from hwdbm.cli import interrupt\n"
+            "cancel = threading.Event(); cancel.set()\n"
+            "try: interrupt.elsewhere(lambda: time.sleep(60), cancel)\n"
+            "except InterruptedError: print('ended')"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=30)
+        assert done.stdout == b"ended\n"
+
+    def test_an_event_is_for_a_while(self) -> None:
+        """Who answered before answers again afterwards; and at once when there was one interrupt."""
+        before = [signal.getsignal(number) for number in HEEDED]
+        with interrupt.as_event() as event:
+            assert not {signal.getsignal(number) for number in HEEDED} & {*before, interrupt._leave}
+            signal.raise_signal(signal.SIGTERM)
+            assert event.wait(20)
+            assert {signal.getsignal(number) for number in HEEDED} == {interrupt._leave}
+        assert [signal.getsignal(number) for number in HEEDED] == before
+
+    def test_an_answer_on_its_way_is_not_interrupted(self) -> None:
+        code = (
+            "import signal; from hwdbm.cli import interrupt\n"
+            "interrupt.install(); interrupt.ignore()\n"
+            f"for number in {[int(number) for number in HEEDED]}: signal.raise_signal(number)\n"
+            "print('done')"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=30)
+        assert (done.stdout, done.stderr) == (b"done\n", b"")
 
     def test_while_its_locks_are_held(self) -> None:
         """The handler runs in the thread that has them."""

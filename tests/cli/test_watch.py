@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import forked
 import pytest
 from clocks import Clock
 from qmptools import ANSWERS, MIB, Monitor, active
+from seen import as_seen
 
 from hwdbm.cli import watch
 
@@ -244,3 +246,54 @@ def test_a_silent_monitor_is_waited_for_some_seconds(tmp_path: Path, monkeypatch
             one.ask("query-migrate")
         assert clock.passed == pytest.approx(watch._PATIENCE, abs=2 * watch._TURN)
         assert theirs.recv(99) == b'{"execute": "query-migrate"}\r\n'
+
+
+def test_what_is_said_was_looked_at(run, monitor, monkeypatch, tmp_path) -> None:
+    flat = [active(10_000 + 2000 * i, i + 1, 200 * MIB) for i in range(4)]
+    monkeypatch.setenv("COLUMNS", "70")
+    said = []
+    for at, answers in enumerate(
+        ([*ANSWERS], [*flat, {"status": "completed", "total-time": 21_000, "downtime": 2000}])
+    ):
+        for how in ([], ["--json"]):
+            folder = tmp_path / f"{at}{len(how)}"
+            folder.mkdir()
+            server = Monitor(folder / "qmp", [*answers])
+            said.append(run("watch", "--qmp", server.path, "--interval", "0.001", *how).out)
+            server.close()
+    as_seen("texts/watched.txt", re.sub(r'(?<="forecast": ){.*(?=})', "...", "\n".join(said)))
+
+
+@pytest.mark.parametrize(
+    ("said", "limit"), [({}, 0.3), ({"downtime-limit": 0}, 0.0), ({"downtime-limit": 1}, 0.001),
+                        ({"downtime-limit": 999_999_999_999_999}, 999_999_999_999.999),
+                        ({"downtime-limit": 1e15}, None)]
+)  # fmt: skip
+def test_the_limit_that_a_monitor_says(said, limit, tmp_path, monkeypatch) -> None:
+    """An old QEMU doesn't name it, and has 300 ms."""
+    one = watch._Monitor(tmp_path, threading.Event())
+    one._socket.close()
+    monkeypatch.setattr(one, "ask", lambda _: said)
+    if limit is None:
+        with pytest.raises(OSError, match="its downtime-limit is a number of 0 or more, not 1000000000000000.0"):
+            one.limit()
+    else:
+        assert one.limit() == limit
+
+
+def test_two_samples_of_a_pass_are_kept_and_of_the_last_passes(monkeypatch) -> None:
+    """The first look at a pass and the last one; and there is a forecast when a pass begins, from the second on."""
+    seen = watch._Watched(0.3, {}, as_json=True)
+    foreseen = []
+    monkeypatch.setattr(seen, "_foresee", foreseen.append)
+    for look in range(4 * 600):
+        seen.see(active(1000 + look, 1 + look // 4, 1 << 20))
+        if look == 21:
+            assert [(one.iteration, one.time) for one in seen.samples[-4:]] == [
+                (5, pytest.approx(1.016)), (5, pytest.approx(1.019)), (6, pytest.approx(1.020)), (6, pytest.approx(1.021)),
+            ]  # fmt: skip
+    assert [one.iteration for one in seen.samples] == [one for one in range(601 - watch._PASSES, 601) for _ in "12"]
+    assert [one.iteration for one in foreseen] == list(range(2, 601))
+    seen.see(active(10, 2, 1 << 20))  # another one
+    assert len(seen.samples) == 1
+    assert foreseen[-1].time == pytest.approx(0.01)

@@ -287,9 +287,7 @@ def _done(found: DirtyBitmap, output: Path | None, *, as_json: bool, page_size: 
     _say(found, as_json=as_json, page_size=page_size, output=output)
 
 
-def _say(
-    found: DirtyBitmap, *, as_json: bool, page_size: int, base: int = 0, output: Path | None = None
-) -> None:
+def _say(found: DirtyBitmap, *, as_json: bool, page_size: int, base: int = 0, output: Path | None = None) -> None:
     runs = found.ranges(base=base, unit=page_size)
     shown = [{"gpa": hexadecimal(start), "size": size} for start, size in runs[:_SHOWN].tolist()]
     report: dict[str, Any] = {
