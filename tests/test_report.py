@@ -336,7 +336,7 @@ def test_a_forecast_of_a_trace() -> None:
     samples = [Sample(at / 2, at, 1e9 / at, 1e9) for at in range(1, 33)]
     analysis = analyse(open_trace(example.find_trace("example:kvm-random")), rows=3, cells=4)
     document = report.of_forecast("x", sweep_of().forecasts[3][8], sweep_of(), samples, {}, analysis)
-    dial, totals, left, drawn, periods, passes = document.parts
+    _, _, left, drawn, periods, passes = document.parts
     assert left.title == "What is left at the beginning of each pass, the first 30 of 32"
     assert left.labels == tuple(map(str, range(1, 31)))
     assert [row[0] for row in passes.rows] == [*left.labels]

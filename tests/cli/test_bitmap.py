@@ -8,7 +8,6 @@ from hwdbm import DirtyBitmap
 from hwdbm.cli import bitmap
 from hwdbm.errors import ImageError
 
-
 DOCS = " (docs: formats#the-dirty-bitmap)"
 
 

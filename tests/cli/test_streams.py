@@ -139,7 +139,7 @@ def test_what_a_migration_says_fits_a_column_before_the_edge(columns: int, monke
 @pytest.mark.parametrize(("columns", "indent"), [(59, 2), (60, 17), (61, 17)])
 def test_fields_of_registers_stand_below_the_value_where_there_is_room(columns, indent, run, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    lines = run(*"inspect example:4k_ipa40".split()).out.splitlines()
+    lines = run(*["inspect", "example:4k_ipa40"]).out.splitlines()
     fields = [line for line in lines if "=" in line]
     assert {len(line) - len(line.lstrip()) for line in fields} == {indent}
     assert any(line.startswith("VTCR_EL2         0x") for line in lines)
