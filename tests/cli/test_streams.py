@@ -6,6 +6,7 @@ import struct
 import sys
 import termios
 from io import StringIO
+from itertools import pairwise
 
 import pytest
 
@@ -100,6 +101,8 @@ def test_a_line_is_as_long_as_it_may_be(columns: int) -> None:
         fills(streams.wrapped(WORDS, indent, columns), columns, indent)
     for size in (columns - 1, columns):
         assert streams.wrapped("y " + "x" * (size - 2), 4, columns) == ["y " + "x" * (size - 2)]
+    spaced = "a   b".ljust(columns)
+    assert streams.wrapped(spaced, 4, columns) == [spaced]
     # The indent is 2 where a word doesn't fit after more.
     for size, indent in ((columns - 4, 4), (columns - 3, 2), (columns, 2)):
         lines = streams.wrapped(f"first {'x' * size}", 4, columns)
@@ -124,7 +127,7 @@ def test_what_a_migration_says_fits_a_column_before_the_edge(columns: int, monke
     )  # fmt: skip
     *told, name, digest = migrate._text(done).split("\nsha256")[0].splitlines() + [""] * 2
     assert (name, digest) == ("", "")
-    for line, after in zip(told, told[1:], strict=False):
+    for line, after in pairwise(told):
         assert len(line) <= columns - 1
         assert after.startswith("the guest was paused") or len(line) + 1 + len(after.split()[0]) > columns - 1
     lines = migrate._digest("sha256", "ab" * 32, columns)

@@ -208,7 +208,8 @@ def test_the_table_of_snapshots_was_looked_at(columns_, monkeypatch):
     one |= {"page-size": 4096, "disk": 5 * MIB}
     two = one | {"id": "cd" * 16, "name": "000001-cdcdcdcdcdcd", "full": False, "time": 1_700_000_002_678}
     tables = [
-        [one], [one | {"overlap": 0}, two | {"parent": one["id"], "overlap": 12}], [two | {"parent": "0123456789abcdef"}],
+        [one], [one | {"overlap": 0}, two | {"parent": one["id"], "overlap": 12}],
+        [two | {"parent": "0123456789abcdef"}],
         [one | {"paused": 12.34}, two | {"parent": one["id"], "paused": 0.06}], [],
     ]  # fmt: skip
     as_seen(f"texts/snapshots-{columns_}.txt", "\n\n".join(map(snapshot._table, tables)) + "\n")
