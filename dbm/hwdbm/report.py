@@ -834,7 +834,7 @@ def _ticks(low: float, high: float, *, log: bool) -> list[float]:
         return found if len(found) <= 7 else [tick for tick in found if log10(tick) % 1 < 1e-9]
     size = 10.0 ** np.floor(log10(high / 4))
     size *= next(each for each in (1, 2, 5, 10) if high / (size * each) <= 6)
-    return [float(tick) for tick in np.arange(low, high + size / 100, size)]
+    return [float(tick) for tick in np.arange(0, high + size / 100, size)]
 
 
 def _map(drawing: DirtyMap) -> _Drawn:
