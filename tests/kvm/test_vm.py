@@ -138,11 +138,13 @@ def test_slots_and_addresses_are_checked(idle: KvmVm) -> None:
 def test_parameters_are_checked(make: Make) -> None:
     for options, words in (
         ({"memory": 5000}, "whole pages"),
+        ({"memory": 0}, "whole pages"),
         ({"memory": PAGE, "base": 12}, "whole pages"),
+        ({"memory": PAGE, "base": -PAGE, "guest": "idle"}, "whole pages"),
         ({"memory": PAGE, "vcpus": 0}, "vcpus is 1 to 4096"),
         ({"memory": PAGE, "guest": "walking"}, "counting or random or idle, not 'walking'"),
         ({"memory": PAGE, "rate": -1.0}, "a rate in pages a second is a number"),
-        ({"memory": PAGE, "base": 0xFEE0_0000}, "the guest reaches gpa 0xfee00000"),
+        ({"memory": 2 * PAGE, "base": 0xFEE0_0000 - PAGE}, "the guest reaches gpa 0xfee00000.* at 0xfee01000"),
         ({"memory": PAGE, "ring": 256, "manual_protect": "on"}, "is of bitmaps"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -151,6 +153,20 @@ def test_parameters_are_checked(make: Make) -> None:
         make(1 << 20, base=0x1_0000)  # where the code is
     assert raised.value.errno == 17
     make(PAGE, base=1 << 35, guest="idle").start_log()  # beyond what the code reaches
+    make(PAGE, base=0, guest="idle")
+    assert repr(make(3 << 20, base=0xFEE0_0000 - (3 << 20))) == "<KvmVm: counting on 1 vCPUs, 3 MiB>"
+
+
+def test_the_number_of_an_iteration_has_32_bits(make: Make) -> None:
+    vm = make(PAGE, guest="random", vcpus=2)
+    assert (vm.iteration, vm.pages) == (0, 0)
+    for number in (0xFFFF_FFFF, 1):
+        vm.iteration = number
+        assert vm.iteration == number
+        assert vm.memory(1)[PAGE - 4 : PAGE + 8].tobytes() == bytes(4) + number.to_bytes(4, "little") + bytes(4)
+    for number in (-1, 1 << 32):
+        with pytest.raises(ValueError, match="iteration is 0 to"):
+            vm.iteration = number
 
 
 # --- the guest ---------------------------------------------------------------------------------------------

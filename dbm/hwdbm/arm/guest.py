@@ -108,7 +108,8 @@ class Guests:
             task.vcpu, task.base, task.size, task.page_shift = number, one.base, one.size, self.page_shift
             task.counts, task.origin = PRIVATE + number * self._each + _UNIT, self.origin
             task.window, task.limit, task.number = one.window, one.limit, 1
-            task.random = ((one.seed << 8 | number) * 0x9E37_79B9_7F4A_7C15 + 1) % (1 << 64) or 1
+            # xorshift stays at 0, which only a vCPU 195 would begin with.
+            task.random = ((one.seed << 8 | number) * 0x9E37_79B9_7F4A_7C15 + 1) % (1 << 64)
             vcpu = self.board.vcpu(number)
             vcpu.skip, vcpu.hcr = one.skip, _HCR if one.kind is GuestKind.STAGE1 else _HCR | _HCR_DC
             task.kind = one.kind

@@ -210,7 +210,7 @@ class VmFd(KvmFile):
         slot, first_page = check.integer(slot, "slot", 0, U32), check.integer(first_page, "first_page", 0, U64)
         num_pages = check.integer(num_pages, "num_pages", 0, U32)
         pages = min(num_pages, max(self._pages.get(slot, 0) - first_page, 0))
-        address = _address(bitmap, word_count(max(pages, 0)), slot)
+        address = _address(bitmap, word_count(pages), slot)
         about = f"{slot_name(slot)}, pages {first_page}+{num_pages}"
         asked = packed("kvm_clear_dirty_log", slot, num_pages, first_page, address)
         self._call(Ioctl.KVM_CLEAR_DIRTY_LOG, asked, about)

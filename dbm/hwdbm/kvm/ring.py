@@ -50,9 +50,8 @@ def enable_ring(vm: VmFd, entries: int) -> bool:
     OSError
         ENOTSUP if the kernel has no rings, EINVAL or E2BIG if it takes no such size.
     """
-    size = entries * GFN.itemsize
-    if entries < 1 or entries & entries - 1 or size % mmap.PAGESIZE:
-        least = mmap.PAGESIZE // GFN.itemsize
+    size, least = entries * GFN.itemsize, mmap.PAGESIZE // GFN.itemsize
+    if entries < least or entries.bit_count() > 1:
         raise OSError(EINVAL, f"a ring has a power of two of entries, {least} or more, not {entries}")
     for cap in abi.arch().ring_caps:
         if vm.check_extension(cap):

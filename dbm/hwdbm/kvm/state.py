@@ -14,7 +14,7 @@ from typing import Any
 from hwdbm import check
 from hwdbm.kvm import abi
 from hwdbm.kvm.task import KINDS
-from hwdbm.kvm.vcpu import VcpuFd
+from hwdbm.kvm.vcpu import VcpuFd, reg_size
 
 _FORMAT = 1
 MOST_VCPUS = 4096
@@ -129,7 +129,7 @@ def restore(vcpu: VcpuFd, state: dict[str, Any]) -> None:
         if not abi.arch().msrs:
             for register, value in state["one_regs"]:
                 what = f"register {register:#x}"
-                vcpu.set_one_reg(register, value.to_bytes(1 << (register >> 52 & 0xF), "little"))
+                vcpu.set_one_reg(register, value.to_bytes(reg_size(register), "little"))
         for name in abi.arch().registers:
             what = name
             vcpu.set(name, state[name])

@@ -158,7 +158,7 @@ class VcpuFd(KvmFile):
     def get_one_reg(self, register: int) -> bytes:
         """Return a register by its id, which has its size in it; arm64 only."""
         register = check.integer(register, "register", 0, U64)
-        value = np.zeros(_reg_size(register), dtype=np.uint8)
+        value = np.zeros(reg_size(register), dtype=np.uint8)
         asked = packed("kvm_one_reg", register, value.ctypes.data)
         self._call(Ioctl.KVM_GET_ONE_REG, asked, f"register {register:#x}")
         return value.tobytes()
@@ -172,8 +172,8 @@ class VcpuFd(KvmFile):
             If the data hasn't the register's size.
         """
         register, data = check.integer(register, "register", 0, U64), bytes(check.octets(data, "data"))
-        if len(data) != _reg_size(register):
-            raise ValueError(f"register {register:#x} has {_reg_size(register)} bytes, got {len(data)}")
+        if len(data) != reg_size(register):
+            raise ValueError(f"register {register:#x} has {reg_size(register)} bytes, got {len(data)}")
         value = np.frombuffer(data, dtype=np.uint8)
         asked = packed("kvm_one_reg", register, value.ctypes.data)
         self._call(Ioctl.KVM_SET_ONE_REG, asked, f"register {register:#x}")
@@ -189,6 +189,6 @@ def _msrs(entries: Sequence[tuple[int, int]]) -> bytearray:
     return packed("kvm_msrs", len(entries)) + b"".join(packed("kvm_msr_entry", *each) for each in entries)
 
 
-def _reg_size(register: int) -> int:
+def reg_size(register: int) -> int:
     """``KVM_REG_SIZE``: the id has the size's power of two in bits 52 to 55."""
     return 1 << (register >> 52 & 0xF)

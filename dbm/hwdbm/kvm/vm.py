@@ -232,8 +232,8 @@ class KvmVm(LoggedVm):
             parts = guests.shares(data.npages, len(self._threads))
         for thread, (first, npages) in zip(self._threads, parts, strict=True):
             start = (data.base_gfn + first) * page
-            numbers = np.random.SeedSequence([seed, thread.number]).generate_state(1)
-            guests.boot(thread.vcpu, Task(what.kind, start, start + npages * page, page, int(numbers[0])))
+            number = np.random.SeedSequence([seed, thread.number]).generate_state(1).item()
+            guests.boot(thread.vcpu, Task(what.kind, start, start + npages * page, page, number))
         self._become(what)
 
     def _become(self, what: Guest) -> None:
