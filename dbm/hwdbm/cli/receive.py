@@ -141,7 +141,7 @@ def receive(
     else:
         guest.refuse("without --vm kvm", {"--kvm-log": kvm_log is not None})
 
-    if memory_limit is not None and (memory or 1) > memory_limit:
+    if memory_limit is not None and (memory or guest.PAGE) > memory_limit:
         raise typer.BadParameter(f"--memory-limit of {memory_limit} bytes: no guest would be taken")
     if file is not None:
         NewFile(file).close()  # that it can't be there is found out now, and not when the guest has come
