@@ -115,6 +115,8 @@ def test_bad_states_are_refused_with_a_reason(make: Make) -> None:
         (changed(machine="vax"), "a state of 'vax', and this machine is"),
         (changed(vcpus=[]), "a state has 1 to 4096 vCPUs"),
         (changed(vcpus={}), "a state has 1 to 4096 vCPUs"),
+        (changed(vcpus=[7] * 4097), "a state has 1 to 4096 vCPUs"),
+        (changed(vcpus=[7] * 4096), "vCPU 0 of a state has"),
         (changed(vcpus=state["vcpus"][:1]), "a state of 1 vCPUs, and here are 2"),
         (changed(vcpus=[7, 8]), "vCPU 0 of a state has"),
         (changed(vcpus=[short, short]), "vCPU 0 of a state has"),

@@ -17,6 +17,8 @@ from hwdbm.kvm.abi import Ioctl
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 """The largest numbers of the kernel's fields."""
 
+_CLOSED = -1
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)  # the last is a number for some requests
 _libc.ioctl.restype = ctypes.c_int
@@ -34,7 +36,7 @@ class KvmFile:
         The file descriptor; -1 once it is closed.
     """
 
-    fd = -1
+    fd = _CLOSED
 
     def __init__(self, fd: int) -> None:
         self.fd = check.integer(fd, "fd", 0, (1 << 31) - 1)
@@ -53,14 +55,13 @@ class KvmFile:
 
     def close(self) -> None:
         """Close the file. A second time does nothing; other calls then are EBADF."""
-        fd, self.fd = self.fd, -1
+        fd, self.fd = self.fd, _CLOSED
         if fd >= 0:
             os.close(fd)
 
     def __del__(self) -> None:
         # An interrupt may come before anybody has it to close.
-        if self.fd >= 0:
-            self.close()
+        self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ def enable_ring(vm: VmFd, entries: int) -> bool:
         raise OSError(EINVAL, f"a ring has a power of two of entries, {least} or more, not {entries}")
     for cap in abi.arch().ring_caps:
         if vm.check_extension(cap):
-            vm.enable_cap(cap, size)
+            vm.enable_cap(cap, entries * GFN.itemsize)
             break
     else:
         raise OSError(ENOTSUP, "this kernel has no dirty ring")
@@ -119,9 +119,8 @@ class DirtyRing:
     def find(self) -> None:
         """Go on behind what was marked as read: an interrupt may have cut `take` in two."""
         order = np.r_[self._next : self._entries.size, : self._next]
-        marked = self._entries["flags"][order] & DIRTY_GFN_F_RESET != 0
-        count = order.size if marked.all() else int(marked.argmin())
-        self._next = (self._next + count) % self._entries.size
+        marked = self._entries["flags"][order] == DIRTY_GFN_F_RESET
+        self._next = int(order[marked.argmin()])  # where all are, it is behind itself
 
     def close(self) -> None:
         """Unmap it."""
@@ -155,7 +154,7 @@ def harvest(vm: VmFd, rings: Sequence[DirtyRing]) -> Iterator[tuple[int, NDArray
             yield slot, taken["offset"][taken["slot"] == slot]
     while total > 0:
         done = _reset(vm)
-        if done == 0:
+        if not done:
             raise OSError(EIO, f"KVM_RESET_DIRTY_RINGS: {total} entries were taken, and are not reset")
         total -= done
 

@@ -44,7 +44,7 @@ class VcpuThread:
     rate : float or None
         Pages a second that the guest may write; None for no limit.
     chunk : int
-        Pages that it writes between two exits.
+        Pages that it writes between two exits, once it has a pace.
     percent : int
         How much of the time it is kept from running.
     pages : int
@@ -54,11 +54,11 @@ class VcpuThread:
     def __init__(self, number: int, vcpu: VcpuFd, when_full: Callable[[], int] | None) -> None:
         self.number, self.vcpu = number, vcpu
         self.rate: float | None = None
-        self.chunk, self.percent, self.pages = 1, 0, 0
-        self._idle_exits = 0
+        self.chunk: int
+        self.percent = self.pages = self._idle_exits = 0
         self._when_full = when_full
         self._inside = False  # whether it may be in the guest; the thread alone says so
-        self._exits = 0
+        self._stay = object()  # another one each time it has left the guest
         self._left = Gate()
         self._runner = Runner(f"kvm-vcpu{number}", self._work, begin=self._begin, interrupt=_kick)
         self.stop, self.pause, self.close = self._runner.stop, self._runner.pause, self._runner.close
@@ -88,15 +88,14 @@ class VcpuThread:
     def resume(self) -> None:
         """Let it run."""
         self.check()
-        self.vcpu.immediate_exit = False
         self._runner.resume()
 
     def flush(self) -> None:
         """Return when it has left the guest once: KVM has logged then what a buffer of the processor held."""
-        seen = self._exits
+        seen = self._stay
         if self._inside:
             self._runner.kick()
-            self._left.wait(lambda: self._exits == seen)
+            self._left.wait(lambda: self._stay is seen)
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -135,7 +134,7 @@ class VcpuThread:
             reason = self.vcpu.run()
         finally:
             self._inside = False
-            self._exits += 1
+            self._stay = object()
             self._left.open()
         if reason == Exit.INTR:
             while signal.sigtimedwait({_KICK}, 0) is not None:
@@ -151,8 +150,10 @@ class VcpuThread:
     def _complete(self) -> None:
         """Finish the instruction that the guest left with: only the next KVM_RUN does, and registers lag until then."""
         self.vcpu.immediate_exit = True
-        reason = self._enter()
-        self.vcpu.immediate_exit = False
+        try:
+            reason = self._enter()
+        finally:
+            self.vcpu.immediate_exit = False
         if reason not in (Exit.INTR, Exit.DIRTY_RING_FULL):
             raise self._unexpected(reason)
 
