@@ -50,7 +50,7 @@ def enable_ring(vm: VmFd, entries: int) -> bool:
     OSError
         ENOTSUP if the kernel has no rings, EINVAL or E2BIG if it takes no such size.
     """
-    size, least = entries * GFN.itemsize, mmap.PAGESIZE // GFN.itemsize
+    least = mmap.PAGESIZE // GFN.itemsize
     if entries < least or entries.bit_count() > 1:
         raise OSError(EINVAL, f"a ring has a power of two of entries, {least} or more, not {entries}")
     for cap in abi.arch().ring_caps:
