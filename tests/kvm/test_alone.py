@@ -1,4 +1,4 @@
-"""The parts of a KvmVm without KVM: the test is the kernel, and the clock. What a real one does seldom, it does here."""
+"""The parts of a KvmVm without KVM: the test is the kernel and the clock, and does what real ones do seldom."""
 
 import ctypes
 import mmap
@@ -483,9 +483,10 @@ def test_all_pages_are_dirty_after_an_interrupt_once(monkeypatch: Patch) -> None
     vm: Any = Vm(resets=[1, 0, 1])
     rings = Rings(vm, lock)
     rings.logs, rings.rings = logs_of(vm, lock), [Queue((3, 7))]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(KernelPages, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        rings.gather()
+        with pytest.raises(KeyboardInterrupt):
+            rings.gather()
     rings.rings[0].push((3, 8))  # type: ignore[attr-defined]
     assert rings.gather() == 1
     assert [marked(log) for log in rings.logs] == [list(range(70)), list(range(5))]
