@@ -1,4 +1,4 @@
-"""The parts of a KvmVm without KVM: the test is the kernel and the clock, and does what real ones do seldom."""
+"""The parts of a KvmVm without KVM: the test is the kernel, and the clock, and does what a real one seldom does."""
 
 import ctypes
 import mmap

@@ -147,7 +147,7 @@ class Board:
             self._lay()
             fd = self._inherited(self.ram.fd)
             self._log = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-            self._pipe = os.pipe()
+            self._pipe = list(os.pipe())
             self._files.callback(self._unplug)
             machine = "virt,virtualization=on,gic-version=2,memory-backend=ram"
             backend = f"memory-backend-file,id=ram,size={ram},mem-path=/proc/self/fd/{fd},share=on"
@@ -206,7 +206,7 @@ class Board:
             raise ValueError("a plan maps something")
         box.vcpus, box.vtcr, box.vttbr = self.vcpus, vtcr.encode(), plan.root | plan.vmid << 48
         box.root, box.root_tables, box.page_shift = plan.root, vtcr.root_tables, vtcr.granule.page_shift
-        box.start_level = vtcr.start_level & (1 << 64) - 1
+        box.start_level = vtcr.start_level  # -1, too, in 64 bits
         box.junk, box.table_bits = plan.junk, plan.table_bits
         lines = (Mapping * len(plan.mappings))(*plan.mappings)
         self.write(_PLAN, bytes(lines))
@@ -338,10 +338,8 @@ class Board:
     # --- the end -------------------------------------------------------------------------------------------
 
     def _unplug(self) -> None:
-        for fd in self._pipe:
-            if fd >= 0:
-                os.close(fd)
-        self._pipe = -1, -1
+        while self._pipe:
+            os.close(self._pipe.pop())
 
     def close(self) -> None:
         """End the machine. Views of its RAM that others hold stay valid."""

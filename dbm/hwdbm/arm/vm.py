@@ -236,7 +236,7 @@ class ArmVm(LoggedVm):
         try:
             registers = Registers(self.board.mailbox.vttbr, self.board.mailbox.vtcr)
             self.live = Live(self.board.ram.words, RAM, registers)
-            self._pool = self.board.spare_tables.tolist()[::-1]
+            self._pool = self.board.spare_tables.tolist()
             for slot in slots:
                 plain = replace(slot, flags=slot.flags & ~KVM_MEM_LOG_DIRTY_PAGES)
                 stage2 = self.live.stage2(
@@ -408,7 +408,7 @@ class ArmVm(LoggedVm):
         self._check_open()
         self._check_paused()
         state = bytes(state)
-        rates, each = 8 * VCPUS, ctypes.sizeof(Vcpu)
+        rates, each = ctypes.sizeof(self.board.shared.rate), ctypes.sizeof(Vcpu)
         if state[: len(_MAGIC)] != _MAGIC or len(state) != _HEAD + rates + each * self.board.vcpus:
             raise ValueError(f"{len(state)} bytes are no state of an Arm machine with {self.board.vcpus} vCPUs")
         if state[len(_MAGIC) : len(_MAGIC) + 32] != _firmware_digest():
@@ -420,7 +420,7 @@ class ArmVm(LoggedVm):
         for number, vcpu in enumerate(vcpus):
             vcpu.state = self.board.vcpu(number).state
             self.board.mailbox.vcpu[number] = vcpu
-            self.board.shared.rate[number] = int.from_bytes(state[_HEAD + 8 * number :][:8], "little")
+        self.board.shared.rate = type(self.board.shared.rate).from_buffer_copy(state, _HEAD)
 
     # --- the log -------------------------------------------------------------------------------------------
 
