@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +156,11 @@ def sweep_of(numbers: float = 1.0) -> Sweep:
 
 
 def forecast_report(**more) -> report.Document:
-    samples = [Sample(at / 2, at + 1, 1e9 / (at + 1), 1e9, dirty_rate=1e6 * at) for at in range(4) for _ in range(2)]
+    samples = [
+        Sample(at / 2, at + 1, 1e9 / (at + 1), 1e9, dirty_rate=1e6 * at if at != 2 else None)
+        for at in range(more.pop("passes", 4))
+        for _ in range(2)
+    ]
     found = sweep_of().forecasts[3][8]
     return report.of_forecast(
         f"a trace {more.pop('name', '')}", found, sweep_of(), samples, {"limit": "250 ms"}, **more
@@ -229,8 +235,10 @@ def large() -> tuple[report.Document, report.Document]:
 def documents() -> dict[str, report.Document]:
     """Return reports with charts of all kinds; of 21 passes the labels take all the room that there is for labels."""
     chain = [report.SnapshotFile(f"file {n}", "full", 1 << 30, 4096 >> n, n, n or None) for n in range(3)]
-    found = harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm"))
+    found = replace(harvest_slots(open_image(example.find("example:4k_blocks")), Ask("dbm")), seconds=1.23456)
+    written = analyse(open_trace(example.find_trace("example:machine-bursty")), rows=3, cells=8)
     return {
+        "forecast-trace": forecast_report(analysis=written, passes=31),
         "forecast": forecast_report(),
         "forecast-large": large()[0],
         "migration-large": large()[1],
@@ -242,11 +250,20 @@ def documents() -> dict[str, report.Document]:
 
 
 @pytest.mark.parametrize(
-    "name", ["forecast", "forecast-large", "migration-1", "migration-21", "migration-large", "harvest", "snapshots"]
+    "name",
+    [
+        "forecast",
+        "forecast-trace",
+        "forecast-large",
+        "migration-1",
+        "migration-21",
+        "migration-large",
+        "harvest",
+        "snapshots",
+    ],
 )
 def test_it_looks_as_the_one_that_was_looked_at(name: str) -> None:
-    html = documents()[name].html().replace(hwdbm.__version__, "VERSION")
-    as_seen(f"reports/{name}.html", re.sub(r"(?<=tables read</dt><dd>8 in )[\d.,]+ ms", "TIME", html))
+    as_seen(f"reports/{name}.html", documents()[name].html().replace(hwdbm.__version__, "VERSION"))
 
 
 @pytest.mark.parametrize(
@@ -377,3 +394,75 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
     with pytest.raises(OSError, match="No such file"):
         report.write(tmp_path / "none" / "a.html", report.Document("a", {}, ()))
+
+
+@pytest.mark.parametrize("passes", [30, 31])
+def test_the_first_thirty_passes_of_a_forecast_are_shown(passes: int) -> None:
+    document = forecast_report(passes=passes)
+    some = ", the first 30 of 31" if passes > 30 else ""
+    *_, left, table = document.parts
+    assert (left.title, table.title) == (f"What is left at the beginning of each pass{some}", f"The passes{some}")
+    assert [row[0] for row in table.rows] == list(left.labels) == [str(number + 1) for number in range(30)]
+
+
+def test_ranges_are_counted_by_powers_of_two() -> None:
+    """Each class from its least length to its most; twelve of them, the last without an end."""
+    lengths = [1, 1, 2, 3, 4, 7, 1023, 1024, 2047]
+    for more in ([], [2048], [2048, 4095, 4096, 9000]):
+        starts = np.cumsum([0, *(length + 1 for length in (*lengths, *more))])
+        ranges = list(zip(starts[:-1].tolist(), (*lengths, *more), strict=True))
+        halves = [DirtyBitmap.from_ranges(some, int(starts[-1])) for some in (ranges[::2], ranges[1::2])]
+        chart = report._ranges(halves)
+        labels = ["1", "2 to 3", "4 to 7", "8 to 15", "16 to 31", "32 to 63", "64 to 127", "128 to 255", "256 to 511",
+                  "512 to 1023", "1024 to 2047"]  # fmt: skip
+        assert chart.labels == tuple(labels + (["2048 or more"] if more else []))
+        numbers = [2, 2, 2, 0, 0, 0, 0, 0, 0, 1, 2, *([len(more)] if more else [])]
+        pages = [2, 5, 11, 0, 0, 0, 0, 0, 0, 1023, 3071, *([sum(more)] if more else [])]
+        assert chart.series == {"ranges": tuple(numbers), "pages in them": tuple(pages)}
+
+
+def test_where_memory_is_dirty_is_told_in_mib() -> None:
+    """From the first dirty cell's begin to the last one's end; of one cell, and of none, too."""
+    mib = 1 << 20
+    cells = np.array([0, 0.5, 0, 1, 0, 0, 0, 0], dtype=np.float32)
+    rows = {"some": cells, "one": cells[1:2], "clean": cells[:1], "none": cells[:0], "ends": cells[1:4]}
+    extents = {"some": 16 * mib, "one": 3 * mib, "clean": 5 * mib, "none": 2048, "ends": 6000 * mib}
+    assert report.DirtyMap("a", "pass", rows, extents).table().rows == (
+        ("some", "16.0", "2,048", "2 of 8", "2.0", "8.0"),
+        ("one", "3.0", "3,072", "1 of 1", "0.0", "3.0"),
+        ("clean", "5.0", "5,120", "0 of 1", "", ""),
+        ("none", "0.0", "2", "0 of 0", "", ""),
+        ("ends", "6,000.0", "2,048,000", "2 of 3", "0.0", "6,000.0"),
+    )
+
+
+def test_long_labels_of_a_chart_are_cut() -> None:
+    """At 24 letters, so that what is cut is shorter than what isn't; and only so many have room."""
+    for size, shown in ((23, "a" * 23), (24, "a" * 22 + "…"), (25, "a" * 22 + "…")):
+        chart = report.Chart("a", "b", "c", ("a" * size,), {"d": (1.0,)})
+        drawn = report.Document("x", {}, (chart,)).html().partition("<figcaption>")[0]
+        assert f">{shown}</text>" in drawn
+    for count, every in ((14, 1), (15, 2), (28, 2), (29, 3)):  # of three letters each
+        labels = tuple(f"{at:03}" for at in range(count))
+        chart = report.Chart("a", "b", "c", labels, {"d": (1.0,) * count})
+        drawn = report.Document("x", {}, (chart,)).html().partition("<figcaption>")[0]
+        assert re.findall(r">(\d{3})</text>", drawn) == list(labels[::every])
+
+
+def test_a_dial_of_one_value_or_of_none_above_zero_is_drawn_in_the_middle() -> None:
+    """A scale has room on both sides; what is below it or without an end lies at its edge."""
+    place = report.DialPlace("a", "b", 0.0, (0.0, float("inf"), -5.0), (True, True, True))
+    dial = report.Dial("t", "ms", "x", "d", "good", "bad", (1.0, 10.0, 100.0), (place,), 0)
+    html = report.Document("x", {}, (dial,)).html()
+    assert [float(y) for y in re.findall(r'<rect class="k1" x="[^"]*" y="([^"]*)"', html)] == [147.5, 7.5, 147.5]
+    place = report.DialPlace("a", "b", 8.0, (8.0,), (True,))
+    html = report.Document("x", {}, (report.Dial("t", "ms", "x", "d", "good", "bad", (7.0,), (place,), 0),)).html()
+    assert '<rect class="k1" x="198.5" y="77.5" width="5.0" height="5.0"/>' in html
+
+
+def test_a_map_of_many_cells_is_the_mean_of_those_that_it_shows() -> None:
+    for size in (180, 181, 359, 360, 1000):
+        cells = np.random.default_rng(size).random(size).astype(np.float32)
+        edges = [at * size // 180 for at in range(181)]
+        want = [cells[start:stop].mean() for start, stop in pairwise(edges)]
+        assert report._fewer(cells).tolist() == pytest.approx(want, rel=1e-5)
