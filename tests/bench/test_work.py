@@ -4,13 +4,15 @@ import hashlib
 import inspect
 import socket
 import threading
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from seen import as_seen
 
 from hwdbm import kernels, pte
-from hwdbm.bench import Setup, stream, suite
+from hwdbm.bench import Row, Setup, smallest, stream, suite
 from hwdbm.bitmap import DirtyBitmap
 from hwdbm.stage2 import Stage2
 
@@ -125,3 +127,132 @@ def test_the_receiver_ends_when_it_is_told_to_or_alone(orders):
             here.shutdown(socket.SHUT_WR)
         receiver.join(10)
         assert not receiver.is_alive()
+
+
+# --- how it is measured ------------------------------------------------------------------------------------
+
+
+def test_the_smallest_time_of_each_counts_and_the_first_is_a_warm_up():
+    """All in turn, each after what comes before it, which isn't timed."""
+    now, calls = [0.0], []
+    times = {"a": [0.5, 4.0, 2.0, 3.0], "b": [9.0, 6.0, 7.0, 8.0]}
+
+    def work(name):
+        calls.append(name)
+        now[0] += times[name][calls.count(name) - 1]
+
+    def before():
+        calls.append("before")
+        now[0] += 100.0
+
+    how = {name: lambda name=name: work(name) for name in times}
+    assert smallest(how, before, 3, clock=lambda: now[0]) == {"a": 2.0, "b": 6.0}
+    assert calls == 4 * ["before", "a", "before", "b"]
+    calls.clear()
+    assert smallest(how, repeat=1, clock=lambda: now[0]) == {"a": 4.0, "b": 6.0}
+    assert calls == 2 * ["a", "b"]
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="repeat"):
+            smallest(how, repeat=wrong)
+
+
+@pytest.mark.parametrize(("limit", "met"), [(None, None), (1.49, False), (1.5, True), (1.51, True)])
+def test_a_limit_is_kept_up_to_itself(limit, met):
+    row = Row("x", 3.0, "y", 2.0, limit)
+    assert (row.ratio, row.met) == (1.5, met)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "chosen"), [([(4, 1)], 0), ([(4, 1), (9, 3), (8, 4)], 1), ([(9, 3), (8, 4), (4, 1), (5, 5)], 0)]
+)
+def test_the_median_round_of_a_stream_counts(rounds, chosen, monkeypatch):
+    """By its ratio, the first pass by itself; of scattered passes the fastest, beside as many floors."""
+    floors, told = iter([time for _, floor in rounds for time in (10.0 * floor, floor)]), []
+    ends = iter(rounds)
+
+    def migrate(*_):
+        time, _ = next(ends)
+        times = (10.0 * time, time + 5.0, float(time), time + 7.0, 0.001)
+        return SimpleNamespace(passes=[SimpleNamespace(time=each, dirty=at < 4) for at, each in enumerate(times)])
+
+    def floor(_sock, _guest, size, repeat):
+        told.append((size, repeat))
+        return next(floors)
+
+    sent = []
+    monkeypatch.setattr(stream, "_migrate", migrate)
+    monkeypatch.setattr(stream, "_floor", floor)
+    channel = SimpleNamespace(sock=SimpleNamespace(sendall=sent.append))
+    monkeypatch.setattr(stream, "_receiver", lambda _: nullcontext(channel))
+    setup = stream.StreamSetup(memory=1 << 20, fraction=0.25, rounds=len(rounds), passes=3)
+    first, scattered = stream.rows(setup)
+    assert told == len(rounds) * [(1 << 20, 1), (1 << 18, 3)]
+    assert sent == [stream._COMMAND.pack(b"Q", 0)]
+    time, floor_ = rounds[chosen]
+    assert (first.cost, first.floor_cost) == (10.0 * time, 10.0 * floor_)
+    assert (scattered.cost, scattered.floor_cost, scattered.floor, scattered.limit) == (
+        time,
+        floor_,
+        "plain sendall",
+        1.25,
+    )
+    assert scattered.what == f"unix stream, scattered, {(1 << 18) / time / 1e9:.2f} GB/s"
+
+
+@pytest.mark.parametrize(("npages", "memory"), [(512, 512 << 12), (1 << 17, 1 << 29), ((1 << 17) + 512, 1 << 29)])
+def test_a_stream_is_measured_over_both_sockets(npages, memory, monkeypatch):
+    asked = []
+    monkeypatch.setattr(suite, "rows", lambda setup: asked.append(setup) or [setup.transport])
+    assert list(suite.stream(Setup(npages, 7))) == ["unix", "tcp"]
+    assert asked == [stream.StreamSetup(memory, rounds=7, transport=each) for each in ("unix", "tcp")]
+    assert (asked[0].fraction, asked[0].passes) == (0.25, 3)
+
+
+def test_the_fastest_of_plain_sends_is_the_floor(monkeypatch):
+    """A byte says that the other side is ready, and another that all is there."""
+    now, sizes, answers = [0.0], [], []
+
+    class Socket:
+        def gettimeout(self):
+            return 7.0
+
+        def settimeout(self, limit):
+            answers.append(limit)
+
+        def sendall(self, data):
+            sizes.append(len(data))
+
+        def recv(self, size):
+            now[0] += [100.0, 5.0, 100.0, 3.0, 100.0, 4.0][len([each for each in answers if each == 1])]
+            answers.append(size)
+
+    monkeypatch.setattr(stream.time, "perf_counter", lambda: now[0])
+    guest = SimpleNamespace(memory=lambda slot: np.zeros(5000, dtype=np.uint8) if slot == 0 else None)
+    assert stream._floor(Socket(), guest, 4097, 3) == 3.0
+    assert sizes == 3 * [stream._COMMAND.size, 4097]
+    assert answers == [None, *6 * [1], 7.0]
+
+
+@pytest.mark.parametrize("name", ["workers", "clients", "unmapped"])
+def test_the_rows_of_what_is_measured_in_other_ways_were_looked_at(name, monkeypatch):
+    """With times by the names of the work, and a process that says how much it has."""
+
+    def once(work, before=None, repeat=9, **how):
+        for act in work.values():
+            if before is not None:
+                before()
+            act()
+        asked.append(f"  {list(work)} {repeat} times, {sorted(how)}")
+        return {label: float(number) for number, label in enumerate(work, 1)}
+
+    @contextmanager
+    def child(command, **_):
+        asked.append(f"  {command[-1].splitlines()[1]}")
+        yield SimpleNamespace(communicate=lambda: ("1234\n", None))
+
+    asked = []
+    monkeypatch.setattr(suite, "smallest", once)
+    monkeypatch.setattr(suite, "child", child)
+    rows = list(suite.BENCHMARKS[name](Setup(3 << 12, 2)))
+    lines = [f"{row.what} {row.cost} over {row.floor} {row.floor_cost} {row.unit}, limit {row.limit}" for row in rows]
+    as_seen(f"bench/{name}.txt", "\n".join([*asked, *lines]) + "\n")
