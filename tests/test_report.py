@@ -405,22 +405,6 @@ def test_the_first_thirty_passes_of_a_forecast_are_shown(passes: int) -> None:
     assert [row[0] for row in table.rows] == list(left.labels) == [str(number + 1) for number in range(30)]
 
 
-def test_ranges_are_counted_by_powers_of_two() -> None:
-    """Each class from its least length to its most; twelve of them, the last without an end."""
-    lengths = [1, 1, 2, 3, 4, 7, 1023, 1024, 2047]
-    for more in ([], [2048], [2048, 4095, 4096, 9000]):
-        starts = np.cumsum([0, *(length + 1 for length in (*lengths, *more))])
-        ranges = list(zip(starts[:-1].tolist(), (*lengths, *more), strict=True))
-        halves = [DirtyBitmap.from_ranges(some, int(starts[-1])) for some in (ranges[::2], ranges[1::2])]
-        chart = report._ranges(halves)
-        labels = ["1", "2 to 3", "4 to 7", "8 to 15", "16 to 31", "32 to 63", "64 to 127", "128 to 255", "256 to 511",
-                  "512 to 1023", "1024 to 2047"]  # fmt: skip
-        assert chart.labels == tuple(labels + (["2048 or more"] if more else []))
-        numbers = [2, 2, 2, 0, 0, 0, 0, 0, 0, 1, 2, *([len(more)] if more else [])]
-        pages = [2, 5, 11, 0, 0, 0, 0, 0, 0, 1023, 3071, *([sum(more)] if more else [])]
-        assert chart.series == {"ranges": tuple(numbers), "pages in them": tuple(pages)}
-
-
 def test_where_memory_is_dirty_is_told_in_mib() -> None:
     """From the first dirty cell's begin to the last one's end; of one cell, and of none, too."""
     mib = 1 << 20
