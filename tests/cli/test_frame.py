@@ -195,6 +195,7 @@ class TestInterrupt:
             end.set()
         assert len(threads) == 2
         assert threading.main_thread() not in threads
+        assert all(thread.daemon for thread in threads)  # nobody waits for them at the end
 
     def test_what_comes_when_nobody_waits_any_more(self) -> None:
         """It is closed."""

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from typing import Annotated, Any
 
 import forked
 import pytest
+import typer
+from seen import as_seen
 
 import hwdbm
 from hwdbm import errors
@@ -106,6 +109,37 @@ def test_help_fits(run, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert columns < 80 or max(map(len, examples.splitlines()), default=0) <= columns, args
         assert "..." not in out.partition("Commands:")[2]
         assert not re.search(r"<(?!ID|IMAGE)", out), args
+
+
+def term(size: int) -> Any:
+    """Return an option whose term in the help has so many letters."""
+    how = {"metavar": "WORD", "show_default": False, "help": f"Of {size} letters, in words."}
+    return Annotated[str, typer.Option(f"--{'x' * (size - 7)}", **how)]
+
+
+def it(a: term(28) = "", b: term(29) = "", c: term(30) = "", d: term(31) = "", e: term(32) = "") -> None:  # type: ignore[valid-type]
+    """Do it.
+
+    A paragraph that is longer than a line of a terminal that is as narrow as some are,
+      with lines of its own.
+    """
+
+
+def helped(columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the help of a command on so many columns."""
+    made = app._typer()
+    made.command("it", cls=app._Command, epilog="\b\n  a\n    b\n", context_settings=app._HELP)(it)
+    command = typer.main.get_command(made)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with command.make_context("it", []) as context:
+        return f"--- {columns} columns\n{command.get_help(context)}\n"
+
+
+def test_help_was_looked_at_at_the_edges_of_its_forms(monkeypatch) -> None:
+    """At 98 columns at most, and 20 at least; a definition stands beside its term where there is room, and it is 30."""
+    texts = [helped(columns, monkeypatch) for columns in (300, 101, 100, 99, 62, 61, 23, 22, 21, 5)]
+    assert texts[0].partition("\n")[2] == texts[1].partition("\n")[2] == texts[2].partition("\n")[2]
+    as_seen("texts/help.txt", "\n".join(texts))
 
 
 def test_no_command(run) -> None:
