@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import Clock
 from seen import as_seen
 
 from hwdbm.bench import Row
@@ -365,3 +366,52 @@ def test_all_races(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     races._all(as_json=False)
     as_seen("said/all-races.txt", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("count", "moves", "times"),
+    [
+        (0, None, [0.0]),
+        (3, None, [0.0, 3.0, 6.5, 7.5]),
+        (None, None, [0.0, 3.0, 6.5, 7.5, 8.5, 9.5]),
+        (None, 7.0, [0.0, 3.0, 6.5]),
+        (3, 100.0, [0.0, 3.0, 6.5, 7.5]),
+        (None, 8.5, [0.0, 3.0, 6.5, 7.5]),
+    ],
+)
+def test_when_snapshots_are_taken(count, moves, times, capsys, monkeypatch) -> None:
+    """One a second from when the first was done, or when the one before is; as many as are asked for, or until moved.
+
+    The first takes two seconds here, the second two and a half.
+    """
+    clock, taken, took = Clock(), [], iter([2.0, 3.5, *9 * [0.25]])
+    monkeypatch.setattr(snapshot, "time", clock)
+    monkeypatch.setattr(snapshot, "_COUNT", 5)
+    monkeypatch.setattr(snapshot, "busy", lambda _: nullcontext(print))
+
+    class Recorder:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.paused = 0.0
+
+        def save(self) -> str:
+            taken.append(clock.passed)
+            self.paused = next(took)
+            clock.sleep(self.paused)
+            return "it"
+
+        diff = save
+
+    def wait(seconds: float) -> None:
+        clock.sleep(seconds)
+        if moves is not None and clock.passed >= moves:
+            moved[0].set()
+
+    moved: list[Any] = []
+    monkeypatch.setattr(snapshot, "Recorder", lambda *_, **__: nullcontext(Recorder()))
+    monkeypatch.setattr(snapshot, "_migrating", lambda _vm, _to, _cancel, gone, _taken: nullcontext(moved.append(gone)))
+    cancel: Any = SimpleNamespace(is_set=lambda: False, wait=wait)
+    receiver = None if moves is None else ["--vm"]
+    found = snapshot._record(None, Path("c"), 1.0, count, cancel, digest=False, receiver=receiver)  # type: ignore[arg-type]
+    assert taken == times
+    assert (len(found.snapshots), found.paused) == (len(times), [2.0, 3.5, *9 * [0.25]][: len(times)])
+    assert capsys.readouterr().out.splitlines()[0] == "1 snapshots, the last kept the guest paused for 2000.0 ms"

@@ -252,7 +252,7 @@ def _record(
     receiver: list[str] | None,
 ) -> _Taken:
     taken, moved = _Taken(), threading.Event()
-    most = inf if count is None and receiver is not None else _COUNT if count is None else count
+    most: float = count if count is not None else _COUNT if receiver is None else inf
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(vm, folder, digest=digest))
         tell = stack.enter_context(busy("a full snapshot"))
