@@ -513,7 +513,7 @@ class Scripted:
 
     def __init__(self, stays: Iterable[tuple[float, int]]) -> None:
         self.stays, self.immediate_exit = list(stays), False
-        self.now, self.slept, self.chunk = 1000.0, list[float](), 0
+        self.now, self.slept, self.chunk = 0.25, list[float](), 0
         self.on_run: Callable[[], object] = lambda: None
 
     def run(self) -> int:
