@@ -54,6 +54,7 @@ def test_arm64_exits_after_fewer_pages_from_now_on() -> None:
             return registers[name].to_bytes(8, "little")
 
         def set_one_reg(self, name: int, value: bytes) -> None:
+            assert len(value) == 8
             registers[name] = int.from_bytes(value, "little")
 
     before = dict(registers)
