@@ -1,11 +1,8 @@
 """The Arm machine's numbers, to their edges, without QEMU: its layout, its mailbox, what its guests are given."""
 
-import ctypes
 import io
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from errno import EIO, ENODEV, ENOMEM, ETIMEDOUT
 from threading import RLock
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +12,13 @@ import pytest
 from clocks import Clock
 
 from hwdbm import Granule, pte
-from hwdbm.arm import ArmUnavailableError, Board, GuestMemoryError, TablePlan, board, build, vm
+from hwdbm.arm import ArmUnavailableError, Board, TablePlan, board, build, vm
 from hwdbm.arm.abi import (
     FIRMWARE,
-    MAGIC,
     MAILBOX,
     RAM,
     SHARED,
-    VCPUS,
     GuestKind,
-    GuestTask,
     Mailbox,
     Mapping,
     Shared,
@@ -32,12 +26,11 @@ from hwdbm.arm.abi import (
     VcpuState,
 )
 from hwdbm.arm.board import POOL, POOL_END, GuestCrashError
-from hwdbm.arm.guest import PRIVATE, PRIVATE_PA, Guests, Work, private_size, system_mappings
+from hwdbm.arm.guest import PRIVATE, Guests, Work, system_mappings
 from hwdbm.memslot import Memslot
 from hwdbm.vtcr import Vtcr
 
 G = 1 << 30
-BLOCK = {Granule.K4: 2 << 20, Granule.K16: 32 << 20, Granule.K64: 512 << 20}
 
 
 # --- which memory there can be -----------------------------------------------------------------------------
@@ -61,48 +54,6 @@ def boards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, TablePlan, int]]:
 
 
 LOWEST, TOP = 0x4A00_0000, 1 << 40
-
-
-@pytest.mark.parametrize(
-    ("memory", "options"),
-    [
-        (4096, {}), (4096, {"vcpus": 1}), (3 << 12, {"vcpus": 7}), (65536, {"granule": Granule.K64}),
-        (4096, {"base": LOWEST}), (4096, {"base": TOP - 4096}), (3 << 20, {"base": 0x8000_1000}),
-        ((1 << 20) + 4096, {"blocks": True, "base": 0x8020_0000 - 4096}),
-    ],
-)  # fmt: skip
-def test_a_machine_has_ram_for_its_memory_and_no_more(boards, memory, options) -> None:
-    """In whole MiB, from 2 GiB on or as far behind it as the memory begins within a block."""
-    with pytest.raises(MadeError):
-        vm.ArmVm(memory, **options)
-    ((ram, plan, vcpus),) = boards
-    granule, base = options.get("granule", Granule.K4), options.get("base", 2 * G)
-    end = max(each.pa + each.size for each in plan.mappings)
-    assert end == 2 * G + base % BLOCK[granule] + memory
-    assert ram % (1 << 20) == 0 <= RAM + ram - end < 1 << 20
-    assert vcpus == options.get("vcpus", 2)
-    private = plan.mappings[2]
-    assert (private.ipa, private.pa, private.size) == (
-        PRIVATE, PRIVATE_PA, private_size(memory // granule.page_size, vcpus)
-    )  # fmt: skip
-    assert plan.vtcr.hw_dbm
-    assert plan.vtcr.ipa_bits == 40
-
-
-@pytest.mark.parametrize(
-    ("memory", "options", "said"),
-    [
-        (0, {}, "whole pages of 4096"), (-4096, {}, "whole pages"), (4095, {}, "whole"), (4097, {}, "whole pages"),
-        (4096, {"granule": Granule.K16}, "whole pages of 16384"), (4096, {"base": 2 * G + 1}, "whole pages"),
-        (4096, {"base": LOWEST - 4096}, "it lies in 0x4a000000..0xffffffffff, and 2 vCPUs count it in 0x2000000 bytes"),
-        (8192, {"base": TOP - 4096}, "it lies in"), (4096, {"vcpus": 0}, "vcpus is 1 to 7"),
-        (4096, {"vcpus": 8}, "vcpus is 1 to 7"), (4096, {"base": -4096}, "gpa -0x1000|base|base_gfn"),
-    ],
-)  # fmt: skip
-def test_memory_that_no_machine_has_is_refused(boards, memory, options, said) -> None:
-    with pytest.raises(ValueError, match=said):
-        vm.ArmVm(memory, **options)
-    assert not boards
 
 
 def slots(npages: int, private: int, at: int = PRIVATE) -> list[Memslot]:
@@ -164,25 +115,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Board:
     return one
 
 
-def test_a_plan_is_laid_where_the_firmware_looks(made: Board) -> None:
-    vtcr = Vtcr.for_vm(Granule.K16, 40, mmfr1=0x22, pa_bits=40)
-    tables = np.array([POOL + 0x1_0000, POOL + 0x4_0000, POOL + 0x2_0000], dtype=np.uint64)
-    mappings = (Mapping(1, 2, 3, 4, 5), Mapping(6, 7, 8, 9, 10))
-    made.plan = TablePlan(vtcr, mappings, vmid=5, root=POOL + 0x8000, tables=tables, junk=6, table_bits=7 << 59)
-    made._lay()
-    box = made.mailbox
-    assert (box.vcpus, box.vtcr, box.vttbr) == (2, vtcr.encode(), 5 << 48 | POOL + 0x8000)
-    assert (box.root, box.root_tables, box.page_shift) == (POOL + 0x8000, vtcr.root_tables, 14)
-    assert (box.start_level, box.junk, box.table_bits) == (vtcr.start_level, 6, 7 << 59)
-    assert (box.mappings, box.tables, made.shared.stop) == (2, 3, 1)
-    assert bytes(made.at(box.mappings_pa, Mapping * 2)) == b"".join(map(bytes, mappings))
-    assert made.ram.view[box.tables_pa - RAM :][:24].tobytes() == tables.tobytes()
-    assert box.tables_pa >= box.mappings_pa + 80
-    box.used = 1
-    assert made.spare_tables.tolist() == tables[1:].tolist()
-    assert made.plan.root_end == POOL + 0x8000 + vtcr.root_tables * 16384
-
-
 def test_tables_lie_behind_the_root_unless_a_plan_says_where(made: Board) -> None:
     """A start level below 0 is a negative number of 64 bits."""
     vtcr = replace(Vtcr.for_vm(Granule.K4, 52, mmfr1=0x22, pa_bits=52, ds=True), sl2=True, sl0=0)
@@ -211,54 +143,6 @@ def test_a_plan_has_room_up_to_the_tables(made: Board) -> None:
         made._lay()
 
 
-def test_how_long_a_board_has_to_answer(made: Board) -> None:
-    """Its end is seen at once; what it said last is told, and no more than that."""
-    said: Any = made._log
-    for seconds in (0.5, 2.0):
-        began = board.time.monotonic()
-        answers = iter([False, False, True])
-
-        def done(answers: Any = answers) -> bool:
-            board.time.sleep(seconds / 4)  # noqa: B023
-            return next(answers)
-
-        made._wait("do it", done, seconds)
-        with pytest.raises(OSError, match=rf"didn't do this in {seconds:g} s: do it; QEMU said nothing") as error:
-            made._wait("do it", lambda: False, seconds)
-        assert error.value.errno == ETIMEDOUT
-        assert board.time.monotonic() - began == pytest.approx(1.75 * seconds, abs=0.1)
-    said.write(b" " + b"a" + b"b" * 499 + b"c\n")
-    made._process.returncode = 4
-    for call in (lambda: made._wait("do it", lambda: False, 1.0), made.check):
-        with pytest.raises(OSError, match=r"the Arm machine ended \(status 4\): b{499}c$") as error:
-            call()
-        assert error.value.errno == EIO
-    made._wait("do it", lambda: True, 1.0)  # what is done is done
-
-
-def test_what_is_wrong_with_a_board_that_comes_up(made: Board, monkeypatch) -> None:
-    rung: list[str] = []
-    monkeypatch.setattr(made, "_ring", lambda command: rung.append(command.name))
-    box = made.mailbox
-    box.magic, box.mmfr1 = MAGIC, 2
-    with pytest.raises(OSError, match=r"the firmware's structures have \(0, 0\) bytes") as error:
-        made._boot()
-    assert error.value.errno == EIO
-    box.sizes[:] = ctypes.sizeof(Mailbox), ctypes.sizeof(GuestTask)
-    made._boot()
-    box.mmfr1 = 1
-    with pytest.raises(ArmUnavailableError, match=r"has no hardware DBM: QEMU 7\.2") as error:
-        made._boot()
-    assert (error.value.errno, rung) == (ENODEV, ["BUILD"])
-    box.mmfr1, box.failed, box.tables = 3, 0x4000_0001, 9
-    with pytest.raises(OSError, match="there are 9 tables, too few for ipa 0x40000000") as error:
-        made._boot()
-    assert error.value.errno == ENOMEM
-    box.magic = 0
-    with pytest.raises(OSError, match="didn't do this in 60 s: come up"):
-        made._boot()
-
-
 def test_the_states_and_faults_of_each_vcpu_are_looked_at(made: Board) -> None:
     for number in range(2):
         made.vcpu(number).state = VcpuState.PAUSED
@@ -282,61 +166,7 @@ def test_the_states_and_faults_of_each_vcpu_are_looked_at(made: Board) -> None:
     assert made.faults() == "; vCPU 1 faulted 3 times, last at ipa 0x5000 (ESR_EL2 0x96)"
 
 
-def test_the_pipe_of_a_board_is_closed_once_whatever_its_numbers(made: Board, monkeypatch) -> None:
-    closed: list[int] = []
-    monkeypatch.setattr(os, "close", closed.append)
-    made._pipe = 0, 7
-    made._unplug()
-    made._unplug()
-    assert closed == [0, 7]
-
-
 # --- guests ------------------------------------------------------------------------------------------------
-
-
-NPAGES = (1 << 14) + 1
-
-
-def test_guests_have_their_own_places_and_numbers(made: Board) -> None:
-    made.mailbox.guest, made.mailbox.vectors = 0x40_1000, 0x40_2000
-    guests = Guests(made, 3 * G, NPAGES, 14)
-    work = (Work(GuestKind.STAGE1, 1, 2, 3, 4, 5, skip=True), Work(GuestKind.RANDOM, 6, 7))
-    guests.give(work)
-    each, random = 3 << 16, set()
-    for number, one in enumerate(work):
-        task, cpu = made.at(PRIVATE_PA + number * each, GuestTask), made.vcpu(number)
-        assert (task.kind, task.vcpu, task.base, task.size) == (one.kind, number, one.base, one.size)
-        assert (task.page_shift, task.origin, task.counts) == (14, 3 * G, PRIVATE + number * each + 65536)
-        assert (task.window, task.limit, task.number) == (one.window, one.limit, 1)
-        assert (cpu.x[0], cpu.sp) == (PRIVATE + number * each, PRIVATE + number * each + 65536)
-        assert (cpu.pc, cpu.vbar, cpu.pstate, cpu.skip) == (0x40_1000, 0x40_2000, 0x3C5, one.skip)
-        assert bool(cpu.hcr & 1 << 12) == (one.kind is not GuestKind.STAGE1)  # DC: it has no stage 1
-        assert Guests.allowed(cpu)
-        random.add(task.random)
-        counts = guests.counts_of(number)
-        counts[:] = np.arange(NPAGES) % 7 + number
-        assert made.ram.view[PRIVATE_PA - RAM + number * each + 65536 :][:8].tolist() == [
-            number,
-            0,
-            0,
-            0,
-            1 + number,
-            0,
-            0,
-            0,
-        ]
-        task.stores = 10 + number
-    assert guests.counts().tolist() == (np.arange(NPAGES) % 7 * 2 + 1).tolist()
-    assert guests.stores == 21
-    for seed in (0, 5, 1 << 56, (1 << 64) - 1):
-        guests.give((Work(GuestKind.RANDOM, 0, 0, seed=seed),) * 2)
-        random |= {task.random for task in guests.tasks}
-    assert len(random) == 7  # seeds are of 56 bits, and one of them came before
-    assert 0 not in random
-    guests.give((Work(GuestKind.RANDOM, 0, 0, seed=5),) * 2)
-    assert [task.random for task in guests.tasks] == [0x1560_9F7C_746C_6901, 0xB398_1935_F3B6_E516]  # as ever
-    with pytest.raises(ValueError, match="2 vCPUs do as many kinds of work, not 1"):
-        guests.give(work[:1])
 
 
 def test_registers_that_are_no_guests_are_refused() -> None:
@@ -379,36 +209,6 @@ def machine(made: Board, monkeypatch) -> Callable[..., Any]:
         return one
 
     return make
-
-
-def test_a_rate_is_shared_by_the_vcpus(machine) -> None:
-    one = machine(GuestKind.IDLE, GuestKind.IDLE)
-    for rate, each in ((500, 250), (0.001, 1), (1, 1), (2, 1), (3.2, 2), (999_999_999, 500_000_000), (None, 0)):
-        one.set_rate(rate)
-        assert list(one.board.shared.rate) == [each, each, *(VCPUS - 2) * [0]]
-    for rate in (0, -1, 1e9, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="more than 0 and less than 1e9"):
-            one.set_rate(rate)
-    one.throttle(99)
-    assert one.board.shared.percent == 99
-
-
-@pytest.mark.parametrize("kinds", [(GuestKind.WINDOW, GuestKind.RANDOM), (GuestKind.ZERO, GuestKind.SEQUENTIAL)])
-def test_each_guest_that_numbers_its_stores_is_looked_at(machine, kinds) -> None:
-    """A page that vCPU 1 counted has the number of a store that it has made, and its own number, in its own word."""
-    one = machine(*kinds)
-    words = one.memory(0).view(np.uint64).reshape(4, 512)
-    one.guests.counts_of(1)[[1, 3]] = 5
-    one.guests.tasks[1].number = 100
-    words[1, 16], words[3, 16] = 1 << 3 | 1, 99 << 3 | 1
-    words[:, :16], words[2] = 7, 7  # what no vCPU 1 wrote
-    one.check()
-    for page, found in ((3, 100 << 3 | 1), (3, 0), (1, 5 << 3 | 2), (1, 5 << 3)):
-        kept, words[page, 16] = words[page, 16].copy(), found
-        with pytest.raises(GuestMemoryError, match=f"page {page}: vCPU 1 .* written {found:#x}: .* its store 100"):
-            one.check()
-        words[page, 16] = kept
-    one.check()
 
 
 def test_what_a_compiler_says_last_is_told(monkeypatch, tmp_path) -> None:
