@@ -235,7 +235,7 @@ def test_receiver_fails_inside_of_a_pass(vm, inside, monkeypatch):
     other = inside()
 
     def spoil():
-        monkeypatch.setattr("hwdbm.migration.receiver._index", lambda *_: 1 / 0)
+        monkeypatch.setattr("hwdbm.migration.receiver._place", lambda *_: 1 / 0)
         monkeypatch.setattr("hwdbm.migration.receiver._DIRECT_RUNS", -1)
 
     with pytest.raises(PeerError, match="gave up: division by zero"):

@@ -106,7 +106,7 @@ def test_many_spans_at_once(kernels: ModuleType) -> None:
 def test_pages_set_by_a_kernel_are_taken_once_they_are_noted() -> None:
     saved = Saved(NPAGES)
     saved.bitmap.set_range(70, 3)
-    with pytest.raises(InvariantError, match=r"saved pages \[\[70, 3\]\] aren't in 0\.\.-1"):
+    with pytest.raises(InvariantError, match=r"saved pages \[70, 3\] aren't in 0\.\.-1"):
         saved.verify()
     saved.widen(64, 128)
     check_take(saved, {70, 71, 72}, 71, 100)

@@ -9,6 +9,7 @@ from errno import EINVAL, ENOMEM
 import numpy as np
 import pytest
 
+from hwdbm.errors import shown
 from hwdbm.vm import memory as memories
 from hwdbm.vm.memory import GuestMemory
 
@@ -171,7 +172,7 @@ def test_a_name_has_200_bytes_at_most():
     for name in ("n" * 201, "é" * 101, "a\n"):
         with pytest.raises(ValueError, match="200 bytes at most") as raised:
             GuestMemory(8, name)
-        assert str(raised.value).endswith(f"unlike {name[:40]!r}")
+        assert str(raised.value).endswith(f"unlike {shown(name)}")
 
 
 def test_a_file_is_no_shorter_than_the_memory(tmp_path):

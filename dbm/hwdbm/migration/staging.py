@@ -12,7 +12,6 @@ import mmap
 import os
 import select
 import time
-from contextlib import ExitStack
 from typing import Protocol, Self
 
 import numpy as np
@@ -28,7 +27,7 @@ BUFFERS = 8
 
 _TOGETHER = 2  # frames sent by one call, and so by one wake
 _RETURNED = 2  # buffers returned by one
-_SLICE = 100  # milliseconds between two looks at whether to go on
+_SLICE = 0.1  # seconds between two looks at whether to go on
 _SIZE = BUFFERS * PAYLOAD
 
 
@@ -88,22 +87,21 @@ class SharedStaging:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._open = [os.memfd_create("hwdbm-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
+        try:
+            os.ftruncate(self._open[0], _SIZE)
+            # The other side can rely on it then: memory that was cut off would kill it with SIGBUS.
+            fcntl.fcntl(self._open[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._open.append(os.eventfd(BUFFERS, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._buffers = np.frombuffer(mmap.mmap(self._open[0], _SIZE), dtype=np.uint8).reshape(BUFFERS, PAYLOAD)
+            populate(self._buffers.reshape(-1))
+        except BaseException:
+            self.close()
+            raise
         self._next = self._free = 0
         self._poll = select.poll()
-        with ExitStack() as made:
-            self._memory = os.memfd_create("hwdbm-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            made.callback(os.close, self._memory)
-            os.ftruncate(self._memory, _SIZE)
-            # The other side can rely on it then: memory that was cut off would kill it with SIGBUS.
-            fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-            self._count = os.eventfd(BUFFERS, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            made.callback(os.close, self._count)
-            self._buffers = np.frombuffer(mmap.mmap(self._memory, _SIZE), dtype=np.uint8).reshape(BUFFERS, PAYLOAD)
-            populate(self._buffers.reshape(-1))
-            self._poll.register(self._count, select.POLLIN)
-            self._poll.register(channel.sock, select.POLLIN)
-            made.callback(delattr, self, "_buffers")
-            self._open = made.pop_all()
+        self._poll.register(self._open[1], select.POLLIN)
+        self._poll.register(channel.sock, select.POLLIN)
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +112,7 @@ class SharedStaging:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The memory, and the count of what was taken."""
-        return self._memory, self._count
+        return tuple(self._open)
 
     def buffer(self) -> NDArray[np.uint8]:
         """Return the next buffer, once the other side is done with it.
@@ -128,10 +126,10 @@ class SharedStaging:
             self._channel.flush()
         until = time.monotonic() + self._channel.timeout
         while not self._free:
-            ready = dict(self._poll.poll(_SLICE))
-            if self._count in ready:
+            ready = dict(self._poll.poll(_SLICE * 1e3))
+            if self._open[1] in ready:
                 with contextlib.suppress(BlockingIOError):  # the other side read it itself: then it took nothing
-                    self._free = os.eventfd_read(self._count)
+                    self._free = os.eventfd_read(self._open[1])
                     break
             if ready:
                 self._channel.heed()  # a sign of life, or it raises
@@ -152,7 +150,9 @@ class SharedStaging:
 
     def close(self) -> None:
         """Unmap the memory, and close the descriptors."""
-        self._open.close()
+        self._buffers = np.empty((0, 0), dtype=np.uint8)
+        while self._open:
+            os.close(self._open.pop())
 
 
 class SharedMemory:
@@ -170,7 +170,8 @@ class SharedMemory:
     """
 
     def __init__(self, descriptors: list[int]) -> None:
-        self._next, rest = 0, list(descriptors)
+        self._done_fd, self._next = -1, 0
+        rest = list(descriptors)
         try:
             if len(rest) != 2:
                 raise StreamError(f"a HELLO that shares memory came with {len(rest)} descriptors, and not with 2")
@@ -187,9 +188,10 @@ class SharedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        done = self._done_fd
-        del self._buffers, self._done_fd
-        os.close(done)
+        self._buffers = np.empty((0, 0), dtype=np.uint8)
+        done, self._done_fd = self._done_fd, -1
+        if done >= 0:
+            os.close(done)
 
     def payload(self, size: int) -> NDArray[np.uint8]:
         """Return the bytes of the batch that a frame announced."""
@@ -209,5 +211,5 @@ def _mapped(fd: int) -> NDArray[np.uint8]:
     size, seals = os.fstat(fd).st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     if size != _SIZE or not seals & fcntl.F_SEAL_SHRINK:
         raise ValueError(f"{size} bytes with seals {seals:#x}, and not {_SIZE} that can't shrink")
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return np.frombuffer(mmap.mmap(fd, _SIZE, flags=flags, prot=mmap.PROT_READ), dtype=np.uint8)
