@@ -266,7 +266,7 @@ def check_everything(cls: Bitmap, a: Pages, b: Pages, npages: int) -> None:
 
 @pytest.mark.parametrize("npages", SIZES)
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_size(npages: int, share: float) -> None:
     check_everything(DirtyBitmap, some(npages, share), some(npages, 0.3, seed=1), npages)
 

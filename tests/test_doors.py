@@ -1136,6 +1136,7 @@ def test_refused_means_unchanged(name: str, half: int) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.alike(3)
 def test_refused_where_the_others_are_left_out(name: str) -> None:
     """An argument of a wrong type, beside no more than what must be given: defaults lead other ways."""
     item, verb = DOORS[name]

@@ -85,6 +85,7 @@ def test_what_is_exported_is_there_and_documented(name):
         assert re.search(rf"^ +hwdbm\.{name}$", API.read_text(), re.MULTILINE), f"docs/api.md has no {name}"
 
 
+@pytest.mark.slow
 def test_what_only_its_module_uses_is_private():
     """Functions, constants and exceptions. A class may be the type of what others are given, and an alias is one."""
     assert not [(name, each) for name in INNER for each in unshared(name) if each not in words()]

@@ -155,7 +155,7 @@ def is_its_states(update: Update, rows: Any, level: int) -> Claim:
 
 @level
 @change
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_update_is_its_states(change: Change, level: int) -> None:
     prove(is_its_states(change(level), UPDATES[change], level))
 
@@ -333,7 +333,7 @@ def prove_fused_passes(update: Update) -> None:
 # one word, that is three pages, and of 256 all that there are here.
 @pytest.mark.parametrize("some", [1, 256])
 @change
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_update_in_a_fused_pass(change: Change, some: int, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_SOME", some)
     prove_fused_passes(change(3))

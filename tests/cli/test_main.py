@@ -232,7 +232,7 @@ FAKE = "import sys, warnings; sys.path.insert(0, 'fake'); warnings.simplefilter(
         ("rich", "import warnings; warnings.warn('one\\ntwo'); raise OSError('three')", ["harvest", ODD], 1, "three"),
     ],
 )  # fmt: skip
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_a_library_that_is_broken(module: str, code: str, args, status: int, said: str, tmp_path: Path) -> None:
     """What can do without it does, with one line; the others fail with one line, and blame the library."""
     (tmp_path / "fake" / module).mkdir(parents=True)
@@ -300,7 +300,7 @@ LIMITS = [files if files in (6, 9, 12) else pytest.param(files, marks=pytest.mar
     ],
     ids=lambda each: each[0] if isinstance(each, list) else ("imported", "anew")[each],
 )
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_a_limit_is_named(args, anew: bool, files: int) -> None:
     """With ever fewer files that may be open, a command works, or says which limit it met and how to raise it."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); "

@@ -45,6 +45,7 @@ def guest(trace: Path, **more) -> FleetVm:
 @pytest.mark.parametrize("engine", ["qemu", "hwdbm"])
 @pytest.mark.parametrize("rate", [0.25, 1.0, 3.0, 4.0])
 @pytest.mark.parametrize("start", [0.0, 0.5, 4.0, 4.5, 7.9])
+@pytest.mark.alike(2)
 def test_a_start_is_a_time_of_the_trace(written, engine, rate: float, start: float) -> None:
     """A rate is as good as a trace that was made so much faster, of which the same moment comes earlier."""
     slow, quick = written(1.0), written(1.0 / rate)

@@ -531,6 +531,7 @@ def peaks(kernels: Any, slot: SimpleNamespace) -> dict[str, int]:
     return {name: peak(call) for name, call in calls.items()}
 
 
+@pytest.mark.alike(3)
 def test_no_large_temporaries(kernels: ModuleType, large: SimpleNamespace) -> None:
     peaks(kernels, slot(2000))  # what it takes to import and to compile doesn't count
     found = peaks(kernels, large)

@@ -651,6 +651,7 @@ def test_no_room_for_a_snapshot(running: Callable[..., Running], tmp_path: Path,
     vm.prove()
 
 
+@pytest.mark.slow
 def test_bits_that_a_snapshot_loses_are_found(
     running: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def test_each_has_a_name():
 
 @pytest.mark.parametrize("workload", ALL, ids=lambda each: each.name)
 @given(position=st.integers(0, 2**40), cut=st.integers(0, 200), npages=st.integers(3, 5000))
+@pytest.mark.alike(2)
 def test_batches_dont_matter(workload, position, cut, npages):
     whole = workload.offsets(position, 200, npages * PAGE)
     parts = [workload.offsets(position, cut, npages * PAGE), workload.offsets(position + cut, 200 - cut, npages * PAGE)]

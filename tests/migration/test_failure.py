@@ -81,7 +81,7 @@ CUTS = [0, 1, 2, 4, 6, 9, Kind.PASS, Kind.STATE, Kind.VERIFY, Kind.GO]  # STATE 
     "at", [pytest.param(at, marks=pytest.mark.slow) if at in (2, 6) else at for at in CUTS], ids=repr
 )
 @pytest.mark.parametrize("how", ["cut", "half"])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_link_cut(vm, inside, at, how):
     vm.resume()
     vm.start_log()

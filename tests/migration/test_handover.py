@@ -240,6 +240,7 @@ def process(*args: object) -> subprocess.Popen:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", KILLED if ALL else [Kind.DIGEST, Kind.RESUMED], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", TRANSPORTS if ALL else ["unix", "tls"])
+@pytest.mark.alike(2)
 def test_the_destination_is_killed(vm, disk, tmp_path, name, kind, when):
     receiver = process("-c", RECEIVER, name, tmp_path, disk, kind.name, when)
     attempt = None

@@ -197,6 +197,7 @@ def test_settings_at_the_ends_of_their_ranges():
 
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 @pytest.mark.parametrize("npages", [1, 63, 64, 65, 511, 513])
+@pytest.mark.alike(2)
 def test_sizes(inside, page_size, npages):
     layout = MemoryMap(page_size, (Memslot(0, 0, 7, npages, 0), Memslot(1, 2, 5000, 1, 0)))
     guest = PlainGuest(layout)

@@ -47,7 +47,7 @@ def runs(draw, granule=Granule.K4, most=1600):
 
 
 @pytest.mark.parametrize("verb", [*RANGE_VERBS, *WHOLE_VERBS, "clean", "enable_dbm in a mask", "parts"])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_verb_equals_the_walkers(kernels, verb):
     @settings(max_examples=6 * EFFORT)
     @given(runs(), st.data())
@@ -304,7 +304,7 @@ PLACES = [*product((16, 20, 31), (0, 1, 7))] if EFFORT > 1 else [(16, 0), (20, 1
 
 
 @pytest.mark.parametrize("verb", JOINED)
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_a_run_that_is_made_beside_a_verb(verb):
     for entry, apart, dbm, dirty in (
         (20, 0, True, 20),

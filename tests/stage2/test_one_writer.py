@@ -103,6 +103,7 @@ def test_a_hand_in_the_mmu_is_caught(monkeypatch):
             machine.vcpus[0].store(np.array([0]), np.array([1], dtype=np.uint64))
 
 
+@pytest.mark.slow
 def test_what_asks_no_flag_is_only_used_on_bitmaps():
     """`numpy.ufunc.at` writes arrays that are read-only, too."""
     root = Path(hwdbm.__file__).parent

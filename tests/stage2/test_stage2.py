@@ -66,7 +66,7 @@ WHOLE_VERBS = ("dirty", "writable", "young", "enable_dbm", "disable_dbm", "harve
 
 @GRANULES
 @pytest.mark.parametrize("verb", RANGE_VERBS)
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_range_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(st.data())
@@ -79,7 +79,7 @@ def test_range_verb_equals_the_walkers(kernels, granule, verb):
 
 @GRANULES
 @pytest.mark.parametrize("verb", WHOLE_VERBS)
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_whole_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(stage2s(granule, MOST[granule]))
@@ -91,7 +91,7 @@ def test_whole_verb_equals_the_walkers(kernels, granule, verb):
 
 @GRANULES
 @pytest.mark.parametrize("verb", ["clean", "enable_dbm"])
-@pytest.mark.alike(2)
+@pytest.mark.alike(3)
 def test_masked_verb_equals_the_walkers(kernels, granule, verb):
     @settings(max_examples=FEW[granule])
     @given(st.data())
