@@ -126,6 +126,14 @@ def test_how_long_each_answer_is_waited_for(vm, inside) -> None:
     ]
 
 
+def test_the_first_report_is_told_at_once(vm, inside, monkeypatch) -> None:
+    """While all of the memory is to be sent; and then no more until the first pass is over, where that isn't due."""
+    monkeypatch.setattr(precopy_module, "_TELL", 1e9)
+    told = []
+    migrate(vm, inside(PlainGuest).channel, Settings(), on_progress=lambda report: told.append(report.remaining))
+    assert told[:2] == [LAYOUT.total, 0]
+
+
 def test_the_forecast_is_renewed_at_each_pass(inside, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that writes all of its memory, over a link that needs longer for it than is allowed.
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,8 @@ class Precopy:
         if self._begun:
             raise ValueError("an attempt runs once: make another Precopy")
         self._begun = True
-        self._start = self._told = time.perf_counter()
+        self._start = time.perf_counter()
+        self._told = -inf  # the first report is told at once
         try:
             with ExitStack() as stack:
                 try:
@@ -383,7 +385,7 @@ class Precopy:
         if last:
             self._count()
             self._one = None  # from here on it is the last
-        patience = self._channel.timeout + 2 * (one.expected_downtime or 0) if last else float("inf")
+        patience = self._channel.timeout + 2 * (one.expected_downtime or 0) if last else inf
         with self._channel.within(patience, "the last pass"):
             self._channel.send(Kind.PASS, PASS.pack(one.number, last, self._sender.normal, self._sender.duplicate))
             (acknowledged,) = self._channel.unpack(ACK, self._channel.expect(Kind.ACK))
